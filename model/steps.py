@@ -131,7 +131,7 @@ class Steps:
             assert each.data is not None
             task = TaskMessage.loadb(each.data).task_id
             taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since, each.granted))
-            self._check_deaths(state, which, each)
+            self._check_redelivery_count(state, which, each)
         # A call for work is a sign of life: what it gives cannot be taken over at once.
         lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "recover" else worker
         found = [self._with(state, which, replace(lives, held=(*worker.held, *taken), answer_lost=False))]
@@ -140,12 +140,14 @@ class Steps:
             found.append(self._disturbed(lost, "an answer is lost"))
         return found
 
-    def _check_deaths(self, state: State, which: int, delivery: Delivery) -> None:
+    def _check_redelivery_count(self, state: State, which: int, delivery: Delivery) -> None:
         absent = sum(w.lease == "ended" or w.process == "dead" for w in state.workers) - (
             state.workers[which].lease == "ended"
         )
-        if delivery.earlier_deaths <= 0 and delivery.deaths > absent:
-            raise Violation(f"{delivery.deaths} workers are said to have died with a task, and {absent} are away")
+        if delivery.earlier_redeliveries <= 0 and delivery.redelivery_count > absent:
+            raise Violation(
+                f"{delivery.redelivery_count} workers are said to have died with a task, and {absent} are away"
+            )
 
     def _start(self, state: State, which: int, held: Held) -> list[State]:
         lock = self._lock(which, held)

@@ -239,7 +239,7 @@ def test_a_key_that_is_no_lock_is_refused_in_one_line(served: Cli, one_line: Cal
 def test_a_lock_outside_the_task_system_can_be_shown_and_released(served: Cli, redis_url: str) -> None:
     with SyncRedis.from_url(redis_url) as client:
         client.set("lock:mutex:job:42", "another", px=60_000)
-    assert "somebody outside the task system" in served("locks", "show", "lock:mutex:job:42").stdout
+    assert "a holder outside the task system" in served("locks", "show", "lock:mutex:job:42").stdout
     assert shown(served("locks", "release", "lock:mutex:job:42", "--yes", "--json"))["released"] == 1
     with SyncRedis.from_url(redis_url) as client:
         assert client.get("lock:mutex:job:42") is None

@@ -142,7 +142,7 @@ async def test_who_may_only_look_sees_all_pages_and_can_change_nothing(world: Wo
         "queue": "realtime:large",
         "key": held.locks[0] if held.locks else "",
         "schedule": "test:Tidy/lhcb",
-        "letter": "1",
+        "dead_letter": "1",
     }
     async with tab_of(world.app, READER) as tab:
         await expect(tab.page.get_by_text("may look", exact=True)).to_be_visible()

@@ -61,7 +61,7 @@ def test_every_line_is_json_and_has_the_task_that_caused_it(talking: Cli, redis_
     with Redis.from_url(redis_url) as client:
         unknown = TaskMessage(task_id="u", task_name="talk:Unknown")
         client.xadd("diracx:tasks:normal:medium", {"data": unknown.dumpb()})
-    worker.until("failed for good")
+    worker.until("failed permanently")
     worker.until("no task is registered")
     assert "sesame" not in worker.output
     records: list[dict[str, Any]] = [json.loads(line) for line in worker.output.splitlines()]
@@ -77,7 +77,7 @@ def test_every_line_is_json_and_has_the_task_that_caused_it(talking: Cli, redis_
         ("said by Python", "py.warnings"),
         ("an error", "some.library"),
         ("failed, to be retried", "diracx.tasks.plumbing.worker.settlement"),
-        ("failed for good", "diracx.tasks.plumbing.worker.settlement"),
+        ("failed permanently", "diracx.tasks.plumbing.worker.settlement"),
     ):
         found = [record for record in records if said in record["body"] and "ready" not in record["body"]]
         assert found, said
@@ -105,7 +105,7 @@ def test_levels_are_those_of_the_option_else_of_the_environment(
     talking.environment |= {f"DIRACX_LOG_{name}": value for name, value in variables.items()}
     worker = talking.start("worker", "--module", "talk.py", *options)
     submit(talking, "talk:Talk")
-    worker.until("failed for good")
+    worker.until("failed permanently")
     marks = {"diracx": "by diracx", "task": "by the task", "thread": "in a thread", "library": "by a library"}
     assert {name for name, mark in marks.items() if f"said {mark}" in worker.output} == seen
 
@@ -113,7 +113,7 @@ def test_levels_are_those_of_the_option_else_of_the_environment(
 def test_text_has_time_level_logger_and_task_and_nothing_forged_begins_a_line(talking: Cli) -> None:
     worker = talking.start("worker", "--module", "talk.py")
     task_id = submit(talking, "talk:Talk")
-    worker.until("failed for good")
+    worker.until("failed permanently")
     lines = worker.output.splitlines()
     moment = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ([A-Z]+) +[a-z_.]+: ")
     assert all(moment.match(line) or line.startswith("  ") for line in lines), worker.output

@@ -522,7 +522,7 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
         queued = await world.tasks.Quick(1).schedule(at_time=datetime.now(UTC) + timedelta(hours=1))
         await schedule_many([world.tasks.Quick(number) for number in range(3)])
         group = await spawn_with_callback([world.tasks.Held()], world.tasks.Collect())
-        values = {"queue": "normal:medium", "group": group, "letter": "1"}
+        values = {"queue": "normal:medium", "group": group, "dead_letter": "1"}
         for page in PAGES:
             path = re.sub(r"\{(\w+)\}", lambda found: values[found[1]], page.path)
             answer = await client.get(path, params={"key": "lock:mutex:task:held"} if path == "/locks/one" else {})
@@ -540,8 +540,8 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
             ("/schedules/resume", {"schedule": "acl_tasks:Tick"}),
             ("/schedules/run-now", {"schedule": "acl_tasks:Hourly"}),
             ("/locks/release", {"key": held.key, "owner": held.holders[0].owner}),
-            ("/dead-letters/retry", {"letter": ["1"]}),
-            ("/dead-letters/discard", {"letter": ["2"]}),
+            ("/dead-letters/retry", {"dead_letter": ["1"]}),
+            ("/dead-letters/discard", {"dead_letter": ["2"]}),
         ):
             data = {**fields, "form_token": form[1], "confirmed": "yes"}
             answer = await client.post(path, data=data)

@@ -78,7 +78,7 @@ class Task:
     delivery: Delivery | None = None
     locks: list[dict[str, Any]] = field(default_factory=list)
     """Locks that it holds in the model."""
-    deaths: int = 0
+    redelivery_count: int = 0
     """Number of workers lost with it since its last retry."""
     survived: set[int] = field(default_factory=set)
     """Deliveries of its entry whose worker has come back after others had taken the task over."""
@@ -88,7 +88,7 @@ class Task:
 def _is_poison_candidate(task: Task, more: int) -> bool:
     """One that is poison is no candidate any more: it will not run again."""
     assert task.delivery is not None
-    delivery = replace(task.delivery, deliveries=1, earlier_deaths=task.deaths + more, survived=0)
+    delivery = replace(task.delivery, deliveries=1, earlier_redeliveries=task.redelivery_count + more, survived=0)
     return is_poison_candidate(delivery, MAX_DELIVERIES)
 
 
@@ -158,7 +158,7 @@ class BrokerMachine(RuleBasedStateMachine):
             if t.delivery
         ]
         locks = [lock for task in held for lock in task.locks]
-        *lost, _epoch, _shortest, _quiet = worker_state.renew(self.sync, worker, LONG_MS, entries, locks)
+        *lost, _dataset_id, _shortest, _quiet = worker_state.renew(self.sync, worker, LONG_MS, entries, locks)
         assert lost == [[], [], []], "what the model knows to be held was not renewed"
 
     def _may_be_granted(self, locks: Sequence[dict[str, Any]]) -> bool:
@@ -258,7 +258,9 @@ class BrokerMachine(RuleBasedStateMachine):
             message = TaskMessage.loadb(delivery.data)
             task = self.tasks[message.task_id]
             assert message == task.message
-            assert delivery.deaths == task.deaths, "P9: parking or giving back keeps the redelivery count"
+            assert delivery.redelivery_count == task.redelivery_count, (
+                "P9: parking or giving back keeps the redelivery count"
+            )
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
     def fetch(self, pick: int, free: int, answered: bool, begin: bool) -> None:
@@ -367,7 +369,7 @@ class BrokerMachine(RuleBasedStateMachine):
         task.delivery, task.locks, task.worker = None, [], ""
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True
-        task.deaths = 0
+        task.redelivery_count = 0
         task.survived.clear()
         if task.place == "gone":
             task.ended += 1
@@ -401,7 +403,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for task in self._in("reserved", "running"):
             now = task.delivery
             if now and (now.stream, now.entry) == (late.stream, late.entry) and late.deliveries < now.deliveries:
-                task.deaths -= late.deliveries not in task.survived
+                task.redelivery_count -= late.deliveries not in task.survived
                 task.survived.add(late.deliveries)
 
     # --- lost workers ---------------------------------------------------------------------------------------
@@ -443,7 +445,7 @@ class BrokerMachine(RuleBasedStateMachine):
         # P9: no worker has a message that several workers have died with, and another one beside it.
         mine = self._in("reserved", "running", worker=worker)
         candidates = [task for task in orphans.values() if _is_poison_candidate(task, 1)]
-        poisoned = [task for task in orphans.values() if task.deaths + 1 >= MAX_DELIVERIES]
+        poisoned = [task for task in orphans.values() if task.redelivery_count + 1 >= MAX_DELIVERIES]
         made_room = self.sync.get(keys.ROOM_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
         if poisoned and len(deliveries) < free:  # they are in doubt until the dead worker has stayed away
@@ -452,10 +454,10 @@ class BrokerMachine(RuleBasedStateMachine):
             deliveries += self.run(rest)[0]
         fresh = [each for each in deliveries if each.deliveries == 1]
         taken = [each for each in deliveries if each.deliveries > 1]
-        will_run = [each for each in taken if each.deaths < MAX_DELIVERIES]
+        will_run = [each for each in taken if each.redelivery_count < MAX_DELIVERIES]
         if any(is_poison_candidate(each, MAX_DELIVERIES) for each in will_run):
             assert len(will_run) == 1
-            assert all(task.deaths >= MAX_DELIVERIES for task in mine)
+            assert all(task.redelivery_count >= MAX_DELIVERIES for task in mine)
         assert not (will_run and any(_is_poison_candidate(task, 0) for task in mine))
         assert len(deliveries) >= min(free, len(poisoned))
         if not candidates and not any(_is_poison_candidate(task, 0) for task in mine) and not made_room:
@@ -473,7 +475,7 @@ class BrokerMachine(RuleBasedStateMachine):
             task = orphans[TaskMessage.loadb(delivery.data).task_id]
             assert task.delivery is not None
             assert delivery.deliveries == task.delivery.deliveries + 1
-            task.deaths += 1
+            task.redelivery_count += 1
             assert delivery.since == task.delivery.since
             group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
             self.late.append((other, Settlement(task.delivery, group=group)))
@@ -664,7 +666,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""
-                task.deaths += 1
+                task.redelivery_count += 1
                 task.survived.clear()
             self.may_wake = True
             assert self.run(third.leave()) is True

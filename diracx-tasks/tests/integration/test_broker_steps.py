@@ -156,14 +156,14 @@ async def test_P9_neighbours_of_a_poison_task_become_no_dead_letters(worker: Wor
     third, fourth = await worker("3"), await worker("4")
     [candidate], *_ = await third.reclaim(10)
     [other], *_ = await fourth.reclaim(10)
-    assert (candidate.deaths, other.deaths) == (2, 2)
+    assert (candidate.redelivery_count, other.redelivery_count) == (2, 2)
     assert (await third.reclaim(10))[0] == [], "one at a time"
     await dies(redis, third)  # `candidate` was it
     assert await fourth.settle([Settlement(other)]) == [True]
     begun = {other.data}
     while taken := (await fourth.reclaim(10, max_deliveries=4))[0]:
         assert len(taken) == 1
-        assert taken[0].deaths == (3 if taken[0].data == candidate.data else 2)
+        assert taken[0].redelivery_count == (3 if taken[0].data == candidate.data else 2)
         begun.add(taken[0].data)
         await fourth.settle([Settlement(taken[0])])
     assert len(begun) == 5
@@ -185,11 +185,11 @@ async def test_P9_a_poison_candidate_runs_alone_on_its_worker(worker: Worker, re
         await each.fetch(1)
     await dies(redis, second)
     taken, _, draining = await third.reclaim(10)
-    assert ([delivery.deaths for delivery in taken], draining) == ([1], True)
+    assert ([delivery.redelivery_count for delivery in taken], draining) == ([1], True)
     assert (await fourth.reclaim(10))[::2] == ([], False), "one drains, the others go on"
     idle = await worker("idle")
     [candidate], _, draining = await idle.reclaim(10)
-    assert (candidate.deaths, draining) == (2, False)
+    assert (candidate.redelivery_count, draining) == (2, False)
     await dies(redis, third)  # with two that are no poison candidates
     assert (await idle.reclaim(10))[0] == []
     assert len((await fourth.reclaim(10))[0]) == 1, "the other is a poison candidate by now"
@@ -211,7 +211,7 @@ async def test_P9_a_worker_with_more_tasks_than_one_call_looks_at_takes_over_oth
     assert len((await second.fetch(1))[0]) == 1
     await dies(redis, second)
     taken, _, draining = await busy.reclaim(10)
-    assert [each.deaths for each in taken] == [1], "the ordinary one"
+    assert [each.redelivery_count for each in taken] == [1], "the ordinary one"
     assert draining, "for the poison candidate"
 
 
@@ -232,7 +232,7 @@ async def test_P9_a_task_that_will_not_run_again_waits_for_no_poison_candidate(
     last = await worker("last")
     await died(redis, broker, last)
     taken, *_ = await last.reclaim(10, max_deliveries=3)
-    assert [delivery.deaths for delivery in taken] == [3, 3, 3, 3, 2]
+    assert [delivery.redelivery_count for delivery in taken] == [3, 3, 3, 3, 2]
     assert (await last.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
 
 
@@ -251,7 +251,7 @@ async def test_P9_a_poison_task_by_earlier_redeliveries_waits_for_no_poison_cand
     assert len((await second.reclaim(10, max_deliveries=1))[0]) == 3
     await died(redis, second, third)
     taken, *_ = await third.reclaim(10, max_deliveries=3)
-    poison = [delivery for delivery in taken if delivery.deaths == 3]
+    poison = [delivery for delivery in taken if delivery.redelivery_count == 3]
     assert len(poison) == 1, "two lost workers here, and one before"
     assert len(taken) == 2, "one poison candidate at a time"
     assert (await third.reclaim(10, max_deliveries=3))[0] == [], "the other poison candidate waits"
@@ -266,10 +266,10 @@ async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_given_ba
     await submit(first, "t")
     for round_ in range(1, 4):
         [delivery], _ = await first.fetch(1)
-        assert delivery.deaths == round_ - 1
+        assert delivery.redelivery_count == round_ - 1
         await died(redis, first, second)
         [delivery], *_ = await second.reclaim(1)
-        assert (delivery.deliveries, delivery.deaths) == (2, round_)
+        assert (delivery.deliveries, delivery.redelivery_count) == (2, round_)
         if way == "parked":
             lock = MutexLock(JOB, "x")
             assert await lock.acquire(redis)
@@ -325,9 +325,9 @@ async def test_after_a_loss_nothing_is_settled_before_its_worker_knows(
     async with LeaseKeeper(redis_url, "mine", 600, asyncio.get_running_loop()) as keeper:
         keeper.add([PendingAck(delivery)])
         assert await mine.settle([Settlement(delivery)], "a life that is over") == [None]
-        keeper.epoch = "a life that is over"
+        keeper.dataset_id = "a life that is over"
         await keeper.renew()
-        assert await mine.settle([Settlement(delivery)], keeper.epoch) == [True]
+        assert await mine.settle([Settlement(delivery)], keeper.dataset_id) == [True]
     assert not await redis.exists(f"{keys.HELD_PREFIX}mine")
 
 

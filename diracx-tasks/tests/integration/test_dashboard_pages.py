@@ -194,7 +194,7 @@ async def test_no_page_grows_too_large_however_much_there_is(world: World) -> No
 
 async def test_dead_letters_are_submitted_again_and_discarded_one_by_one_and_all_at_once(world: World) -> None:
     async with operator(world) as client:
-        assert "1 dead letter discarded" in await act(client, "/dead-letters/discard", letter="1")
+        assert "1 dead letter discarded" in await act(client, "/dead-letters/discard", dead_letter="1")
         assert sorted(await world.dead_letters()) == ["DISCARDED", "PENDING", "PENDING", "PENDING"]
         said = await act(client, "/dead-letters/retry", scope="all", task="test:Fail")
         assert "2 dead letters submitted again" in said
@@ -204,7 +204,7 @@ async def test_dead_letters_are_submitted_again_and_discarded_one_by_one_and_all
             return (await world.dead_letters()).count("PENDING") == 3
 
         await until(buried_again)
-        assert "bad: " in await act(client, "/dead-letters/retry", letter="1")  # it was discarded
+        assert "bad: " in await act(client, "/dead-letters/retry", dead_letter="1")  # it was discarded
         assert "3 dead letters discarded" in await act(client, "/dead-letters/discard", scope="all")
 
 
@@ -282,7 +282,7 @@ async def test_a_server_that_takes_no_task_is_no_fault_of_the_dashboard(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with operator(world) as client:
-        _, form = await ask(client, "/dead-letters/retry", letter="1")
+        _, form = await ask(client, "/dead-letters/retry", dead_letter="1")
         await world.refuse(monkeypatch)
         answer = await client.post("/dead-letters/retry", data=form)
         assert answer.status_code == 503, answer.text
@@ -292,7 +292,7 @@ async def test_a_server_that_takes_no_task_is_no_fault_of_the_dashboard(
 async def test_who_did_what_is_in_the_audit_log(world: World) -> None:
     async with operator(world) as client:
         await act(client, "/schedules/pause", schedule="test:Tidy/lhcb")
-        await act(client, "/dead-letters/discard", letter="1")
+        await act(client, "/dead-letters/discard", dead_letter="1")
         page = (await client.get("/audit")).text
     entries = await read_audit(world.system.broker.redis)
     assert [(entry.who, entry.action, entry.target) for entry in entries] == [

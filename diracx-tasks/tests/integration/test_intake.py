@@ -466,7 +466,7 @@ async def test_P9_a_busy_worker_drains_for_a_poison_candidate(
     await patient.settle()
     assert await asked == []
     [candidate] = await patient.take()
-    assert candidate.deaths == 2
+    assert candidate.redelivery_count == 2
     assert not await redis.exists(keys.ROOM_PREFIX + patient.broker.streams[0])
 
 
@@ -522,10 +522,13 @@ async def test_P9_among_any_number_of_poison_tasks_an_innocent_one_is_never_conv
         asked.cancel()
         await asyncio.wait({asked})
         hands.held += await hands.broker.recover([(each.stream, each.entry) for each in hands.held])
-        if all(each.deaths >= 3 or name_of(each) == "innocent" for each in hands.held):
+        if all(each.redelivery_count >= 3 or name_of(each) == "innocent" for each in hands.held):
             for each in hands.held:
-                assert name_of(each) != "innocent" or each.deaths < 3
-                innocent, poisoned = innocent or name_of(each) == "innocent", poisoned + (each.deaths >= 3)
+                assert name_of(each) != "innocent" or each.redelivery_count < 3
+                innocent, poisoned = (
+                    innocent or name_of(each) == "innocent",
+                    poisoned + (each.redelivery_count >= 3),
+                )
             await hands.settle()
         await redis.zadd(keys.ALIVE, {f"{worker}": 0})
         await hands.broker.shutdown()

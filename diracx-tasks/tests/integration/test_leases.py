@@ -84,7 +84,7 @@ async def test_P9_a_worker_that_comes_back_has_not_died_of_its_task(
         renew(other)
         await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
         [taken], *_ = await other.reclaim(1, max_deliveries=3)
-        assert taken.deaths == 1
+        assert taken.redelivery_count == 1
         for _ in range(2 if "twice" in comes_back else 1):
             if "settlement" not in comes_back:
                 assert renew(owner, delivery) == [0], "the task is not its own any more"
@@ -106,7 +106,7 @@ async def test_P9_workers_that_stay_away_have_died(
             assert (await other.reclaim(1, max_deliveries=3))[0] == [], "it may yet come back"
             stays_away(owner.url, owner.consumer_name)
         [delivery], *_ = await other.reclaim(1, max_deliveries=3)
-        assert delivery.deaths == times
+        assert delivery.redelivery_count == times
         owner, other = other, owner
 
 

@@ -296,7 +296,7 @@ async def test_what_was_settled_just_before_the_renewal_after_a_restart_has_ende
         server.start()
         with suppress(RedisError):  # by the connection that is gone
             await broker.redis.ping()
-        assert await broker.settle([Settlement(delivery, locks)], keeper.epoch) == [True]
+        assert await broker.settle([Settlement(delivery, locks)], keeper.dataset_id) == [True]
         renewed = False
         while not renewed:  # not at once, by the connection that is gone
             if answered == "before the renewal":

@@ -110,7 +110,7 @@ async def test_no_address_and_no_form_breaks_a_page(world: World) -> None:
         for action in ACTIONS:
             for value in HOSTILE:
                 for confirmed in ("", "yes"):
-                    names = ("task", "queue", "schedule", "key", "letter", "next", "scope", "since", "owner")
+                    names = ("task", "queue", "schedule", "key", "dead_letter", "next", "scope", "since", "owner")
                     fields = {"form_token": form[1], "confirmed": confirmed, **dict.fromkeys(names, value)}
                     body = "&".join(f"{name}={quoted(text)}" for name, text in fields.items())
                     headers = {"content-type": "application/x-www-form-urlencoded"}

@@ -425,7 +425,7 @@ async def test_each_role_sees_in_the_dashboard_what_the_table_says(site: Site) -
                     if row.method != "GET" or row.cells[role] == "anyone":
                         continue
                     key = dead_letters[MARKS[vo]]
-                    path = addresses(row, queue="normal:large", group=group.group_id, letter=key)
+                    path = addresses(row, queue="normal:large", group=group.group_id, dead_letter=key)
                     params = {"key": lock} if "locks/one" in path else {}
                     cell = row.cells[role]
                     signed_in = role not in ("anonymous", "user")

@@ -258,8 +258,8 @@ common:
         for expected in (
             "3: common.Report.periodic.interval_seconds: must be above 0, not 0",
             "3: common.Report.periodic.timezone: goes with schedule or rrule, not with interval_seconds",
-            "5: common.Report.instances.no good: 'no good' is no name of an instance: use up to 64 letters, "
-            "digits and . _ -",
+            "5: common.Report.instances.no good: 'no good' is no name of an instance: use up to 64 "
+            "letters, digits and . _ -",
             "6: common.Report.instances.daily.args: vo is not given here: there is one instance for each VO; use "
             "vo_overrides",
             "6: common.Report.instances.daily.args.too: Report: unknown argument 'too' (did you mean 'to'?)",

@@ -59,7 +59,7 @@ def worker_metrics(reporter: Reporter, counts: Counts, size: str, slots: int, re
         ),
         counter(
             "tasks_given_up_total",
-            "Tasks that failed for good or were cancelled: with the dead letters, or gone.",
+            "Tasks that failed permanently or were cancelled: with the dead letters, or gone.",
             [({**labels, "action": "dlq"}, each.dead) for labels, each in watched]
             + [
                 ({**labels, "action": "discarded"}, each.failed - each.retried - each.dead)

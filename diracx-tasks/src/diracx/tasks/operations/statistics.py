@@ -71,11 +71,11 @@ def _stats(name: str, sums: Mapping[str, float]) -> TaskStats:
     )
 
 
-def _distribution(sums: Mapping[str, float], letter: str, total: str) -> Distribution:
+def _distribution(sums: Mapping[str, float], prefix: str, total: str) -> Distribution:
     histogram = sorted(
         (int(counter[1:]), int(number))
         for counter, number in sums.items()
-        if counter[0] == letter and counter[1:].isdigit()
+        if counter[0] == prefix and counter[1:].isdigit()
     )
     count = sum(number for _, number in histogram)
 

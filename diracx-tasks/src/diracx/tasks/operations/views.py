@@ -363,7 +363,7 @@ def holder(who: Holder) -> str:
     """The task that holds a lock, as far as it is known."""
     if who.task_id is not None:
         return f"{who.task_name} {who.task_id}"
-    return f"a task of {who.worker}" if who.worker is not None else "somebody outside the task system"
+    return f"a task of {who.worker}" if who.worker is not None else "a holder outside the task system"
 
 
 def _holders(lock: Lock) -> str:

@@ -176,8 +176,8 @@ class LocalJob:
         # Without a process file the wrapper has yet to look for the mark.
         if process is not None and alive:
             if process.belongs_to(self.path.name):
-                asked_at = time.time() if unmarked else modified_at(mark) or 0.0
-                kill = time.time() - asked_at >= kill_after_seconds
+                cancelled_at = time.time() if unmarked else modified_at(mark) or 0.0
+                kill = time.time() - cancelled_at >= kill_after_seconds
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.group, signal.SIGKILL if kill else signal.SIGTERM)
             else:

@@ -74,7 +74,7 @@ class SSHBackend(CEBackend[SSHSettings]):
         return observations
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        before = [self._enter, f"now=$(date +%s) patience={self.settings.kill_after_seconds}"]
+        before = [self._enter, f"now=$(date +%s) kill_after={self.settings.kill_after_seconds}"]
         with _nothing_there_yet(pilots):
             await self._bulk(_stamps(pilots), before, lambda stamp: f"cancel {stamp}", files=True)
 

@@ -223,7 +223,7 @@ has_stamp() {
     tr '\0' '\n' < "$1/environ" | grep -qx "PILOT_STAMP=$2"
 }
 
-# cancel STAMP, after find_files, with $now (s since 1970) and $patience (s): SIGTERM, and when it was asked for so long
+# cancel STAMP, after find_files, with $now (s since 1970) and $kill_after (s): SIGTERM, and when it was asked for so long
 # ago, SIGKILL.
 cancel() {
     is_job "$1" && ! has_ended "$1" || return 0
@@ -239,7 +239,7 @@ cancel() {
     case $since in
         '' | *[!0-9]*) since=0 ;; # no room for the time
     esac
-    if [ $((now - since)) -ge "$patience" ]; then signal=KILL; else signal=TERM; fi
+    if [ $((now - since)) -ge "$kill_after" ]; then signal=KILL; else signal=TERM; fi
     kill -s "$signal" -- "-$pid"
 } 2> /dev/null
 

@@ -24,7 +24,7 @@ class CircuitsMixin(PilotSession):
 
     @transaction
     async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
-        """Claim the right to make such a call now.
+        """Acquire the right to make such a call now.
 
         Of a half-open circuit one caller at a time gets True and makes the probe; the others wait for its result,
         or for `probe_seconds`, after which the caller is taken for dead.

@@ -21,7 +21,7 @@ class Demand(NamedTuple):
     """Number of further pilots that a VO wanted at a compute element in its last round."""
 
     wanted: int
-    asked_at: datetime
+    requested_at: datetime
     granted_at: datetime | None  # when it last got a slot
     surplus_since: datetime | None = None  # since when more pilots wait than jobs justify
 

@@ -119,7 +119,7 @@ async def _requests_at(conn: AsyncConnection, name: str, since: datetime) -> dic
 
 
 async def _demand_at(conn: AsyncConnection, name: str) -> dict[str, Demand]:
-    columns = (PilotDemand.wanted, PilotDemand.asked_at, PilotDemand.granted_at)
+    columns = (PilotDemand.wanted, PilotDemand.requested_at, PilotDemand.granted_at)
     rows = await conn.execute(select(PilotDemand.vo, *columns).where(PilotDemand.ce_name == name))
     return {row[0]: Demand(*row[1:]) for row in rows}
 
@@ -139,7 +139,7 @@ def _competitors(
         wanted = ce["capacity"] if own.max_waiting is None else min(ce["capacity"], own.max_waiting)
         granted_at = None
         if (own_demand := demand.get(other)) is not None:
-            wanted = own_demand.wanted if own_demand.asked_at > now - REQUEST_LIFETIME else 0
+            wanted = own_demand.wanted if own_demand.requested_at > now - REQUEST_LIFETIME else 0
             granted_at = own_demand.granted_at
         if wanted > 0 and serves(ce["vos"], other):
             sharers[other] = Sharer(own.share, held.get(other, 0), wanted, granted_at)

@@ -299,7 +299,7 @@ class PilotDemand(MyPilotDBBase):
     vo: Mapped[str] = mapped_column("VO", _VO, primary_key=True, key="vo")
     # Further pilots wanted.
     wanted: Mapped[int] = mapped_column("Wanted", Integer, key="wanted")
-    asked_at: Mapped[datetime] = mapped_column("AskedAt", UTCDateTime, key="asked_at")
+    requested_at: Mapped[datetime] = mapped_column("AskedAt", UTCDateTime, key="requested_at")
     # When it last got a slot; NULL: never.
     granted_at: Mapped[datetime | None] = mapped_column("GrantedAt", UTCDateTime, key="granted_at")
     # Since when more of its pilots wait there than jobs justify; NULL: no more than that.

@@ -97,7 +97,7 @@ def half_open(ce: Mapping[str, Any]) -> bool:
 
 
 async def may_submit(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
-    """Claim the right to submit a pilot now, in the transaction that reserves its slot: it locks the row.
+    """Acquire the right to submit a pilot now, in the transaction that reserves its slot: it locks the row.
 
     Where the status could not be read, the pilot has to be the only one.
     """
@@ -107,7 +107,7 @@ async def may_submit(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
 
 
 async def may_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bool:
-    """Claim the right to make such a call now; of a half-open circuit, as its probe."""
+    """Acquire the right to make such a call now; of a half-open circuit, as its probe."""
     circuit = ce["circuits"][call]
     if ce["banned_at"] is not None or circuit["state"] is CircuitState.OPEN:
         return False

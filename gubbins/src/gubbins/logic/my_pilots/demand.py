@@ -133,7 +133,7 @@ class _Situation:
             known = self.demand.get((name, other))
             if known is None:
                 strangers = True
-            elif known.asked_at > self.now - REQUEST_LIFETIME:
+            elif known.requested_at > self.now - REQUEST_LIFETIME:
                 sharers[other] = self._sharer(name, other, of_all.of(other).share, known.wanted)
         part = fair_part(room, self.vo, sharers)
         if strangers:

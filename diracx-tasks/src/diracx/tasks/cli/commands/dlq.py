@@ -38,7 +38,7 @@ _Answer = TypeVar("_Answer")
 
 app = command_group(
     "dlq",
-    "Dead letters: tasks that failed for good, or that no worker could run. They are in the database "
+    "Dead letters: tasks that failed permanently, or that no worker could run. They are in the database "
     "DIRACX_DB_URL_TASKDB; `waiting` has those that wait for one. ID is a task id, or the number in the list.",
 )
 
@@ -148,7 +148,7 @@ def export(
 ) -> None:
     """Write dead letters to stdout, one complete JSON object a line; `raw` is the message in base64.
 
-    Example: diracx-task-run dlq export --since 2030-01-31 > letters.jsonl
+    Example: diracx-task-run dlq export --since 2030-01-31 > dead-letters.jsonl
     """
     where = filters.dead_letters(status)
 

@@ -32,7 +32,7 @@ class GroupState(StrEnum):
     PENDING = "pending"
     """Children have yet to end, and none has failed so far."""
     FAILED = "failed"
-    """A child has failed for good."""
+    """A child has failed permanently."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ GROUP = "diracx:tasks:workers"
 
 #: Sorted set: task id -> due time (ms since the epoch). Retries, `at_time`; tasks waiting for a lock, a day ahead.
 DELAYED = "diracx:tasks:delayed"
-#: Hash: task id -> "{stream} {reason} {since} {deaths} {lock}\n{message}" of each member of DELAYED.
+#: Hash: task id -> "{stream} {reason} {since} {redelivery_count} {lock}\n{message}" of each member of DELAYED.
 DELAYED_DATA = "diracx:tasks:delayed:data"
 #: Hash: why tasks are in DELAYED (`at_time`, `retry`, `lock`, `rate`) -> how many of them.
 DELAYED_REASONS = "diracx:tasks:delayed:reasons"
@@ -25,7 +25,7 @@ LINES = "diracx:tasks:lines"
 #: String per size and lock: the task that was granted the turn last, until it has asked for the lock.
 TURN_PREFIX = "diracx:tasks:turn:"
 
-#: Sorted set: worker -> when its lease ends (ms since the epoch). One that is buried and has left messages -> when
+#: Sorted set: worker -> when its lease ends (ms since the epoch). One that is dead and has left messages -> when
 #: they were last looked at, less 10^13 ms times the number of their size.
 ALIVE = "diracx:tasks:alive"
 #: Sorted set: worker -> how long its lease is (ms). Also the channel on which a worker says that its lease is the
@@ -41,7 +41,7 @@ HELD_PREFIX = "diracx:tasks:held:"
 WAIT_PREFIX = "diracx:tasks:wait:"
 #: Set, with a time to live: "{stream} {entry} {deliveries}" of what was taken over from workers that lived.
 SURVIVED = "diracx:tasks:survived"
-#: String per size of worker (its first stream): the worker that makes room for a suspect; lives a moment.
+#: String per size of worker (its first stream): the worker that drains for a poison candidate; lives a moment.
 ROOM_PREFIX = "diracx:tasks:room:"
 
 #: Hash: process -> "{seen (ms)} {JSON}": the configuration it runs with. Goes with the last process.
@@ -75,7 +75,7 @@ CANCELLED_CHANNEL_PREFIX = "diracx:tasks:cancelled:"
 DEAD_LETTERS = "diracx:tasks:dead-letters"
 #: String, with a time to live: the worker that imports these into the database.
 IMPORTER = "diracx:tasks:importer"
-#: String per burial of a task, with a time to live: this dead letter has been submitted again.
+#: String per dead letter of a task, with a time to live: this dead letter has been submitted again.
 RESUBMITTED_PREFIX = "diracx:tasks:resubmitted:"
 
 #: Stream, capped, with a time to live: what administrators did by dashboard, HTTP or command line.

@@ -294,7 +294,7 @@ class Delivery:
     """Everything the entry holds, for the dead-letter queue when it cannot be read."""
     since: str = "0"
     """When it first began to wait for a lock (µs since the epoch), or 0."""
-    earlier_deaths: int = 0
+    earlier_redeliveries: int = 0
     """Number of workers that died with it before it was parked or handed back: entries before this one."""
     occurrence: str | None = None
     """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
@@ -304,14 +304,14 @@ class Delivery:
     """The key of the lock for which it was granted the turn, after it had waited."""
 
     @property
-    def deaths(self) -> int:
+    def redelivery_count(self) -> int:
         """Number of workers that died with it since it was submitted or last retried."""
-        return self.earlier_deaths + self.deliveries - 1 - self.survived
+        return self.earlier_redeliveries + self.deliveries - 1 - self.survived
 
     @property
     def redelivered(self) -> bool:
         """Whether another worker had it before, and may have begun it."""
-        return self.earlier_deaths + self.deliveries > 1
+        return self.earlier_redeliveries + self.deliveries > 1
 
     cancelled: bool = False
     """Whether it was cancelled before it got here."""

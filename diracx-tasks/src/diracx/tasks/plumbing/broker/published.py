@@ -68,7 +68,7 @@ async def living_worker(redis: Redis) -> str | None:
 
 
 async def look_after(redis: Redis, streams: Sequence[Consumers], now_ms: int) -> None:
-    """Take note of workers of 0.7: those that are silent are to be buried, and what they have finished is deleted.
+    """Note the workers of 0.7: those that are silent are to be reclaimed, and what they have finished is deleted.
 
     Args:
         streams: the consumers of each stream.

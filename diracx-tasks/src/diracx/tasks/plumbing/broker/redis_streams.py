@@ -81,14 +81,14 @@ def new_worker_id() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
-def _suspect_from(max_deliveries: int) -> int:
-    """Before its last chance at the latest, or a message would be buried for what its neighbour has done."""
+def _candidate_from(max_deliveries: int) -> int:
+    """Before its last chance at the latest, or a message would be poison for what its neighbour has done."""
     return max(1, min(_SUSPECT_FROM, max_deliveries - 1))
 
 
 def is_poison_candidate(delivery: Delivery, max_deliveries: int) -> bool:
     """Whether it may be what its workers died of, and runs once more all the same."""
-    return _suspect_from(max_deliveries) <= delivery.deaths < max_deliveries
+    return _candidate_from(max_deliveries) <= delivery.redelivery_count < max_deliveries
 
 
 class RedisStreamBroker:
@@ -372,12 +372,12 @@ class RedisStreamBroker:
             audit: also look for consumers that are on no list, unless another worker has just done so.
             lease_seconds: the caller's lease, as for `fetch`.
             max_deliveries: a message that so many workers have died with will not run again. One that nearly
-                as many have died with may be what they died of: such a suspect is given to a worker that holds
+                as many have died with may be what they died of: such a candidate is given to a worker that holds
                 nothing else, so that the guilty one dies alone. Such a worker must not fetch.
 
         Returns:
             The deliveries; in how many seconds to look again: when the next lease ends, or with the next free slot
-            (0) where the slots were too few; and whether the worker is to make room for a suspect: to fetch
+            (0) where the slots were too few; and whether the worker is to drain for a candidate: to fetch
             nothing until it holds nothing, and then to look again.
         """
         lease_ms = int(lease_seconds * 1000)
@@ -386,7 +386,7 @@ class RedisStreamBroker:
             with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
                 await self._audit(lease_ms)
         args = [self.consumer_name, self._at_once(free), _STREAMS_BY_SIZE, lease_ms]
-        args += [_suspect_from(max_deliveries), max_deliveries]
+        args += [_candidate_from(max_deliveries), max_deliveries]
         messages, again_ms, make_room = await script("reclaim")(self._waiting, self.streams, args)
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
@@ -628,7 +628,7 @@ def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -
         data,
         raw=data if data is not None else msgpack.packb(fields),
         since=str(number_of(values.get(b"since"))),
-        earlier_deaths=number_of(values.get(b"deaths")),
+        earlier_redeliveries=number_of(values.get(b"deaths")),
         survived=number_of(values.get(b"survived")),
         occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
         granted=values.get(b"woken"),

@@ -185,7 +185,7 @@ class Outcome:
     """Type of the exception."""
     message: str | None = None
     retry_at: datetime | None = None
-    """When it is tried again; None when it has ended for good."""
+    """When it is tried again; None when it has ended permanently."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _activity(delayed: bytes | str | None, entry: Any, pending: Any) -> Activity
     if delayed is not None:
         reason = text_of(delayed).split(" ", 2)[1]
         return Activity.RETRYING if reason == "retry" else Activity.WAITING
-    # A stream without a group has no pending entries. An entry that is gone has been woken from its wait for a
-    # lock, and is under another id with a worker, or will be in a moment.
+    # A stream without a group has no pending entries. An entry that is gone has been granted the lock it
+    # waited for, and is under another id with a worker, or will be in a moment.
     in_stream = bool(entry) and not isinstance(entry, Exception)
     return Activity.WAITING if in_stream and (isinstance(pending, Exception) or not pending) else Activity.RUNNING

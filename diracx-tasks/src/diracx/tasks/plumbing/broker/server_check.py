@@ -121,7 +121,7 @@ class Server:
         return self.hello.get("version") or self.info.get("redis_version")
 
 
-#: The only policy that keeps what it was given; with any other the server deletes tasks and locks to make room.
+#: The only policy that keeps what it was given; with any other the server deletes tasks and locks to free memory.
 SAFE_POLICY = "noeviction"
 
 

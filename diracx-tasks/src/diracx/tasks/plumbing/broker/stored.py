@@ -43,7 +43,7 @@ def number_of(value: bytes | str | None) -> int:
 
 
 def moment_of(seconds: float) -> datetime:
-    """The moment so many seconds after the epoch; one within the calendar, whatever the number is."""
+    """The moment so many seconds since the epoch; one within the calendar, whatever the number is."""
     if not seconds > 0:  # and not a number
         seconds = 0
     return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC)

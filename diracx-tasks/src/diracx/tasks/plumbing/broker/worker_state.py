@@ -136,7 +136,7 @@ def control_channels(worker: str) -> tuple[str, ...]:
 
 
 async def leases(redis: Redis) -> dict[str, float]:
-    """When the lease of each worker ends (ms); below zero for those that are buried: see lua/reclaim.lua."""
+    """When the lease of each worker ends (ms); below zero for those that are dead: see lua/reclaim.lua."""
     return await _scores(redis, keys.ALIVE)
 
 

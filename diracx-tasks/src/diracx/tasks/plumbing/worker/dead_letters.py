@@ -99,7 +99,7 @@ class DeadLetterStore:
         self._began_at = self._import_at = time.monotonic()
         self._caught_up = asyncio.Event()
         self._imported = 0
-        self._complaint = ""
+        self._last_error = ""
 
     def add(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
         """Store the dead letter, then settle its task."""
@@ -305,9 +305,9 @@ class DeadLetterStore:
 
     def _complain(self, error: Exception) -> None:
         line = "" if is_transient(error) else one_line(error)  # that Redis is away, others say
-        if line and line != self._complaint:
+        if line and line != self._last_error:
             logger.error("the dead letters in Redis (%s) cannot be read: %s", DEAD_LETTERS, line)
-        self._complaint = line
+        self._last_error = line
 
     # --- the database -----------------------------------------------------------------------------------
 

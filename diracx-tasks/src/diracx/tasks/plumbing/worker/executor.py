@@ -190,7 +190,7 @@ class Executor:
 
     def _decode(self, delivery: Delivery) -> TaskMessage | None:
         """The message; None when it is not to be executed here, which is settled then."""
-        is_poison = delivery.deaths >= self._settings.max_deliveries  # looked at before the decoder is
+        is_poison = delivery.redelivery_count >= self._settings.max_deliveries  # looked at before the decoder is
         try:
             if delivery.data is None:
                 raise ValueError("the stream entry has no field `data`")
@@ -206,7 +206,8 @@ class Executor:
             self._settler.add(cancelled(delivery, message, self._settings))
             return None
         if is_poison:
-            detail = f"{delivery.deaths} workers have gone silent with it, the last one for more than three leases"
+            count = delivery.redelivery_count
+            detail = f"{count} workers have gone silent with it, the last one for more than three leases"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
         return message

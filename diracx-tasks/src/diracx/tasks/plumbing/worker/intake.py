@@ -81,10 +81,10 @@ class Intake:
         self._settings = settings
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
-        self._suspects: set[tuple[str, str]] = set()
+        self._candidates: set[tuple[str, str]] = set()
         """Stream and entry of those in hand: while there is one, we take nothing else."""
         self._draining = False
-        """Whether we take nothing until our hands are empty, so that a suspect finds them so."""
+        """Whether we take nothing until our hands are empty, so that a poison candidate finds them so."""
         self._last_ids: list[str] | None = None
         """Of each stream, an entry up to which all has been delivered; None: to look into all of them."""
         self._all_seen = False
@@ -107,8 +107,8 @@ class Intake:
         drop what is returned: `close` and `recover` find it.
         """
         self.reserved_after = time.monotonic()
-        if self._suspects:
-            self._let_go(self._suspects.difference(self._held()))  # it may have been parked
+        if self._candidates:
+            self._let_go(self._candidates.difference(self._held()))  # it may have been parked
         if self._recover_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may have missed settlements that the old one has confirmed.
             self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
@@ -162,15 +162,15 @@ class Intake:
         return [delivery for delivery in deliveries if delivery not in others]
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
-        """These were settled: look at once for a suspect, if it is one's turn now."""
-        if self._suspects:
+        """These were settled: look at once for a candidate, if it is one's turn now."""
+        if self._candidates:
             self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
         elif self._draining and not any(True for _ in self._held()):
             self.look_at_once()
 
     def _let_go(self, places: set[tuple[str, str]]) -> None:
-        if not self._suspects.isdisjoint(places):
-            self._suspects -= places
+        if not self._candidates.isdisjoint(places):
+            self._candidates -= places
             self.look_at_once()
 
     def look_at_once(self) -> None:
@@ -181,7 +181,7 @@ class Intake:
     async def _look(self, free: int) -> list[Delivery]:
         if reclaimed := await self._reclaim(free):
             return reclaimed
-        if self._suspects or self._draining:  # what dies with us now, dies of it
+        if self._candidates or self._draining:  # what dies with us now, dies of it
             await asyncio.sleep(0)
             await self._unless_stopped(asyncio.sleep(self._timeout()))
             return []
@@ -246,7 +246,7 @@ class Intake:
 
     def _note(self, deliveries: Sequence[Delivery]) -> None:
         """From where to wait."""
-        if any(delivery.earlier_deaths for delivery in deliveries):
+        if any(delivery.earlier_redeliveries for delivery in deliveries):
             self._watched(deliveries)
         if self._last_ids is not None:
             for delivery in deliveries:
@@ -274,10 +274,10 @@ class Intake:
             self._wait.reschedule(0)
 
     def _watched(self, deliveries: _Deliveries) -> _Deliveries:
-        """These, with the suspects among them noted."""
+        """These, with the candidates among them noted."""
         for delivery in deliveries:
             if is_poison_candidate(delivery, self._settings.max_deliveries):
-                self._suspects.add((delivery.stream, delivery.entry))
+                self._candidates.add((delivery.stream, delivery.entry))
         return deliveries
 
     async def _reclaim(self, free: int) -> list[Delivery]:

@@ -158,7 +158,7 @@ class LeaseKeeper:
         self._timer_set = threading.Condition(self._mutex)
         self._timer_at = math.inf
         self._renewing = threading.Lock()
-        self.epoch = ""
+        self.dataset_id = ""
         """The life of the server's data in which everything was renewed last."""
         self.quiet_until = 0.0
         """No worker's lease ends before that (`time.monotonic`)."""
@@ -350,13 +350,13 @@ class LeaseKeeper:
             for hold in holds:
                 if hold.locks and hold.locks_expire_at > time.monotonic():
                     self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
-        if self.epoch not in ("", dataset_id):
+        if self.dataset_id not in ("", dataset_id):
             logger.warning(
                 "the server has lost data, or was restarted and may have; %d running tasks go on", len(holds)
             )
             with self._mutex:
                 self._restored = {(hold.delivery.stream, hold.delivery.entry): hold for hold in holds}
-        self.epoch = dataset_id
+        self.dataset_id = dataset_id
         for each in renewed:
             for hold in each.lost:
                 self._report(hold, "another worker has it, or had it and has settled it", taken_over=True)
@@ -391,7 +391,7 @@ class LeaseKeeper:
             int(self._lease_seconds * 1000),
             entries,
             [lock for _, lock in locks],
-            self.epoch,
+            self.dataset_id,
             None if complete else round(1000 * self._shortest_lease),
             self.overdue,
         )

@@ -397,7 +397,7 @@ class Reporter:
                     "vo": vo_of_task(execution.task, message),
                     "stream": delivery.stream,
                     "entry": delivery.entry,
-                    "deliveries": delivery.deaths + 1,
+                    "deliveries": delivery.redelivery_count + 1,
                     "attempt": len(message.labels.get(LABEL_ATTEMPTS, ())) + 1,
                     **({} if overdue is None else {"overdue_since": round(ahead + overdue, 3)}),
                     "since": round(ahead + (now if execution.started is None else execution.started), 3),

@@ -193,9 +193,9 @@ def _failed(
             _log(logging.WARNING, f"{what} failed, to be retried", outcome)
             return Settlement(delivery, execution.locks, retry=retry, **again(retry["delay_ms"] / 1000)), None
         if not task_class.dlq_eligible:
-            _log(logging.ERROR, f"{what} failed for good and is dropped (not dlq_eligible)", outcome)
+            _log(logging.ERROR, f"{what} failed permanently and is dropped (not dlq_eligible)", outcome)
             return end(), None
-        _log(logging.ERROR, f"{what} failed for good and goes to the dead letters", outcome)
+        _log(logging.ERROR, f"{what} failed permanently and goes to the dead letters", outcome)
     vo = vo_of_task(execution.task, message)
     return end(keep_results=True), DeadLetter.of_message(final, reason, detail, _delivery_id(delivery), vo)
 

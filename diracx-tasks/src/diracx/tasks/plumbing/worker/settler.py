@@ -90,12 +90,12 @@ class Settler:
         Raises:
             Exception: when the server refuses the call.
         """
-        epoch = self._keeper.epoch
+        dataset_id = self._keeper.dataset_id
         replies = await self._ask(batch)
         answers = [False if reply is None else reply for reply in replies]
         if None in replies or False in replies:  # it may have lost its data: it must learn first what we hold
             await retry_until_available(self._keeper.renew, "renew the lease")
-            lost = (None,) if self._keeper.epoch == epoch else (None, False)
+            lost = (None,) if self._keeper.dataset_id == dataset_id else (None, False)
             unknown = [position for position, ours in enumerate(replies) if ours in lost]
             again = await self._send([batch[position] for position in unknown])
             for position, ours in zip(unknown, again, strict=True):
@@ -103,7 +103,7 @@ class Settler:
         return answers
 
     async def _ask(self, batch: Sequence[Settlement]) -> list[bool | str | None]:
-        call = partial(self._settle, batch, self._keeper.epoch)
+        call = partial(self._settle, batch, self._keeper.dataset_id)
         for _ in range(_TRIES - 1):
             try:
                 return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))

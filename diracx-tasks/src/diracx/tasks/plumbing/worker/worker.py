@@ -140,7 +140,7 @@ class Worker:
         )
         control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
         async with keeper, self._dependencies.open():
-            reporter.dataset = lambda: keeper.epoch
+            reporter.dataset = lambda: keeper.dataset_id
             settler = Settler(broker, keeper, intake)
             dead_letters = DeadLetterStore(broker, self._task_db, settler, keeper)
             executor = Executor(

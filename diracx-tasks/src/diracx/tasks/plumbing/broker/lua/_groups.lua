@@ -60,7 +60,7 @@ local function fire(group, forced)
   return 1
 end
 
--- A child has ended, for good. `g` has id, child, and if there is one its error (in a line) and its result.
+-- A child has ended permanently. `g` has id, child, and if there is one its error (in a line) and its result.
 -- Without a child it is a sign of life only. A failed child that succeeds after all (it was run again from the
 -- dead letters) mends its group.
 local function child_done(g)

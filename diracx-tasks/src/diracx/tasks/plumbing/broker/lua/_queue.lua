@@ -22,9 +22,9 @@ local function note_moved(occurrence, stream, entry)
   if known == task then redis.pcall('HSET', '$LAST_RUNS', schedule, table.concat({stream, entry, task, due}, ' ')) end
 end
 
--- `deaths`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
+-- `redelivery_count`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
 -- `granted`: the key of the lock that it was granted, if one was.
-local function enqueue(stream, data, since, deaths, granted)
+local function enqueue(stream, data, since, redelivery_count, granted)
   local fields, occurrence = {'data', data}, nil
   if since and since ~= '0' then
     since, occurrence = string.match(since, '^(%d+)@?(%x*)$')
@@ -34,9 +34,9 @@ local function enqueue(stream, data, since, deaths, granted)
       fields[#fields + 1] = occurrence
     end
   end
-  if deaths and tonumber(deaths) > 0 then
+  if redelivery_count and tonumber(redelivery_count) > 0 then
     fields[#fields + 1] = 'deaths'
-    fields[#fields + 1] = deaths
+    fields[#fields + 1] = redelivery_count
   end
   if granted then
     fields[#fields + 1] = 'woken'
@@ -79,14 +79,14 @@ local function count_reason(reason, change)
   end
 end
 
--- What is stored of a delayed task: stream, reason, since, deaths, message, and the key of the lock that it waits for
+-- What is stored of a delayed task: stream, reason, since, redelivery_count, message, and the key of the lock that it waits for
 -- or nil; nothing where it cannot be read.
 local function parts_of(stored)
   local header, data = head_of(stored)
-  local stream, reason, since, deaths, lock = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*) ?(.*)$')
+  local stream, reason, since, redelivery_count, lock = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*) ?(.*)$')
   if not is_stream(stream) then return end
   if string.byte(lock) == 0 then lock = from_hex(string.sub(lock, 2)) end
-  return stream, reason, since, tonumber(deaths), data, lock ~= '' and lock or nil
+  return stream, reason, since, tonumber(redelivery_count), data, lock ~= '' and lock or nil
 end
 
 -- The key of a lock as it stands in one line; no key begins with NUL.
@@ -101,7 +101,7 @@ local function take_delayed(task, stored)
   redis.call('ZREM', '$DELAYED', task)
   if not stored then return nil end
   redis.call('HDEL', '$DELAYED_DATA', task)
-  local stream, reason, since, deaths, data, lock = parts_of(stored)
+  local stream, reason, since, redelivery_count, data, lock = parts_of(stored)
   if stream then count_reason(reason, -1) end
   if lock then
     local waiters = {}
@@ -114,7 +114,7 @@ local function take_delayed(task, stored)
       lock = nil
     end
   end
-  return stored, stream, since, deaths, data, lock
+  return stored, stream, since, redelivery_count, data, lock
 end
 
 -- Something is due before all else. Who may not publish, is heard within the next look. What no scheduler hears, the
@@ -138,9 +138,9 @@ end
 -- `lock`: the key of the lock that refused it, if one did.
 -- The same message takes its own place; another one that was given the same id is kept beside it.
 -- Returns the name under which it is kept.
-local function delay(task, due_ms, stream, reason, since, data, deaths, lock)
+local function delay(task, due_ms, stream, reason, since, data, redelivery_count, lock)
   local header = stream .. ' ' .. reason .. ' ' .. since
-  if lock or (deaths and deaths > 0) then header = header .. ' ' .. (deaths or 0) end
+  if lock or (redelivery_count and redelivery_count > 0) then header = header .. ' ' .. (redelivery_count or 0) end
   if lock then header = header .. ' ' .. as_noted(lock) end
   local stored = redis.call('HGET', '$DELAYED_DATA', task)
   if stored and select(2, head_of(stored)) ~= data then
@@ -160,11 +160,11 @@ end
 -- Returns the entry. False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or
 -- its stream refuses it (its key is none of a stream, or has had the last possible id).
 local function undelay(task, granted, stored)
-  local stream, since, deaths, data
-  stored, stream, since, deaths, data = take_delayed(task, stored)
+  local stream, since, redelivery_count, data
+  stored, stream, since, redelivery_count, data = take_delayed(task, stored)
   if not stored then return false end
   if stream then
-    local added, entry = pcall(enqueue, stream, data, since, deaths, granted)
+    local added, entry = pcall(enqueue, stream, data, since, redelivery_count, granted)
     if added then return entry end
   end
   to_dead_letters(task, stored)

@@ -30,14 +30,14 @@ local function with_survivals(stream, entry, deliveries)
   return entry
 end
 
--- `noted`: the deaths under earlier entries, from the field `deaths` of the entry, or nil.
-local function deaths_of(stream, entry, deliveries, noted)
+-- `noted`: the redelivery count of earlier entries, from the field `deaths` of the entry, or nil.
+local function count_redeliveries(stream, entry, deliveries, noted)
   return deliveries - 1 - survivals(stream, entry, deliveries) + (tonumber(noted) or 0)
 end
 
 -- Under another entry, with what the fields of this one say.
 local function put_back(stream, entry, deliveries, fields, to, data, since)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
-  local died = deaths_of(stream, entry, deliveries, field_of(fields, 'deaths'))
-  enqueue(to, data, since, died, field_of(fields, 'woken'))
+  local redelivery_count = count_redeliveries(stream, entry, deliveries, field_of(fields, 'deaths'))
+  enqueue(to, data, since, redelivery_count, field_of(fields, 'woken'))
 end

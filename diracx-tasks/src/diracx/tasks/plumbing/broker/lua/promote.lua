@@ -31,14 +31,14 @@ local function undelay_all(tasks)
     end
     local stored = stored_of[position]
     number = position
-    local stream, reason, since, deaths, data, lock = parts_of(stored or '')
+    local stream, reason, since, redelivery_count, data, lock = parts_of(stored or '')
     if not stored then
       published_delayed(task)
       bytes_left = bytes_left - #task
     elseif stream and not lock then
       plain[#plain + 1] = task
       reasons[reason] = (reasons[reason] or 0) + 1
-      if not pcall(enqueue, stream, data, since, deaths) then to_dead_letters(task, stored) end
+      if not pcall(enqueue, stream, data, since, redelivery_count) then to_dead_letters(task, stored) end
     else
       undelay(task, nil, stored)
     end

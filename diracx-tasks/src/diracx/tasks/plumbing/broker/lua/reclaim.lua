@@ -1,19 +1,19 @@
--- Bury dead workers and take over what they were running, a part at a time.
+-- Reclaim the messages and locks of dead workers, a part at a time.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
 --   the streams of each size (msgpack list of lists), lease (ms): how long the caller lives from now,
---   the number of deaths that makes a message a suspect, the number that makes it poison.
+--   the redelivery count that makes a message a poison candidate, the one that makes it poison.
 -- A message that several workers have died with may be what killed them, or may only have been beside it each
--- time. So a suspect is handed to a worker that holds nothing else, and nothing is handed to a worker that holds one:
--- the next death is its own. One that is poison is no suspect: it will not run again, only be rejected, but not
--- before its last worker has had the time to come back.
--- When no worker is without work, one of them makes room: it takes nothing until it has settled what it holds.
+-- time. So a poison candidate is handed to a worker that holds nothing else, and nothing is handed to a worker that
+-- holds one: the next death is its own. One that is poison is no candidate: it will not run again, only be rejected,
+-- but not before its last worker has had the time to come back.
+-- When no worker is without work, one of them drains: it takes nothing until it has settled what it holds.
 -- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
 -- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
--- free slot (0) where the slots were too few or there is more to do, within a second while a suspect waits, when one
+-- free slot (0) where the slots were too few or there is more to do, within a second while a candidate waits, when one
 -- that is poison may be rejected, and else when the next lease ends, if it is not renewed before; 1 if the caller
--- is to make room}.
--- Burying gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
--- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when somebody
+-- is to drain}.
+-- This gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
+-- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when one of them
 -- last looked at it.
 -- #flags allow-oom
 -- #include _time _alive _lines _locks _queue _looks _wake _cancel _redelivery
@@ -27,7 +27,7 @@ if first_end > now_ms then -- as nearly always: nobody has left anything
 end
 note_contact(tonumber(ARGV[4]), now_us())
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
-local sizes, suspect_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local sizes, candidate_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
 local SIZE_MS = 1e13 -- between two sizes, more than any time
 local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
@@ -38,20 +38,20 @@ local DOUBT = 3 -- leases for which the last worker of a poison message is waite
 local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
 local room = '$ROOM_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
-local suspect_left = false
+local candidate_left = false
 
--- What a message is that was handed out so often, and its bytes. Deaths under earlier entries are noted in the entry.
+-- What a message is that was handed out so often, and its bytes. Redeliveries of earlier entries are noted in the entry.
 local function verdict(stream, entry, deliveries)
   local there = redis.call('XRANGE', stream, entry, entry)[1]
-  local deaths = deaths_of(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
-  local what = deaths >= max_deliveries and 'poison' or deaths >= suspect_from and 'suspect' or 'ordinary'
+  local redelivery_count = count_redeliveries(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
+  local what = redelivery_count >= max_deliveries and 'poison' or redelivery_count >= candidate_from and 'candidate' or 'ordinary'
   return what, #(there and data_of(there[2]) or '')
 end
 
--- What is in the caller's hands, but for what will not run: 'suspect', 'ordinary' or nothing. Nothing that runs is taken
--- beside a suspect, so where more is held than is looked at, there is none.
+-- What is in the caller's hands, but for what will not run: 'candidate', 'ordinary' or nothing. Nothing that runs is taken
+-- beside a candidate, so where more is held than is looked at, there is none.
 local function found_in_hand()
-  -- Of what runs after a loss of data only the ledger knows.
+  -- Of what runs after a loss of data only the held-locks record knows.
   local found = redis.call('EXISTS', '$HELD_PREFIX' .. consumer) == 1 and 'ordinary' or nil
   for _, stream in ipairs(KEYS) do
     local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', PORTION, consumer)
@@ -59,7 +59,7 @@ local function found_in_hand()
       if looks_in_hand <= 0 then return found or 'ordinary' end
       local what, bytes = verdict(stream, p[1], tonumber(p[4]))
       looks_in_hand = looks_in_hand - 1 - bytes / BYTES
-      if what == 'suspect' then return what end
+      if what == 'candidate' then return what end
       if what == 'ordinary' then found = what end
     end
   end
@@ -70,12 +70,12 @@ local in_hand, looked = nil, false
 local function may_take(what)
   if what == 'poison' then return true end
   if not looked then in_hand, looked = found_in_hand(), true end
-  if in_hand == 'suspect' then return false end
-  if what == 'suspect' then
-    suspect_left = suspect_left or in_hand ~= nil
+  if in_hand == 'candidate' then return false end
+  if what == 'candidate' then
+    candidate_left = candidate_left or in_hand ~= nil
     if in_hand then return false end
   elseif room_for == consumer then
-    return false -- it is made for a suspect
+    return false -- it is made for a candidate
   end
   in_hand = what
   return true
@@ -109,7 +109,7 @@ end
 -- What a dead worker has left in one stream, as far as the caller has slots for it.
 local function take_over(position, stream, worker, is_new)
   local from, pending = '-', nil
-  while looks_left > 0 do -- to the end: what may be taken can stand behind suspects that may not
+  while looks_left > 0 do -- to the end: what may be taken can stand behind candidates that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
     for _, p in ipairs(pending.err and {} or pending) do
       if looks_left <= 0 then return end
@@ -143,7 +143,7 @@ end
 local function unlock(worker)
   local held = '$HELD_PREFIX' .. worker
   local lines = locks_left > 0 and redis.pcall('HRANDFIELD', held, locks_left, 'WITHVALUES') or {}
-  if lines.err then -- it is no ledger
+  if lines.err then -- it is no held-locks record
     redis.call('UNLINK', held)
   elseif lines[1] then
     local fields = {}
@@ -202,7 +202,7 @@ for position, worker in ipairs(left) do
   if position > earlier or not slots_too_few then clear(worker) end
 end
 more = more or slots_too_few or (messages[1] and (earlier == DEAD or looks_left <= 0))
-if suspect_left and (not room_for or room_for == consumer) then
+if candidate_left and (not room_for or room_for == consumer) then
   redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
   room_for = consumer
 elseif room_for == consumer then

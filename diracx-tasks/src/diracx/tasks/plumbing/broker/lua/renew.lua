@@ -6,7 +6,8 @@
 --   the shortest lease of all (ms): at its pace everybody renews; for how long (ms) no lease can end}.
 -- Another dataset_id means that the server has lost its data; another run in it, that it may have gone back to earlier
 -- ones (a snapshot, a replica that was behind). What this worker runs, and nobody else could take over, may then be known
--- to nobody: it is noted in the worker's ledger, and stays its own to settle; its locks are taken anew where they are free.
+-- to nobody: it is noted in the worker's held-locks record, and stays its own to settle; its locks are taken anew where they are
+-- free.
 -- #flags allow-oom
 -- #include _time _alive _pending _lines _locks _queue _cancel _redelivery
 local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back

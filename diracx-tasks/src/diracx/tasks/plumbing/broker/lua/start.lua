@@ -22,11 +22,11 @@ end
 local function park(d, since, place, lock, before)
   local there = redis.call('XRANGE', d.stream, d.entry, d.entry)[1]
   local fields = there and there[2] or {}
-  local data, deaths = data_of(fields) or '', deaths_of(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
+  local data, redelivery_count = data_of(fields) or '', count_redeliveries(d.stream, d.entry, d.deliveries, field_of(fields, 'deaths'))
   local now_ms, reason = now_us() / 1000, lock.kind == 'rate' and 'rate' or 'lock'
   remove(d.stream, d.entry)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
-  local name = delay(d.task, now_ms + PARKED_MS, d.resumed, reason, since, data, deaths, lock.key)
+  local name = delay(d.task, now_ms + PARKED_MS, d.resumed, reason, since, data, redelivery_count, lock.key)
   local waiting, waiter = '$WAITING_PREFIX' .. size_of(d.resumed) .. ':' .. lock.key, lock.kind .. ':' .. name
   -- No line where its key is of another type: the task asks again by itself.
   if type(redis.pcall('ZADD', waiting, int(place), waiter)) == 'table' then

@@ -92,7 +92,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
-    key = request.path_params["letter"]
+    key = request.path_params["dead_letter"]
     if context.task_db is None:
         raise NotFoundError("No database of dead letters is configured here.")
     dead_letter = await find_dead_letter(context.task_db, key, viewer_of(request))
@@ -121,7 +121,7 @@ def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilte
     """The dead letters that were ticked, or (None) the filter when all of it are meant."""
     if form.one("scope") == "all":
         return None, _where({name: form.one(name) for name in ("task", "reason", "since")}, status)
-    numbers = form.numbers("letter")
+    numbers = form.numbers("dead_letter")
     if not numbers:
         raise NotPossibleError("No dead letter was chosen.")
     return numbers, {}
@@ -192,7 +192,7 @@ def _letters(number: int) -> str:
 
 PAGES = [
     Page("/dead-letters", "dead_letters", "Dead letters", _list, section="Trouble", live=False),
-    Page("/dead-letters/{letter}", "dead_letter", "Dead letter", _one, nav="/dead-letters", live=False),
+    Page("/dead-letters/{dead_letter}", "dead_letter", "Dead letter", _one, nav="/dead-letters", live=False),
 ]
 ACTIONS = [
     Action("/dead-letters/retry", _ask_retry, _retry),

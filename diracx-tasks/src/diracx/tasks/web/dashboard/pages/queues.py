@@ -94,8 +94,8 @@ async def _ask_purge(form: Form, context: AppContext) -> Question:
     [queue] = [queue for queue in snapshot.queues if queue.name == name]
     return Question(
         f"Remove all tasks that wait in {name}?",
-        f"{queue.backlog} tasks wait there now. They will be cancelled: they will not run, will not be dead "
-        "letters, and cannot be brought back. What runs goes on.",
+        f"{queue.backlog} tasks wait there now. They will be cancelled: they will not run, will not be "
+        "dead letters, and cannot be brought back. What runs goes on.",
         "Remove them",
         dangerous=True,
     )
