@@ -48,19 +48,20 @@ class CEDisabledError(PilotSubmissionError):
 
 
 class CEPausedError(PilotSubmissionError):
-    """The compute element failed too often and is paused.
+    """The compute element is in downtime, or failed too often, and is paused.
 
     Args:
         name: the compute element.
-        why: which failures.
+        why: which downtime or failures.
         said: last error of the site, or the error in the rules: for administrators.
+        way_out: what ends it: for administrators; none: it is opened.
     """
 
-    def __init__(self, name: str, why: str, said: str = "") -> None:
+    def __init__(self, name: str, why: str, said: str = "", way_out: str = "") -> None:
         paused = f"compute element {name!r} is paused: {why}"
         super().__init__(
             f"{paused}{f' ({said})' if said else ''}; `gubbins ce show {name}` says until when, "
-            f"`gubbins ce enable {name}` ends the pause",
+            f"{way_out or f'`gubbins ce enable {name}` ends the pause'}",
             paused,
         )
 

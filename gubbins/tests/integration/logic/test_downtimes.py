@@ -65,6 +65,16 @@ async def test_a_downtime_stops_submissions_from_its_drain_on_and_opens_again_by
     assert [each.ce_name for each in await logic.list_downtimes(db, past=True)] == ["ce"]
 
 
+async def test_who_is_refused_for_a_downtime_is_told_what_ends_it(db: MyPilotDB, time: Clock) -> None:
+    await db.add_ce("ce", 50, 1.0)
+    number = await plan(db, 1, 2, drain_hours=4)
+    with pytest.raises(CEPausedError, match=f"`gubbins ce downtime remove {number}` ends it$") as caught:
+        await logic.submit_pilot(db, "ce", "lhcb")
+    assert "gubbins" not in caught.value.public
+    await logic.remove_downtime(db, number)
+    assert await is_open(db)
+
+
 async def test_of_downtimes_that_overlap_the_last_end_counts(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 50, 1.0)
     long = await plan(db, -1, 5)

@@ -20,6 +20,7 @@ class Blocker(NamedTuple):
 
     why: str
     said: str  # error of the site, or in the rules: for administrators
+    way_out: str = ""  # for administrators; none: it is opened
 
 
 async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | None:
@@ -50,8 +51,9 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
 def _planned(ce: Mapping[str, Any]) -> Blocker | None:
     if (problem := rules_error(ce)) is not None:
         return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
-    downtime = ce["downtime"]
-    return None if downtime is None else Blocker(downtime.describe(clock.now()), "")
+    if (downtime := ce["downtime"]) is None:
+        return None
+    return Blocker(downtime.describe(clock.now()), "", f"`gubbins ce downtime remove {downtime.id}` ends it")
 
 
 def quota_limit(ce: Mapping[str, Any]) -> int | None:
