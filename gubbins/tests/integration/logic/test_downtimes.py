@@ -227,6 +227,16 @@ async def test_what_diracx_has_banned_is_down_until_that_is_over(
     assert await down() == set(), "what nobody confirms expires"
 
 
+@pytest.mark.parametrize(("status", "vo"), [("banned", "ALL"), ("ERROR", "All"), ("Banned", "")])
+@pytest.mark.parametrize("site", [True, False])
+async def test_what_others_have_written_in_their_way_counts_too(
+    sqlite_db: MyPilotDB, resource_status_db: ResourceStatusDB, status: str, vo: str, site: bool
+) -> None:
+    await sqlite_db.add_ce("a", 5, 1.0, rules={"site": "LCG.A.org"})
+    await say(resource_status_db, "LCG.A.org" if site else "a", status, vo, site=site)
+    assert await logic.import_downtimes(sqlite_db, resource_status_db) == {"a": f"{status} in DiracX: burning"}
+
+
 async def test_what_is_banned_for_one_vo_is_no_downtime_and_without_that_database_nothing_is_imported(
     sqlite_db: MyPilotDB, resource_status_db: ResourceStatusDB
 ) -> None:

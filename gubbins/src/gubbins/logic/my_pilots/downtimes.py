@@ -133,14 +133,15 @@ async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) 
             resources = await resource_status_db.get_resource_statuses(element_type="ComputeElement")
     except Exception as error:
         raise DowntimeError(f"the resource status of DiracX cannot be read: {one_line(error)}") from error
+    # DIRAC's own tables compare without regard to case, and take no VO for all of them.
+    rows = [
+        (name, row, vo) for vo, named in resources.items() for name, own in named.items() for row in own.values()
+    ]
     down = {
         name: f"{status} in DiracX: {reason}"
-        for name, status, reason, vo in sites
-        if status in _DOWN and vo == "all"
+        for name, status, reason, vo in (*sites, *((name, row.Status, row.Reason, vo) for name, row, vo in rows))
+        if status.capitalize() in _DOWN and (vo or "all").lower() == "all"
     }
-    for name, by_type in resources.get("all", {}).items():
-        if (row := by_type.get("all")) is not None and row.Status in _DOWN:
-            down[name] = f"{row.Status} in DiracX: {row.Reason}"
     ces = {}
     for ce in await db.get_ces():
         rules = rules_of(ce)
