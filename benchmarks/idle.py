@@ -109,7 +109,7 @@ class Cost:
 
     workers: int
     busy: bool
-    """Whether each runs a task beside its wait."""
+    """True if each runs a task beside its wait."""
     per_task: float
     """Server commands that tasks cause, from the submission to the settlement, with what is reported of them."""
     p50_ms: float

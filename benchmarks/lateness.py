@@ -61,7 +61,7 @@ def vos(schedules: int) -> list[str]:
 
 
 def config(kind: str) -> TasksConfig:
-    """When they are due: `far` away; in a `burst`, all at one instant; or `spread` over the period."""
+    """Due times: `far` away; in a `burst`, all at one instant; or `spread` over the period."""
     far = {"schedule": "0 0 1 1 *"}
     burst = {"schedule": f"* * * * * */{PERIOD_SECONDS}"}
     periodic = {"far": far, "burst": burst, "spread": {"interval_seconds": PERIOD_SECONDS}}
@@ -89,7 +89,7 @@ async def serve(url: str, schedules: int, kind: str) -> None:
 
 @asynccontextmanager
 async def schedulers(url: str, schedules: int, kind: str, number: int = 1) -> AsyncIterator[list[int]]:
-    """That many scheduler processes, ended with the block. Yields their process ids, the leader's first."""
+    """Start that many scheduler processes, ended with the block. Yields their process ids, the leader's first."""
     running = []
     broker = RedisStreamBroker(url)
     try:

@@ -118,7 +118,7 @@ async def most_work(state: State, items: int, url: str) -> tuple[int, str]:
 
 
 def _deals_with_all(command: Sequence[str]) -> bool:
-    """Whether its time depends on how much its key has."""
+    """True if its time depends on how much its key has."""
     name = command[0].upper()
     if name in ("ZRANGE", "LRANGE", "ZREVRANGE"):
         return command[2:4] == ["0", "-1"]

@@ -69,12 +69,12 @@ class Observed:
 
     history: History
     started: float
-    """When the submissions began (monotonic)."""
+    """Time when the submissions began (monotonic)."""
     outages: list[Outage] = field(default_factory=list)
     settled: float = 0.0
-    """When the last disturbance was over (monotonic)."""
+    """Time when the last disturbance was over (monotonic)."""
     rested: float | None = None
-    """When everything had come to rest; None: it never did."""
+    """Time when everything had come to rest; None: it never did."""
     left: dict[str, int] = field(default_factory=dict)
     """Remaining work when the wait ended."""
     remains: dict[str, Any] = field(default_factory=dict)

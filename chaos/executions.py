@@ -45,7 +45,7 @@ class Executions:
         self.violent = {*history.killed, *testimony.suicides}
 
     def disturbances(self, run: Run) -> Iterator[tuple[float, str]]:
-        """When and by what it was disturbed."""
+        """Times and kinds of its disturbances."""
         until = float("inf") if run.end is None else run.end + SETTLE_SECONDS
 
         def meets(begin: float, over: float) -> bool:
@@ -77,7 +77,7 @@ class Executions:
         return self._serious(self._history.pauses.get(pid, ()))
 
     def cut_off(self, pid: int) -> list[tuple[float, float]]:
-        """When its link let nothing through in time."""
+        """Times in which its link let nothing through in time."""
         return self._serious(self._history.cut_off.get(self._history.names.get(pid, ""), ()))
 
     def _serious(self, found: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -105,13 +105,13 @@ class Executions:
             yield start, end, late
 
     def was_late(self, run: Run) -> bool:
-        """Whether it may have begun later than the server allowed it to: by a pause, its link, or the server."""
+        """True if it may have begun later than the server allowed it to: by a pause, its link, or the server."""
         spans = [*self.pauses(run.pid), *self.cut_off(run.pid)]
         spans += [(outage.begin, outage.end) for outage in self._outages]
         return any(begin <= run.start <= over + AFTER_SECONDS for begin, over in spans)
 
     def may_be_forgotten(self, start: float, end: float, for_seconds: float) -> bool:
-        """Whether the server may have forgotten, between these moments, what it keeps for so long."""
+        """True if the server may have forgotten, between these moments, what it keeps for so long."""
         return any(
             outage.forgets_from <= end and start <= outage.lost_until + for_seconds for outage in self._outages
         )

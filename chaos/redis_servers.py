@@ -66,12 +66,12 @@ class Outage:
     what: str
     begin: float
     end: float = math.inf
-    """When it answered again (or the promoted replica did)."""
+    """Time when it answered again (or the promoted replica did)."""
     lost_from: float = math.inf
     """Time from which writes may be lost; infinity: none may."""
     lost_until: float = -math.inf
     over: float = math.inf
-    """When no client could talk to a server any more that had been replaced."""
+    """Time when no client could talk to a server any more that had been replaced."""
 
     @property
     def forgets_from(self) -> float:
@@ -257,7 +257,7 @@ class Sentinels:
         moving.cancel()
 
     async def _moved(self, old: int) -> float:
-        """When the replicas but for the old primary followed the new one."""
+        """Time when the replicas but for the old primary followed the new one."""
         others = [number for number in range(len(self._servers)) if number not in (old, self._primary)]
         port = self._servers[self._primary].port
 
@@ -326,7 +326,7 @@ def make(configuration: str, directory: Path) -> Single | Sentinels:
 
 
 def is_under_way(disturbance: asyncio.Task[None] | None) -> bool:
-    """Whether it is not over; raises what it has failed with, before another one takes its place."""
+    """True if it is not over; raises what it has failed with, before another one takes its place."""
     if disturbance is None:
         return False
     if disturbance.done():

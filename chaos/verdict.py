@@ -108,7 +108,7 @@ class ChaosResult:
         ]
 
     def _count(self, name: str, found: list[str], note: str = "") -> Promise:
-        """Something of which there must be none."""
+        """Promise that no event of a kind occurs."""
         self.details += [f"{name}: {text}" for text in found[:10]]
         return Promise(name, len(found), not found, note)
 

@@ -36,9 +36,9 @@ class Held:
     phase: str = "reserved"
     """reserved; running; ended (to be settled); cut off (to be handed back)."""
     locked: bool = False
-    """Whether the worker believes that the task's lock is its own."""
+    """True if the worker believes that the task's lock is its own."""
     ask: bool = False
-    """Whether the lease may have ended since it was reserved: then it is asked for before it begins."""
+    """True if the lease may have ended since it was reserved: then it is asked for before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class WorkerState:
     """valid; expired (its timer has fired, or will when it goes on); ended (for the server, too)."""
     held: tuple[Held, ...] = ()
     answer_lost: bool = False
-    """Whether the last call for work was not answered: what it may have reserved is asked for first."""
+    """True if the last call for work was not answered: what it may have reserved is asked for first."""
 
     @property
     def may_call(self) -> bool:
-        """Whether it can reach the server."""
+        """True if it can reach the server."""
         return self.process == "runs" and self.connected
 
 
@@ -77,7 +77,7 @@ class State:
 
     @property
     def excused(self) -> bool:
-        """Whether a worker was disturbed, so that a task may have begun twice."""
+        """True if a worker was disturbed, so that a task may have begun twice."""
         return not _HARMLESS.issuperset(self.disturbed)
 
 

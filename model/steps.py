@@ -328,7 +328,7 @@ class Steps:
 
 
 def _is_independent(worker: str, held: Held, data: dict[str, Any]) -> bool:
-    """Whether it concerns nobody else: it has no lock and its worker will stay healthy, or it was lost."""
+    """True if it concerns nobody else: it has no lock and its worker will stay healthy, or it was lost."""
     if not TASKS[held.task] and not held.ask:
         return True
     entries, _ = data.get(held.stream, ((), ()))
@@ -337,4 +337,4 @@ def _is_independent(worker: str, held: Held, data: dict[str, Any]) -> bool:
 
 
 class Violation(Exception):
-    """Something that must never be, is."""
+    """Violation of a promise of the protocol."""

@@ -96,7 +96,7 @@ class Tab:
         await expect(self.page.get_by_role("status")).to_contain_text(outcome)
 
     async def is_refused(self, path: str, **fields: str) -> bool:
-        """Whether a form that was made by hand, with all that a form of ours has, comes to nothing."""
+        """True if a form that was made by hand, with all that a form of ours has, comes to nothing."""
         await self.open("/audit")
         token = await self.page.locator('[name="form_token"]').first.input_value()
         status, text = await self.page.evaluate(

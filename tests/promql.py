@@ -129,7 +129,7 @@ class _Reader:
             self._take(",")
 
     def _arguments(self) -> bool:
-        """Whether the last of them is a range."""
+        """True if the last of them is a range."""
         self._need("(")
         while True:
             self.expression()

@@ -18,7 +18,7 @@ class Reading:
 
     table: str
     whole: bool
-    """Whether all rows, or a whole index, may be read."""
+    """True if all rows, or a whole index, may be read."""
     how: str
     """As the server says it."""
     statement: str

@@ -78,7 +78,7 @@ def _version_of(directory: Path) -> list[int]:
 
 
 class Tool(NamedTuple):
-    """Something that tests need."""
+    """Program that tests need."""
 
     name: str
     packages: str

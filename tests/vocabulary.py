@@ -127,7 +127,9 @@ WORDS = (
 )
 
 #: Docstrings that begin with a question or a person. A first line says what the thing is or does.
-OPENINGS = re.compile(r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody)\b')
+OPENINGS = re.compile(
+    r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody|Whether|When|Something|These|They)\b'
+)
 OPENINGS_BOUND = 0
 
 

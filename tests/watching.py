@@ -48,7 +48,7 @@ def written(path: Path) -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, and it is not one that has ended."""
+    """True if there is such a process, and it is not one that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

@@ -306,7 +306,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
 
 
 def _lives(world: World) -> bool:
-    """Whether a start of ours would be refused."""
+    """True if a start of ours would be refused."""
     return _runs(world, "-c", _LIVES)
 
 

@@ -46,7 +46,7 @@ def prepare(name: str) -> Path:
 
 
 def is_ready(name: str) -> bool:
-    """Whether the environment is there and up to date."""
+    """True if the environment is there and up to date."""
     stamp = ENVIRONMENTS / name / "stamp"
     return stamp.exists() and stamp.read_text() == _fingerprint(name)
 

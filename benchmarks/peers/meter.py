@@ -66,9 +66,9 @@ class Reading:
 
     count: int
     first: float
-    """When the first execution began, on the monotonic clock; infinite when there was none."""
+    """Time when the first execution began, on the monotonic clock; infinite when there was none."""
     last: float
-    """When the last one began."""
+    """Time when the last one began."""
     processes: int
     """Number of processes that executed a task."""
 

@@ -410,7 +410,7 @@ class Scenario:
     name: str
     measure: Callable[[Bench, Peer], Figures]
     once: bool = False
-    """Whether one round is enough: it gives the same every time, or takes too long."""
+    """True if one round is enough: it gives the same every time, or takes too long."""
 
 
 SCENARIOS = (

@@ -107,7 +107,7 @@ def check(version: str) -> None:
 
 
 def all_there() -> bool:
-    """Whether `install` has nothing to do."""
+    """True if `install` has nothing to do."""
     return all(program(version).exists() for version in _BUILT)
 
 

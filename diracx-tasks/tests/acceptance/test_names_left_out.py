@@ -28,7 +28,7 @@ def defined(tree: ast.Module | ast.ClassDef, of: str = "") -> Iterator[str]:
 
 
 def is_there(module: str, name: str) -> bool:
-    """Whether ours has it, also a field that only instances have."""
+    """True if ours has it, also a field that only instances have."""
     try:
         found: object = importlib.import_module(module)
     except ImportError:

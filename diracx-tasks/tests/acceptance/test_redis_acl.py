@@ -483,7 +483,7 @@ class Roles:
 
 
 async def submit(world: Roles, submitter: RedisStreamBroker) -> None:
-    """All that a submitter does, with all that workers and the scheduler do about it."""
+    """Run all operations of a submitter, with all that workers and the scheduler do about it."""
     tasks, labels = world.tasks, {"result_ttl_seconds": 60}
     soon, late = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (1, 3600))
     waited_for = [

@@ -86,7 +86,7 @@ class Task:
 
 
 def _is_poison_candidate(task: Task, more: int) -> bool:
-    """One that is poison is no candidate any more: it will not run again."""
+    """True for a poison candidate. One that is poison is none any more: it will not run again."""
     assert task.delivery is not None
     delivery = replace(task.delivery, deliveries=1, earlier_redeliveries=task.redelivery_count + more, survived=0)
     return is_poison_candidate(delivery, MAX_DELIVERIES)

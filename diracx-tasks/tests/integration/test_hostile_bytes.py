@@ -252,7 +252,7 @@ async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable
 
 
 async def _ended(redis: Redis) -> bool:
-    """Whether every message has left the streams and the delayed set."""
+    """True if every message has left the streams and the delayed set."""
     left = [await redis.xlen(stream) for stream in STREAMS]
     return not any(left) and not await redis.zcount(keys.DELAYED, "-inf", "+inf")
 

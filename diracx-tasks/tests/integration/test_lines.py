@@ -822,7 +822,7 @@ async def all_step(worker: Worker, needs: Mapping[str, Callable[[], Sequence[Bas
 async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one_of_them(
     worker: Worker, order: str, kind: type[MutexLock | ExclusiveRWLock | ConcurrencyLimiter]
 ) -> None:
-    """They are never free at the same time, as each goes on to the next task at once."""
+    """Locks are never free at the same time, as each goes on to the next task at once."""
     names = sorted(order)
     needs: dict[str, Callable[[], Sequence[BaseLock]]] = {
         name: lambda name=name: [named(name, kind)]  # type: ignore[misc]

@@ -153,7 +153,7 @@ async def test_a_task_that_declares_a_key_more_than_once_runs(redis_url: str, re
 async def test_locks_that_can_never_be_granted_together_are_refused_by_name(
     redis_url: str, redis: Redis, which: str
 ) -> None:
-    """When it is submitted; and when it starts, for those submitted by an earlier version of the class."""
+    """Times of its submission, and of its start, for those submitted by an earlier version of the class."""
     make, reason = NEVER[which]
     DECLARED[which] = lambda: []
     try:

@@ -114,7 +114,7 @@ async def test_limiters_of_different_windows_on_one_key_each_keep_their_own_limi
 
 
 async def set_back(redis: Redis, by_ms: int) -> None:
-    """All that was written by the clock lies so much further ahead."""
+    """Timestamps that were written lie so much further ahead."""
     for timers in (keys.LINES, keys.DELAYED):
         for name, due in await redis.zrange(timers, 0, -1, withscores=True):
             await redis.zadd(timers, {name: due + by_ms})

@@ -25,7 +25,7 @@ class Now(BaseTask):
 
 
 async def far_away(broker: RedisStreamBroker) -> None:
-    """Something is delayed already, for so long that nobody need look."""
+    """A task is delayed already, for so long that nobody need look."""
     due = datetime.now(UTC) + timedelta(hours=1)
     message = TaskMessage(task_id="far-away", task_name="test:Now")
     await broker.submit([Submission(message, keys.stream_name_for("normal", "medium"), due)])

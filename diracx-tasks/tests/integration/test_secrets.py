@@ -72,7 +72,7 @@ TASKS = [Broken, Retried, Counting, Often, Parent]
 
 
 async def everything(redis: Redis) -> str:
-    """All that the server keeps, but the arguments in messages."""
+    """Read all that the server keeps, but the arguments in messages."""
     found: list[Any] = [
         await redis.hgetall(keys.OUTCOMES),
         [vars(each) if hasattr(each, "__dict__") else repr(each) for each in await list_groups(redis)],

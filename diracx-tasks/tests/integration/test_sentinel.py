@@ -87,7 +87,7 @@ class AppContext:
         return f"redis+sentinel://{','.join(self.places)}/{SERVICE}"
 
     def is_complete(self) -> bool:
-        """Whether the replica follows, and every sentinel knows it and both other sentinels."""
+        """True if the replica follows, and every sentinel knows it and both other sentinels."""
         try:
             with Redis.from_url(self.primary.url) as primary:
                 replicas = primary.info("replication")
@@ -102,7 +102,7 @@ class AppContext:
         )
 
     def replicated(self) -> bool:
-        """Whether the replica has everything the primary has."""
+        """True if the replica has everything the primary has."""
         with Redis.from_url(self.primary.url) as primary:
             info = primary.info("replication")
         return bool(info["slave0"]["offset"] == info["master_repl_offset"])

@@ -122,7 +122,7 @@ async def plan_by_a_clock_ahead(redis: Redis, ahead_ms: int) -> None:
 
 
 async def planned_as_it_should_be(redis: Redis) -> bool:
-    """Whether each next run is the first occurrence after now."""
+    """True if each next run is the first occurrence after now."""
     seconds, _ = await redis.time()
     now, found = datetime.fromtimestamp(seconds, UTC), await next_runs(redis)
     for task in SCHEDULES:

@@ -91,7 +91,7 @@ def calls(source: str) -> Iterator[str]:
 
 
 def is_bounded(call: str) -> bool:
-    """Whether it is clear from the call that it deals with a limited number of items."""
+    """True if it is clear from the call that it deals with a limited number of items."""
     name, *arguments = [part.strip() for part in call.split(",")]
     command = name.strip("'")
     if command in ("HGETALL", "HKEYS", "HVALS", "SMEMBERS", "KEYS", "SORT", "ZREMRANGEBYSCORE", "ZREMRANGEBYRANK"):

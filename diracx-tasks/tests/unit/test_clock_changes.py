@@ -30,7 +30,7 @@ ZONES = [
 
 @cache
 def changes(zone: ZoneInfo) -> list[datetime]:
-    """When the clocks were or will be changed."""
+    """Times of past and future clock changes."""
     moment, step, found = datetime(1997, 1, 1, tzinfo=UTC), timedelta(minutes=15), []
     while moment.year < 2031:
         there = moment + timedelta(days=10)

@@ -289,7 +289,7 @@ def _as_set(elements: list[Any]) -> set[Any]:
 
 
 def described(value: Any) -> Any:
-    """All that tells two values apart, worked out without the code under test."""
+    """Fingerprint that tells two values apart, worked out without the code under test."""
     if isinstance(value, set | frozenset):
         return (type(value), sorted(map(repr, map(described, value))))
     if isinstance(value, dict):

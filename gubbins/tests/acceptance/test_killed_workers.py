@@ -89,7 +89,7 @@ class Site:
         return process
 
     def kill_a_worker(self, moment: str) -> None:
-        """One that has submitted the pilot (`after`) or was about to (`before`), and has told nobody."""
+        """Worker that has submitted the pilot (`after`) or was about to (`before`), and has told nobody."""
         self.submit()
         worker = self.worker(moment)
         eventually((self.directory / "stalled").exists, f"no submission: {self._said()}")

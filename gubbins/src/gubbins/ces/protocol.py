@@ -129,7 +129,7 @@ class CEBackend(ABC, Generic[SettingsT]):
     """Model of the `settings` of a compute element."""
 
     operator_only: ClassVar[bool] = False
-    """Whether such compute elements come from the operator's files alone, never through the API: for back
+    """True if such compute elements come from the operator's files alone, never through the API: for back
     ends whose settings amount to running commands on our own hosts."""
 
     grid_type: ClassVar[str] = ""

@@ -80,7 +80,7 @@ class PilotSettings(CESettings):
         return self.scripts.get(vo, default)
 
     def keeps(self, status: MyPilotStatus) -> bool:
-        """Whether the files of a pilot that ended so stay."""
+        """True if the files of a pilot that ended so stay."""
         return self.keep == "all" or (self.keep == "failed" and status is MyPilotStatus.FAILED)
 
 

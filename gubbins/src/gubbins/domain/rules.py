@@ -165,7 +165,7 @@ class CERules(BaseModel):
 
 
 def serves(vos: Sequence[str] | None, vo: str) -> bool:
-    """Whether a compute element that lists `vos` takes pilots of `vo`; None serves all."""
+    """True if a compute element that lists `vos` takes pilots of `vo`; None serves all."""
     return vos is None or vo in vos
 
 

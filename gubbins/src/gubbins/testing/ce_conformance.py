@@ -197,7 +197,7 @@ class CESiteConformance(CEConformance):
     """
 
     fetches_output: ClassVar[bool] = True
-    """Whether stdout and stderr can be had; if not, `output` is to raise `OutputUnavailableError`."""
+    """True if stdout and stderr can be had; if not, `output` is to raise `OutputUnavailableError`."""
 
     def starts(self, stamp: str) -> int | None:
         """Override: how often that pilot was started, as it has noted itself; None: that cannot be known."""

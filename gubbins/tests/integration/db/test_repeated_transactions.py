@@ -115,7 +115,7 @@ OPERATIONS = (
 
 
 async def _rows(db: MyPilotDB) -> dict[str, list[tuple[Any, ...]]]:
-    """All that there is, without its times, and with ids as they are among each other."""
+    """Read all rows, without their times, and with ids as they are among each other."""
     found = {}
     async with db.engine.connect() as connection:
         for name, table in db.metadata.tables.items():

@@ -24,7 +24,7 @@ async def test_a_command_gets_its_input_and_gives_its_output_and_exit_code() -> 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 1_000_000])
 async def test_commands_that_do_not_read_their_input_succeed(size_bytes: int) -> None:
-    """They may have closed it before anything is written to it."""
+    """Commands may close the pipe before anything is written to it."""
     for _ in range(10):
         runs = (LocalShell().run(["/bin/true"], stdin=b"x" * size_bytes, timeout=60) for _ in range(3))
         assert await asyncio.gather(*runs) == 3 * [(0, "", "")]

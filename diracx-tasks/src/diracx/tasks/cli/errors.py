@@ -11,7 +11,7 @@ _LONGEST = 1000
 
 
 class CliError(Exception):
-    """Something the user can mend. Shown as one line, without a traceback.
+    """Error that the user can mend. Shown as one line, without a traceback.
 
     Args:
         message: what, which value, and the way out.

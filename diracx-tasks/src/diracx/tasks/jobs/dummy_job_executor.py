@@ -33,7 +33,7 @@ _BATCH = 1000
 
 
 class DummyJobExecutorSettings(BaseModel):
-    """Whether jobs are executed in pretence, and how soon: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
+    """Settings of the pretended execution of jobs: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
 
     The schedule below is made of them when this module is imported, and they are read without the settings of
     DiracX, whose import takes longer than that of all the rest.

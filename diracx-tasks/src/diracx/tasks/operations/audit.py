@@ -54,7 +54,7 @@ class AuditEntry:
     outcome: str | None
     """Result; None: not known, as it is not over, its process died, or this could not be written."""
     ok: bool | None
-    """Whether it was done."""
+    """True if it was done."""
 
 
 async def audited(

@@ -51,7 +51,7 @@ def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[lis
 
 
 def has_secrets(message: TaskMessage) -> bool:
-    """Whether the message says that some of its arguments are secret, or has secrets among them."""
+    """True if the message says that some of its arguments are secret, or has secrets among them."""
     return LABEL_SECRET in message.labels or _holds_secret([message.task_args, message.task_kwargs])
 
 

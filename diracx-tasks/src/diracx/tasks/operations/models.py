@@ -105,7 +105,7 @@ class Worker(Shown):
     host: str
     pid: int
     alive: bool
-    """Whether its lease holds."""
+    """True if its lease holds."""
     lease_until: datetime | None
     size: str | None = None
     slots: int | None = None
@@ -137,7 +137,7 @@ class RunningTask(Shown):
     since: datetime
     worker: str
     blocks_worker: bool = False
-    """Whether it blocks the event loop of its worker."""
+    """True if it blocks the event loop of its worker."""
     locks: list[str] = field(default_factory=list)
     """Redis keys of the locks it holds."""
     arguments: dict[str, Any] | None = None
@@ -155,9 +155,9 @@ class DelayedTask(Shown):
     queue: str
     reason: DelayReason
     due: datetime
-    """When it is looked at again, or the line of its lock; a lock that is given back brings it sooner."""
+    """Time when it is looked at again, or the line of its lock; a lock that is given back brings it sooner."""
     waiting_since: datetime | None
-    """When it was first refused by a lock."""
+    """Time when it was first refused by a lock."""
     lock: str | None
     """The lock that refused it (Redis key), for the reasons `lock` and `rate`."""
     failed_attempts: int | None = 0
@@ -202,7 +202,7 @@ class Holder(Shown):
     owner: str
     """The name under which it is held."""
     until: datetime | None = None
-    """When it ends unless it is renewed; None for a reader, and with a mutex: see `Lock.expires`."""
+    """Time when it ends unless it is renewed; None for a reader, and with a mutex: see `Lock.expires`."""
     worker: str | None = None
     """None for a lock that is held outside the task system."""
     task_id: str | None = None
@@ -229,7 +229,7 @@ class Lock(Shown):
     window_seconds: float | None = None
     """Of a rate limiter."""
     expires: datetime | None = None
-    """When it ends by itself unless it is renewed; None: never, or it is not held."""
+    """Time when it ends by itself unless it is renewed; None: never, or it is not held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,7 +342,7 @@ class Snapshot(Shown):
     delayed_lateness_seconds: float
     """The same of delayed tasks."""
     scheduler_leads: bool
-    """Whether there is a leading scheduler."""
+    """True if there is a leading scheduler."""
     groups: int
     """Callback groups that have not called back."""
     groups_stuck: int
@@ -350,7 +350,7 @@ class Snapshot(Shown):
     dead_letters_waiting: int
     """Dead letters in Redis, that wait for a worker with a database."""
     dead_letters_waiting_since: datetime | None
-    """When the first of them came."""
+    """Time when the first of them came."""
     memory_bytes: int | None
     """Used by the server; None where its user may not ask."""
     memory_limit_bytes: int | None

@@ -17,7 +17,7 @@ class _Answer:
     seconds: float
     """Time for which it is kept."""
     at: float | None = None
-    """When it came, by the monotonic clock; None: it is being computed."""
+    """Time when it came, by the monotonic clock; None: it is being computed."""
 
     def is_over(self) -> bool:
         return self.at is not None and time.monotonic() - self.at > self.seconds

@@ -111,9 +111,9 @@ class Column(Generic[_Row]):
     form: Callable[[Any], str] = plain
     """Makes text from the value."""
     right: bool = False
-    """Whether it is aligned to the right, and never broken into lines."""
+    """True if it is aligned to the right, and never broken into lines."""
     whole: bool = False
-    """Whether it is never broken into lines."""
+    """True if it is never broken into lines."""
     longest: int | None = None
     """Characters after which the text is cut off."""
     style: Callable[[_Row], str] | None = None

@@ -31,7 +31,7 @@ class Viewer:
     """The VO whose things are shown; None: those of all VOs, and those of none."""
 
     def sees(self, vo: str | None) -> bool:
-        """Whether things of this VO (None: of no VO) are shown."""
+        """True if things of this VO (None: of no VO) are shown."""
         return self.vo is None or vo == self.vo
 
     def chosen(self, vo: str | None) -> str | None:

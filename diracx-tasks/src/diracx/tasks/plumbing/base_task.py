@@ -132,11 +132,11 @@ class BaseTask:
     size: ClassVar[Size] = Size.MEDIUM
     retry_policy: ClassVar[RetryPolicyBase] = NoRetry()
     dlq_eligible: ClassVar[bool] = False
-    """Whether the task is kept in the dead-letter queue when it finally failed."""
+    """True if the task is kept in the dead-letter queue when it finally failed."""
     time_limit_seconds: ClassVar[float | None] = None
     """An execution that takes longer is cancelled and counts as failed. None: no limit."""
     at_most_once: ClassVar[bool] = False
-    """Whether it must not begin twice: it has no retries, and fails if its lease, a lock or its worker is lost."""
+    """True if it must not begin twice: it has no retries, and fails if its lease, a lock or its worker is lost."""
     secret_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields whose values are shown to nobody: command line, dashboard and failures have `•••` in their place."""
 
@@ -233,7 +233,7 @@ class PeriodicBaseTask(BaseTask):
 
     default_schedule: ClassVar[TaskScheduleBase]
     _enabled: ClassVar[bool] = True
-    """Whether it is scheduled at all, unless configuration says otherwise."""
+    """True if it is scheduled at all, unless configuration says otherwise."""
     missed: ClassVar[Literal["once", "skip"]] = "once"
     """Handling of runs that were missed while no scheduler ran: one late run for all of them, or none."""
 

@@ -26,7 +26,7 @@ class StreamSettings:
     poll_seconds: float = 2.0
     """Interval at which the live part of a page is made again; equal pages share it."""
     keepalive_seconds: float = 15.0
-    """Something is sent at least so often: proxies cut off what is silent."""
+    """Longest time in which nothing is sent: proxies cut off what is silent."""
     session_check_seconds: float = 15.0
     """Interval at which it is checked that the session is not over."""
     max_seconds: float = 3600.0
@@ -71,7 +71,7 @@ class LivePage:
     """Renders the part that changes."""
     charts: Callable[[], Awaitable[dict[str, Any]]] | None
     still_allowed: Callable[[], Awaitable[bool]]
-    """Whether the session is valid; a `gone` event ends the stream when it is not."""
+    """True if the session is valid; a `gone` event ends the stream when it is not."""
     explained: Callable[[Exception], str]
     """The text of an error, for users."""
     closing: asyncio.Event

@@ -48,16 +48,16 @@ class Job(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        """Whether the job has ended; one that was removed may still run."""
+        """True if the job has ended; one that was removed may still run."""
         return self.status == _COMPLETED or (self.status == _REMOVED and self.remote_host is None)
 
     def abandoned(self, spool_seconds: float) -> bool:
-        """Whether the files of the job were never spooled because their sender died; it would wait for ever."""
+        """True if the files of the job were never spooled because their sender died; it would wait for ever."""
         return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > spool_seconds
 
     @property
     def completed(self) -> bool:
-        """Whether the job has completed, so that its output is there."""
+        """True if the job has completed, so that its output is there."""
         return self.status == _COMPLETED
 
 

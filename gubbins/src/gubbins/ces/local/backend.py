@@ -149,7 +149,7 @@ class LocalBackend(CEBackend[LocalSettings]):
 
     @staticmethod
     def _is_here(pilot: PilotAtCE) -> bool:
-        """Whether the pilot is a process of this host: its reference is none of another host."""
+        """True if the pilot is a process of this host: its reference is none of another host."""
         return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:

@@ -206,7 +206,7 @@ class LocalJob:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def wrote_before(self, name: str, timestamp: float) -> bool:
-        """Whether such a file exists and was written before then (s since 1970)."""
+        """True if such a file exists and was written before then (s since 1970)."""
         written_at = modified_at(self.path / name)
         return written_at is not None and written_at <= timestamp
 

@@ -70,6 +70,6 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
         return _DONE if self.will_succeed(pilot.stamp) else _FAILED
 
     def will_succeed(self, stamp: str) -> bool:
-        """Whether the pilot ends as DONE: true for a share of `success_rate` of all stamps."""
+        """True if the pilot ends as DONE: true for a share of `success_rate` of all stamps."""
         digest = hashlib.blake2b(f"{self.settings.seed}:{stamp}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.ce.success_rate

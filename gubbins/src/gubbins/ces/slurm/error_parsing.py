@@ -49,12 +49,12 @@ def error_line(done: Completed) -> str:
 
 
 def is_unreachable(done: Completed) -> bool:
-    """Whether the controller was unreachable, so that nothing is known."""
+    """True if the controller was unreachable, so that nothing is known."""
     return any(_UNREACHABLE.search(line) for line in error_lines(done))
 
 
 def has_ended(done: Completed) -> bool:
-    """Whether all that scancel has to say is that jobs have ended in the meantime."""
+    """True if all that scancel has to say is that jobs have ended in the meantime."""
     return all(re.search(r"already complet|invalid job id", line, re.I) for line in error_lines(done))
 
 

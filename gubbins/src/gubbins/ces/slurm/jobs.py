@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
     @property
     def ended(self) -> bool:
-        """Whether the job has ended."""
+        """True if the job has ended."""
         return self.state == "COMPLETED" or self.state in _FAILURES
 
     @property
@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
     @property
     def active(self) -> bool:
-        """Whether this cluster has the job, and it has not ended."""
+        """True if this cluster has the job, and it has not ended."""
         return not self.ended and self.state != _ELSEWHERE
 
 
@@ -76,12 +76,12 @@ _NO_RECORD = Record("", "", False, "")
 
 
 def is_job_number(text: str) -> bool:
-    """Whether the text is a job number of Slurm."""
+    """True if the text is a job number of Slurm."""
     return _NUMBER.fullmatch(text) is not None
 
 
 def is_reference(text: str) -> bool:
-    """Whether the text is `number`, or `number;cluster`."""
+    """True if the text is `number`, or `number;cluster`."""
     return _REFERENCE.fullmatch(text) is not None
 
 

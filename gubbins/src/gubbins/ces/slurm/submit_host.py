@@ -73,7 +73,7 @@ class SubmitHostBackend(CEBackend[SettingsT]):
 
     @property
     def has_directories(self) -> bool:
-        """Whether the nodes have the pilots' directories."""
+        """True if the nodes have the pilots' directories."""
         return True
 
     @abstractmethod

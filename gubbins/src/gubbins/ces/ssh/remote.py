@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 
 def is_stamp(stamp: str) -> bool:
-    """Whether the stamp is safe as the name of a directory."""
+    """True if the stamp is safe as the name of a directory."""
     return _STAMP.fullmatch(stamp) is not None
 
 

@@ -235,7 +235,7 @@ class ComputeElementsMixin(DowntimesMixin):
 
     @transaction
     async def holds_pilots(self, name: str, *, lock: bool = False) -> bool:
-        """Whether any slot of the compute element is taken, by any VO.
+        """True if any slot of the compute element is taken, by any VO.
 
         With `lock`, no other transaction reserves one there until this one ends.
         """

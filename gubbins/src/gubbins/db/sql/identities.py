@@ -170,5 +170,5 @@ class IdentitiesMixin(PilotSession):
 
 
 def is_stale(status: MyPilotStatus, stale_at: datetime | None) -> bool:
-    """Whether the heartbeats of a running pilot have stopped; one that never sent any is not stale."""
+    """True if the heartbeats of a running pilot have stopped; one that never sent any is not stale."""
     return status is MyPilotStatus.RUNNING and stale_at is not None and stale_at < clock.now()

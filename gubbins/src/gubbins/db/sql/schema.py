@@ -414,7 +414,7 @@ class PilotIdentities(MyPilotDBBase):
 
 
 def columns_of(table: type[MyPilotDBBase], *keys: str) -> tuple[Label[Any], ...]:
-    """These columns of a table (none: all), labelled with their names in Python: rows have the database's."""
+    """Select columns of a table (none: all), labelled with their names in Python: rows have the database's."""
     columns = cast(Table, table.__table__).columns
     return tuple(columns[key].label(key) for key in keys or columns.keys())
 

@@ -86,14 +86,14 @@ def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
 
 
 def _pauses(ce: Mapping[str, Any]) -> bool:
-    """Whether the last failed status call is too recent for another try."""
+    """True if the last failed status call is too recent for another try."""
     status = ce["circuits"][CECall.STATUS]
     pause = timedelta(seconds=rules_of(ce).breaker_pause_seconds)
     return bool(clock.now() < (status["open_until"] or status["last_error_at"] + pause))
 
 
 def half_open(ce: Mapping[str, Any]) -> bool:
-    """Whether this compute element gets a single pilot, as a probe."""
+    """True if this compute element gets a single pilot, as a probe."""
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
     return bool(status["failures"]) or submit["state"] is CircuitState.HALF_OPEN
 

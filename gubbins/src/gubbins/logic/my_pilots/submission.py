@@ -140,7 +140,7 @@ async def _reserve(
 
 
 async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
-    """Whether the compute element has confirmed the pilot."""
+    """True if the compute element has confirmed the pilot."""
     pilot = await db.get_pilot(pilot_id)
     return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
 

@@ -37,7 +37,7 @@ from ..runtime.task_arguments import CheckedTask, TaskOptions
 
 
 class Debugger(StrEnum):
-    """When pdb takes over."""
+    """Time when pdb takes over."""
 
     NONE = "none"
     BEFORE = "before"

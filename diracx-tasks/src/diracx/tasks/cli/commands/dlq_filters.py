@@ -82,7 +82,7 @@ class Filters:
 
     @property
     def narrow(self) -> bool:
-        """Whether a filter was given."""
+        """True if a filter was given."""
         return any(value is not None for value in (self.task, self.reason, self.since, self.before))
 
 

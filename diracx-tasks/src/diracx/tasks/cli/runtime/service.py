@@ -49,7 +49,7 @@ class Service:
         self.on_second_signal: Callable[[], None] = lambda: None
 
     def is_ready(self) -> bool:
-        """Whether it serves, and is not about to stop."""
+        """True if it serves, and is not about to stop."""
         return self._ready is not None and self._ready.is_set() and not self.stop.is_set()
 
     async def open(

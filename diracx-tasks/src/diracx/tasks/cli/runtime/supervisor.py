@@ -45,7 +45,7 @@ def own_number() -> int | None:
 
 
 def is_supervised() -> bool:
-    """Whether this process is a child of a supervisor."""
+    """True if this process is a child of a supervisor."""
     return _inherited(_SOCKET_VARIABLE) is not None
 
 
@@ -84,7 +84,7 @@ class Child:
     process: asyncio.subprocess.Process | None = field(default=None, init=False)
     """None while it does not run."""
     is_ready: bool = field(default=False, init=False)
-    """Whether this run of it has reported that it is ready."""
+    """True if this run of it has reported that it is ready."""
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it runs."""
@@ -95,7 +95,7 @@ class Child:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When a child that ended is started again, and when the supervisor gives up instead."""
+    """Policy by which a child that ended is started again, and the supervisor gives up in the end."""
 
     every_child_must_start: bool
     """Give up when a child ends before it was ready; else only while none has ever been ready."""

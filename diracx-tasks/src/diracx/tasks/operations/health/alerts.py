@@ -15,9 +15,9 @@ class Severity(StrEnum):
 
     OK = "ok"
     WARNING = "warning"
-    """Something is slow, or has failed and is over."""
+    """An operation is slow, or has failed and is over."""
     CRITICAL = "critical"
-    """Something does not happen that should."""
+    """An operation that should happen does not."""
     UNKNOWN = "unknown"
     """A check could not be made."""
 
@@ -53,7 +53,7 @@ class Alert(Shown):
     since: datetime | None = None
     """Since when it is so: by the data, else since it was first noticed; None where that is not known."""
     public: bool = False
-    """Whether those who see the numbers of the installation may see it whole: it names no task, lock or site."""
+    """True if those who see the numbers of the installation may see it whole: it names no task, lock or site."""
     path: str = "/"
     """The page of the dashboard that has more about it."""
 

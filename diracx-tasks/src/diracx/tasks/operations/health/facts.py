@@ -34,7 +34,7 @@ class Contended:
     task_id: str
     task_name: str
     since: datetime
-    """When its task began."""
+    """Time when its task began."""
     waiters: int
 
 

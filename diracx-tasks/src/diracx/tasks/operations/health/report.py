@@ -27,7 +27,7 @@ class Health(Shown):
     """Error with which the server did not answer."""
 
     def for_viewer(self, viewer: Viewer) -> Health:
-        """As far as a viewer may see it: of what concerns other VOs only that it is so."""
+        """Reduce it to what a viewer may see: of what concerns other VOs only that it is so."""
         if viewer.vo is None:
             return self
         shown = [alert for alert in self.alerts if alert.public]

@@ -154,7 +154,7 @@ class DirectConnection:
         self._pool: Any = redis.connection_pool
         self._connection: Any = None
         self.in_use = False
-        """Whether a caller waits for an answer."""
+        """True if a caller waits for an answer."""
 
     async def execute(
         self, *commands: Sequence[Any], sent: Callable[[int], None] = lambda socket: None

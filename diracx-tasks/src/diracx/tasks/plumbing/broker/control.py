@@ -77,7 +77,7 @@ class ControlConnection:
                 raise
 
     def run_id(self) -> str:
-        """That of the server's process, another one after each restart or failover; empty when it does not say.
+        """Run id of the server's process, another one after each restart or failover; empty when it does not say.
 
         Raises:
             redis.exceptions.RedisError: when no server answers.
@@ -113,7 +113,7 @@ class ControlConnection:
             self._connected()
 
     def _is_message(self, answer: Any) -> bool:
-        """Whether this is no answer, but the message of a channel, which is passed on."""
+        """True if this is no answer, but the message of a channel, which is passed on."""
         if not (isinstance(answer, list) and answer and answer[0] in (_MESSAGE, _SUBSCRIBED)):
             return False
         if answer[0] == _MESSAGE:

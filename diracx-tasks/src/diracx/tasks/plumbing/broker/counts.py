@@ -31,7 +31,7 @@ class Counts:
         """Runs of schedules, by name of the task, and whether they were submitted."""
 
     def note_submitted(self, submissions: Iterable[Submission]) -> None:
-        """These were sent, and the server has them."""
+        """Count messages that were sent, and that the server has."""
         for submission in submissions:
             self.note_one(submission.message.task_name, submission.stream, submission.at_time is not None)
 
@@ -42,7 +42,7 @@ class Counts:
         count_submission(name, stream, delayed)
 
     def note_reclaimed(self, deliveries: Iterable[Delivery]) -> None:
-        """These were taken over."""
+        """Count deliveries that were taken over."""
         for delivery in deliveries:
             self.reclaimed[delivery.stream] = self.reclaimed.get(delivery.stream, 0) + 1
 
@@ -59,7 +59,7 @@ class Counts:
 
 
 def is_collected() -> bool:
-    """Whether OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
+    """True if OpenTelemetry's SDK is set up in this process, so that metrics are collected."""
     sdk = sys.modules.get("opentelemetry.sdk.metrics")
     if sdk is None:
         return False

@@ -52,7 +52,7 @@ class GroupStatus:
     """Registry name of the task that is submitted instead when one has failed."""
     created: datetime
     expires: datetime
-    """When it is forgotten, if nothing happens until then."""
+    """Time when it is forgotten, if nothing happens until then."""
     pending_children: list[str] = field(default_factory=list)
     """Their task ids; filled by `read_group` only, like the next."""
     failed_children: dict[str, str] = field(default_factory=dict)

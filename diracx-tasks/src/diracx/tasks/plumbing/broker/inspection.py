@@ -78,7 +78,7 @@ async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> Any
 
 
 async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
-    """When the line of each lock is looked at (ms); None: it is not."""
+    """Time of the next poll of the line of each lock (ms); None: there is none."""
     return dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
 
 

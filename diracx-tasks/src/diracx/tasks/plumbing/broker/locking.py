@@ -56,7 +56,7 @@ async def reset_rate(redis: Redis, key: str) -> bool:
 
 
 def can_be_packed(value: Any) -> bool:
-    """Whether a value, as a lock of the user's own kind, can be sent to the server."""
+    """True if a value, as a lock of the user's own kind, can be sent to the server."""
     try:
         pack(value)
     except Exception:

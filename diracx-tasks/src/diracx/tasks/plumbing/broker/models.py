@@ -293,7 +293,7 @@ class Delivery:
     raw: bytes
     """Everything the entry holds, for the dead-letter queue when it cannot be read."""
     since: str = "0"
-    """When it first began to wait for a lock (µs since the epoch), or 0."""
+    """Time when it first began to wait for a lock (µs since the epoch), or 0."""
     earlier_redeliveries: int = 0
     """Number of workers that died with it before it was parked or handed back: entries before this one."""
     occurrence: str | None = None
@@ -310,15 +310,15 @@ class Delivery:
 
     @property
     def redelivered(self) -> bool:
-        """Whether another worker had it before, and may have begun it."""
+        """True if another worker had it before, and may have begun it."""
         return self.earlier_redeliveries + self.deliveries > 1
 
     cancelled: bool = False
-    """Whether it was cancelled before it got here."""
+    """True if it was cancelled before it got here."""
 
     @property
     def queued_at(self) -> float:
-        """When it came, or began to wait for a lock: seconds since the epoch, by the server's clock."""
+        """Time when it came, or began to wait for a lock: seconds since the epoch, by the server's clock."""
         return int(self.since) / 1e6 if self.since != "0" else int(self.entry.partition("-")[0]) / 1e3
 
     @property

@@ -1,4 +1,4 @@
-"""All that is known of the published package 0.7, whose data may be in Redis and whose processes may still run.
+"""Compatibility with the published package 0.7, whose data may be in Redis and whose processes may still run.
 
 Its delayed tasks and groups are converted by `lua/_published*.lua` as they are met; `scheduling.py` holds its lock
 of the leading scheduler together with ours. To forget 0.7, delete these, `lua/finished.lua` and their callers.
@@ -179,7 +179,7 @@ async def _delayed_as_published(redis: Redis, now_ms: int) -> tuple[int, int]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it has no value of an extension type, as a moment: 0.7 loses what is delayed and has one."""
+    """True if it has no value of an extension type, as a moment: 0.7 loses what is delayed and has one."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, _EXTENSIONS)

@@ -87,7 +87,7 @@ def _candidate_from(max_deliveries: int) -> int:
 
 
 def is_poison_candidate(delivery: Delivery, max_deliveries: int) -> bool:
-    """Whether it may be what its workers died of, and runs once more all the same."""
+    """True if it may be what its workers died of, and runs once more all the same."""
     return _candidate_from(max_deliveries) <= delivery.redelivery_count < max_deliveries
 
 
@@ -577,7 +577,7 @@ class RedisStreamBroker:
     # --- results ----------------------------------------------------------------------------------------
 
     async def is_result_ready(self, task_id: str) -> bool:
-        """Whether a result is stored under this id."""
+        """True if a result is stored under this id."""
         return bool(await self.redis.exists(keys.RESULT_PREFIX + task_id))
 
     async def get_result(self, task_id: str) -> TaskResult[Any]:

@@ -43,7 +43,7 @@ class RedisResultBackend:
         await self._redis.set(f"{self.prefix}:{task_id}", result.dumpb(), ex=self.result_ttl_seconds)
 
     async def is_result_ready(self, task_id: str) -> bool:
-        """Whether a result is stored under this id."""
+        """True if a result is stored under this id."""
         return bool(await self._redis.exists(f"{self.prefix}:{task_id}"))
 
     async def get_result(self, task_id: str) -> TaskResult[Any]:

@@ -97,7 +97,7 @@ async def lead_left_ms(redis: Redis) -> int:
 
 
 async def has_leader(redis: Redis) -> bool:
-    """Whether a scheduler leads."""
+    """True if a scheduler leads."""
     return bool(await redis.execute_command("EXISTS", keys.LEADER))
 
 
@@ -120,13 +120,13 @@ async def fingerprints(redis: Redis) -> dict[bytes, bytes]:
 
 
 async def next_runs(redis: Redis) -> dict[str, int]:
-    """When each schedule is due (ms)."""
+    """Due time of each schedule (ms)."""
     found = redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)
     return {text_of(schedule): ms_of(str(due)) async for schedule, due in found}
 
 
 async def next_run(redis: Redis, schedule: str) -> int | None:
-    """When a schedule is due (ms); None when it has no next run."""
+    """Due time of a schedule (ms); None when it has no next run."""
     stored = await redis.execute_command("ZSCORE", keys.NEXT_RUNS, schedule)
     return None if stored is None else ms_of(stored)
 
@@ -185,7 +185,7 @@ class Outcome:
     """Type of the exception."""
     message: str | None = None
     retry_at: datetime | None = None
-    """When it is tried again; None when it has ended permanently."""
+    """Time when it is tried again; None when it has ended permanently."""
 
 
 @dataclass(frozen=True)

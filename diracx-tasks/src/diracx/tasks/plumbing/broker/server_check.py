@@ -108,7 +108,7 @@ class Server:
     script_error: str | None = None
     """Error of the server for a script that declares no keys."""
     has_sentinels: bool = False
-    """Whether its address came from Sentinels."""
+    """True if its address came from Sentinels."""
 
     @property
     def run_id(self) -> str | None:

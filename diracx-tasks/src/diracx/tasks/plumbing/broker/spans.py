@@ -18,7 +18,7 @@ TRACER = "diracx.tasks"
 
 
 def is_traced() -> bool:
-    """Whether OpenTelemetry's SDK is loaded in this process. Without it, nothing is done here."""
+    """True if OpenTelemetry's SDK is loaded in this process. Without it, nothing is done here."""
     return "opentelemetry.sdk.trace" in sys.modules
 
 

@@ -136,12 +136,12 @@ def control_channels(worker: str) -> tuple[str, ...]:
 
 
 async def leases(redis: Redis) -> dict[str, float]:
-    """When the lease of each worker ends (ms); below zero for those that are dead: see lua/reclaim.lua."""
+    """End of the lease of each worker (ms); below zero for those that are dead: see lua/reclaim.lua."""
     return await _scores(redis, keys.ALIVE)
 
 
 async def report_times(redis: Redis) -> dict[str, float]:
-    """When each worker last reported (ms)."""
+    """Time of the last report of each worker (ms)."""
     return await _scores(redis, keys.REPORTING)
 
 
@@ -155,7 +155,7 @@ def report_key(worker: str) -> str:
 
 
 async def reports(redis: Redis, workers: Sequence[str], *fields: str) -> dict[str, list[bytes | None]]:
-    """These fields of the report of each worker."""
+    """Read these fields of the report of each worker."""
     async with redis.pipeline(transaction=False) as pipe:
         for name in workers:
             pipe.execute_command("HMGET", report_key(name), *fields)

@@ -39,19 +39,19 @@ class ActiveConfig:
     digest: str
     """12 hexadecimal digits; the same for the same settings of tasks."""
     since: float
-    """When it came into force (s since the epoch, the clock of the process)."""
+    """Time when it came into force (s since the epoch, the clock of the process)."""
     vos: tuple[str, ...] | None = None
     """The VOs that the process knows; None without a DiracX configuration."""
     problems: tuple[str, ...] = ()
     """Mistakes in the configuration as it is written now: the one in force is then an earlier one."""
     problems_since: float | None = None
-    """When they appeared (s since the epoch)."""
+    """Time when they appeared (s since the epoch)."""
     warnings: tuple[str, ...] = ()
     """Mistakes in it that did not keep it from coming into force."""
     process: str = ""
     """`host:pid:random`."""
     seen: float = 0.0
-    """When the process last said so (s since the epoch, the clock of the server)."""
+    """Time when the process last said so (s since the epoch, the clock of the server)."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: moments as ISO 8601 in UTC."""

@@ -80,7 +80,7 @@ def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
 
 
 class ScheduleInForce(NamedTuple):
-    """Whether and when a periodic task, or an instance of it, runs; each with the place that decides it."""
+    """Settings that decide if and when a periodic task, or an instance, runs, each with its place."""
 
     enabled: Setting
     rule: Setting

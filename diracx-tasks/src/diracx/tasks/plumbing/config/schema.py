@@ -87,7 +87,7 @@ def _field(
 
 
 class PeriodicTaskConfig(BaseModel):
-    """Whether and when a periodic task runs. `schedule` goes before `interval_seconds`; `rrule` excludes both."""
+    """Schedule of a periodic task. `schedule` goes before `interval_seconds`; `rrule` excludes both."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
 

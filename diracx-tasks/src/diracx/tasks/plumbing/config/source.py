@@ -16,7 +16,7 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class Problem(NamedTuple):
-    """Something that is wrong with a configuration."""
+    """Problem of a configuration."""
 
     path: Path
     message: str

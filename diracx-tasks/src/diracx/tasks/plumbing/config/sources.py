@@ -83,7 +83,7 @@ class ConfigReader:
 
     @property
     def can_change(self) -> bool:
-        """Whether there is anything to read."""
+        """True if there is anything to read."""
         return self._file is not None or self._diracx is not None
 
     def read_config(self) -> Config | None:

@@ -23,7 +23,7 @@ _OF_PERIODIC_TASKS = ("enabled", "periodic", "instances")
 
 
 def problems(config: TasksConfig, registry: Registry, vos: Collection[str] | None) -> list[str]:
-    """All that is wrong with a configuration in this installation, one line each, with its place.
+    """List the problems of a configuration in this installation, one line each, with its place.
 
     Args:
         config: is well formed, or it would not be a `TasksConfig`.

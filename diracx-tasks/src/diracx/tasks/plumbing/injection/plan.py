@@ -55,11 +55,11 @@ class Plan:
     parameters: tuple[tuple[str, Plan], ...] = ()
     """Name and plan of each injected parameter, in the order of the signature."""
     use_cache: bool = True
-    """Whether a value that this execution already has for `call` is good enough."""
+    """True if a value that this execution already has for `call` is good enough."""
     sentinel: str | None = None
     """``JobDB.transaction`` or the like where `call` is one and does nothing without an override."""
     optional: bool = False
-    """Whether the parameter has a default, which it keeps where the sentinel has no override."""
+    """True if the parameter has a default, which it keeps where the sentinel has no override."""
 
     @property
     def dependencies(self) -> list[Plan]:

@@ -32,7 +32,7 @@ class NoTransaction:
 
 
 def is_depends(value: object) -> TypeGuard[Depends]:
-    """Whether it is a ``Depends`` of FastAPI, which is not imported for that: without it, there are none."""
+    """True if it is a ``Depends`` of FastAPI, which is not imported for that: without it, there are none."""
     cls = getattr(sys.modules.get("fastapi.params"), "Depends", None)
     return cls is not None and isinstance(value, cls)
 
@@ -124,7 +124,7 @@ def resolved_signature(func: Callable[..., Any]) -> Signature:
 
 
 def loads_at_first_use(func: Callable[..., Any]) -> bool:
-    """Whether an annotation of `func` names something that its module has yet to import (see `lazy_names`)."""
+    """True if an annotation of `func` names something that its module has yet to import (see `lazy_names`)."""
     if "__getattr__" not in getattr(innermost(func), "__globals__", ()):
         return False
     try:

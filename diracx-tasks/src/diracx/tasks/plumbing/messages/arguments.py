@@ -170,7 +170,7 @@ class Parameter:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether decoding returns the value as it was, so that there is nothing to restore."""
+        """True if decoding returns the value as it was, so that there is nothing to restore."""
         return self.annotation is UNKNOWN or is_plain(self.annotation)
 
     @cached_property

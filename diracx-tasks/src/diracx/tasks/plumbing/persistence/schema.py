@@ -60,7 +60,7 @@ class DeadLetters(TaskDBBase):
     )
     buried_at: Mapped[datetime] = mapped_column("BuriedAt", UtcDateTime)
     changed_at: Mapped[datetime] = mapped_column("ChangedAt", UtcDateTime)
-    """When the status last changed."""
+    """Time when the status last changed."""
 
     __table_args__ = (
         Index("ix_DeadLetters_Status_BuriedAt", "Status", "BuriedAt"),

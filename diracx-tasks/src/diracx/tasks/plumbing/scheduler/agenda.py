@@ -68,7 +68,7 @@ class Agenda:
 
     @property
     def has_paused(self) -> bool:
-        """Whether anything that is due is paused."""
+        """True if anything that is due is paused."""
         return bool(self._paused)
 
     def go_on(self, paused: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ class Leadership:
         """Known to nobody else."""
         self._lease_ms = int(lease_seconds * 1000)
         self.renew_at = 0.0
-        """When to renew the lease (monotonic clock): twice before it ends."""
+        """Time to renew the lease (monotonic clock): twice before it ends."""
 
     @property
     def renewal_due(self) -> bool:

@@ -34,12 +34,12 @@ class ScheduledTask:
     task_class: type[PeriodicBaseTask]
     vo: str | None
     rule: TaskScheduleBase | None
-    """When it is due; None where neither code nor configuration says so."""
+    """Due time; None where neither code nor configuration says so."""
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
     enabled: bool = True
-    """Whether it is to be scheduled."""
+    """True if it is to be scheduled."""
     source: str = "code"
     """Layer that determines the schedule: `code`, `common` or `vo NAME`."""
     missed: str = "once"
@@ -58,7 +58,7 @@ class ScheduledTask:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the run after the next is known beforehand: a rule without `next_after` counts from now."""
+        """True if the run after the next is known beforehand: a rule without `next_after` counts from now."""
         assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
 

@@ -56,7 +56,7 @@ class ScheduleState:
     """Layer that determines the schedule: `code`, `common` or `vo NAME`; None where unknown."""
     next_run: datetime | None
     last_run: datetime | None
-    """When the last occurrence was due; when it was submitted, if that was by hand."""
+    """Time when the last occurrence was due; when it was submitted, if that was by hand."""
     last_task_id: str | None
     activity: Activity | None
     outcome: Outcome | None

@@ -110,11 +110,11 @@ class TaskScheduler:
         self._alarm = asyncio.Event()
         """Set when something may have to be done before the next due time."""
         self._outdated = True
-        """Whether the plan is older than the configuration."""
+        """True if the plan is older than the configuration."""
         self._plan_again_at = float("inf")
         self._promote_at = 0.0
         self._earlier = False
-        """Whether something was delayed since the last look that is due before all the rest."""
+        """True if something was delayed since the last look that is due before all the rest."""
         self._clock = ServerClock()
         self._scheduled: dict[str, ScheduledTask] = {}
         self._problems: dict[str, str] = {}

@@ -55,7 +55,7 @@ class State:
     pending: tuple[Step, ...]
     """Steps of an upgrade, oldest first."""
     stamped: bool
-    """Whether the database says so itself; else it was recognised by its tables."""
+    """True if the database says so itself; else it was recognised by its tables."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Move:
     steps: tuple[Step, ...]
     """In the order in which they were done."""
     recognised: bool
-    """Whether the database had no version table, and was recognised by its tables."""
+    """True if the database had no version table, and was recognised by its tables."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def stream_of(name: str, task: BaseTask, config: TasksConfig | None, labels: Map
 
 
 def _declares(task_class: type[BaseTask], name: str) -> bool:
-    """Whether the class or a base of it sets this, and not `BaseTask` alone."""
+    """True if the class or a base of it sets this, and not `BaseTask` alone."""
     return any(name in vars(each) for each in task_class.__mro__ if each is not BaseTask)
 
 

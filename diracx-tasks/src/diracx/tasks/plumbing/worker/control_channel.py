@@ -51,7 +51,7 @@ class ControlChannel:
         self._at_shorter_lease = calls
 
     def cancelled_since(self, moment: float, task_id: str) -> bool:
-        """Whether it was announced as cancelled after `moment` (of the monotonic clock)."""
+        """True if it was announced as cancelled after `moment` (of the monotonic clock)."""
         return self._heard.get(task_id, float("-inf")) >= moment
 
     def listening(self) -> None:

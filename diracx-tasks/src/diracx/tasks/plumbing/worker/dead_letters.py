@@ -270,7 +270,7 @@ class DeadLetterStore:
         self._caught_up.set()
 
     async def _import_batch(self) -> bool:
-        """Whether there was something to import."""
+        """True if there was something to import."""
         try:
             entries = await dead_letters(
                 self._broker.redis,
@@ -337,7 +337,7 @@ class DeadLetterStore:
         return True
 
     async def _is_refusal(self, error: Exception) -> bool:
-        """Whether the database refuses what it was sent, and is not away.
+        """True if the database refuses what it was sent, and is not away.
 
         Servers close the connection on what is larger than a packet: then it counts if they answer others.
         """

@@ -91,7 +91,7 @@ class Execution:
         self.locks: Sequence[LockSpec] = lock_specs(locks) if locks else ()
         self._held = locks
         self.locks_expire_at = math.inf
-        """When (`time.monotonic`) they may be another's; moved by the keeper with each renewal."""
+        """Time (`time.monotonic`) from which they may be another's; moved by the keeper with each renewal."""
         self.running: asyncio.Task[None] | None = None  # what runs it
         self._cancelled_for: Exception | None = None
         self._interrupted = False
@@ -109,7 +109,7 @@ class Execution:
 
     @property
     def started(self) -> float | None:
-        """When it began (`time.monotonic`); None before that."""
+        """Time when it began (`time.monotonic`); None before that."""
         return self._started
 
     def on_lease_lost(self, what: str, taken_over: bool) -> None:

@@ -72,7 +72,7 @@ class Intake:
         self._quiet_until = quiet_until
         self._unread = unread
         self._nothing_left = False
-        """Whether the dead have left nothing, so that nobody has to look before the next lease ends."""
+        """True if the dead have left nothing, so that nobody has to look before the next lease ends."""
         self._is_idle = is_idle
         self._answer_lost = False
         self._reconnects = broker.reconnects
@@ -84,11 +84,11 @@ class Intake:
         self._candidates: set[tuple[str, str]] = set()
         """Stream and entry of those in hand: while there is one, we take nothing else."""
         self._draining = False
-        """Whether we take nothing until our hands are empty, so that a poison candidate finds them so."""
+        """True if we take nothing until our hands are empty, so that a poison candidate finds them so."""
         self._last_ids: list[str] | None = None
         """Of each stream, an entry up to which all has been delivered; None: to look into all of them."""
         self._all_seen = False
-        """Whether there was nothing after those."""
+        """True if there was nothing after those."""
         self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
         # Over before the lease could be, which has two thirds left at least: should we die meanwhile, what we are
         # given is taken over when it ends.
@@ -96,7 +96,7 @@ class Intake:
         self._reclaim_at = 0.0
         self._audit_at = 0.0
         self._recover_at = math.inf
-        """When a wait that we have left is over on the server as well, which may not know that nobody listens."""
+        """End on the server of a wait that we have left: it may not know that nobody listens."""
         self.reserved_after = 0.0
         """Moment (`time.monotonic`) after which the tasks that were returned last were reserved."""
 
@@ -162,7 +162,7 @@ class Intake:
         return [delivery for delivery in deliveries if delivery not in others]
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
-        """These were settled: look at once for a candidate, if it is one's turn now."""
+        """Note settled deliveries: look at once for a candidate, if it is one's turn now."""
         if self._candidates:
             self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
         elif self._draining and not any(True for _ in self._held()):
@@ -245,7 +245,7 @@ class Intake:
         self._recover_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
 
     def _note(self, deliveries: Sequence[Delivery]) -> None:
-        """From where to wait."""
+        """Note the entries after which to wait."""
         if any(delivery.earlier_redeliveries for delivery in deliveries):
             self._watched(deliveries)
         if self._last_ids is not None:
@@ -274,7 +274,7 @@ class Intake:
             self._wait.reschedule(0)
 
     def _watched(self, deliveries: _Deliveries) -> _Deliveries:
-        """These, with the candidates among them noted."""
+        """Note the candidates among these deliveries, and return all."""
         for delivery in deliveries:
             if is_poison_candidate(delivery, self._settings.max_deliveries):
                 self._candidates.add((delivery.stream, delivery.entry))

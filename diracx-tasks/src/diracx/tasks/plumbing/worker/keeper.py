@@ -57,7 +57,7 @@ class Leased(Protocol):
         """The locks."""
 
     locks_expire_at: float
-    """When (`time.monotonic`) its locks may be another's; set by the keeper, infinity without locks."""
+    """Time (`time.monotonic`) from which its locks may be another's; set by the keeper, infinity without locks."""
 
     def on_lease_lost(self, what: str, taken_over: bool) -> None:
         """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
@@ -169,7 +169,7 @@ class LeaseKeeper:
         self._renewed_at = time.monotonic()
         self._cancelling = CallsInRounds()
         self._revived_at = float("-inf")
-        """When a lease was renewed that may have ended before."""
+        """Time of the last renewal of a lease that may have ended before."""
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
         self._timer = threading.Thread(target=self._run_timer, name="diracx-lease-timer", daemon=True)
 
@@ -211,16 +211,16 @@ class LeaseKeeper:
 
     @property
     def overdue(self) -> bool:
-        """Whether the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
+        """True if the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
     @property
     def late(self) -> bool:
-        """Whether a renewal is missing: what takes locks now might soon be cut off. Renew first."""
+        """True if a renewal is missing: what takes locks now might soon be cut off. Renew first."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds / 2
 
     def expired_since(self, moment: float) -> bool:
-        """Whether the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
+        """True if the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
         were given then may have been taken over.
         """
         return self.overdue or self._revived_at >= moment

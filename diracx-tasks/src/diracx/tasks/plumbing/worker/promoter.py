@@ -29,7 +29,7 @@ class Promoter:
         self._earlier = asyncio.Event()
 
     def hear(self, due_in_ms: bytes) -> None:
-        """Something was put aside, of which no scheduler heard."""
+        """Note that a message was put aside, of which no scheduler heard."""
         look_at = time.monotonic() + int(due_in_ms) / 1000
         if look_at < self._look_at:
             self._look_at = look_at

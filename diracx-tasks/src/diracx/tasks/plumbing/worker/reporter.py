@@ -130,9 +130,9 @@ class Reporter:
         self._left_out = 0
         self._unsent_sums: tuple[int, dict[str, Any]] | None = None
         self._sums_sent = False
-        """Whether these were sent, and not answered."""
+        """True if these were sent, and not answered."""
         self._adds_up = False
-        """Whether the sums in the list are this worker's to add up."""
+        """True if the sums in the list are this worker's to add up."""
         self._dataset = ""
         self.dataset: Callable[[], str] = str
         """Tells which life of the server's data this is: what was said in another is lost."""
@@ -288,7 +288,7 @@ class Reporter:
             self._clock_ahead = ahead
 
     def _is_news(self, state: dict[str, Any]) -> bool:
-        """Whether anything but the memory, which changes all the time, is another than what was said."""
+        """True if anything but the memory, which changes all the time, is another than what was said."""
         said = {name: self._said_memory if name == "memory_bytes" else value for name, value in state.items()}
         return dumps(said) != self._said[0]
 

@@ -49,7 +49,7 @@ _LONGEST_OLD_MESSAGE = 200
 
 
 def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> datetime | None:
-    """When to try again, or None for never.
+    """Time of the next attempt, or None for never.
 
     Args:
         attempt: number of retries already made.
@@ -306,7 +306,7 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
 
 
 def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
-    """Whether its result is kept, or a group counts on it."""
+    """True if its result is kept, or a group counts on it."""
     return bool(message.labels) or settings.result_ttl_seconds is not None
 
 

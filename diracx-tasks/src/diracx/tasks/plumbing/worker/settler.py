@@ -151,7 +151,7 @@ class Settler:
 
 
 def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
-    """Whether to repeat the call: a server closes the connection when a call is too large for it."""
+    """True if the call is to be repeated: a server closes the connection when a call is too large for it."""
     if isinstance(error, RedisConnectionError) and sum(map(Settlement.bytes, batch)) > ALWAYS_TAKEN_BYTES:
         return False
     return is_transient(error)

@@ -1,4 +1,4 @@
-"""All that is known about a task class before a task of it arrives, found out once at start-up."""
+"""Specification of a task class, compiled once at start-up, before a task of it arrives."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class TaskSpec:
                 locks[index] = _limited(default, numbers, vo if own else None)
 
     def _is_default(self, lock: BaseLock, kind: type[RateLimiter] | type[ConcurrencyLimiter]) -> bool:
-        """Whether it is the limiter that counts all tasks of the class."""
+        """True if it is the limiter that counts all tasks of the class."""
         return isinstance(lock, kind) and lock.redis_key == kind(TASK, self.task_class.__name__).redis_key
 
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:

@@ -31,7 +31,7 @@ class _Wait:
         self._free = threading.Semaphore()
 
     def take(self) -> bool:
-        """Whether the caller is the first."""
+        """True if the caller is the first."""
         return self._free.acquire(blocking=False)
 
 
@@ -52,7 +52,7 @@ class UnreadGuard:
         self._thread = threading.Thread(target=self._run, name="diracx-unread-guard", daemon=True)
 
     def expect(self, descriptor: int) -> None:
-        """Something may be reserved for us from now on; its answer comes by this socket."""
+        """Note that tasks may be reserved for us from now on; the answer comes by this socket."""
         if self._thread.ident is None:
             self._thread.start()
         self._wait = _Wait(descriptor)
@@ -97,7 +97,7 @@ class UnreadGuard:
                 wait.ended.wait()  # nothing more comes by this wait
 
     def _loop_is_blocked(self) -> bool:
-        """Whether it gives no sign of life. If it does, it is reading a large answer of which a part has come."""
+        """True if it gives no sign of life. If it does, it is reading a large answer of which a part has come."""
         answered = threading.Event()
         try:
             self._loop.call_soon_threadsafe(answered.set)

@@ -78,7 +78,7 @@ class Watchdog:
             self._loop, settings.report_blocked_seconds, executor.running, self._publish_blocked
         )
         self.ending = False
-        """Whether it is about to end the process."""
+        """True if it is about to end the process."""
         # It outlives the worker if it must: a loop does not close before its last task has ended.
         self._thread = threading.Thread(target=self._watch, name="diracx-watchdog", daemon=True)
 
@@ -141,7 +141,7 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
     def _is_without_lock(self, limit: float) -> bool:
-        """Whether one of them goes on under a lock that may be another's: nothing is worth waiting for then."""
+        """True if one of them goes on under a lock that may be another's: nothing is worth waiting for then."""
         return any(execution.locks_expire_at <= time.monotonic() for execution in self._unresponsive(limit))
 
     def _flush_seconds(self, limit: float) -> float:

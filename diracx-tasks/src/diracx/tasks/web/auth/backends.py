@@ -49,7 +49,7 @@ class AuthBackend(Protocol):
     hint: str
     """Hint where to get it."""
     takes_links: bool
-    """Whether a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
+    """True if a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
         """Begin a session. Returns its secret, for the cookie; None when the credential is not valid."""

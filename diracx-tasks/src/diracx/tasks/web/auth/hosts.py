@@ -7,7 +7,7 @@ import re
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach what listens there."""
+    """True if only this host can reach what listens there."""
     if host == "localhost":
         return True
     try:

@@ -166,7 +166,7 @@ def _is_open(path: str) -> bool:
 
 
 def _is_text(values: Iterable[str]) -> bool:
-    """Whether databases, keys and pages can take these values: no NUL, no half of a character."""
+    """True if databases, keys and pages can take these values: no NUL, no half of a character."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for text in values for character in text)
 
 
@@ -192,7 +192,7 @@ async def _read_form(request: Request, longest: int) -> dict[str, list[str]] | R
 
 
 def _from_here(request: Request) -> bool:
-    """Whether a page of the dashboard sent the request. Browsers say so; clients that do not are no browsers."""
+    """True if a page of the dashboard sent the request. Browsers say so; clients that do not are no browsers."""
     site = request.headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         return False

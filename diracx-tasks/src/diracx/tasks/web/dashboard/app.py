@@ -135,7 +135,7 @@ class DashboardApp:
         await self._app(scope, receive, send)
 
     async def _readiness(self) -> tuple[bool, list[str]]:
-        """Whether it is open and its server answers; and the names of the alerts: probes have no token."""
+        """Readiness: it is open and its server answers; and the names of the alerts: probes have no token."""
         if self._closing.is_set():
             return False, []
         try:

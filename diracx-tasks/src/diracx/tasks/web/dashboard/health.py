@@ -1,4 +1,4 @@
-"""Whether the dashboard lives and is ready, for probes: those have no token, and call by any name."""
+"""Liveness and readiness of the dashboard, for probes: those have no token, and call by any name."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ class Page:
     section: str | None = None
     """The heading of the navigation below which it is listed; None: it is not."""
     live: bool = True
-    """Whether it follows what happens by itself."""
+    """True if it follows what happens by itself."""
     all_vos: bool = False
-    """Whether it shows what belongs to all VOs, or to none: only principals without a VO may look at it then."""
+    """True if it shows what belongs to all VOs, or to none: only principals without a VO may look at it then."""
     charts: Callable[[Request, AppContext], Awaitable[Values]] | None = None
     """Name of a chart -> `{"t": seconds since the epoch, "series": [{label, values}, …]}`."""
 
@@ -95,7 +95,7 @@ class Question:
     details: Sequence[str] = ()
     """The things it is done to."""
     dangerous: bool = False
-    """Whether it cannot be undone."""
+    """True if it cannot be undone."""
     reason: str = ""
     """Label of a line of text that is sent along as `reason`; empty: none is asked for."""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Action:
     Raises `NotPossibleError`.
     """
     all_vos: bool = False
-    """Whether it is about all VOs: only principals without a VO are asked about it then, and may do it."""
+    """True if it is about all VOs: only principals without a VO are asked about it then, and may do it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
