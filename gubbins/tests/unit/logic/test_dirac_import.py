@@ -342,6 +342,21 @@ def one_ce(options: str) -> str:
     return "".join(f"{name}\n{{\n" for name in names) + options + "\n}" * len(names)
 
 
+@pytest.mark.parametrize(
+    ("size", "tags"),
+    [
+        ("", {"MultiProcessor", "8Processors", "4GB"}),
+        ("NumberOfProcessors = 4", {"8Processors", "4GB"}),
+        ("NumberOfProcessors = 8\nMaxRAM = 4096", set()),
+    ],
+)
+def test_tags_that_do_not_follow_from_the_size_of_a_queue_are_kept(size: str, tags: set[str]) -> None:
+    [entry] = import_dirac(
+        one_ce(f"CEType = SSH\nTag = MultiProcessor, 8Processors, 4GB\n{size}")
+    ).compute_elements
+    assert set(entry["rules"].get("tags", ())) == tags
+
+
 @pytest.mark.parametrize("port", ["ssh", "²", "-1", "1e999"])
 @pytest.mark.parametrize(("kind", "option"), [("SSH", "SSHPort"), ("AREX", "Port"), ("HTCondorCE", "Port")])
 def test_a_port_that_is_no_number_is_listed(kind: str, option: str, port: str) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gubbins.domain.exceptions import CEFileError, DiracConfigurationError
-from gubbins.domain.rules import DemandPolicy
+from gubbins.domain.matching import tags_of
+from gubbins.domain.rules import CERules, DemandPolicy
 from gubbins.domain.text import one_line
 
 from .ce_file import CE_NAME, parse_ce_file
@@ -267,7 +268,9 @@ def _queue(
         slots = _DIRAC_SLOTS
     waiting = number("MaxWaitingJobs")
     minutes, processors, memory = number("maxCPUTime"), number("NumberOfProcessors"), number("MaxRAM")
-    tags = [word for word in queue.words("Tag", inherit=True) if not _comes_by_itself(word)]
+    size = CERules(processors=min(processors or 1, 10_000), max_memory_mb=min(memory or 0, 10**8) or None)
+    by_size = tags_of(size)
+    tags = [word for word in queue.words("Tag", inherit=True) if word not in by_size]
     rules: dict[str, Any] = {"policy": str(DemandPolicy.WAITING_JOBS), "site": site}
     rules["max_waiting"] = _DIRAC_WAITING if waiting is None else waiting
     optional: dict[str, Any] = {
@@ -298,10 +301,6 @@ def _number(queue: _Section, remarks: list[Remark], *names: str) -> int | None:
         pass
     remarks.append(Remark(f"{queue.path}/{names[0]}", "is no number from 0 on: left out"))
     return None
-
-
-def _comes_by_itself(tag: str) -> bool:
-    return re.fullmatch(r"MultiProcessor|\d+Processors|\d+GB", tag) is not None
 
 
 class _Backend(NamedTuple):
