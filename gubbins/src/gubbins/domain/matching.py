@@ -141,11 +141,14 @@ def _path(
     found = next((ce for ce in came if free.get(ce)), None)
     while waiting and found is None:
         ce = waiting.popleft()
-        for other in [other for other, number in taken[ce].items() if number]:
-            for next_ce in sorted(other - came.keys() - hopeless):
-                came[next_ce] = ce, other
-                waiting.append(next_ce)
-                found = found or (next_ce if free.get(next_ce) else None)
+        for other, number in taken[ce].items():
+            for next_ce in sorted(other) if number else ():
+                if next_ce not in came and next_ce not in hopeless:
+                    came[next_ce] = ce, other
+                    waiting.append(next_ce)
+                    found = found or (next_ce if free.get(next_ce) else None)
+            if found is not None:
+                break
     if found is None:
         hopeless |= came.keys()
         return None
