@@ -170,7 +170,7 @@ async def test_a_renewal_of_very_much_is_several_calls_and_all_of_it_or_none_is_
         await redis.pexpire(lock.redis_key, 30_000)
     before = await calls(redis)
     await keeper.renew()
-    assert await calls(redis) - before == (6 if loses == "everything in between" else 3)
+    assert await calls(redis) - before == (12 if loses == "everything in between" else 6)
     assert min([await redis.pttl(lock.redis_key) for lock in locks]) > 50_000
     settled = await broker.settle(
         [Settlement(each, locks=[lock.spec()]) for each, lock in zip(deliveries, locks, strict=True)],

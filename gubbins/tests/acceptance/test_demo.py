@@ -33,7 +33,10 @@ def processes_of(directory: str) -> list[int]:
 
 
 def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:  # it has just ended
+        return ""
 
 
 def _look_at_the_dashboard(link: str) -> None:

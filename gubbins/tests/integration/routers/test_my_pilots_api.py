@@ -310,6 +310,26 @@ def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any
     assert client.get(f"{API}/ces/ce", headers=as_()).json()["banned_at"] is None
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/token", {"stamp": 3, "secret": "s3cret-word"}),
+        ("/token", {"stamp": "0" * 32, "secret": "s3cret-word", "more": 1}),
+        ("/token", {"stamp": "0" * 32, "refresh_token": ["s3cret-word"]}),
+        ("/token", "s3cret-word"),
+        ("/ces", {"name": "new", "capacity": 1, "settings": "s3cret-word"}),
+        ("/ces", {"name": "new", "capacity": 1, "settings": {"password": "s3cret-word"}}),
+    ],
+)
+def test_a_request_that_is_wrong_is_neither_repeated_nor_logged(
+    client: Any, as_: As, caplog: pytest.LogCaptureFixture, path: str, body: Any
+) -> None:
+    answer = client.post(f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["detail"]
+    assert "s3cret" not in answer.text + caplog.text
+
+
 def test_a_downtime_is_planned_seen_and_removed(client: Any, as_: As) -> None:
     admin, now = as_("lhcb", SERVICE_ADMINISTRATOR), datetime.now(UTC)
     start, end = ((now + timedelta(hours=hours)).isoformat() for hours in (-1, 5))
