@@ -84,9 +84,10 @@ about() {
 heartbeats() {
     stop=
     trap 'stop=1; kill "$!"' TERM
-    while kill -0 $$; do
+    while [ -z "$stop" ] && kill -0 $$; do
         sleep "$beat" &
-        [ -z "$stop" ] || kill "$!" # it was asked to end before this sleep; after it, the trap ends the sleep
+        # A process that has only just been forked may still have the trap of its parent, and not end.
+        while [ -n "$stop" ] && kill "$!"; do sleep 1; done
         wait "$!"
         [ -z "$stop" ] && kill -0 $$ || break
         if [ -s "$private/token" ]; then renew_token; else get_token secret "$secret"; fi
@@ -98,7 +99,10 @@ heartbeats() {
 end() {
     if [ -n "$beats" ]; then
         kill -TERM "$beats" 2> /dev/null
+        (sleep 2; kill -TERM "$beats") > /dev/null 2>&1 & # should the first have come while it began to sleep
+        again=$!
         wait "$beats" 2> /dev/null
+        kill "$again" 2> /dev/null
         jobs=$(head -c 9 "$PILOT_JOBS_FILE" 2> /dev/null | tr -cd '0-9')
         [ ! -s "$private/token" ] ||
             report "$(printf '{"outcome":"%s","exit_code":%d%s,"detail":"%s"}' "$1" "$2" "${jobs:+,\"jobs_done\":$jobs}" "$3")"
