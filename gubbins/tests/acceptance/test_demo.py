@@ -102,9 +102,11 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
         assert httpx.get(f"{url}/api/my_pilots/summary", timeout=10).status_code == 401
         wait_for(r"[1-9]\d* DONE", 60)
         wait_for(r"pilots say: .*no work", 60)
+        wait_for(r"pilots say: .*worked", 60)
         _look_at_the_dashboard(wait_for(r"dashboard: (\S+)", 1)[1])
         _find_pilots_with_jobs(url, token)
-        [worker] = [pid for pid in processes_of(directory) if "--worker-size medium" in command_line(pid)]
+        # A child that it has only just forked has its command line, too.
+        worker = min(pid for pid in processes_of(directory) if "--worker-size medium" in command_line(pid))
         os.kill(worker, signal.SIGKILL)
         wait_for(r"worker-1 was started again", 60)
         demo.send_signal(signal.SIGINT)
