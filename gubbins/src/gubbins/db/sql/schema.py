@@ -344,7 +344,7 @@ class PilotOutputs(MyPilotDBBase):
 
 
 class UndoneRegistrations(MyPilotDBBase):
-    """A registered pilot whose submission was undone: the pilot registry is still to be told."""
+    """A registered pilot whose submission was undone, and whose entry in the pilot registry is still open."""
 
     __tablename__ = "UndoneRegistrations"
     __table_args__ = UTF8

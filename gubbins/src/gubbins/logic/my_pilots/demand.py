@@ -68,7 +68,7 @@ async def request_pilots(
     groups = group_jobs(queues, rules)
 
     async def ask() -> dict[str, list[str]]:
-        situation = await _look(db, vo, vos, ces)
+        situation = await _look(db, vo, vos, served)
         without_pilot, without_job = match(groups, situation.waiting)
         wanted = {name: situation.wanted(ces[name], rules[name], jobs_for(name, without_pilot)) for name in ces}
         asked = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
@@ -153,11 +153,12 @@ class _Situation:
         return Demand(max(0, wanted), self.now, granted_at, None if before is None else before.surplus_since)
 
 
-async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, Mapping[str, Any]]) -> _Situation:
+async def _look(
+    db: MyPilotDB, vo: str, vos: Collection[str], served: Mapping[str, Mapping[str, Any]]
+) -> _Situation:
     now = clock.now()
     requests = await db.pending_requests(since=now - REQUEST_LIFETIME)
     slots = await db.count_slots()
-    banned = {ce["name"] for ce in await db.get_ces() if ce["banned_at"] is not None}
     held, submitted = Counter(requests), Counter(requests)
     pending: Counter[str] = Counter()
     active: Counter[str] = Counter()
@@ -171,7 +172,7 @@ async def _look(db: MyPilotDB, vo: str, vos: Collection[str], ces: Mapping[str, 
     waiting = {
         name: count - leaving.get(name, 0)
         for (name, owner), count in submitted.items()
-        if owner == vo and name not in banned
+        if owner == vo and name in served and served[name]["banned_at"] is None
     }
     return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_demand(), waiting)
 

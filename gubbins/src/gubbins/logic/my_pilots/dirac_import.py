@@ -312,10 +312,6 @@ def _given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value not in (None, "", [], {})}
 
 
-def _path(queue: _Section, *names: str) -> str | None:
-    return queue.text(*names, inherit=True)
-
-
 def _ssh(queue: _Section, name: str, remarks: list[Remark]) -> dict[str, Any]:
     host = queue.text("SSHHost", inherit=True) or name
     key = queue.text("SSHKey", inherit=True)
@@ -328,11 +324,11 @@ def _ssh(queue: _Section, name: str, remarks: list[Remark]) -> dict[str, Any]:
 
 
 def _on_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return _given(**_ssh(queue, name, remarks), workdir=_path(queue, "SharedArea", "WorkArea"))
+    return _given(**_ssh(queue, name, remarks), workdir=queue.text("SharedArea", "WorkArea", inherit=True))
 
 
 def _on_this_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return _given(directory=_path(queue, "SharedArea", "WorkArea"))
+    return _given(directory=queue.text("SharedArea", "WorkArea", inherit=True))
 
 
 def _submit_directory(queue: _Section, remarks: list[Remark]) -> str:
