@@ -25,7 +25,7 @@ class Bound(NamedTuple):
 BOUNDS = (
     Bound("diracx-tasks/src", 36_123, 21_000),
     Bound("diracx-tasks/src/diracx/tasks/cli", 4_605, 3_200),
-    Bound("gubbins/src", 16_586, 11_000),
+    Bound("gubbins/src", 16_589, 11_000),
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -161,3 +163,23 @@ def test_a_submission_names_the_pilot_and_its_limits(system: str) -> None:
 @given(text=st.text(), system=st.sampled_from(["pbs", "lsf"]))
 def test_answers_of_another_shape_are_no_jobs_and_no_error(text: str, system: str) -> None:
     assert all(job.number.isdecimal() for jobs in SYSTEMS[system].parse(text).values() for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "numbers", "is_known"),
+    [
+        ("1234", 0, ["1234"], True),
+        (f"Job <p{STAMP}> is not found", 255, [], True),
+        ("LSF is down. Please wait ...", 255, [], False),
+        ("Failed in an LSF library call: Slave LIM configuration is not ready yet.", 255, [], False),
+    ],
+)
+def test_a_queue_of_lsf_that_does_not_answer_leaves_open_if_there_is_a_job(
+    tmp_path: Path, said: str, code: int, numbers: list[str], is_known: bool
+) -> None:
+    (tmp_path / "bjobs").write_text(f"#!/bin/sh\necho '{said}'{' >&2' if code else ''}\nexit {code}\n")
+    (tmp_path / "bjobs").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    argv = ["/bin/sh", "-c", SYSTEMS["lsf"].find(STAMP)]
+    done = subprocess.run(argv, env=path, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode == 0) == (numbers, is_known)

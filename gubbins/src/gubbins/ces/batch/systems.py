@@ -148,6 +148,12 @@ def _lsf(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     ]
 
 
+def _lsf_find(stamp: str) -> str:
+    # It fails for no job, too; any other failure leaves open whether there is one.
+    asked = f"said=$(bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} 2>&1)"
+    return f"""{asked} || case $said in *'not found'*) exit 0 ;; *) exit 1 ;; esac; printf '%s\\n' "$said\""""
+
+
 _LSF_STATES = {"PEND": "PENDING", "PSUSP": "PENDING", "WAIT": "PENDING", "DONE": "COMPLETED", "EXIT": "FAILED"}
 _LSF_PLAIN = {"-", "", "New job is waiting for scheduling", "New job is waiting for scheduling;"}
 
@@ -199,7 +205,7 @@ SYSTEMS = {
         submit=_lsf,
         number=r"s/^\(Job <\)\{0,1\}\([0-9]\{1,18\}\)\(> is submitted to .*\)\{0,1\}$/\2/p",
         variable="$LSB_JOBID",
-        find=lambda stamp: f"bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} || :",
+        find=_lsf_find,
         queue=["bjobs", "-a", "-noheader", "-o", "jobid stat name exit_code pend_reason delimiter='|'"],
         parse=_lsf_jobs,
         cancel="bkill",
