@@ -31,7 +31,7 @@ $(STAMP): diracx-tasks/pyproject.toml gubbins/pyproject.toml requirements-dev.tx
 
 # Without bytecode each of the processes would compile all tests anew.
 test: $(STAMP) servers ## run all tests, in parallel; ARGS="-k locks" for some
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 unit: $(STAMP) ## run the unit tests alone, which need no servers
 	$(BIN)/python -m pytest -n 2 diracx-tasks/tests/unit gubbins/tests/unit $(ARGS)
@@ -45,11 +45,12 @@ versions: $(STAMP) ## print the versions of all that the tests run
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy --strict, the layers (import-linter), the size of the code, its words
+lint: $(STAMP) ## ruff, mypy --strict, the layers (import-linter), the size of the code, its words, private names in tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tests/lines_of_code.py
+	$(BIN)/python tests/private_names.py
 	$(BIN)/python tests/vocabulary.py
 	$(BIN)/mypy
 

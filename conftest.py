@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
+import pytest_asyncio
 import uvloop
-from diracx.tasks.plumbing.base_task import _bound
+from diracx.tasks.plumbing.base_task import BINDING
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.testing import embedded_redis
-from machine import NotForThisMachine
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+from support.machine import NotForThisMachine
+from support.order_of_files import place
 
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-
-SLOW_FIRST = ("/integration/ces/", "/acceptance/", "/integration/", "")
-"""Parts of the names of files, those of slow tests first."""
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 
@@ -33,8 +33,13 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the files that take long begin first, so that none of several processes is left alone with one."""
-    items.sort(key=lambda item: next(n for n, part in enumerate(SLOW_FIRST) if part in item.nodeid))
+    items.sort(key=lambda item: place(item.nodeid))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported and collected from garbage collection, which takes half a second to look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -63,9 +68,9 @@ def _without_skips(report: _Report) -> _Report:
 @pytest.fixture(autouse=True)
 def _nothing_stays_bound() -> Iterator[None]:
     """A fixture that fails to end must not leave its broker to the tests that come after."""
-    token = _bound.set(None)
+    token = BINDING.set(None)
     yield
-    _bound.reset(token)
+    BINDING.reset(token)
 
 
 @pytest.fixture(scope="session")
@@ -119,3 +124,12 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     client = Redis.from_url(redis_url)
     yield client
     await client.aclose()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Any]:
+    """A Chromium for a file of tests that run in one event loop."""
+    from support.dashboard_browser import chromium
+
+    async with chromium() as started:
+        yield started

@@ -13,7 +13,7 @@ from typing import Any
 
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import keys
-from diracx.tasks.plumbing.broker.redis_streams import AUDIT_LEASES
+from diracx.tasks.plumbing.broker.lease_audit import AUDIT_LEASES
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.worker.reporter import REPORT_SECONDS
 from diracx.tasks.plumbing.worker.settings import WorkerSettings

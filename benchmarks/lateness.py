@@ -20,7 +20,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.labels import LABEL_DUE
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.scheduler import TaskScheduler
-from diracx.tasks.plumbing.scheduler.occurrences import scheduled_tasks
+from diracx.tasks.plumbing.scheduler.occurrences import iter_schedules
 from diracx.tasks.plumbing.schedules import CronSchedule
 from diracx.tasks.testing import TaskSystem, embedded_redis
 
@@ -72,7 +72,7 @@ async def scatter(url: str, schedules: int) -> None:
     """Leave the schedules as a scheduler leaves them that has run for a while: each in a phase of its own."""
     broker = RedisStreamBroker(url)
     begin = time.time() + 8
-    for found in scheduled_tasks(REGISTRY, config("spread"), vos(schedules)).values():
+    for found in iter_schedules(REGISTRY, config("spread"), vos(schedules)):
         assert found.rule is not None
         await broker.redis.hset(keys.FINGERPRINTS, found.id, found.rule.fingerprint)
         due = begin + random.uniform(0, PERIOD_SECONDS)

@@ -1,4 +1,4 @@
-"""Draws what `benchmarks.pilot_scale` found: `python -m benchmarks.pilot_plot DIRECTORY < figures.json`."""
+"""Plot the results of `benchmarks.pilot_scale`: `python -m benchmarks.pilot_plot DIRECTORY < figures.json`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ def main() -> None:
     for axes in (held, shares, times, costs):
         axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(directory / f"{NAME}.png", dpi=110)
     figure.savefig(directory / f"{NAME}.svg", metadata={"Date": None})
     print(NAME)
 

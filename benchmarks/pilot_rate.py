@@ -49,6 +49,7 @@ class Rate:
     """Of this process, which is the worker and submits the tasks, too."""
     statements_per_pilot: float
     calls: int
+    half_refused: bool = False
 
     @property
     def per_second(self) -> float:
@@ -65,6 +66,7 @@ async def rate(
     latency_seconds: float = 0.0,
     max_batch: int = 100,
     site: Mapping[str, Any] | None = None,
+    half_refused: bool = False,
 ) -> Rate:
     """Submit so many pilots at all compute elements together.
 
@@ -73,6 +75,7 @@ async def rate(
         latency_seconds: of a call of the simulated back end.
         max_batch: pilots in a call.
         site: `backend` and `settings` of the compute elements; None: simulated ones.
+        half_refused: the compute elements refuse every other pilot.
     """
     calls, statements = 0, 0
     submit = SimulatedBackend.submit
@@ -81,7 +84,10 @@ async def rate(
         nonlocal calls
         calls += 1
         await asyncio.sleep(latency_seconds)
-        return await submit(self, pilots)
+        outcomes = dict(await submit(self, pilots))
+        if half_refused:
+            outcomes.update((pilot.stamp, SubmitOutcome(error="no such queue")) for pilot in pilots[::2])
+        return outcomes
 
     def count(*_: object) -> None:
         nonlocal statements
@@ -91,8 +97,9 @@ async def rate(
         db = MyPilotDB(f"sqlite+aiosqlite:///{directory}/pilots.sqlite")
         async with db.engine_context():
             await db.create_tables()
+            rules = {"max_batch": max_batch, "timeout_seconds": 300}
             for number in range(ces):
-                await db.add_ce(f"ce{number}", pilots // ces, 1.0, rules={"max_batch": max_batch}, **(site or {}))
+                await db.add_ce(f"ce{number}", pilots // ces, 1.0, rules=rules, **(site or {}))
             rounds = [(vo, await logic.request_pilots(db, vo, vos=VOS)) for vo in VOS]
             tasks = [stamp for _, asked in rounds for stamps in asked.values() for stamp in stamps]
             event.listen(db.engine.sync_engine, "before_cursor_execute", count)
@@ -112,9 +119,15 @@ async def rate(
             finally:
                 SimulatedBackend.submit = submit  # type: ignore[method-assign]
             found, _ = await db.search_pilots(vo=None, per_page=1)
-            assert found == len(tasks), (found, len(tasks))
+            accepted = len(tasks) // (2 if half_refused else 1)
+            assert found == accepted, (found, accepted)
+            active = [pilot for vo in VOS for pilot in await db.get_active_pilots(vo=vo)]
+            assert len(active) == accepted, (len(active), accepted)
+            assert all(pilot.reference for pilot in active), {pilot.last_error for pilot in active}
             assert not await db.waiting_requests("ce0", at_most=1)
-    return Rate(ces, len(tasks), latency_seconds, max_batch, seconds, cpu, statements / len(tasks), calls)
+    return Rate(
+        ces, len(tasks), latency_seconds, max_batch, seconds, cpu, statements / len(tasks), calls, half_refused
+    )
 
 
 @contextmanager
@@ -191,6 +204,7 @@ async def main() -> None:
             (10, 4_000, 0.2),
         )
     ]
+    rates.append(await rate(1, 2_000, half_refused=True))
     beside = [await no_ops(1, 2_000), await no_ops(10, 4_000)]
     if arguments.json:
         print(
@@ -206,8 +220,9 @@ async def main() -> None:
         "| calls |",
         "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {r.ces} | {r.latency_seconds * 1000:.0f} ms | {r.max_batch} | {r.pilots:,} | {r.per_second:,.0f} "
-            f"| {r.per_cpu_second:,.0f} | {r.statements_per_pilot:.2f} | {r.calls} |"
+            f"| {r.ces}{', half refused' if r.half_refused else ''} | {r.latency_seconds * 1000:.0f} ms "
+            f"| {r.max_batch} | {r.pilots:,} | {r.per_second:,.0f} | {r.per_cpu_second:,.0f} "
+            f"| {r.statements_per_pilot:.2f} | {r.calls} |"
             for r in rates
         ),
         *(

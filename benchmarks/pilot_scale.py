@@ -172,7 +172,7 @@ async def _cycle(db: MyPilotDB, world: World, minute: int, statements: _Statemen
     moved = 0
     with statements.counted() as asking:
         async with _timed(took, "ask"):
-            # Whoever asks first does so one minute, and last another.
+            # The first VO of one minute is the last of another.
             for number in range(world.vos):
                 vo = world.vo_names[(number + minute) % world.vos]
                 requested = await logic.request_pilots(db, vo, vos=world.vo_names)

@@ -1,4 +1,4 @@
-"""A pilot database as it is after a long time: full compute elements, and all that has ended since."""
+"""A pilot database after a long time: full compute elements, and many ended pilots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs of following pilots: one check of a VO's pilots, on SQLite."""
+"""Costs of a check of a VO's pilots, on SQLite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that write down when they begin, in a file each, so that it outlives their process."""
+"""Tasks that record their starts, each in a file that outlives its process."""
 
 from __future__ import annotations
 

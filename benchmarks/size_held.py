@@ -1,4 +1,4 @@
-"""States of `size_states.py` in which one worker, one task or one message is very large."""
+"""States with one very large worker, task or message, for `size_states.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of a server of which there is very much of something, and what touches it: see `size.py`."""
+"""States of a server with very large amounts of data, and calls on them: see `size.py`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,10 @@ async def start(
         {
             **{"stream": each.stream, "entry": each.entry, "deliveries": each.deliveries, "since": each.since},
             **{"task": TaskMessage.loadb(each.data or b"").task_id, "rank": 1, "retry_ms": _HOUR_MS},
-            **{"resumed": each.stream + keys.HANDOVER, "locks": [lock_of(number).spec()] if lock_of else locks},
+            **{
+                "resumed": each.stream + keys.RESUMED_SUFFIX,
+                "locks": [lock_of(number).spec()] if lock_of else locks,
+            },
         }
         for number, each in enumerate(deliveries)
     ]

@@ -1,4 +1,4 @@
-"""Chaos: a real system, disturbed at random by a seed, and a check of whether every promise was kept.
+"""Chaos tests: random failures of a real system from a seed, and a check of all promises.
 
 `make chaos`, or `python -m chaos --help`. What the tasks did is known from files of their own (`witness.py`), not
 from the system under test; `verdict.py` compares that with what was promised.

@@ -1,4 +1,4 @@
-"""Disturb a real system at random and judge whether every promise was kept."""
+"""Command of the chaos tests: inject random failures into a real system, and check all promises."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def causes(error: BaseException) -> str:
-    """On one line what has failed; of a group, each of its members."""
+    """Describe a failure in one line; of a group, all members."""
     if isinstance(error, BaseExceptionGroup):
         return ", ".join(map(causes, error.exceptions))
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""The database of the dead letters: SQLite, or a server behind a link that can be killed, paused, held and cut."""
+"""Database of dead letters in the chaos tests: SQLite, or a server behind a link, and its failures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import servers
-import sql_servers
+from support import sql_servers
 
 from .links import Link
 from .plan import Disturbance

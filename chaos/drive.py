@@ -1,4 +1,4 @@
-"""The run: start everything, submit, disturb, wait until all is at rest, stop."""
+"""A run: start, submit, inject failures, wait for the end, stop."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Observed:
     left: dict[str, int] = field(default_factory=dict)
     """Remaining work when the wait ended."""
     remains: dict[str, Any] = field(default_factory=dict)
-    """Every key of the server with what was in it then."""
+    """All keys of the server with their content."""
     due: dict[int, float] = field(default_factory=dict)
     """Delayed task -> not before (monotonic)."""
     submitted: dict[int, str] = field(default_factory=dict)
@@ -378,7 +378,7 @@ class Driver:
     # --- the end --------------------------------------------------------------------------------------------
 
     async def _left(self, broker: RedisStreamBroker) -> dict[str, int]:
-        """Count what keeps the system from being at rest."""
+        """Count objects that prevent the end of the run."""
         try:
             async with broker.redis.pipeline(transaction=True) as pipe:
                 for stream in keys.EVERY_STREAM:
@@ -455,7 +455,7 @@ class Driver:
 
 
 def _without_installed_schedules() -> dict[str, Any]:
-    """Switches off what is installed and runs by the clock: what fails here is put aside, and there is no rest."""
+    """Switches off failures by time, so that a run fails if the system does not come to rest."""
     by_the_clock = PeriodicBaseTask | PeriodicVoAwareBaseTask
     installed = load_task_registry()
     return {name: {"enabled": False} for name, cls in installed.items() if issubclass(cls, by_the_clock)}

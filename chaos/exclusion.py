@@ -1,4 +1,4 @@
-"""Mutual exclusion, judged strictly by time: two executions that share a lock must never run at the same moment.
+"""Check of mutual exclusion by time: executions that share a lock must not overlap.
 
 There is no excuse for a worker that was cut off or whose server was away: its own timer has to cancel what holds
 a lock before the server can give the lock to another. Only a stopped process (SIGSTOP) cannot do that; what it
@@ -22,7 +22,7 @@ READERS = ("Reads", "ReadsLong")
 
 @dataclass
 class Overlaps:
-    """Each is told in words."""
+    """Each is described in words."""
 
     proper: list[str] = field(default_factory=list)
     awakening: list[float] = field(default_factory=list)

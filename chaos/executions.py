@@ -1,4 +1,4 @@
-"""One execution: what disturbed it, and when its process was really able to run it.
+"""One execution: failures during it, and when its process was able to run it.
 
 An execution is *disturbed* by what happened while its worker had the task: from its start to `SETTLE_SECONDS`
 after its end, for its settlement may have been on its way. An execution that begins within `AFTER_SECONDS` of the
@@ -31,7 +31,7 @@ REASONS = (KILLED, BESIDE_POISON, PAUSED, CUT_OFF, SERVER_AWAY, DATA_LOST, STOPP
 
 
 class Executions:
-    """Explains executions by what was done to processes, links and servers."""
+    """Relates executions to the failures of processes, links and servers."""
 
     def __init__(self, observed: Observed, testimony: Testimony, lease: float) -> None:
         history = observed.history
@@ -111,7 +111,7 @@ class Executions:
         return any(begin <= run.start <= over + AFTER_SECONDS for begin, over in spans)
 
     def may_be_forgotten(self, start: float, end: float, for_seconds: float) -> bool:
-        """True if the server may have forgotten, between these moments, what it keeps for so long."""
+        """True if the server may have lost data of that age between these times."""
         return any(
             outage.forgets_from <= end and start <= outage.lost_until + for_seconds for outage in self._outages
         )

@@ -1,10 +1,10 @@
-"""Links: the network between one process and its server, which can be held, delayed and cut."""
+"""Links: network connections between a process and its server that can be held, delayed and cut."""
 
 from __future__ import annotations
 
 import time
 
-from network import DIRECTIONS, Network
+from support.network import DIRECTIONS, Network
 
 from .plan import Disturbance
 from .processes import History
@@ -30,7 +30,7 @@ class Link:
         return self._disturbed_at is not None
 
     def strike(self, disturbance: Disturbance) -> None:
-        """Begin the disturbance; `look` ends it when its time is over."""
+        """Begin the failure; `look` ends it when its time is over."""
         what = disturbance.what
         if what.startswith("cut"):
             # Replies are short: within the first bytes of one, so that its end is missing.

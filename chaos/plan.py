@@ -1,4 +1,4 @@
-"""Plan of submissions and disturbances, made from the seed before anything starts."""
+"""Plan of submissions and failures, generated from the seed before the run."""
 
 from __future__ import annotations
 

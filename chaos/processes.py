@@ -1,4 +1,4 @@
-"""The processes that are disturbed: our own command line, started again when it ends, as a supervisor would."""
+"""Processes in the chaos tests: our own command line, restarted as by a supervisor."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Supervised:
         return self._paused_at is not None
 
     def look(self, *, restart: bool = True) -> None:
-        """Do what is due: note its end, start it again, let it go on."""
+        """Process due actions: record the end of the process, restart it, resume it."""
         now = time.monotonic()
         if self.resume_at is not None and now >= self.resume_at:
             self.resume()

@@ -1,4 +1,4 @@
-"""Waiting times of tasks for another worker after theirs was disturbed, by case."""
+"""Recovery times of tasks after the failure of their worker, by case."""
 
 from __future__ import annotations
 

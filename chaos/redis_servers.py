@@ -1,4 +1,4 @@
-"""The Redis side: one server, or a primary and two replicas watched by three sentinels, and how it is disturbed.
+"""Redis in the chaos tests: one server, or a primary and two replicas with three Sentinels, and their failures.
 
 Each outage is noted with the time for which the configuration may have lost what was written (`Outage`).
 """
@@ -117,7 +117,7 @@ class Single:
             return False
         if is_under_way(self._busy):
             return False
-        self._busy = asyncio.create_task(self._disturb(disturbance))
+        self._busy = asyncio.create_task(self.disturb(disturbance))
         return True
 
     async def settle(self) -> None:
@@ -125,7 +125,8 @@ class Single:
         if self._busy is not None:
             await self._busy
 
-    async def _disturb(self, disturbance: Disturbance) -> None:
+    async def disturb(self, disturbance: Disturbance) -> None:
+        """Disturb the server, and return when that has ended."""
         outage = Outage(disturbance.what, time.monotonic())
         if disturbance.what.startswith("pause"):
             self.outages.append(outage)
@@ -209,7 +210,7 @@ class Sentinels:
         """Begin the disturbance of the primary, unless the last one is not got over yet."""
         if disturbance.what == "power cut" or is_under_way(self._busy):
             return False
-        self._busy = asyncio.create_task(self._disturb(disturbance))
+        self._busy = asyncio.create_task(self.disturb(disturbance))
         return True
 
     async def settle(self) -> None:
@@ -217,7 +218,8 @@ class Sentinels:
         if self._busy is not None:
             await self._busy
 
-    async def _disturb(self, disturbance: Disturbance) -> None:
+    async def disturb(self, disturbance: Disturbance) -> None:
+        """Disturb the server, and return when that has ended."""
         try:
             await _until(self._is_complete, "all replicas follow the primary again")
         except RuntimeError as error:
@@ -238,7 +240,7 @@ class Sentinels:
         elif disturbance.what.startswith("kill"):
             self._servers[old].kill()
         else:  # planned, as for maintenance
-            await _until(self._told_to_fail_over, "a sentinel begins a failover")
+            await _until(self._failover_has_begun, "a sentinel begins a failover")
         await _until(lambda: self._promoted(old), "a replica is promoted")
         outage.end = time.monotonic()
         moving = asyncio.create_task(self._moved(old))
@@ -274,7 +276,7 @@ class Sentinels:
 
         await _until(told, "a server that has started is told to follow the primary")  # it may load its data first
 
-    def _told_to_fail_over(self) -> bool:
+    def _failover_has_begun(self) -> bool:
         """It refuses for a while after the last failover, and as long as it trusts no replica."""
         with Redis.from_url(f"redis://{self._places[0]}", socket_timeout=1) as sentinel:
             return bool(sentinel.execute_command("SENTINEL", "FAILOVER", SERVICE))
@@ -326,7 +328,7 @@ def make(configuration: str, directory: Path) -> Single | Sentinels:
 
 
 def is_under_way(disturbance: asyncio.Task[None] | None) -> bool:
-    """True if it is not over; raises what it has failed with, before another one takes its place."""
+    """True if it is still running; raises its error."""
     if disturbance is None:
         return False
     if disturbance.done():

@@ -1,4 +1,4 @@
-"""Keys left on the server: those that should not be there, and a dump of all of them."""
+"""Leftover keys on the server, and a dump of all keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def leftovers(redis: Redis) -> list[str]:
 
 
 async def everything(redis: Redis) -> dict[str, Any]:
-    """Every key with what is in it: fields, scores, who holds which entry. Of messages only their headers."""
+    """All keys with their content: fields, scores, consumers; of messages only the headers."""
     return {name: await _content(redis, name) for name in await _names(redis)}
 
 

@@ -1,4 +1,4 @@
-"""Tasks that run during the disturbances, one class for each kind."""
+"""Tasks of the chaos tests, one class for each kind."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Newer(Quick):
 
 @dataclass
 class Once(Witnessed):
-    """Must not begin twice: what its worker's death ends is a dead letter."""
+    """Must not start twice: becomes a dead letter when its worker dies."""
 
     n: int
     at_most_once = True

@@ -1,4 +1,4 @@
-"""Was every promise kept? Judged by what the tasks say they did (`witness.py`) and what was done to the system.
+"""Check of all promises, from records of tasks (`witness.py`) and injected failures.
 
 What is counted:
 
@@ -56,7 +56,7 @@ class Promise:
     name: str
     value: Any
     kept: bool | None = None
-    """None: nothing was promised, it is only told."""
+    """None: not a promise, only reported."""
     note: str = ""
 
 
@@ -333,7 +333,7 @@ class ChaosResult:
         yield self._count("processes that ended by themselves or stopped badly", crashed)
 
     def _was_young(self, pid: int) -> bool:
-        """Was it cut off or told to stop while it started? Then it gives up, and its supervisor tries again."""
+        """True if it was cut off or stopped during its start, so that it exits and its supervisor retries."""
         history = self._observed.history
         started = history.started[pid]
         at = min(history.stopped.get(pid, float("inf")), history.ended[pid][0])

@@ -38,7 +38,7 @@ def next_run() -> int:
 
 
 class Witnessed(BaseTask):
-    """A task that is known by its number and says when it is at work. Retried until it succeeds."""
+    """A task with a number that records its executions. Retried until it succeeds."""
 
     n: int
     retry_policy: ClassVar[RetryPolicyBase] = ExponentialBackoff(base_delay_seconds=1, max_retries=6)

@@ -1,4 +1,4 @@
-"""`python -m model`: search all states, print what was found."""
+"""`python -m model`: search all states, and print the result."""
 
 from __future__ import annotations
 

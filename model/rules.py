@@ -1,4 +1,4 @@
-"""Rules of the protocol that are in force, and the number of disturbances."""
+"""Rules of the protocol that are enabled, and the number of failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Rules:
     """Without one of the first two the search must find a violation."""
 
     lease_timer: bool = True
-    """A worker ends what holds a lock before its lease does."""
+    """A worker stops tasks that hold a lock before its lease expires."""
     another_term: bool = True
     """A server that was away gives every lease another term."""
     disturbances: int = 1

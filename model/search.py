@@ -1,4 +1,4 @@
-"""Visits every state that can be reached, breadth first, and looks whether what must hold does.
+"""Visit every reachable state, breadth first, and check the invariants.
 
 The states of one distance from the first are shared out among processes, each with a server of its own.
 """
@@ -56,7 +56,7 @@ class Expanded:
     after: list[tuple[str, Visited]] = field(default_factory=list)
     """Steps, and the states that they lead to."""
     violation: tuple[str, str] | None = None
-    """The step, and what does not hold after it."""
+    """The step, and the violated invariant."""
 
 
 class _Expander:
@@ -148,7 +148,7 @@ def search(
             batches = [level[at : at + _BATCH] for at in range(0, len(level), _BATCH)]
             level = []
             for expanded in pool.map(_Expander.expand, batches):
-                _take_up(expanded, found, origins, level)
+                _add_states(expanded, found, origins, level)
                 if found.violation is not None or time.monotonic() > ends:
                     found.complete = False
                     pool.shutdown(wait=True, cancel_futures=True)
@@ -158,7 +158,7 @@ def search(
     return found
 
 
-def _take_up(
+def _add_states(
     expanded: list[Expanded], found: Found, origins: dict[str, tuple[str, str]], level: list[Visited]
 ) -> None:
     for each in expanded:

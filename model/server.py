@@ -1,4 +1,4 @@
-"""The server: put into a state, asked to do one step, and read again."""
+"""The server of the model: set to a state, run one step, read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diracx.tasks.plumbing.broker.sizes import CALL_BYTES
 from redis import Redis
 
 #: What is no part of a state: it only says when something was.
-_LEFT_OUT = {keys.FENCE, keys.EPOCH, keys.DELAYED_REASONS, keys.WAKE_SCHEDULER, keys.RENEWED, keys.LEASES}
+_LEFT_OUT = {keys.FENCE, keys.DATASET_ID, keys.DELAYED_REASONS, keys.WAKE_SCHEDULER, keys.RENEWED, keys.LEASES}
 #: All keys: name, dump, content. Points in time that decide nothing are left out.
 _SNAPSHOT = """
 local found = {redis.call('TIME')[1]}
@@ -49,7 +49,7 @@ class Server:
         self._dumps: dict[bytes, bytes] = {}
 
     def restore(self, dumps: Sequence[tuple[bytes, bytes]]) -> None:
-        """Let the data be those of a snapshot, by changing what differs from the one read last."""
+        """Restore a snapshot, by changing the differences."""
         wanted = dict(dumps)
         with self.redis.pipeline(transaction=False) as pipe:
             if gone := self._dumps.keys() - wanted.keys():
@@ -61,9 +61,9 @@ class Server:
         self._dumps = wanted
 
     def read(self) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
-        """The dumps to restore, and the content to compare. No key expires: the search decides what time does."""
+        """The dumps to restore, and the content to compare. No key expires: the search controls the time."""
         dumps, content = [], []
-        seconds, *found = self._snapshot(args=[keys.GROUP, keys.TURN_PREFIX])
+        seconds, *found = self._snapshot(args=[keys.GROUP, keys.RESERVATION_PREFIX])
         now = int(seconds) * 1000
         for name, dump, value in sorted(found):
             dumps.append((name, dump))
@@ -73,7 +73,7 @@ class Server:
         return dumps, content
 
     def end_leases(self, *workers: str) -> None:
-        """Their leases end. With the last of them the server has heard nobody for a lease."""
+        """Their leases expire; after the last one the server has not been contacted for a lease."""
         self.redis.zadd(keys.ALIVE, dict.fromkeys(workers, 1), xx=True)
         if not self.redis.zcount(keys.ALIVE, 2, "+inf"):
             self.redis.set(keys.RENEWED, 1)
@@ -84,7 +84,7 @@ class Server:
         self.redis.set(turn, b"0 " + stored.partition(b" ")[2])
 
     def end_timer(self, timers: str, name: str) -> None:
-        """A delayed task is due, and is moved; or a line, and is looked at. No other is."""
+        """One delayed task becomes due and is moved, or one line is checked."""
         for line in self.redis.zrange(keys.LINES, 0, -1):
             self.redis.zadd(keys.LINES, {line: "inf"})
         self.redis.zadd(timers, {name: 0}, xx=True)
@@ -93,7 +93,7 @@ class Server:
 
 
 def _comparable(key: str, value: Any, now_ms: int) -> Any:
-    """The content without what decides nothing: a list of parts whose order says nothing, or one value."""
+    """The relevant content: order is removed where it has no effect."""
     if key in keys.EVERY_STREAM:
         return tuple(value)
     if key in (keys.DELAYED, keys.LINES):

@@ -38,7 +38,7 @@ class Held:
     locked: bool = False
     """True if the worker believes that the task's lock is its own."""
     ask: bool = False
-    """True if the lease may have ended since it was reserved: then it is asked for before it begins."""
+    """True if the lease may have expired since the reservation: it is checked before the task starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class WorkerState:
     """valid; expired (its timer has fired, or will when it goes on); ended (for the server, too)."""
     held: tuple[Held, ...] = ()
     answer_lost: bool = False
-    """True if the last call for work was not answered: what it may have reserved is asked for first."""
+    """True if the last fetch had no response: its possible reservations are fetched first."""
 
     @property
     def may_call(self) -> bool:
@@ -65,7 +65,7 @@ HEALTHY = WorkerState()
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything that decides what can happen next."""
+    """The state that determines all further steps."""
 
     workers: tuple[WorkerState, WorkerState]
     settled: tuple[int, ...]
@@ -111,7 +111,7 @@ def _exchanged(text: str, other: dict[str, str]) -> str:
 
 
 def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    """Lines whose order says nothing."""
+    """Lines without a significant order."""
     names: dict[tuple[str, str], str] = {}
     for key, value in content:
         if key in keys.EVERY_STREAM:
@@ -143,8 +143,8 @@ def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
 
 
 def _parts(key: str, value: Any, names: dict[tuple[str, str], str]) -> list[Any]:
-    """Of which the order says nothing. Whose turn it was is told as in a stream: an entry's id says nothing."""
-    if not key.startswith(keys.TURN_PREFIX):
+    """Without a significant order; grants are in the order of a stream, ids have no meaning."""
+    if not key.startswith(keys.RESERVATION_PREFIX):
         return value if isinstance(value, list) else [value]
     ends, reserved, place, stream, entry, task = value.decode().split(" ")
     return [(ends, reserved, place, names.get((stream, entry)), task)]
@@ -169,7 +169,7 @@ def _place(owner: re.Match[str]) -> tuple[str, str]:
 
 
 def _order(text: str) -> int:
-    """The moment in µs. Ids of one ms are told apart by their sequence, as lua/start.lua does."""
+    """Time in µs. Ids of one ms are distinguished by their sequence, as in lua/start.lua."""
     moment, _, sequence = text.partition("-")
     if sequence:
         return int(moment) * 1000 + min(int(sequence), 999)

@@ -1,4 +1,4 @@
-"""Steps from a state: those of each worker, and the disturbances.
+"""Steps from a state: those of each worker, and failures.
 
 A worker here does what `diracx.tasks.plumbing.worker` does: it asks for a lost answer first, begins nothing under
 a lock that it was not granted, and its lease timer ends what holds a lock before the lease does.
@@ -25,7 +25,7 @@ _LEASE_SECONDS = 100_000.0
 _MAX_DELIVERIES = 10
 
 Step = tuple[str, list[State] | Callable[[], list[State]]]
-"""Name of a step, and the states after it (two where an answer may be lost): known at once if the server is not
+"""Name of a step, and the states after it (two if a response may be lost): known at once if the server is not
 involved, else found by a call to the server, which must be in the state before it."""
 
 
@@ -67,7 +67,7 @@ class Steps:
         return State((WorkerState(), WorkerState()), settled, tuple(0 for _ in TASKS))
 
     def possible(self, state: State, content: Sequence[tuple[str, Any]]) -> Iterator[Step]:
-        """All steps that can happen in this state; of those that disturb nobody, in whatever order, the first."""
+        """All possible steps in this state; of independent ones, the first."""
         data = dict(content)
         if len(state.disturbed) == self._rules.disturbances:
             for which, worker in enumerate(state.workers):
@@ -157,14 +157,14 @@ class Steps:
             "deliveries": held.deliveries,
             "task": held.task,
             "rank": 1,
-            "resumed": held.stream.removesuffix(keys.HANDOVER) + keys.HANDOVER,
+            "resumed": held.stream.removesuffix(keys.RESUMED_SUFFIX) + keys.RESUMED_SUFFIX,
             "since": held.since,
             "locks": lock,
             "retry_ms": 10_000_000,
             "granted": held.granted,
         }
-        [reply], _ = self._call(self._brokers[which].start([wanted], lease_seconds=_LEASE_SECONDS))
-        if reply[0] == 1:
+        [reply] = self._call(self._brokers[which].start([wanted], lease_seconds=_LEASE_SECONDS))
+        if reply.granted:
             found = [self._begun(state, which, replace(held, ask=False), locked=bool(lock))]
         else:
             found = [self._instead(state, which, held)]
@@ -194,9 +194,9 @@ class Steps:
             settlement = replace(hand_back(delivery), locks=self._lock(which, held))
         else:
             settlement = Settlement(delivery, locks=self._lock(which, held))
-        [ours] = self._call(self._brokers[which].settle([settlement]))
+        [reply] = self._call(self._brokers[which].settle([settlement]))
         after = state
-        if ours and held.phase != "cut off":
+        if reply.accepted and held.phase != "cut off":
             position = self._ids.index(held.task)
             settled = tuple(n + (i == position) for i, n in enumerate(state.settled))
             after = replace(state, settled=settled)
@@ -254,12 +254,12 @@ class Steps:
         for key in set(TASKS.values()) - {""}:
             if key.encode() in content.get(keys.LINES, ()):
                 yield "the line is looked at", lambda key=key: self._timer_ends(state, keys.LINES, key)
-            for turn in keys.of_all_sizes(keys.TURN_PREFIX, key):
+            for turn in keys.of_all_sizes(keys.RESERVATION_PREFIX, key):
                 if turn in content and not content[turn].startswith(b"0 "):
                     yield "the grant ends", lambda turn=turn: self._grant_ends(state, turn)
 
     def _timed(self, worker: WorkerState) -> WorkerState:
-        """The worker with its lease timer: it ends what holds a lock."""
+        """The worker with its lease timer, which stops tasks with locks."""
         if worker.lease == "valid" or worker.process != "runs" or not self._rules.lease_timer:
             return worker
         held = tuple(replace(h, phase="cut off", locked=False) if h.locked else h for h in worker.held)
@@ -328,7 +328,7 @@ class Steps:
 
 
 def _is_independent(worker: str, held: Held, data: dict[str, Any]) -> bool:
-    """True if it concerns nobody else: it has no lock and its worker will stay healthy, or it was lost."""
+    """True if it affects no other: it has no lock and its worker stays healthy, or it was lost."""
     if not TASKS[held.task] and not held.ask:
         return True
     entries, _ = data.get(held.stream, ((), ()))

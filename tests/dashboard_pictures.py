@@ -1,4 +1,4 @@
-"""The pictures of the dashboard in its guide: `make pictures`."""
+"""Pictures of the dashboard for its guide: `make pictures`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dashboard_browser import expect, tab_of
-from dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
-from dashboard_world import WRITER, until
 from diracx.tasks import operations as monitor
-from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.testing import embedded_redis
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import create_app
+from support.dashboard_browser import chromium, expect, tab_of
+from support.dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
+from support.dashboard_world import WRITER
+from support.fixed_vos import ReaderWithVos
+from support.waiting import until
 
 from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB
@@ -75,10 +76,10 @@ async def draw(folder: Path, kind: str) -> None:
                 return len(running) >= 13 and len((await monitor.failures(redis)).items) >= 4
 
             await until(seen)
-            context = AppContext(
-                system.broker, system.registry, ConfigReader.of_environment(), system.task_db, "production"
-            )
-            context._settings = type(context._settings)(system._config, tuple(VOS))
+            reader = ReaderWithVos.from_environment()
+            assert isinstance(reader, ReaderWithVos)
+            reader.vos = tuple(VOS)
+            context = AppContext(system.broker, system.registry, reader, system.task_db, "production")
             await steered(context)
             now = time.time()
             context.loads.extend(loads(now))
@@ -89,7 +90,7 @@ async def draw(folder: Path, kind: str) -> None:
             backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "")
             app = create_app(this, backend, hosts={"127.0.0.1"}, extensions=[extension()])
             pages = PAGES | {f"/pilots/{followed}": "pilot", f"/pilots/{followed}/output": "pilot-output"}
-            async with tab_of(app, WRITER) as tab:
+            async with chromium() as browser, tab_of(browser, app, WRITER) as tab:
                 await tab.page.set_viewport_size({"width": WIDTH, "height": 900})
                 for address, name in pages.items():
                     await tab.open(address)

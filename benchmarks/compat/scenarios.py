@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,13 +17,15 @@ from functools import partial
 from pathlib import Path
 
 from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker.published import living_worker
 from diracx.tasks.testing import embedded_redis
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from benchmarks.peers.environments import ROOT, prepare
 
 from .numbered import TASKS
-from .submit import expected
+from .submit import expected, submit
 
 MODULE = "benchmarks.compat.numbered"
 #: A lost worker of 0.7 is found by the next audit, four leases after the last, and 30 s after its end.
@@ -32,6 +35,8 @@ _DEADLINE_SECONDS = 150.0
 _START_SECONDS = 180
 #: What ended so short a time before its worker was killed may not have been acknowledged.
 _UNACKNOWLEDGED_SECONDS = 1.5
+#: Environment variables that processes get, beside Python's own.
+_KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Tally:
     lost: int = 0
     """Not ended, and not in Redis."""
     doubled: int = 0
-    """Ended twice, but for what ended just before its worker was killed."""
+    """Tasks that ended twice, without those that ended just before their worker was killed."""
     stuck: int = 0
     """Not ended, and in Redis still; or left in Redis after its end."""
     callbacks: int = 0
@@ -66,6 +71,8 @@ class World:
     """More environment variables, for all processes."""
     killed: dict[int, float] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    """Starts the processes of ours."""
     wanted: set[tuple[str, int]] = field(default_factory=set)
     tally: Tally = field(default_factory=Tally)
 
@@ -74,7 +81,7 @@ class World:
         return self.directory / "ended"
 
     def environment(self, *paths: Path) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        kept = {name: os.environ[name] for name in os.environ if name in _KEPT or name.startswith("PYTHON")}
         return {
             **kept,
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths))),
@@ -90,12 +97,14 @@ class World:
         """Start a command of `0.7`, `ours`, or a copy of ours of which `copies` has the directory."""
         if version == "0.7":
             program, environment = [str(self.published / "bin/diracx-tasks")], self.environment(self.directory)
+            popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
         else:
+            popen = subprocess.Popen if version in self.copies else self.popen
             program = [sys.executable, "-m", "diracx.tasks"]
             arguments = (*arguments, "--module", MODULE)
             environment = self.environment(*([self.copies[version]] if version in self.copies else []))
         with (self.directory / f"{version}.log").open("ab") as log:
-            process = subprocess.Popen([*program, *arguments], env=environment, stdout=log, stderr=log)
+            process = popen([*program, *arguments], env=environment, stdout=log, stderr=log)
         self.processes.append(process)
         return process
 
@@ -108,7 +117,10 @@ class World:
         return [self.worker(version), self.start(version, "scheduler")]
 
     def submit(self, version: str, first: int, chosen: str = "all") -> None:
-        self.run(version, "-m", "benchmarks.compat.submit", str(first), chosen)
+        if version == "0.7":
+            self.run(version, "-m", "benchmarks.compat.submit", str(first), chosen)
+        else:
+            asyncio.run(submit(self.url, first, chosen))
         self.wanted |= expected(first, chosen)
 
     def run(self, version: str, *arguments: str) -> None:
@@ -137,14 +149,16 @@ class World:
                 found.append((what, int(number), int(pid), float(moment)))
         return found
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = _DEADLINE_SECONDS) -> bool:
-        """Wait until something is so; whether it is."""
+    def until(
+        self, condition: Callable[[], bool], what: str, seconds: float = _DEADLINE_SECONDS, every: float = 0.05
+    ) -> bool:
+        """Poll a condition, at intervals of `every` seconds, until it is true; return False if it never is."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
                 self.tally.problems.append(f"not within {seconds:g} s: {what}")
                 return False
-            time.sleep(0.05)
+            time.sleep(every)
         return True
 
     def until_ended(self, least: int) -> None:
@@ -252,13 +266,13 @@ def upgrade(world: World, *, kill: bool) -> None:
 
 
 def rollback(world: World, *, kill: bool) -> None:
-    """Ours queues and has run some; what is left is given back, and 0.7 runs it."""
+    """Ours has queued tasks and run some; after a downgrade, 0.7 runs the rest."""
     world.submit("ours", 0)
     before = world.both("ours")
     world.until_ended(20)
     world.submit("ours", 1000)
     world.end(before, kill=kill)
-    world.until(lambda: _downgraded(world), "what is left is given back", _START_SECONDS)
+    world.until(lambda: _downgraded(world), "what is left is given back", _START_SECONDS, every=1)
     world.both("0.7")
 
 
@@ -307,31 +321,19 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
 
 def _lives(world: World) -> bool:
     """True if a start of ours would be refused."""
-    return _runs(world, "-c", _LIVES)
 
+    async def living() -> str | None:
+        async with AsyncRedis.from_url(world.url) as redis:
+            return await living_worker(redis)
 
-_LIVES = """
-import asyncio, os, sys
-from diracx.tasks.plumbing.broker.published import living_worker
-from redis.asyncio import Redis
-async def look():
-    async with Redis.from_url(os.environ["DIRACX_TASKS_REDIS_URL"]) as redis:
-        return await living_worker(redis)
-sys.exit(asyncio.run(look()) is None)
-"""
+    return asyncio.run(living()) is not None
 
 
 def _downgraded(world: World) -> bool:
-    return _runs(world, "-m", "diracx.tasks", "queue", "downgrade")
-
-
-def _runs(world: World, *arguments: str) -> bool:
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-m", "diracx.tasks", "queue", "downgrade"]
     with (world.directory / "ours.log").open("ab") as log:
-        done = subprocess.run(
-            command, env=world.environment(), stdout=log, stderr=log, timeout=_START_SECONDS, check=False
-        )
-    return done.returncode == 0
+        process = world.popen(command, env=world.environment(), stdout=log, stderr=log)
+    return process.wait(_START_SECONDS) == 0
 
 
 def run(name: str, directory: Path) -> Tally:

@@ -1,4 +1,4 @@
-"""Other task systems, measured side by side with ours: `make bench-peers`, or `python -m benchmarks.peers --help`.
+"""Benchmarks of other task systems and ours: `make bench-peers`, or `python -m benchmarks.peers --help`.
 
     controller (this environment)  →  a worker of the peer, started by the peer's own command
                                    →  a client of the peer, which submits: `client.py`

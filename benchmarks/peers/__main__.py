@@ -27,7 +27,7 @@ _NAMES = [scenario.name for scenario in SCENARIOS]
 
 
 def say(line: str) -> None:
-    """Progress; what is asked for goes to the standard output."""
+    """Print progress to stderr; results go to stdout."""
     print(line, file=sys.stderr, flush=True)
 
 

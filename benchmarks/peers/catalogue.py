@@ -1,4 +1,4 @@
-"""The task systems that are measured: how each is started, and what it can do."""
+"""The task systems to compare: how each is started, and its features."""
 
 from __future__ import annotations
 
@@ -87,6 +87,15 @@ PEERS = (
         environment="ours",
         worker=_OURS,
         only=frozenset({"delayed"}),
+    ),
+    Peer(
+        name="ours-labelled",
+        title="the same, with labels",
+        adapter="ours_labelled",
+        environment="ours",
+        worker=_OURS,
+        bulk="schedule_many",
+        only=frozenset({"drain"}),
     ),
     Peer(
         name="reference",

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, below `.bench/`, made again when its requirements change."""
+"""Virtual environments of the peers, below `.bench/`, renewed when their requirements change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws what `--json` prints: `python plot.py DIRECTORY < figures.json`, in the environment `plot`.
+"""Plot the output of `--json`: `python plot.py DIRECTORY < figures.json`, in the environment `plot`.
 
 Bars on a logarithmic scale, for the contestants are orders of magnitude apart.
 """
@@ -68,7 +68,6 @@ def main() -> None:
         for axes in every[len(wanted) :]:
             axes.remove()
         figure.tight_layout()
-        figure.savefig(directory / f"{name}.png", dpi=110)
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         print(name)
 

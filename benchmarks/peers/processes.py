@@ -1,4 +1,4 @@
-"""Worker processes from outside: start, look at, pause, end."""
+"""Worker processes: start, inspect, pause, end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GRACE_SECONDS = 8.0
 
 
 class FailedError(RuntimeError):
-    """A peer did not do what it was there for."""
+    """A peer failed to do its work."""
 
 
 class Service:
@@ -85,7 +85,7 @@ class Service:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, the state first; empty when the process is gone."""
+    """Fields of /proc/PID/stat after the name, beginning with the state; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

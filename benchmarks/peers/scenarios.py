@@ -52,7 +52,7 @@ class SkippedError(Exception):
 
 @dataclass
 class Bench:
-    """A server, and what the runs of one round know of each other."""
+    """A server, and shared state of the runs of one round."""
 
     redis: Redis
     url: str
@@ -66,7 +66,7 @@ class Bench:
         return max(least, int(number * self.scale))
 
     def enough(self, peer: Peer, number: int, *, seconds: float = 1.3 * CUT_SECONDS) -> int:
-        """As many tasks as `number`, or what a slow peer will do in some seconds."""
+        """`number` tasks, or fewer for a slow peer."""
         rate = self.rates.get(peer.name)
         return self.count(number if rate is None else min(number, int(rate * seconds)))
 

@@ -1,4 +1,4 @@
-"""A task that must not run twice at a time for one account."""
+"""A task that must not run concurrently for one account."""
 
 import asyncio
 from dataclasses import dataclass

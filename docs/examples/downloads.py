@@ -1,4 +1,4 @@
-"""A task that fails at first, and is tried again."""
+"""A task that fails at first, and is retried."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A row that refuses a writer which has lost its lock, and does not know it yet."""
+"""A row with a fencing token, which refuses a writer that has lost its lock."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Many tasks, and one more when all of them are done."""
+"""A callback group: many tasks, and one after all of them."""
 
 from dataclasses import dataclass
 

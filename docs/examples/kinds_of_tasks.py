@@ -1,4 +1,4 @@
-"""The three ways to write a task class, and what a task may return."""
+"""The three ways to define a task class, and values that a task may return."""
 
 from dataclasses import dataclass
 from datetime import date

@@ -1,4 +1,4 @@
-"""Limits, and readers beside a writer."""
+"""Limits, and reader and writer locks."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class RequestsPerSite(RateLimiter):
 
 @dataclass
 class Transfer(BaseTask):
-    """Needs two slots, one request each, and nobody who empties either site meanwhile."""
+    """Needs two slots with one request each, while no one drains the sites."""
 
     source: str
     target: str

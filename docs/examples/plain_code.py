@@ -1,4 +1,4 @@
-"""Submit from a script, a notebook or a cron job."""
+"""Submission from a script, a notebook or a cron job."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""Retry policies, and what a task may raise."""
+"""Retry policies, and exceptions of a task."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

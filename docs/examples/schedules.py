@@ -1,4 +1,4 @@
-"""The three schedules, and a task for every VO."""
+"""The three kinds of schedules, and tasks for every VO."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A CE back end: a directory that some other program empties.
+"""An example CE back end: a directory that another program processes.
 
 `{stamp}.todo` asks for a pilot; that program turns it into `{stamp}.running` and at last into `{stamp}.done`
 or `{stamp}.failed`, which says why. `{stamp}.cancel` asks it to end the pilot.

@@ -1,4 +1,4 @@
-"""Everything that the how-to pages show is run here."""
+"""All code of the how-to pages."""
 
 import asyncio
 from datetime import UTC, date, datetime
@@ -108,10 +108,10 @@ async def test_a_lock_on_a_bare_connection() -> None:
     with embedded_redis() as url:
         async with Redis.from_url(url) as redis:
             assert await work_on(7, redis)
-            somebody_else = MutexLock(JOB, 7)
-            assert await somebody_else.acquire(redis)
+            another = MutexLock(JOB, 7)
+            assert await another.acquire(redis)
             assert not await work_on(7, redis)
-            await somebody_else.release(redis)
+            await another.release(redis)
 
 
 def test_schedules_have_a_future() -> None:
@@ -168,7 +168,7 @@ def test_the_configuration_is_valid_and_names_tasks_that_exist() -> None:
     assert config.get_override("schedules:Quota", "lhcb").periodic.rrule.startswith("FREQ=HOURLY")
 
 
-def test_the_configuration_of_pilots_is_valid_and_does_what_it_says() -> None:
+def test_the_documented_configuration_of_pilots_is_valid_and_works() -> None:
     config = load_tasks_config(HERE / "pilots.yaml")
     assert problems(config, load_task_registry(), ["lhcb", "gridpp"]) == []
     lhcb, gridpp = (config.get_override("my_pilots:MySubmitPilotsTask", vo).instances for vo in ("lhcb", "gridpp"))

@@ -1,4 +1,4 @@
-"""The tests of the tutorial: a real server, a real worker."""
+"""Tests of the tutorial, with a real server and worker."""
 
 from accounts import Settle
 from diracx.tasks.testing import TaskSystem

@@ -1,4 +1,4 @@
-"""The pilot system from end to end: two VOs, one compute element, no room for more than it has."""
+"""The pilot system from end to end: two VOs and one full compute element."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A task that nobody submits: the scheduler does."""
+"""A periodic task, submitted by the scheduler."""
 
 import logging
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ numbers: `"10"` and `true` are refused.
 """
 
 #: Title and model of each section, in the order of the page.
-_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("The top", TasksConfig),
     ("A task", TaskOverride),
     ("When a task runs", PeriodicTaskConfig),
@@ -48,7 +48,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 
 def page() -> str:
     """The Markdown of the page."""
-    return "\n".join([_INTRODUCTION, *(line for title, model in _SECTIONS for line in _section(title, model))])
+    return "\n".join([_INTRODUCTION, *(line for title, model in SECTIONS for line in _section(title, model))])
 
 
 def _section(title: str, model: type[BaseModel]) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _type(schema: Mapping[str, Any], models: Mapping[str, Any], keys: list[str])
         schema = next(part for part in schema["anyOf"] if part.get("type") != "null")
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        title = next((title for title, model in _SECTIONS if model.__name__ == name), None)
+        title = next((title for title, model in SECTIONS if model.__name__ == name), None)
         return _link(title) if title else _type(models[name], models, keys)
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])

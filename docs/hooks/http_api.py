@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import Any
 
 _MARK = re.compile(r"^<!-- http: (\S+):(\S+) (\S+) -->$", re.MULTILINE)
-#: What FastAPI says by itself, in our words.
-_WORDS = {"Successful Response": "Done", "Validation Error": "Bad input; the body says which and why"}
+#: Replacements for FastAPI's default descriptions.
+_WORDS = {"Successful Response": "Done", "Validation Error": "Invalid input; the body has the fields and reasons"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

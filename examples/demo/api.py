@@ -12,7 +12,7 @@ PORT_VARIABLE = "DEMO_API_PORT"
 
 
 async def serve() -> None:
-    """Serve until SIGTERM, or until the demo is gone."""
+    """Serve until SIGTERM or the end of the demo."""
     import uvicorn
 
     ready = asyncio.Event()

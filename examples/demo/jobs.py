@@ -1,4 +1,4 @@
-"""Jobs of the demo: they wait in DiracX's databases of jobs and task queues, and pilots that run take them.
+"""Jobs of the demo: they are in DiracX's databases of jobs and task queues, and running pilots take them.
 
 They stand for the matcher of DIRAC, which DiracX does not have yet: a pilot that runs gets the oldest job of its
 VO that its compute element can serve, and the job ends with it.
@@ -31,13 +31,13 @@ from gubbins.logic import my_pilots as logic
 from .site import VOS
 
 JOBS_AT_FIRST = 120
-"""Jobs of each VO that wait when the demo begins."""
+"""Waiting jobs of each VO at the start of the demo."""
 
 _TAGS: tuple[frozenset[str], ...] = (frozenset(), frozenset({"GPU"}))
 """Two task queues of each VO: for any compute element, and for GPUs."""
 _GPU_SHARE = 0.15
 _ARRIVING = 2
-"""Jobs of each VO that come with each step, while fewer than at first wait."""
+"""New jobs of each VO in each step, while fewer than at first are waiting."""
 _STEP_SECONDS = 0.5
 
 
@@ -147,7 +147,7 @@ class Matcher:
 
 
 async def run() -> None:
-    """Match until SIGTERM, or until the demo is gone."""
+    """Match until SIGTERM or the end of the demo."""
     ready, stop = asyncio.Event(), asyncio.Event()
     pilots = MyPilotDB(os.environ["DIRACX_DB_URL_MYPILOTDB"])
     reporting = asyncio.create_task(report_to_supervisor(ready, stop.set))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.25
 _STOP_SECONDS = 10.0
 _WORKERS = ("medium", "small", "small")
-"""Their sizes: single pilots are submitted by small ones."""
+"""Sizes of the workers: single pilots are submitted by small ones."""
 _SLOTS = "8"
 _SLURM_CPUS = 16
 
@@ -61,7 +61,7 @@ def run_demo(*, seconds: float | None, as_json: bool, directory: Path | None, sl
 
 
 def _processes() -> list[Child]:
-    """The scheduler, the workers, the API, the dashboard, and what gives jobs to pilots."""
+    """The scheduler, the workers, the API, the dashboard, and the matcher of jobs and pilots."""
     workers = [
         Child(f"worker-{number}", ["worker", "--worker-size", size, "--max-concurrent-tasks", _SLOTS])
         for number, size in enumerate(_WORKERS, start=1)

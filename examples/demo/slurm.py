@@ -1,4 +1,4 @@
-"""A Slurm of our own: controller, one node and munge in a directory, on the loopback interface."""
+"""A private Slurm: controller, one node and munge in a directory, on the loopback interface."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ PartitionName=long Nodes={host} MaxTime=01:00:00 State=UP
 
 
 def _end_with_parent() -> None:
-    """Let Linux end the process when the demo is gone, even when it was killed."""
+    """Have Linux end the process with the demo, even if that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class SlurmSiteError(RuntimeError):
-    """A Slurm site cannot be started here; the message says why."""
+    """A Slurm site cannot be started here, with the reason."""
 
 
 class SlurmSite:
@@ -132,7 +132,7 @@ class SlurmSite:
         self._wait("slurmd", lambda: self.command("sinfo", "-h", "-o", "%T", "-p", "short").strip() == "idle")
 
     def start_controller(self) -> None:
-        """Start the controller, with what it knew before; return when it answers."""
+        """Start the controller with its saved state; return when it responds."""
         self._run("slurmctld", "-D", "-i")
         self._wait("slurmctld", lambda: "is UP" in self.command("scontrol", "ping"))
 
@@ -151,7 +151,7 @@ class SlurmSite:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside this context the controller accepts connections, and answers nobody."""
+        """Context in which the controller accepts connections, and does not respond."""
         self._processes["slurmctld"].send_signal(signal.SIGSTOP)
         try:
             yield

@@ -39,7 +39,7 @@ class Watch:
     waiting_jobs: dict[str, int] = field(default_factory=dict)
     """Jobs that wait, by VO."""
     outcomes: Counter[str] = field(default_factory=Counter)
-    """Pilots by what they have reported of themselves."""
+    """Number of pilots by reported outcome."""
     restarts: Counter[str] = field(default_factory=Counter)
     """Processes that were started again, and how often."""
     _pids: dict[str, int] = field(default_factory=dict)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from diracx.db.sql import PilotAgentsDB
-from moving_clock import Clock
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
+from support.databases import with_tables
+from support.moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, PilotAtCE, SubmitOutcome
 from gubbins.ces import registry as back_ends
@@ -73,18 +76,25 @@ def tables_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Awaitab
 
 
 async def _empty(url: str) -> None:
-    """Empty all tables but the one that names the version."""
+    """Empty all tables but the one that names the version, and let numbers begin with 1."""
     names = [table.name for table in MyPilotDB.metadata.sorted_tables]
-    if url.startswith("postgresql"):
-        listed = ", ".join(f'"{name}"' for name in names)
-        statements = [f"TRUNCATE {listed} RESTART IDENTITY"]
-    else:
-        statements = ["SET FOREIGN_KEY_CHECKS=0", *(f"TRUNCATE TABLE `{name}`" for name in names)]
     engine = create_async_engine(url)
     async with engine.begin() as connection:
-        for statement in statements:
-            await connection.exec_driver_sql(statement)
+        if url.startswith("postgresql"):
+            listed = ", ".join(f'"{name}"' for name in names)
+            await connection.exec_driver_sql(f"TRUNCATE {listed} RESTART IDENTITY")
+        else:
+            await connection.exec_driver_sql("SET FOREIGN_KEY_CHECKS=0")
+            for name in await connection.scalars(text(_used(names))):
+                await connection.exec_driver_sql(f"TRUNCATE TABLE `{name}`")
     await engine.dispose()
+
+
+def _used(names: list[str]) -> str:
+    """Ask MariaDB which tables have rows, or had some with numbers: it makes the files of a truncated one anew."""
+    filled = " UNION ".join(f"SELECT '{name}' FROM (SELECT 1 FROM `{name}` LIMIT 1) AS one" for name in names)
+    return f"""{filled} UNION SELECT table_name FROM information_schema.tables
+        WHERE table_schema = DATABASE() AND auto_increment > 1"""
 
 
 @pytest.fixture
@@ -129,9 +139,7 @@ def registry_at() -> Callable[[str], contextlib.AbstractAsyncContextManager[Pilo
 @contextlib.asynccontextmanager
 async def _registry_at(url: str) -> AsyncIterator[PilotAgentsDB]:
     registry = PilotAgentsDB(url)
-    async with registry.engine_context():
-        async with registry.engine.begin() as connection:
-            await connection.run_sync(registry.metadata.create_all)
+    async with with_tables(registry):
         yield registry
 
 
@@ -212,12 +220,18 @@ class ScriptedBackend(CEBackend[CESettings]):
         return answer
 
 
+#: What is installed stays the same, and reading it takes 6 ms.
+_installed_entry_points = functools.cache(metadata.entry_points)
+
+
 @pytest.fixture
 def install_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type[CEBackend[Any]]], None]:
     """`install_backend("name", Class)`: as if a package had brought it, for one test."""
 
     def install(name: str, backend: type[CEBackend[Any]]) -> None:
         installed = back_ends.entry_points
+        if installed is metadata.entry_points:
+            installed = _installed_entry_points
 
         class Ours(EntryPoint):
             def load(self) -> Any:

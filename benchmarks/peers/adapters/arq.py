@@ -38,7 +38,7 @@ async def due(context: dict[str, Any], moment: float) -> None:
 
 
 class WorkerSettings:
-    """Settings that `arq` looks for."""
+    """Settings class of `arq`."""
 
     functions = (noop, answer, nap, clock, due)
     redis_settings = RedisSettings.from_dsn(redis_url())

@@ -1,4 +1,4 @@
-"""The limit: a loop of redis-py alone, `python -m benchmarks.peers.adapters.bare MODE`. It promises nothing.
+"""The upper limit: a loop of redis-py, without guarantees: `python -m benchmarks.peers.adapters.bare MODE`.
 
 MODE `await` awaits the no-op, `task` starts an asyncio task for each message, `locks` also takes a mutex for each:
 those of a batch are taken in one pipeline of SET NX PX, and given back by a script in another. `serial` runs one

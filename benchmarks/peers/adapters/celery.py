@@ -1,4 +1,4 @@
-"""Celery on Redis, with the settings that its guide to optimizing names for many short tasks. No bulk call."""
+"""Celery on Redis, with the settings of its guide for many short tasks. It has no bulk call."""
 
 from __future__ import annotations
 

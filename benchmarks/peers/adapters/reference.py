@@ -1,4 +1,4 @@
-"""The published `diracx-tasks` 0.7.0. No bulk call: many are submitted by concurrent calls."""
+"""The published `diracx-tasks` 0.7.0. It has no bulk call: many tasks are submitted by concurrent calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAQ. No bulk call: many are submitted by concurrent calls."""
+"""SAQ. It has no bulk call: many tasks are submitted by concurrent calls."""
 
 from __future__ import annotations
 

@@ -1,220 +1,19 @@
-"""The real command line, run as users run it: as processes, against a real server."""
+"""The command line in a directory of its own, against an empty server."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from warm_commands import Running, WarmCommands
-
-PROGRAM = Path(sys.executable).with_name("diracx-task-run")
-DEADLINE_SECONDS = 40.0
-
-MY_TASKS = """
-from __future__ import annotations
-
-import asyncio
-from dataclasses import dataclass
-from pathlib import Path
-
-from diracx.tasks.plumbing import (
-    BaseTask, ConcurrencyLimiter, ExponentialBackoff, IntervalSeconds, LockedObjectType, MutexLock,
-    PeriodicBaseTask, PeriodicVoAwareBaseTask, Priority, Size,
-)
-from diracx.tasks.plumbing.persistence import TaskDB
-
-TASK = LockedObjectType("task")
-
-
-@dataclass
-class Greet(BaseTask):
-    name: str
-    times: int = 1
-
-    async def execute(self) -> str:
-        return " ".join([f"Hello {self.name}"] * self.times)
-
-
-class Urgent(BaseTask):
-    size = Size.SMALL
-    priority = Priority.REALTIME
-    retry_policy = ExponentialBackoff(base_delay_seconds=3, max_retries=2)
-    dlq_eligible = True
-
-    async def execute(self):
-        return {"urgent": [1, 2]}
-
-
-class Fail(BaseTask):
-    async def execute(self):
-        raise ValueError("broken by redis://u:sesame@host/1")
-
-
-class Spawn(BaseTask):
-    async def execute(self):
-        print("spawning")
-        return [await Greet(str(number)).schedule() for number in range(3)]
-
-
-class NoSlots(ConcurrencyLimiter):
-    limit = 1
-
-
-@dataclass
-class Locked(BaseTask):
-    key: str
-
-    @property
-    def execution_locks(self):
-        return [MutexLock(TASK, self.key), NoSlots(TASK, self.key)]
-
-    async def execute(self):
-        return "ran"
-
-
-@dataclass
-class Slow(BaseTask):
-    begun: str
-    seconds: float
-
-    async def execute(self):
-        Path(self.begun).touch()
-        await asyncio.sleep(self.seconds)
-        return "finished"
-
-
-class CountLetters(BaseTask):
-    async def execute(self, db: TaskDB):
-        return len(await db.search())
-
-
-@dataclass
-class Tick(PeriodicBaseTask):
-    default_schedule = IntervalSeconds(0.2)
-
-    async def execute(self):
-        print("tick", flush=True)
-
-
-class TickPerVo(PeriodicVoAwareBaseTask):
-    default_schedule = IntervalSeconds(0.2)
-
-    async def execute(self):
-        print(f"tick of {self.vo}", flush=True)
-"""
-
-
-def eventually(condition: Callable[[], object], what: str, timeout: float = DEADLINE_SECONDS) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.02)
-
-
-class Background:
-    """A command that goes on by itself; its output is in a file."""
-
-    def __init__(self, process: Running, log: Path) -> None:
-        self.process = process
-        self._log = log
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
-
-    def until(self, text: str) -> None:
-        """Wait until it has printed this."""
-
-        def seen() -> bool:
-            if text in self.output:
-                return True
-            assert self.process.poll() is None, f"ended without {text!r}:\n{self.output}"
-            return False
-
-        try:
-            eventually(seen, text)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.output}") from None
-
-    def ends(self) -> int:
-        """Its exit code, when it has ended."""
-        try:
-            return self.process.wait(DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"does not end:\n{self.output}") from None
-
-
-class Cli:
-    """`diracx-task-run` in a directory with a `my_tasks.py`, in an environment without any DiracX variable."""
-
-    def __init__(self, directory: Path, commands: WarmCommands) -> None:
-        self.directory = directory
-        self._commands = commands
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("DIRACX_", "FORCE_COLOR"))
-        }
-        self._started: list[Running] = []
-        (directory / "my_tasks.py").write_text(MY_TASKS)
-
-    def __call__(
-        self, *args: str, typed: str | None = None, program: tuple[str, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end. `program`: another way to start it, in a new Python."""
-        if not program:
-            return self._commands.run(
-                [PROGRAM.name, *args],
-                cwd=self.directory,
-                env=self.environment,
-                typed=typed,
-                timeout=DEADLINE_SECONDS,
-            )
-        return subprocess.run(
-            [*program, *args],
-            cwd=self.directory,
-            env=self.environment,
-            input=typed,
-            stdin=subprocess.DEVNULL if typed is None else None,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            check=False,
-        )
-
-    def mine(self, command: str, *args: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command with the tasks of `my_tasks.py`."""
-        return self(command, *args, "--module", "my_tasks.py", typed=typed)
-
-    def start(self, *args: str, new_python: bool = False) -> Background:
-        """Start a command, which is ended with the test if it still runs."""
-        path = self.directory / f"output-{len(self._started)}.log"
-        with path.open("wb") as log:
-            process = self._commands.start(
-                [PROGRAM.name, *args],
-                cwd=self.directory,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                new_python=new_python,
-            )
-        self._started.append(process)
-        return Background(process, path)
-
-    def stop(self) -> None:
-        """End what still runs, as an init system would."""
-        for process in self._started:
-            process.terminate()
-        for process in self._started:
-            try:
-                process.wait(DEADLINE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+from diracx.tasks.testing.server import ValkeyProcess
+from redis import Redis
+from support.command_line import Cli
+from support.redis_acl import FILES, PASSWORD, ROLES, Server
+from support.waiting import eventually
+from support.warm_commands import WarmCommands
 
 
 @pytest.fixture
@@ -226,7 +25,7 @@ def cli(tmp_path: Path, warm_commands: WarmCommands) -> Iterator[Cli]:
 
 @pytest.fixture
 def served(cli: Cli, redis_url: str) -> Iterator[Cli]:
-    """The command line with an empty server behind it, which is looked at when everything has stopped."""
+    """The command line with an empty server, which is checked at the end."""
     cli.environment["DIRACX_TASKS_REDIS_URL"] = redis_url
     yield cli
     cli.stop()
@@ -234,7 +33,7 @@ def served(cli: Cli, redis_url: str) -> Iterator[Cli]:
 
 @pytest.fixture
 def one_line() -> Callable[..., str]:
-    """Check that a command failed with one line that says all these things; returns the line."""
+    """Check that a command failed with one line that contains all these texts; return the line."""
 
     def check(result: subprocess.CompletedProcess[str], code: int, *said: str) -> str:
         lines = result.stderr.splitlines()
@@ -263,3 +62,19 @@ async def initialised_task_db(tmp_path: Path) -> str:
     async with database.engine_context(), database.engine.begin() as connection:
         await connection.run_sync(database.metadata.create_all)
     return url
+
+
+@pytest.fixture
+def acl_server(tmp_path: Path) -> Iterator[Server]:
+    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    lines = [(FILES / f"{name}.acl").read_text() for name in ("default", *ROLES)]
+    text = "".join(lines).replace("SHA256-OF-THE-PASSWORD", digest)
+    acl = tmp_path / "users.acl"
+    acl.write_text(text + "user test on nopass ~* &* +@all\n")
+    process = ValkeyProcess(tmp_path, options=("--aclfile", str(acl)))
+    process.start()
+    try:
+        with Redis.from_url(f"redis://test:any@127.0.0.1:{process.port}", socket_timeout=None) as admin:
+            yield Server(process, admin)
+    finally:
+        process.stop()

@@ -1,4 +1,4 @@
-"""Alert rules and the Grafana dashboard are well formed, and ask for metrics and labels that there are."""
+"""Alert rules and the Grafana dashboard are valid, and use existing metrics and labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from promql import PromQLError, read
+from support.paths import ROOT
+from support.promql import PromQLError, read
 
-ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "prometheus/alerts.yml"
 _SOURCES = (
@@ -50,13 +50,13 @@ def rules() -> list[dict[str, Any]]:
 
 
 def check(expression: str) -> None:
-    """It can be read, and asks for what there is."""
+    """It is valid, and uses existing metrics."""
     names, labels = documented()
     names |= {f"{name}_{part}" for name in names for part in ("bucket", "count", "sum")}
-    asked = read(expression)
-    assert asked.metrics, expression
-    assert asked.metrics <= names, expression
-    assert asked.labels <= labels | {"le"}, expression
+    parsed = read(expression)
+    assert parsed.metrics, expression
+    assert parsed.metrics <= names, expression
+    assert parsed.labels <= labels | {"le"}, expression
 
 
 def test_every_metric_that_is_served_is_in_the_reference_and_the_other_way_round() -> None:
@@ -65,12 +65,12 @@ def test_every_metric_that_is_served_is_in_the_reference_and_the_other_way_round
     assert served == documented()[0]
 
 
-def test_the_documentation_says_what_to_do_about_every_alert() -> None:
+def test_every_alert_is_documented_with_a_remedy() -> None:
     text = (DEPLOY.parent / "docs/how-to/watch.md").read_text()
     assert [rule["alert"] for rule in rules() if f"`{rule['alert']}`" not in text] == []
 
 
-def test_alert_rules_are_well_formed_and_ask_for_metrics_and_labels_there_are() -> None:
+def test_alert_rules_are_valid_and_use_existing_metrics_and_labels() -> None:
     names = [rule["alert"] for rule in rules()]
     assert len(names) == len(set(names)) > 6
     for rule in rules():
@@ -79,7 +79,7 @@ def test_alert_rules_are_well_formed_and_ask_for_metrics_and_labels_there_are() 
         check(rule["expr"])
 
 
-def test_the_dashboard_is_well_formed_and_asks_for_metrics_and_labels_there_are() -> None:
+def test_the_grafana_dashboard_is_valid_and_uses_existing_metrics_and_labels() -> None:
     identities = [panel["id"] for panel in panels()]
     assert len(identities) == len(set(identities)) > 20
     taken: set[tuple[int, int]] = set()

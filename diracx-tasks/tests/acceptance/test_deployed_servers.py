@@ -1,4 +1,4 @@
-"""The files of deploy/redis do what they say: real servers and Sentinels are started with them.
+"""Configuration files of deploy/redis, with real servers and Sentinels.
 
 Only addresses, ports and directories are other than in the files.
 """
@@ -24,10 +24,10 @@ from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis
 from redis.exceptions import RedisError
+from support.paths import ROOT
+from support.waiting import eventually
 
-from .conftest import eventually
-
-FILES = Path(__file__).parents[3] / "deploy" / "redis"
+FILES = ROOT / "deploy" / "redis"
 SERVICE = "tasks"
 PASSWORD = "correct-horse"
 DELAY = timedelta(seconds=3)
@@ -99,7 +99,7 @@ class Replicated:
         return self.good_replicas(self.primary) == 2
 
     def good_replicas(self, server: ValkeyProcess) -> int | None:
-        """Replicas that a primary has heard of in time; None of a server that is no primary."""
+        """Number of replicas that have responded in time; None: not a primary."""
         try:
             with Redis.from_url(as_test(server)) as client:
                 found = client.info("replication")

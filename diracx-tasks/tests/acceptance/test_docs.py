@@ -1,4 +1,4 @@
-"""The documentation does what it says: its examples run, its consoles answer as printed, its keys exist."""
+"""The documentation: its examples run, its consoles print that output, its keys exist."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from diracx.tasks.plumbing.broker import keys
+from support.paths import ROOT
+from support.waiting import eventually
+from support.warm_commands import WarmCommands
 
-ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
 LUA = ROOT / "diracx-tasks/src/diracx/tasks/plumbing/broker/lua"
@@ -69,47 +69,39 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reader(examples: Path) -> Iterator[dict[str, str]]:
+def reader(examples: Path, warm_commands: WarmCommands) -> Iterator[dict[str, str]]:
     """The environment of a reader's second terminal, while `dev` runs in the first."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     modules = [part for module in _MODULES for part in ("--module", module)]
     with (examples / "dev.log").open("w+") as log:
-        dev = subprocess.Popen(
-            [sys.executable, "-m", "diracx.tasks", "dev", *modules],
-            cwd=examples,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        command = ["diracx-task-run", "dev", *modules]
+        dev = warm_commands.start(command, cwd=examples, env=environment, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + _SECONDS
-            while not (url := re.search(r"DIRACX_TASKS_REDIS_URL=(\S+)", (examples / "dev.log").read_text())):
+            urls: list[str] = []
+
+            def started() -> bool:
                 assert dev.poll() is None, (examples / "dev.log").read_text()
-                assert time.monotonic() < deadline, "dev does not start"
-                time.sleep(0.05)
-            yield {**environment, "DIRACX_TASKS_REDIS_URL": url[1]}
+                urls.extend(re.findall(r"DIRACX_TASKS_REDIS_URL=(\S+)", (examples / "dev.log").read_text()))
+                return bool(urls)
+
+            eventually(started, "dev starts")
+            yield {**environment, "DIRACX_TASKS_REDIS_URL": urls[0]}
         finally:
             dev.send_signal(signal.SIGINT)
             dev.wait(timeout=_SECONDS)
 
 
-def test_the_consoles_of_the_first_tutorial_answer_as_printed(examples: Path, reader: dict[str, str]) -> None:
+def test_the_consoles_of_the_first_tutorial_answer_as_printed(
+    examples: Path, reader: dict[str, str], warm_commands: WarmCommands
+) -> None:
     shown = [pair for block in blocks(DOCS / "tutorial/first-task.md", "console") for pair in commands(block)]
     ran = 0
     for command, expected in shown:
         if command.startswith(("diracx-task-run dev", "pip ", "export ", "python -m pytest")):
             continue  # the fixture is the first of these; the last is the test below
-        answer = subprocess.run(
-            shlex.split(command),
-            cwd=examples,
-            env=reader,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        ).stdout
+        ended = warm_commands.run(shlex.split(command), cwd=examples, env=reader, timeout=_SECONDS)
+        answer = ended.stdout + ended.stderr
         pattern = r"\n".join(
             ".*".join(re.escape(part) for part in _TASK_ID.sub("ID", line).split("…")) for line in expected
         )
@@ -118,19 +110,12 @@ def test_the_consoles_of_the_first_tutorial_answer_as_printed(examples: Path, re
     assert ran >= 5, "the tutorial has lost its commands"
 
 
-def test_the_examples_pass_their_own_tests(examples: Path) -> None:
+def test_the_examples_pass_their_own_tests(examples: Path, warm_commands: WarmCommands) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DIRACX_", "PYTEST"))}
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        cwd=examples,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=5 * _SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    (script := examples / "run.py").write_text(f"import sys, pytest\nsys.exit(pytest.main({options!r}))\n")
+    ended = warm_commands.run([str(script)], cwd=examples, env=environment, timeout=5 * _SECONDS)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
@@ -169,14 +154,14 @@ def test_every_redis_key_is_explained() -> None:
         assert value in explained, f"keys.{name}"
 
 
-def test_the_reference_of_the_settings_is_what_the_models_say() -> None:
+def test_the_reference_of_settings_matches_the_models() -> None:
     spec = importlib.util.spec_from_file_location("configuration_page", DOCS / "hooks/configuration.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text() == script.page(), "run `python docs/hooks/configuration.py`"
-    for _, model in script._SECTIONS:
+    for _, model in script.SECTIONS:
         for name, field in model.model_fields.items():
             model.model_validate({name: field.examples[0]})
 

@@ -1,15 +1,13 @@
-"""Locks and limiters of the published package 0.7.0 and of ours on one server: what each refuses the other."""
+"""Compatibility of locks and limiters with the published package 0.7.0 on one server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import signal
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -37,34 +35,47 @@ def _installed() -> None:
 class Holder:
     """A process of either version with locks, which are made as they are named."""
 
-    def __init__(self, process: Process) -> None:
-        self.process = process
+    def __init__(self, version: str, redis_url: str) -> None:
+        program = prepare("reference") / "bin/python" if version == "0.7" else sys.executable
+        environment = {**os.environ, "DIRACX_TASKS_REDIS_URL": redis_url}
+        self.process = Popen([program, "-c", _HOLDER], env=environment, stdin=PIPE, stdout=PIPE)
 
     async def __call__(self, method: str, name: str, kind: str = "", /, **options: Any) -> Any:
-        """Call `acquire`, `release` or `extend` of a lock."""
+        """Call `acquire`, `release` or `extend` of a lock, or `forget` all locks."""
+        return await asyncio.to_thread(self._call, [method, name, kind, options])
+
+    def _call(self, request: list[Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([method, name, kind, options]).encode() + b"\n")
-        return json.loads(await self.process.stdout.readline())
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def _running(_redis_server: str) -> Iterator[dict[str, Holder]]:
+    """One of each version: their imports take seconds."""
+    running = {version: Holder(version, _redis_server) for version in ("0.7", "ours")}
+    yield running
+    for holder in running.values():
+        with holder.process:
+            holder.kill()
 
 
 @pytest.fixture
-async def holders(redis_url: str) -> AsyncIterator[dict[str, Holder]]:
-    environment = {**os.environ, "DIRACX_TASKS_REDIS_URL": redis_url}
-    programs = {"0.7": prepare("reference") / "bin/python", "ours": sys.executable}
-    found = {
-        version: Holder(
-            await asyncio.create_subprocess_exec(program, "-c", _HOLDER, env=environment, stdin=PIPE, stdout=PIPE)
-        )
-        for version, program in programs.items()
-    }
-    for holder in found.values():
-        await holder("release", "none", "MutexLock")  # imports take seconds
-    yield found
-    for holder in found.values():
-        with contextlib.suppress(ProcessLookupError):
-            holder.process.send_signal(signal.SIGKILL)
-        await holder.process.wait()
+async def holders(redis_url: str, _running: dict[str, Holder]) -> dict[str, Holder]:
+    for version, holder in _running.items():
+        if holder.process.poll() is not None:
+            with holder.process:
+                _running[version] = Holder(version, redis_url)
+    for holder in _running.values():
+        await holder("forget", "")
+    return _running
 
 
 _HOLDER = """
@@ -76,6 +87,10 @@ async def main():
     made, redis = {}, Redis.from_url(os.environ["DIRACX_TASKS_REDIS_URL"])
     for line in iter(sys.stdin.readline, ""):
         method, name, kind, options = json.loads(line)
+        if method == "forget":
+            made.clear()
+            print("null", flush=True)
+            continue
         if name not in made:
             classed = {each: options.pop(each) for each in ("limit", "window_seconds") if each in options}
             cls = type(kind, (getattr(locks, kind),), classed)
@@ -88,7 +103,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize(("held", "asked", "options"), _EXCLUDING, ids=str)
-async def test_what_one_version_holds_the_other_is_refused(
+async def test_a_lock_held_by_one_version_is_refused_to_the_other(
     holders: dict[str, Holder], first: str, second: str, held: str, asked: str, options: dict[str, Any]
 ) -> None:
     one, other = holders[first], holders[second]
@@ -123,7 +138,7 @@ async def test_readers_of_both_versions_share_and_the_last_lets_the_writer_in(
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize("kind", ["MutexLock", "ExclusiveRWLock", "ConcurrencyLimiter"])
-async def test_what_is_renewed_is_kept_and_what_was_held_by_the_dead_ends(
+async def test_renewed_locks_are_kept_and_locks_of_dead_workers_expire(
     holders: dict[str, Holder], first: str, second: str, kind: str
 ) -> None:
     options = _ONE if kind == "ConcurrencyLimiter" else {}
@@ -135,7 +150,7 @@ async def test_what_is_renewed_is_kept_and_what_was_held_by_the_dead_ends(
         await one("extend", "a")  # 0.7 says False of a slot that it has renewed
         assert not await other("acquire", "b", kind, **options)
         await asyncio.sleep(0.1)
-    one.process.send_signal(signal.SIGKILL)
+    one.kill()
     async with asyncio.timeout(10):
         while not await other("acquire", "b"):
             await asyncio.sleep(0.02)
@@ -174,12 +189,11 @@ async def test_each_version_counts_the_grants_of_its_own_rate_limiter(
     await redis.delete(*found)
 
 
-async def test_a_reader_of_0_7_that_has_died_keeps_writers_out_until_its_lock_is_deleted(
+async def test_a_lock_of_a_dead_reader_of_0_7_blocks_writers_until_it_is_deleted(
     holders: dict[str, Holder], redis: Redis
 ) -> None:
     assert await holders["0.7"]("acquire", "a", "SharedRWLock")
-    holders["0.7"].process.send_signal(signal.SIGKILL)
-    await holders["0.7"].process.wait()
+    holders["0.7"].kill()
     assert not await holders["ours"]("acquire", "writer", "ExclusiveRWLock")
     assert await redis.ttl("lock:rw:job:one") == -1
     await redis.delete("lock:rw:job:one")

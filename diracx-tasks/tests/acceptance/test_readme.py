@@ -1,17 +1,17 @@
-"""The first task of the README, as it stands there."""
+"""The first task of the README runs."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 from diracx.tasks.testing.server import free_port
+from support.paths import ROOT
 
-README = Path(__file__).parents[3] / "README.md"
+README = ROOT / "README.md"
 
 
-def test_first_task_runs_as_the_readme_says(cli, tmp_path):
+def test_the_first_task_of_the_readme_runs(cli, tmp_path):
     text = README.read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     commands = re.findall(r"^diracx-task-run (.+)$", text, re.MULTILINE)

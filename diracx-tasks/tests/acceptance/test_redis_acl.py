@@ -1,24 +1,19 @@
-"""Each role does its whole work as its user of deploy/redis/acl, and is refused what is another role's."""
+"""The ACL of each role (deploy/redis/acl) permits its work."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-from dashboard_world import until
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import audited, read_audit
 from diracx.tasks.plumbing import BaseTask, schedule_many, spawn_with_callback
@@ -30,35 +25,35 @@ from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding
-from diracx.tasks.testing.server import ValkeyProcess, free_port
+from diracx.tasks.testing.server import free_port
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis import Redis
-from redis.exceptions import ResponseError
+from support.command_line import Background, Cli
+from support.redis_acl import LUA, ROLES, Server, allowed, commands_in, named, scripts_of
+from support.waiting import until
 
-from .conftest import Background, Cli
-
-ROOT = Path(__file__).parents[3]
-FILES = ROOT / "deploy" / "redis" / "acl"
-PAGE = ROOT / "docs" / "how-to" / "restrict-redis.md"
-LUA = files("diracx.tasks.plumbing.broker") / "lua"
-ROLES = ("submitter", "worker", "scheduler", "dashboard")
-PASSWORD = "correct-horse"  # of all roles in these tests
 #: What a client sends whatever it is for: to connect, and to run a script.
 BASIC = {
     *("auth", "client|setinfo", "client|setname", "discard", "eval", "evalsha", "hello", "ping"),
     *("quit", "select", "unsubscribe", "unwatch"),
 }
 
-#: Scripts that take an accident, or a caller outside of tasks and routes.
-RARELY = {"blocked", "extend", "fail_children", "finished", "fire", "recover", "acquire", "release", "task_ids"}
-# A worker looks at the lines of locks only where one of them is due while no scheduler leads.
-RARELY |= {"lines"}
+
+#: Scripts that take an accident, or a caller outside of tasks and routes; and `lines`: a worker looks at the lines
+#: of locks only where one of them is due while no scheduler leads.
+RARELY = {
+    *("blocked", "extend", "fail_children", "finished", "fire", "lines", "recover"),
+    *("acquire", "release", "task_ids"),
+}
+
+
 #: What is sent when there are groups after a change of the server, or one of their children cannot be read; and
 #: when an answer was lost.
 RARELY_SENT = {"hscan", "sscan", "sismember"}
+
 
 TASKS = """
 from __future__ import annotations
@@ -168,64 +163,6 @@ class Tick(PeriodicBaseTask):
 """
 
 
-# --- what is written: the files, the scripts, the page ----------------------------------------------------------
-
-
-def rules(role: str) -> list[str]:
-    """The rules of a role's user."""
-    user, name, *found = (FILES / f"{role}.acl").read_text().split()
-    assert (user, name) == ("user", f"diracx-{role}")
-    return found
-
-
-def allowed(role: str) -> set[str]:
-    """The commands that a role may send."""
-    return {rule.strip("()")[1:] for rule in rules(role) if rule.startswith("+")}
-
-
-def scripts_of(role: str) -> set[str]:
-    """The scripts of a role, as the page has them."""
-    found = re.search(rf"^\| `{role}` \| [^|]* \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
-    assert found, f"{PAGE} has no row for {role}"
-    return set(re.findall(r"`(\w+)`", found[1]))
-
-
-def commands_in(name: str) -> set[str]:
-    """The commands that a script may call, those of what it includes among them."""
-    text = (LUA / f"{name}.lua").read_text()
-    found = set()
-    for command, word in re.findall(r"redis\.p?call\(\s*['\"](\w+)['\"](?:\s*,\s*['\"](\w+)['\"])?", text):
-        found.add(_named([command, word]))
-    for parts in re.findall(r"#include (.+)", text):
-        found |= {command for part in parts.split() for command in commands_in(part)}
-    return found
-
-
-def _named(words: list[str]) -> str:
-    name = words[0].lower()
-    return f"{name}|{words[1].lower()}" if name in ("client", "xinfo", "xgroup") else name
-
-
-def test_every_script_has_a_role_and_each_role_may_send_what_its_scripts_do() -> None:
-    names = {file.name[:-4] for file in LUA.iterdir() if not file.name.startswith("_")}
-    assert set().union(*map(scripts_of, ROLES)) == names
-    for role in ROLES:
-        missing = {command for name in scripts_of(role) for command in commands_in(name)} - allowed(role)
-        assert not missing, f"{role}.acl lacks {sorted(missing)}"
-
-
-def test_no_role_may_do_what_is_an_administrators() -> None:
-    for role in ROLES:
-        found = rules(role)
-        assert {"resetkeys", "resetchannels", "-@all"} <= set(found)
-        assert not {"~*", "allkeys", "&*", "allchannels", "+@all", "nopass"} & set(found)
-        assert not [rule for rule in found if rule.startswith("+@")], "categories grow with the server's version"
-        assert not allowed(role) & {
-            *("keys", "scan", "flushall", "flushdb", "config", "acl", "script", "function", "debug", "monitor"),
-            *("shutdown", "save", "replicaof", "migrate", "restore", "swapdb", "module", "client|kill", "rename"),
-        }
-
-
 # --- what each role sends ---------------------------------------------------------------------------------------
 
 
@@ -257,7 +194,7 @@ class Monitor:
                     roles[where] = words[2]
                 if line["client_type"] != "lua":
                     role = roles.get(where, "")
-                self.sent[role].add(_named(words))
+                self.sent[role].add(named(words))
                 if words[0] == "EVALSHA" and words[1] in names:
                     self.scripts[role].add(names[words[1]])
 
@@ -267,160 +204,6 @@ class Monitor:
     def end(self, admin: Redis) -> None:
         admin.echo("end")
         assert self._ends.wait(30)
-
-
-# --- a server with those users ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Server:
-    """A server that has loaded the files of `deploy/redis/acl`, and beside them a user for this test."""
-
-    process: ValkeyProcess
-    admin: Redis
-
-    def url(self, role: str) -> str:
-        """The URL of a role. Its connections are named after it."""
-        port = self.process.port
-        return f"redis://diracx-{role}:{PASSWORD}@127.0.0.1:{port}?client_name={role}"
-
-    def client(self, role: str) -> Redis:
-        return Redis.from_url(self.url(role))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
-    lines = [(FILES / f"{name}.acl").read_text() for name in ("default", *ROLES)]
-    text = "".join(lines).replace("SHA256-OF-THE-PASSWORD", digest)
-    acl = tmp_path / "users.acl"
-    acl.write_text(text + "user test on nopass ~* &* +@all\n")
-    process = ValkeyProcess(tmp_path, options=("--aclfile", str(acl)))
-    process.start()
-    try:
-        with Redis.from_url(f"redis://test:any@127.0.0.1:{process.port}", socket_timeout=None) as admin:
-            yield Server(process, admin)
-    finally:
-        process.stop()
-
-
-def test_a_file_without_a_password_is_not_loaded_and_nobody_gets_in_without_a_name(
-    server: Server, tmp_path: Path
-) -> None:
-    with pytest.raises(Exception, match=r"(?i)NOAUTH|authenticat"):
-        Redis(port=server.process.port).ping()
-    (tmp_path / "users.acl").write_text((FILES / "worker.acl").read_text())
-    with pytest.raises(Exception, match=r"(?i)password hash|error"):
-        server.admin.acl_load()
-
-
-# --- what each role is refused ----------------------------------------------------------------------------------
-
-#: Role -> commands that are another role's, or an administrator's.
-REFUSED = {
-    "submitter": [
-        "XRANGE diracx:tasks:normal:medium - +",  # what others have submitted
-        "XREADGROUP GROUP diracx:tasks:workers x STREAMS diracx:tasks:normal:medium >",
-        "XDEL diracx:tasks:normal:medium 1-1",
-        "DEL diracx:tasks:normal:medium",
-        "SET diracx:results:x forged",
-        "DEL lock:mutex:job:42",
-        "GET lock:mutex:job:42",
-        "SET diracx:scheduler:leader me",
-        "HSET diracx:scheduler:paused all 1",
-        "XADD diracx:tasks:audit * data forged",
-        "XADD diracx:tasks:dead-letters * data forged",
-        "ZADD diracx:tasks:cancelled 1 x",
-        "ZADD diracx:tasks:alive 1 x",
-        "HGETALL diracx:tasks:config-in-force",
-        "PUBLISH diracx:tasks:cancelled x",
-        "SUBSCRIBE diracx:tasks:cancelled",
-        "GET another:application",
-    ],
-    "worker": [
-        "XADD diracx:tasks:audit * data forged",
-        "XRANGE diracx:tasks:audit - +",
-        "SET diracx:scheduler:leader me",
-        "ZADD diracx:scheduler:next 1 x",
-        "HSET diracx:scheduler:paused all 1",
-        "SET diracx:tasks:resubmitted:x 1",
-        "PUBLISH diracx:scheduler:leader free",
-        "SET another:application 1",
-    ],
-    "scheduler": [
-        "GET diracx:results:x",
-        "GET lock:mutex:job:42",
-        "DEL lock:mutex:job:42",
-        "ZADD diracx:tasks:alive 1 x",
-        "ZADD diracx:tasks:cancelled 1 x",
-        "XADD diracx:tasks:audit * data forged",
-        "XADD diracx:tasks:dead-letters * data forged",
-        "XREADGROUP GROUP diracx:tasks:workers x STREAMS diracx:tasks:normal:medium >",
-        "SET another:application 1",
-    ],
-    "dashboard": [
-        "SET diracx:scheduler:leader me",
-        "ZADD diracx:scheduler:next 1 x",
-        "ZADD diracx:tasks:alive 1 x",
-        "HSET diracx:monitor:worker:x line forged",
-        "HSET diracx:tasks:config-in-force x forged",
-        "XADD diracx:tasks:dead-letters * data forged",
-        "XREADGROUP GROUP diracx:tasks:workers x STREAMS diracx:tasks:normal:medium >",
-        "PUBLISH diracx:scheduler:leader free",
-        "GET another:application",
-    ],
-}
-ADMINISTRATORS = [
-    *(
-        "FLUSHALL",
-        "FLUSHDB",
-        "KEYS *",
-        "SCAN 0",
-        "CONFIG GET *",
-        "CONFIG SET maxmemory 1",
-        "ACL LIST",
-        "ACL WHOAMI",
-    ),
-    *(
-        "MONITOR",
-        "SHUTDOWN",
-        "SAVE",
-        "SCRIPT FLUSH",
-        "SCRIPT KILL",
-        "FUNCTION LIST",
-        "SWAPDB 0 1",
-    ),
-    *("CLIENT KILL TYPE normal", "CLIENT LIST", "REPLICAOF NO ONE", "RENAME a b", "MIGRATE h 1 k 0 1"),
-]
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_each_role_is_refused_what_is_not_its_own_by_a_script_too(server: Server, role: str) -> None:
-    done = []
-    for line in (*REFUSED[role], *ADMINISTRATORS):
-        words = line.split()
-        # A script declares no keys here, and has no more rights than its sender.
-        as_script = ("EVAL", f"return redis.call({', '.join(map(repr, words))})", 0)
-        for command in (words, as_script):
-            with server.client(role) as client:
-                try:
-                    client.execute_command(*command)
-                except ResponseError as error:
-                    if re.search(
-                        r"(?i)permission|can't (run|access)|not allowed from script|unknown command", str(error)
-                    ):
-                        continue
-                    done.append(f"{line}: {error}")
-                else:
-                    done.append(line)
-    assert not done
-
-
-@pytest.mark.parametrize("category", ["admin", "dangerous"])
-def test_no_role_needs_the_commands_that_managed_servers_keep_to_themselves(server: Server, category: str) -> None:
-    kept = {command.lower().replace("|", " ") for command in server.admin.acl_cat(category)}
-    for role in ROLES:
-        assert {command.replace("|", " ") for command in allowed(role)} & kept <= {"info"}
 
 
 # --- the whole work of all roles --------------------------------------------------------------------------------
@@ -441,8 +224,8 @@ def load_tasks(path: Path) -> Any:
 class Roles:
     """Processes of each role, and their brokers in this process."""
 
-    def __init__(self, server: Server, cli: Cli, db_url: str) -> None:
-        self.server = server
+    def __init__(self, acl_server: Server, cli: Cli, db_url: str) -> None:
+        self.server = acl_server
         self.cli = cli
         self.db_url = db_url
         self.ports: list[int] = []
@@ -463,12 +246,13 @@ class Roles:
             self.cli.environment = before
 
     def port(self) -> str:
-        """A port for metrics, of which all are asked for at the end."""
+        """A port for metrics, which are all read at the end."""
         self.ports.append(free_port())
         return str(self.ports[-1])
 
     def worker(self, **environment: str) -> Background:
         options = ("--worker-size", "medium", "--lease-seconds", "2", "--max-concurrent-tasks", "20")
+        options += ("--grace", "1")  # some of its tasks would run for an hour
         made = self.start("worker", "worker", *options, "--metrics-port", self.port(), **environment)
         made.until("ready")
         return made
@@ -508,7 +292,7 @@ async def submit(world: Roles, submitter: RedisStreamBroker) -> None:
 
 async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str]) -> None:
     """All pages of the dashboard, and all that can be done there and by HTTP."""
-    from diracx.tasks.web.api.audit_logger import _USER, UserActionRate
+    from diracx.tasks.web.api.audit_logger import API_USER, UserActionRate
 
     db = TaskDB(world.db_url)
 
@@ -551,17 +335,17 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
         async def nothing() -> str:
             return "nothing"
 
-        assert await UserActionRate(_USER, "lhcb:fred").acquire(broker.redis)
+        assert await UserActionRate(API_USER, "lhcb:fred").acquire(broker.redis)
         await audited(broker.redis, "fred", "api", "submit pilot", "ce", nothing, vo="lhcb")
         assert await read_audit(broker.redis, vo="lhcb")
     await app.aclose()
 
 
-async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_needs(
-    server: Server, cli: Cli, initialised_task_db: str
+async def test_each_role_can_do_its_work_and_acl_files_allow_no_unused_commands(
+    acl_server: Server, cli: Cli, initialised_task_db: str
 ) -> None:
-    world = Roles(server, cli, initialised_task_db)
-    seen = Monitor(Redis.from_url(f"redis://test:any@127.0.0.1:{server.process.port}", socket_timeout=None))
+    world = Roles(acl_server, cli, initialised_task_db)
+    seen = Monitor(Redis.from_url(f"redis://test:any@127.0.0.1:{acl_server.process.port}", socket_timeout=None))
     seen.start()
     doomed = world.worker()
     async with world.broker("dashboard") as dashboard, world.broker("submitter") as submitter:
@@ -606,10 +390,10 @@ async def test_each_role_does_its_whole_work_and_no_file_allows_what_nothing_nee
         command.process.terminate()
         assert command.ends() == 0, command.output
         assert "NOPERM" not in command.output
-    seen.end(server.admin)
+    seen.end(acl_server.admin)
     denied = [
         f"{entry['username']}: {entry['object']} ({entry['reason']})"
-        for entry in server.admin.acl_log()
+        for entry in acl_server.admin.acl_log()
         if entry["username"] in {f"diracx-{role}" for role in ROLES}
     ]
     assert not denied

@@ -1,4 +1,4 @@
-"""Two builds on one server: what the data's version says of whether they can work side by side."""
+"""Schema version of the data: whether two builds can share one server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import diracx.tasks
 import pytest
+from support.warm_commands import WarmCommands
 
 from benchmarks.compat.scenarios import Tally, World, world
 
@@ -17,9 +18,10 @@ OURS = Path(diracx.tasks.__path__[0])
 
 
 @pytest.fixture
-def later(tmp_path: Path) -> Iterator[World]:
+def later(tmp_path: Path, warm_commands: WarmCommands) -> Iterator[World]:
     """A server, and copies of our build whose data have version 2: `kin` works beside 1, `stranger` does not."""
     with world(tmp_path / "world", published=False) as new:
+        new.popen = warm_commands.popen
         for name, oldest in (("kin", 1), ("stranger", 2)):
             copy = new.copies[name] = tmp_path / name
             shutil.copytree(OURS, copy / "diracx" / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,15 +50,15 @@ def test_a_compatible_build_works_beside_this_one_and_can_be_rolled_back(later: 
     assert ran == [True, True], "both have run tasks"
 
 
-def test_processes_that_do_not_know_the_data_say_so_and_stay_out(later: World) -> None:
+def test_processes_refuse_data_of_a_newer_schema(later: World) -> None:
     before = later.both("ours")
     later.submit("ours", 0)
     later.until_ended(10)
     later.both("stranger")
     later.submit("ours", 1000)
     assert [process.wait(60) for process in before] == [1, 1], "what runs stops"
-    said = (later.directory / "ours.log").read_text()
-    assert said.count("Redis has data of schema 2, and this version of diracx-tasks knows schema 1") == 2, said
+    output = (later.directory / "ours.log").read_text()
+    assert output.count("Redis has data of schema 2, and this version of diracx-tasks knows schema 1") == 2, output
     again = [later.worker("ours"), later.start("ours", "scheduler")]
     assert [process.wait(60) for process in again] == [1, 1], "and does not start again"
     assert (later.directory / "ours.log").read_text().count("has data of schema 2") == 4

@@ -1,4 +1,4 @@
-"""Failures of the chaos driver itself, told from findings."""
+"""Errors of the chaos driver itself, as distinct from violations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
+from support.paths import ROOT
 
-sys.path.append(str(Path(__file__).parents[3]))
+sys.path.append(str(ROOT))
 from chaos import redis_servers
 from chaos.__main__ import main
 
 
-def test_a_failure_of_chaos_itself_is_one_line_and_no_finding(
+def test_an_error_of_chaos_itself_is_reported_in_one_line_and_not_a_violation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Late ones, too: those of a disturbance come out where its end is waited for, as a group."""
@@ -24,16 +25,16 @@ def test_a_failure_of_chaos_itself_is_one_line_and_no_finding(
     async def refuses(*_: Any) -> None:
         raise ResponseError("NOGOODSLAVE No suitable replica to promote")
 
-    monkeypatch.setattr(redis_servers.Single, "_disturb", refuses)
+    monkeypatch.setattr(redis_servers.Single, "disturb", refuses)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     storm = ["--profile", "server", "--seconds", "8", "--tasks", "200", "--workers", "2", "--schedulers", "1"]
     monkeypatch.setattr(sys, "argv", ["chaos", *storm])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert main() == 3
-    printed, told = capsys.readouterr()
+    printed, errors = capsys.readouterr()
     assert printed == "", "nothing is judged"
-    [failed] = [line for line in told.splitlines() if "chaos itself failed" in line]
+    [failed] = [line for line in errors.splitlines() if "chaos itself failed" in line]
     assert "ResponseError: NOGOODSLAVE No suitable replica to promote; see " in failed
-    assert told.splitlines()[-1] == failed
+    assert errors.splitlines()[-1] == failed
     [report] = tmp_path.glob("chaos-*/failure.txt")
     assert "ResponseError" in report.read_text()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[3]
+from support.paths import ROOT
 
 #: Per task: round trips, commands, bytes sent (with each script once), bytes received; about 5 % above the counts,
 #: which differ with the length of the names of workers and tasks.
@@ -20,11 +18,11 @@ MOST = {
     "drain": (0.1, 1.0, 235, 185),
     "drain, one mutex per task": (0.15, 8.8, 690, 195),
     "drain, results kept": (0.1, 5.1, 400, 185),
-    "drain, delayed": (0.15, 2.5, 235, 470),
-    "drain, failed once": (0.25, 17.5, 1400, 1700),
+    "drain, delayed": (0.15, 2.5, 235, 620),  # 470 on a quiet machine; the slower it is, the smaller the batches
+    "drain, failed once": (0.2, 12.5, 1550, 1700),
     "drain, a callback group": (0.13, 7.5, 320, 230),
-    "drain, one mutex for all": (5.2, 80, 3800, 13500),
-    "one at a time": (4.1, 13, 1600, 450),
+    "drain, one mutex for all": (3.4, 75, 3300, 13500),
+    "one at a time": (2.3, 9, 1100, 280),
 }
 
 
@@ -41,5 +39,5 @@ def test_a_task_costs_no_more_than_this(counts, scenario):
     assert all(number <= most for number, most in zip(found, MOST[scenario], strict=True)), (found, MOST[scenario])
 
 
-def test_every_scenario_is_held(counts):
+def test_every_scenario_stays_within_its_counts(counts):
     assert counts.keys() == MOST.keys()

@@ -1,4 +1,4 @@
-"""Tasks outside a worker: under their locks, in this process."""
+"""Execution of tasks with their locks outside a worker."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_wrapped_task_shows_the_dependencies_of_execute() -> None:
     assert list(inspect.signature(wrap_task(Locked)).parameters) == ["factor"]
 
 
-async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_noticed(redis: Redis) -> None:
+async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_detected(redis: Redis) -> None:
     lock = MutexLock(JOB, "renewed", ttl_ms=1500)
     async with holding([lock], redis):
         renewed, left = 0, 1500
@@ -84,10 +84,10 @@ async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_noticed
         await lose()
 
 
-async def test_a_block_that_blocked_the_event_loop_for_longer_than_its_lock_lives_does_not_end_well(
+async def test_a_block_that_blocked_the_event_loop_longer_than_its_lock_raises(
     redis: Redis,
 ) -> None:
-    """Nothing can cancel it, so its end must say that another may have had the lock."""
+    """It ignores cancellations, so its end reports that another worker may have had the lock."""
 
     async def block() -> None:
         async with holding([MutexLock(JOB, "blocked", ttl_ms=200)], redis):
@@ -110,7 +110,7 @@ def test_installed_tasks_are_found_under_category_and_class_name() -> None:
     validate_registry()
 
 
-def test_P53_every_promised_name_is_there_and_loads_only_what_it_needs() -> None:
+def test_P53_every_public_name_exists_and_imports_only_its_dependencies() -> None:
     promised = [
         "AvailableSecurityProperties",
         "BaseLimiter",

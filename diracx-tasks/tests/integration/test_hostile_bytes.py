@@ -1,4 +1,4 @@
-"""Any bytes, under any of our keys: each message ends, nobody who reads them fails, and honest tasks go on."""
+"""Arbitrary bytes under all keys: messages are settled, processes survive, valid tasks run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import msgpack
 import pytest
-from dashboard_world import WRITER
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.dead_letters import dead_letter_record
 from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_many
@@ -29,6 +28,7 @@ from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard.app import create_app
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
+from support.dashboard_world import WRITER
 
 STREAMS = ["diracx:tasks:normal:medium", "diracx:tasks:realtime:medium", "diracx:tasks:normal:medium:handover"]
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
@@ -59,7 +59,7 @@ TASKS = [Echo, Locked]
 
 
 class Bytes:
-    """Makes bytes that nobody should send, from a seed."""
+    """Generates malformed bytes from a seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -217,9 +217,8 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
 
 @asynccontextmanager
 async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Reads all that there is to read: pages, and what they are made of."""
+    """Reads all read models of the dashboard."""
     context = AppContext(system.broker, system.registry, ConfigReader(), system.task_db, "test")
-    context._settings = type(context._settings)(system._config, ())
 
     async def this() -> AppContext:
         return context
@@ -278,7 +277,7 @@ async def test_any_bytes_are_settled_and_end_no_process(redis_url: str, redis: R
                 assert not (await system.result(task_id)).is_err
             async with asyncio.timeout(60):
                 while not await _ended(redis):
-                    await system._unless_dead(asyncio.sleep(0.05))
+                    await system.unless_dead(asyncio.sleep(0.05))
             await read()
             assert (await system.result(await Locked("after").schedule())).return_value is None
         assert not [key async for key in redis.scan_iter("lock:*")]
@@ -300,7 +299,7 @@ IN_THE_WAY = {
     keys.CANCELLED: True,
     keys.ANY_CANCELLED: True,
     keys.LEADER: True,
-    keys.EPOCH: True,
+    keys.DATASET_ID: True,
     keys.FENCE: True,
     "diracx:tasks:turn:medium:lock:mutex:job:'in the way'": True,
     "lock:mutex:job:'in the way'": True,
@@ -313,11 +312,19 @@ IN_THE_WAY = {
 
 
 #: Of these, the right type is a string.
-STRINGS = ("lock", keys.ANY_CANCELLED, keys.LEADER, keys.EPOCH, keys.FENCE, keys.RENEWED, keys.TURN_PREFIX)
+STRINGS = (
+    "lock",
+    keys.ANY_CANCELLED,
+    keys.LEADER,
+    keys.DATASET_ID,
+    keys.FENCE,
+    keys.RENEWED,
+    keys.RESERVATION_PREFIX,
+)
 
 
 @pytest.mark.parametrize("key", IN_THE_WAY)
-async def test_a_key_of_another_type_ends_no_process_and_what_does_not_need_it_goes_on(
+async def test_a_key_of_a_wrong_type_stops_no_process_and_affects_no_other_key(
     redis_url: str, redis: Redis, key: str
 ) -> None:
     settings = {"lease_seconds": 3.0, "lock_retry_seconds": 0.2}
@@ -346,7 +353,7 @@ async def test_a_key_of_another_type_ends_no_process_and_what_does_not_need_it_g
 
 
 @pytest.mark.parametrize("stored", [b"no line", b"", b"\n", b"elsewhere retry 0\nx"])
-async def test_a_task_waits_whatever_lies_under_its_id_already(
+async def test_an_invalid_delayed_entry_of_the_same_id_does_not_prevent_a_wait(
     redis_url: str, redis: Redis, stored: bytes
 ) -> None:
     lock = MutexLock(JOB, "'free soon'")
@@ -357,13 +364,13 @@ async def test_a_task_waits_whatever_lies_under_its_id_already(
         await redis.xadd(STREAMS[0], {"data": message.dumpb()})
         async with asyncio.timeout(30):
             while await redis.zcard(keys.DELAYED) == 0:
-                await system._unless_dead(asyncio.sleep(0.02))
+                await system.unless_dead(asyncio.sleep(0.02))
         await lock.release(redis)
         assert not (await system.result("mine")).is_err
         await redis.delete(keys.DELAYED_DATA)
 
 
-async def test_a_task_whose_group_is_of_another_type_can_be_cancelled_and_tells_who_waits(
+async def test_a_task_whose_group_is_of_another_type_can_be_cancelled_and_its_waiters_are_notified(
     redis_url: str, redis: Redis
 ) -> None:
     await redis.rpush(f"{keys.GROUPS_PREFIX}odd", "no group")

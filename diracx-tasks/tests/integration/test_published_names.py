@@ -1,4 +1,4 @@
-"""A program that drives worker and scheduler as those of the published package do runs its tasks."""
+"""A program that embeds worker and scheduler as the published package does."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from diracx.tasks.plumbing.scheduler import TaskScheduler
 from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from redis.asyncio import Redis
+from support.standard_tasks import SEEN
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
-SEEN: list[str] = []
 
 
 @dataclass
@@ -141,7 +141,7 @@ def test_arguments_that_mean_nothing_are_refused(redis_url: str) -> None:
         Worker(broker)
     with pytest.raises(TypeError, match="does not know lease"):
         TaskScheduler(broker, CLASSES, lease=5)
-    with pytest.raises(TypeError, match="takes what create_task_bindings returns"):
+    with pytest.raises(TypeError, match="needs a result of create_task_bindings"):
         BaseTask.bind_broker({})
 
 
@@ -163,7 +163,7 @@ async def test_result_backend_reads_what_it_has_written(redis_url: str, prefix: 
 
 @pytest.fixture
 def redis_in_place_of_a_fake() -> Any:
-    """As the page on migration says."""
+    """As in the page on migration."""
     with embedded_redis() as url:
         yield Redis.from_url(url)
 

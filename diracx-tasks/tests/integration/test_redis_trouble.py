@@ -1,11 +1,11 @@
-"""Outages of the server: worker and scheduler wait, reconnect, restore what is lost and settle what ran."""
+"""Outages of the server: processes wait, reconnect, restore lost data and settle running tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, IntervalSeconds,
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -112,18 +114,8 @@ def server(tmp_path: Path) -> Iterator[ValkeyProcess]:
     process.kill()
 
 
-async def until(condition: Callable[[], object | Awaitable[object]], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        held = condition()
-        if await held if isinstance(held, Awaitable) else held:
-            return
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        await asyncio.sleep(0.01)
-
-
 async def submitted(task: BaseTask) -> str:
-    """Submit, as a caller who knows that a submission may be refused during an outage."""
+    """Submit with retries, since a submission may be refused during an outage."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -145,8 +137,11 @@ async def system_on(server: ValkeyProcess, **settings: float) -> AsyncIterator[T
         yield system
         await system.drain(60)
         async with Redis.from_url(server.url) as redis:
-            held = await redis.keys(f"{keys.HELD_PREFIX}*")
-            assert not held, "what the server had lost is settled, too"
+
+            async def none_held() -> bool:
+                return not await redis.keys(f"{keys.HELD_PREFIX}*")
+
+            await until(none_held, "what the server had lost is settled, too")
         assert all(ended == BEGUN[name] for name, ended in ENDED.items() if BEGUN[name]), "nothing is cut off"
 
 
@@ -343,7 +338,7 @@ async def _is_busy(admin: Redis) -> bool:
 
 
 async def test_a_server_that_loads_its_data_is_waited_for(tmp_path: Path) -> None:
-    """A restart with persistence: nothing is lost, and what was queued is executed."""
+    """A restart with persistence loses nothing, and queued tasks are executed."""
     server = ValkeyProcess(
         tmp_path, options=("--key-load-delay", "2000", "--loading-process-events-interval-bytes", "1024")
     )
@@ -380,3 +375,14 @@ async def test_a_server_that_loads_its_data_is_waited_for(tmp_path: Path) -> Non
         assert BEGUN == {"a": 1}
     finally:
         server.kill()
+
+
+async def test_the_lease_keeper_logs_an_outage_when_it_begins_and_when_it_ends(
+    server: ValkeyProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with LeaseKeeper(server.url, "worker", 1.0, asyncio.get_running_loop()) as keeper:
+        server.kill()
+        await until(lambda: keeper.overdue)  # after several attempts
+        server.start()
+        await until(lambda: "can renew the lease of worker again" in caplog.text)
+    assert caplog.text.partition("can renew")[0].count("cannot renew the lease of worker") == 1

@@ -1,10 +1,10 @@
-"""A server that goes back to an earlier state (a snapshot, a replica) holds up nobody with what it believes."""
+"""A server restored to an earlier state (snapshot, replica)."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.broker.requests import LockSpec, StartRequest
 from diracx.tasks.plumbing.broker.streams import resumed_stream
 from diracx.tasks.plumbing.exceptions import SendTaskError
@@ -24,6 +25,7 @@ from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from support.waiting import until
 
 QUEUE = "diracx:tasks:normal:medium"
 BEGUN: list[str] = []
@@ -50,13 +52,6 @@ class Writes(BaseTask):
 
     async def execute(self) -> None:
         BEGUN.append("writes")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come to that"
-        await asyncio.sleep(0.02)
 
 
 async def test_a_shared_lock_that_comes_back_with_a_snapshot_is_given_back_by_its_worker(tmp_path: Path) -> None:
@@ -158,7 +153,7 @@ async def until_renewed(url: str, times: int) -> None:
 
 
 class _Slots:
-    """Slots that record what has been settled."""
+    """Slots that record settled deliveries."""
 
     def __init__(self) -> None:
         self.left: list[Delivery] = []
@@ -167,6 +162,9 @@ class _Slots:
         self.left += deliveries
 
     async def closed_if_stopping(self) -> None:
+        pass
+
+    async def fetch_answered(self) -> None:
         pass
 
 
@@ -192,7 +190,7 @@ async def test_what_is_settled_before_the_next_renewal_is_still_ours_when_the_se
         settler.add(Settlement(delivery, result={"key": "diracx:results:task", "value": b"x", "ttl_ms": 60_000}))
         await settler.drained()
         assert await broker.redis.get("diracx:results:task") == b"x"
-        assert "not ours" not in caplog.text
+        assert "cannot be settled" not in caplog.text
         assert slots.left == [delivery]
         sending.cancel()
     finally:
@@ -222,7 +220,7 @@ async def test_a_worker_whose_lease_had_ended_believes_that_another_has_settled_
         await owner.redis.zadd(keys.LEASES, {other.consumer_name: 600_000, owner.consumer_name: 600_000})
         await owner.redis.set(keys.RENEWED, int(time.time() * 1000))
         [taken], *_ = await other.reclaim(1, lease_seconds=600)
-        assert await other.settle([Settlement(taken)]) == [True]
+        assert await other.settle([Settlement(taken)]) == [ACCEPTED]
         server.kill()
         server.start()
         await until(lambda: keeper.overdue or seconds > 1)
@@ -242,7 +240,7 @@ async def test_a_worker_whose_lease_had_ended_believes_that_another_has_settled_
 class _Hold(PendingAck):
     taken_over: bool = False
 
-    def on_lease_lost(self, what: str, taken_over: bool) -> None:
+    def on_lease_lost(self, reason: str, taken_over: bool) -> None:
         self.taken_over = taken_over
 
 
@@ -273,10 +271,10 @@ class _EndsMeanwhile(PendingAck):
 
 
 @pytest.mark.parametrize("answered", ["before the renewal", "while the renewal is sent", "after the renewal"])
-async def test_what_was_settled_just_before_the_renewal_after_a_restart_has_ended(
+async def test_a_task_settled_just_before_the_renewal_after_a_restart_has_ended(
     tmp_path: Path, answered: str
 ) -> None:
-    """The snapshot has it as running, so its settlement is accepted before the worker knows of the restart."""
+    """The snapshot has it as running, so its settlement is accepted before the worker detects the restart."""
     server = ValkeyProcess(tmp_path)
     server.start()
     broker = RedisStreamBroker(server.url)
@@ -296,7 +294,7 @@ async def test_what_was_settled_just_before_the_renewal_after_a_restart_has_ende
         server.start()
         with suppress(RedisError):  # by the connection that is gone
             await broker.redis.ping()
-        assert await broker.settle([Settlement(delivery, locks)], keeper.dataset_id) == [True]
+        assert await broker.settle([Settlement(delivery, locks)], keeper.dataset_id) == [ACCEPTED]
         renewed = False
         while not renewed:  # not at once, by the connection that is gone
             if answered == "before the renewal":

@@ -1,4 +1,4 @@
-"""No call does more work when there is more of something. `make bench-size` shows the times at full size."""
+"""Costs of calls are independent of the amount of data. `make bench-size` measures the full size."""
 
 from __future__ import annotations
 

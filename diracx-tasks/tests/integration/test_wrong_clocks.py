@@ -1,4 +1,4 @@
-"""Machines whose clocks are wrong, and a server whose clock was set back."""
+"""Hosts with wrong clocks, and a server whose clock was set back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AsksForARetry(BaseTask):
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, ahead_seconds: float) -> None:
-    """Let the worker's clock be wrong: everything that tells a policy or a settlement what time it is."""
+    """Set the clock of the worker wrong, for policies and settlements."""
 
     class Wrong(datetime):
         @classmethod
@@ -160,11 +160,11 @@ async def test_after_the_servers_clock_was_set_back_schedules_go_on_by_the_new_t
     assert "clock was set back" in caplog.text
 
 
-async def test_a_leader_notices_that_the_servers_clock_was_set_back(redis_url: str, redis: Redis) -> None:
+async def test_a_leader_detects_that_the_clock_of_the_server_was_set_back(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(SCHEDULES, redis_url=redis_url, workers=0) as system:
-        scheduler = system._scheduler_up
+        scheduler = system.running_scheduler
         assert scheduler is not None
-        scheduler._clock._ahead += DAY_MS / 1000  # what it would believe, had it asked before the change
+        scheduler.clock.ahead += DAY_MS / 1000  # what it would believe, had it asked before the change
         await plan_by_a_clock_ahead(redis, DAY_MS)
         await until_planned(redis)
 

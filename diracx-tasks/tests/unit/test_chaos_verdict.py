@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paths import ROOT
 
-sys.path.append(str(Path(__file__).parents[3]))
+sys.path.append(str(ROOT))
 from chaos import plan as plans
 from chaos.drive import Observed
 from chaos.figures import Case, report
@@ -62,14 +62,14 @@ def test_the_seed_decides_the_plan() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_disturbs_what_it_names(profile: str) -> None:
+def test_every_profile_causes_its_failures(profile: str) -> None:
     plan = plans.make(seed=1, profile=profile, seconds=120, number=1000, workers=4, lease=LEASE)
     words = {"processes": "worker", "net": "link", "server": "server", "sql": "database"}
     disturbed = {family for family, word in words.items() if any(word in d.what for d in plan.disturbances)}
     assert disturbed >= set(PROFILES[profile][0])
 
 
-def test_all_kept() -> None:
+def test_without_losses_every_promise_is_reported_as_kept() -> None:
     assert promises([run(1, 1, 2), run(2, 2.1, 3)]) == {}
 
 
@@ -82,7 +82,7 @@ def test_all_kept() -> None:
         ([run(1, 1, 2), run(2, 3, 4, how="RuntimeError")], "acknowledged tasks lost"),
     ],
 )
-def test_a_broken_promise_is_seen(runs: list[Run], broken: str) -> None:
+def test_a_broken_promise_is_detected(runs: list[Run], broken: str) -> None:
     assert broken in promises(runs)
 
 
@@ -108,14 +108,14 @@ def test_an_awakened_process_may_go_on_for_a_moment_only(goes_on_seconds: float,
     assert {each.name: each.kept for each in found}[OVERLAPS] is True
 
 
-def test_nothing_excuses_an_overlap_of_a_worker_that_was_cut_off_or_whose_server_was_away() -> None:
+def test_an_overlap_is_a_violation_even_after_a_disconnection() -> None:
     runs = [run(1, 1, 6, how="CancelledError"), run(2, 5.9, 6.5, pid=8), run(1, 7, 7.5, pid=8)]
     cut_off = History(names={7: "worker-0"}, cut_off={"worker-0": [(1.5, 5.9)]})
     assert set(promises(runs, cut_off)) == {OVERLAPS}
     assert set(promises(runs, outages=[Outage("pause server", 1.5, 5.5, over=5.5)])) == {OVERLAPS}
 
 
-def test_what_was_acknowledged_just_before_the_server_lost_data_is_counted_on_its_own() -> None:
+def test_tasks_acknowledged_just_before_a_data_loss_are_counted_separately() -> None:
     outage = Outage("kill server", 1.0, 2.0, lost_from=0.4, lost_until=2.0, over=2.0)
     assert promises([run(1, 3, 4)], outages=[outage]) == {}
     assert told([run(1, 3, 4)], outages=[outage])["acknowledged tasks lost with the server's data"] == 1
@@ -130,7 +130,7 @@ def test_a_submission_without_an_answer_may_have_arrived_or_not() -> None:
     assert promises([run(1, 1, 2), run(2, 3, 4)], acknowledged={1: 0.5}) == {}
 
 
-def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
+def test_unexpected_dead_letters_keys_and_exits_are_detected() -> None:
     broken = promises(
         [run(1, 1, 2), run(2, 2.1, 3)],
         History(started={5: 0.0}, ended={5: (40.0, 1)}),
@@ -145,9 +145,7 @@ def test_dead_letters_keys_and_exits_that_nobody_expected_are_seen() -> None:
 
 
 @pytest.mark.parametrize(("killed", "kept"), [(4, True), (3, False)])
-def test_a_task_is_poison_by_as_many_workers_as_really_died_whatever_else_happened_before(
-    killed: int, kept: bool
-) -> None:
+def test_a_task_is_poison_after_the_given_number_of_crashes(killed: int, kept: bool) -> None:
     """The last worker may only have been cut off; and before some of the others the server may have lost data."""
     runs = [run(1, 10 * n, None if n <= killed else 42, pid=n) for n in range(1, 5)]
     history = History(
@@ -164,7 +162,7 @@ def test_a_task_is_poison_by_as_many_workers_as_really_died_whatever_else_happen
     assert ("dead letters that nobody expected" in broken) is not kept
 
 
-def test_a_run_that_failed_is_told_in_the_figures_and_ends_nothing() -> None:
+def test_a_failed_run_is_listed_in_the_figures() -> None:
     case = Case("sql", "none")
     good = {"seed": 1, "broken": [], "tasks submitted": 1200, "acknowledged tasks lost": 0, "notes": {}}
     failed = {"seed": 2, "failed": "did not end"}

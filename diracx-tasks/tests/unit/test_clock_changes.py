@@ -169,13 +169,13 @@ def test_a_daily_schedule_runs_exactly_once_a_day(change, at, write):
     hours=st.floats(-30, 30),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_next_occurrence_does_not_depend_on_where_one_asks_from(change, expression, hours):
+def test_the_next_occurrence_does_not_depend_on_the_start_of_the_search(change, expression, hours):
     schedule = CronSchedule(expression, timezone=change[0])
-    asked = change[1] + timedelta(hours=hours)
-    found = schedule.next_after(asked)
-    assert found > asked
+    requested = change[1] + timedelta(hours=hours)
+    found = schedule.next_after(requested)
+    assert found > requested
     assert schedule.next_after(found - timedelta(microseconds=1)) == found
-    assert schedule.next_after(asked + (found - asked) / 2) == found
+    assert schedule.next_after(requested + (found - requested) / 2) == found
 
 
 class TestTheNightsOfZurich:
@@ -210,7 +210,7 @@ class TestTheNightsOfZurich:
         ("expression", "times"),
         [("30 2 * * *", ["03:30"]), ("0 2,3 * * *", ["03:00"]), ("0 1-4 * * *", ["01:00", "03:00", "04:00"])],
     )
-    def test_what_the_clocks_skip_runs_once(self, expression, times):
+    def test_a_run_in_the_skipped_hour_happens_once(self, expression, times):
         assert self.local(expression, self.FORWARD) == times
 
 
@@ -234,10 +234,10 @@ class TestYearsAhead:
             (RRuleSchedule("FREQ=YEARLY;INTERVAL=100;BYYEARDAY=366"), datetime(2096, 12, 31, tzinfo=UTC)),
         ],
     )
-    def test_is_found(self, schedule, first):
+    def test_the_first_run_is_found_years_ahead(self, schedule, first):
         assert schedule.next_after(datetime(2026, 1, 1, tzinfo=UTC)) == first
 
     @pytest.mark.parametrize("expression", ["0 0 30 2 *", "0 0 29 2 * 0 2099"])
-    def test_what_no_calendar_has_is_still_refused(self, expression):
+    def test_a_date_that_no_calendar_has_is_refused(self, expression):
         with pytest.raises(ValueError, match="failed to find next date"):
             CronSchedule(expression)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from support.order_of_files import LONGEST
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TASKS = ROOT / "diracx-tasks" / "src" / "diracx" / "tasks"
 #: Folders to which a name in these pages may be relative.
 BASES = (
@@ -19,22 +19,30 @@ BASES = (
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/explanation/architecture.md"])
 def test_every_file_that_a_page_for_contributors_names_exists(page: str) -> None:
-    tests = {path.name for folder in ("diracx-tasks", "gubbins") for path in (ROOT / folder).glob("tests/**/*.py")}
+    tests = [str(path) for folder in ("diracx-tasks", "gubbins") for path in (ROOT / folder).glob("tests/**/*")]
     named = re.findall(r"`([\w./-]+)`", (ROOT / page).read_text())
     files = [
         name for name in named if "NAME" not in name and not name.startswith("/") and re.search(r"/|\.py$", name)
     ]
     assert len(files) > 10
     assert [
-        name for name in files if name not in tests and not any((base / name).exists() for base in BASES)
+        name
+        for name in files
+        if not any(path.endswith(f"/{name}") for path in tests)
+        and not any((base / name).exists() for base in BASES)
     ] == []
+
+
+def test_every_file_of_tests_that_begins_first_exists() -> None:
+    assert [name for name in LONGEST if not list(ROOT.glob(f"*/tests/**/{name}"))] == []
 
 
 def test_every_step_of_the_walk_names_a_function_that_exists() -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
-    steps = re.findall(r"`(plumbing/[\w/]+\.py)`: `([\w.]+)`", page)
+    steps = re.findall(r"\[`([\w.]+)`\]\([\w./-]+/diracx/tasks/(plumbing/[\w/]+\.py)\)", page)
+    steps = [(name, file) for name, file in steps if not name.endswith(".py")]
     assert len(steps) > 10
-    for file, name in steps:
+    for name, file in steps:
         body = ast.parse((TASKS / file).read_text()).body
         for part in name.split("."):
             found = [node for node in body if getattr(node, "name", None) == part]

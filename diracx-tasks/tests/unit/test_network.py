@@ -6,7 +6,7 @@ import gc
 import socket
 
 import pytest
-from network import Network
+from support.network import Network
 
 
 def test_connections_that_are_held_end_with_the_network(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""No regular expression takes more than linear time, whatever text it is given."""
+"""Regular expressions take linear time for any text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import diracx.tasks
 import pytest
-from all_patterns import assert_linear, patterns_of
+from support.all_patterns import assert_linear, patterns_of
 
 PATTERNS = patterns_of(Path(diracx.tasks.__file__).parent)
 

@@ -71,7 +71,7 @@ class Plain(BaseTask):
 
 
 async def test_texts_that_tests_of_extensions_match() -> None:
-    with pytest.raises(RuntimeError, match="not bound to a broker"):
+    with pytest.raises(RuntimeError, match="not bound to a broker"):  # words of 0.7
         await Plain().schedule()
     with pytest.raises(ValueError, match="Unknown LockedObjectType"):
         LockedObjectType("nonexistent")

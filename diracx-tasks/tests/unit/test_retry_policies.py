@@ -31,7 +31,7 @@ def test_no_retry_gives_up_at_once():
     assert NoRetry().schedule_retry(0, FAILURE) is None
 
 
-def test_P31_max_retries_means_that_many_and_the_first_delay_is_the_base():
+def test_P31_max_retries_is_the_number_of_retries_and_base_the_first_delay():
     policy = ExponentialBackoff(base_delay_seconds=100, max_retries=3)
     assert [delay(policy, attempt) for attempt in range(5)] == [100, 200, 400, None, None]
 
@@ -70,7 +70,7 @@ def test_bad_settings_are_refused_when_written(fields):
         ExponentialBackoff(**fields)
 
 
-def test_P30_a_policy_of_ones_own_sees_the_real_exception():
+def test_P30_a_custom_policy_receives_the_real_exception():
     class OnlyTimeouts(RetryPolicyBase):
         wait_seconds: int = 5
 

@@ -26,7 +26,7 @@ def test_a_class_name_stands_for_the_one_task_that_has_it(typed: str, meant: str
 
 
 def test_a_class_name_of_several_tasks_is_refused_and_the_candidates_are_listed() -> None:
-    with pytest.raises(AmbiguousTaskNameError, match="several tasks; write jobs:Clean or pilots:Clean"):
+    with pytest.raises(AmbiguousTaskNameError, match="is ambiguous; write jobs:Clean or pilots:Clean"):
         resolve_task_name("Clean", KNOWN)
 
 

@@ -1,4 +1,4 @@
-"""Health checks of compute elements among those of the task system (entry point `diracx.tasks_health`)."""
+"""Health checks of compute elements (entry point `diracx.tasks_health`)."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CircuitState
 from gubbins.domain.pilot_states import MyPilotStatus
 
-#: Least number of pilots that ended within the past hour for an alert.
-_LEAST_ENDED = 4
+#: Minimum number of pilots that ended within the past hour for an alert.
+_MIN_ENDED = 4
 _WARNING_SHARE = 0.5
 _CRITICAL_SHARE = 0.9
 
 
 @asynccontextmanager
 async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Alert]]] | str]:
-    """Yield the function that runs the checks on the database of the environment, or why there is none."""
+    """Yield a function that runs the checks on the configured database, or why there is none."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield f"compute elements and pilots: {URL_VARIABLE} is not set here"
         return
-    # Without such a database these slow imports are not needed.
-    from gubbins.db.sql import MyPilotDB
+    from gubbins.db.sql import MyPilotDB  # slow to import
     from gubbins.logic import my_pilots as logic
 
     database = MyPilotDB(url)
     async with database.engine_context():
 
-        async def ask() -> list[Alert]:
+        async def run_checks() -> list[Alert]:
             hour_ago = clock.now() - timedelta(hours=1)
             ended = await logic.count_ended_pilots(database, hour_ago)
-            quiet = await logic.ces_in_downtime(database, hour_ago)
-            return find_alerts([ce for ce in await logic.list_ces(database) if ce["name"] not in quiet], ended)
+            in_downtime = await logic.ces_in_downtime(database, hour_ago)
+            ces = [ce for ce in await logic.list_ces(database) if ce["name"] not in in_downtime]
+            return find_alerts(ces, ended)
 
-        yield ask
+        yield run_checks
 
 
 def find_alerts(ces: Sequence[Mapping[str, Any]], ended: Mapping[str, Mapping[str, int]]) -> list[Alert]:
-    """Alerts about compute elements.
+    """Check compute elements.
 
     Args:
-        ces: all of them, as `list_ces` has them.
-        ended: compute element -> state -> pilots that ended so within the past hour.
+        ces: compute elements, as of `list_ces`.
+        ended: {compute element: {state: pilots that ended within the past hour}}.
     """
     return [
         alert
@@ -63,9 +63,9 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
         yield Alert(
             check="ce_banned",
             severity=Severity.WARNING,
-            summary=f"{ce['name']} is banned, with {ce['active']} pilots that are not followed: "
+            summary=f"{ce['name']} is banned, with {ce['active']} pilots that are not polled: "
             f"{ce['ban_reason'] or 'no reason was given'}",
-            remedy=f"when the reason is gone: `gubbins ce enable {ce['name']}`",
+            remedy=f"`gubbins ce enable {ce['name']}` lifts the ban",
             count=max(1, ce["active"]),
             subject=ce["name"],
             since=ce["banned_at"],
@@ -74,7 +74,6 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
 
 
 def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
-    """A banned compute element is not called: its circuits say nothing new."""
     for call, circuit in ce["circuits"].items() if ce["banned_at"] is None else ():
         if circuit["state"] != CircuitState.CLOSED:
             yield Alert(
@@ -82,7 +81,7 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
                 severity=Severity.CRITICAL,
                 summary=f"{ce['name']}: {circuit['failures']} {call} calls in a row have failed: "
                 f"{circuit['last_error']}",
-                remedy=f"mend it, then `gubbins ce enable {ce['name']}`; it is tried again by itself, too",
+                remedy=f"resolve the error, then `gubbins ce enable {ce['name']}`, or wait for the next probe",
                 count=circuit["failures"],
                 subject=f"{ce['name']} {call}",
                 path="/pilots?state=failing",
@@ -90,15 +89,15 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
 
 
 def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
-    from gubbins.logic.my_pilots.circuits import missing_pilots  # slow to import, and only of use with a database
+    from gubbins.logic.my_pilots.circuits import missing_pilots  # slow to import
 
     if ce["banned_at"] is None and (why := missing_pilots(ce, ce["active"])) is not None:
         yield Alert(
             check="ce_pilots_missing",
             severity=Severity.CRITICAL,
             summary=f"{ce['name']} gets no more pilots: {why}",
-            remedy="see with the account of the pilots if the site lists their jobs",
-            count=max(ce["missing"], ce["missing_in_row"] or 0),
+            remedy="check with the account of the pilots whether the site lists their jobs",
+            count=max(ce["missing"], ce["never_seen"] or 0),
             subject=ce["name"],
             path=f"/pilots?ce={ce['name']}",
         )
@@ -106,12 +105,12 @@ def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
 
 def _failing(ce: Mapping[str, Any], ended: Mapping[str, int]) -> Iterator[Alert]:
     total, failed = sum(ended.values()), ended.get(MyPilotStatus.FAILED, 0)
-    if total >= _LEAST_ENDED and failed >= _WARNING_SHARE * total:
+    if total >= _MIN_ENDED and failed >= _WARNING_SHARE * total:
         yield Alert(
             check="ce_pilots_failing",
             severity=Severity.CRITICAL if failed >= _CRITICAL_SHARE * total else Severity.WARNING,
             summary=f"{ce['name']}: {failed:,} of {total:,} pilots that ended within the past hour have failed",
-            remedy=f"look at them; drain it meanwhile: `gubbins ce disable {ce['name']}`",
+            remedy=f"check their output; to drain it meanwhile: `gubbins ce disable {ce['name']}`",
             count=failed,
             subject=ce["name"],
             path=f"/pilots?ce={ce['name']}",

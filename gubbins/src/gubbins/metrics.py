@@ -1,4 +1,4 @@
-"""Pilots and compute elements among the metrics of the task system (entry point `diracx.tasks_metrics`)."""
+"""Metrics of pilots and compute elements (entry point `diracx.tasks_metrics`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gubbins.logic import my_pilots as logic
 
 @asynccontextmanager
 async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | None]:
-    """Yield the function that reads the metrics from the database of the environment; None: there is none."""
+    """Yield a function that reads the metrics from the configured database; None: none is configured."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield None
@@ -33,7 +33,7 @@ async def source() -> AsyncIterator[Callable[[], Awaitable[Sequence[Metric]]] | 
 
 
 async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
-    """The metrics, from a constant number of statements."""
+    """Read all metrics, in a constant number of statements."""
     summary = await logic.count_pilots(db, None)
     hour_ago = clock.now() - timedelta(hours=1)
     ended, idle = await logic.count_ended_pilots(db, hour_ago), await logic.count_without_work(db, hour_ago)
@@ -46,7 +46,7 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
     return [
         gauge(
             "pilots",
-            "Pilots there are in each state.",
+            "Pilots in each state.",
             (
                 ({"vo": vo, "ce": ce, "state": str(state)}, states.get(str(state), 0))
                 for vo, by_ce in summary.items()
@@ -56,7 +56,7 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
         ),
         gauge(
             "pilots_ended_past_hour",
-            "Pilots that ended in the past hour, by the state in which they did.",
+            "Pilots that ended in the past hour, by final state.",
             (
                 ({**labels, "state": str(state)}, ended.get(ce["name"], {}).get(state, 0))
                 for labels, ce in ces
@@ -77,15 +77,9 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
             "Pilots that ended in the past hour and found no work.",
             lambda ce: idle.get(ce["name"], 0),
         ),
-        of_ces("compute_element_slots", "Pilots that a compute element may hold.", lambda ce: ce["capacity"]),
-        of_ces(
-            "compute_element_slots_used",
-            "Slots that pilots hold, or that are reserved for them.",
-            lambda ce: ce["active"],
-        ),
-        of_ces(
-            "compute_element_enabled", "1 if a compute element takes new pilots.", lambda ce: int(ce["enabled"])
-        ),
+        of_ces("compute_element_slots", "Slots of a compute element.", lambda ce: ce["capacity"]),
+        of_ces("compute_element_slots_used", "Slots taken by active pilots.", lambda ce: ce["active"]),
+        of_ces("compute_element_enabled", "1 if a compute element is enabled.", lambda ce: int(ce["enabled"])),
         of_ces(
             "compute_element_banned",
             "1 if a compute element is banned.",

@@ -1,4 +1,4 @@
-"""The whole system as a newcomer starts it: real processes, the real API, one Ctrl-C."""
+"""The demo: real processes, the real API, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import httpx
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "examples.demo", "--json"]
 
 
@@ -68,15 +68,15 @@ def _find_pilots_with_jobs(url: str, token: str) -> None:
 def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
     demo = subprocess.Popen(COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert demo.stderr is not None
-    told: list[str] = []
-    reader = threading.Thread(target=lambda: told.extend(iter(demo.stderr.readline, "")), daemon=True)
+    reported: list[str] = []
+    reader = threading.Thread(target=lambda: reported.extend(iter(demo.stderr.readline, "")), daemon=True)
     reader.start()
 
     def wait_for(pattern: str, seconds: float) -> re.Match[str]:
         deadline = time.monotonic() + seconds
-        while not (found := re.search(pattern, "".join(told))):
-            assert demo.poll() is None, "".join(told)
-            assert time.monotonic() < deadline, "".join(told)
+        while not (found := re.search(pattern, "".join(reported))):
+            assert demo.poll() is None, "".join(reported)
+            assert time.monotonic() < deadline, "".join(reported)
             time.sleep(0.05)
         return found
 
@@ -113,7 +113,7 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
         output, _ = demo.communicate(timeout=40)
     finally:
         demo.kill()
-    assert demo.returncode == 0, "".join(told)
+    assert demo.returncode == 0, "".join(reported)
     report = json.loads(output.splitlines()[-1])
     assert set(report["pilots"]) == {"cta", "juno", "lhcb"}
     assert all(set(states) == {"SUBMITTED", "RUNNING", "DONE", "FAILED"} for states in report["pilots"].values())

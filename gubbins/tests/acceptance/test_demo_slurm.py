@@ -1,4 +1,4 @@
-"""The demo with a real Slurm, and what it says where there can be none."""
+"""The demo with a real Slurm, and its error without one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from examples.demo.slurm import SlurmSite
 
-ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "examples.demo", "--site", "slurm"]
 
 
@@ -50,7 +50,7 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
     assert left.stdout == ""
 
 
-def test_demo_says_in_one_line_why_there_can_be_no_slurm_here() -> None:
+def test_demo_reports_a_missing_slurm_in_one_line() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
     # A user who may not start the daemons, or does not have them, is told so.
     done = subprocess.run(

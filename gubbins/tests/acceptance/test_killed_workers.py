@@ -1,4 +1,4 @@
-"""A worker that is killed while it submits a pilot: none is doubled, and none forgotten."""
+"""Workers killed during a submission: no pilot is doubled or lost."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pilot_requests import request_pilots
 from redis import Redis
+from support.pilot_requests import request_pilots
+from support.waiting import eventually, until
+from support.warm_commands import Running, WarmCommands
 
 from gubbins.ces.local import LocalBackend
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain import clock
 from gubbins.logic import my_pilots as logic
 
-PROGRAM = Path(sys.executable).with_name("diracx-task-run")
+PROGRAM = "diracx-task-run"
 DEADLINE_SECONDS = 60.0
 
 # The back end `local`, that stands still before or after it has started the pilot, where a file says so.
@@ -48,18 +48,12 @@ class StallingBackend(LocalBackend):
 """
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 class Site:
     """A compute element with one slot too many, and workers that submit to it."""
 
-    def __init__(self, directory: Path, redis_url: str, db_url: str) -> None:
+    def __init__(self, directory: Path, redis_url: str, db_url: str, commands: WarmCommands) -> None:
         self.directory = directory
+        self._commands = commands
         self.runs = directory / "runs"
         (directory / "stalling.py").write_text(STALLING)
         metadata = directory / "stalling-1.0.dist-info"
@@ -69,27 +63,27 @@ class Site:
         path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
         ours = {"DIRACX_TASKS_REDIS_URL": redis_url, "DIRACX_DB_URL_MYPILOTDB": db_url, "PYTHONPATH": path}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("DIRACX_")} | ours
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[Running] = []
 
     def submit(self) -> None:
         command = [PROGRAM, "submit", "my_pilots:MyPilotTask", "--args", json.dumps(["ce", "lhcb"])]
-        subprocess.run(command, env=self.environment, check=True, timeout=DEADLINE_SECONDS, capture_output=True)
+        done = self._commands.run(command, env=self.environment, timeout=DEADLINE_SECONDS)
+        assert done.returncode == 0, done.stderr
 
-    def worker(self, stall: str) -> subprocess.Popen[bytes]:
-        log = (self.directory / f"worker-{len(self._workers)}.log").open("wb")
-        process = subprocess.Popen(
-            [PROGRAM, "worker", "--worker-size", "small", "--lease-seconds", "1"],
-            cwd=self.directory,
-            env=self.environment | {"STALL": stall},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    def worker(self, stall: str) -> Running:
+        with (self.directory / f"worker-{len(self._workers)}.log").open("wb") as log:
+            process = self._commands.start(
+                [PROGRAM, "worker", "--worker-size", "small", "--lease-seconds", "1"],
+                cwd=self.directory,
+                env=self.environment | {"STALL": stall},
+                stdout=log,
+                stderr=log,
+            )
         self._workers.append(process)
         return process
 
     def kill_a_worker(self, moment: str) -> None:
-        """Worker that has submitted the pilot (`after`) or was about to (`before`), and has told nobody."""
+        """Worker that has submitted the pilot (`after`) or was about to (`before`), without recording it."""
         self.submit()
         worker = self.worker(moment)
         eventually((self.directory / "stalled").exists, f"no submission: {self._said()}")
@@ -122,8 +116,10 @@ async def db(sqlite_db: MyPilotDB, tmp_path: Path, install_backend: Any) -> MyPi
 
 
 @pytest.fixture
-def site(tmp_path: Path, redis_url: str, db: MyPilotDB, sqlite_url: str) -> Iterator[Site]:
-    made = Site(tmp_path, redis_url, sqlite_url)
+def site(
+    tmp_path: Path, redis_url: str, db: MyPilotDB, sqlite_url: str, warm_commands: WarmCommands
+) -> Iterator[Site]:
+    made = Site(tmp_path, redis_url, sqlite_url, warm_commands)
     yield made
     made.stop()
     with Redis.from_url(redis_url) as client:
@@ -137,14 +133,15 @@ async def the_pilot(db: MyPilotDB) -> dict[str, Any]:
 
 
 async def check_until_done(db: MyPilotDB) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while (await the_pilot(db))["status"] is not MyPilotStatus.DONE:
-        assert time.monotonic() < deadline
+    async def done() -> bool:
         await logic.transition_pilot_states(db, "lhcb")
+        return (await the_pilot(db))["status"] is MyPilotStatus.DONE
+
+    await until(done)
     assert (await the_pilot(db))["reference"]
 
 
-async def test_a_pilot_of_a_killed_worker_is_found_by_its_stamp_and_adopted(site: Site, db: MyPilotDB) -> None:
+async def test_a_pilot_of_a_killed_worker_is_found_by_its_stamp(site: Site, db: MyPilotDB) -> None:
     site.kill_a_worker("after")
     orphan = await the_pilot(db)
     assert (orphan["status"], orphan["reference"]) == (MyPilotStatus.SUBMITTED, None)
@@ -153,7 +150,7 @@ async def test_a_pilot_of_a_killed_worker_is_found_by_its_stamp_and_adopted(site
     assert site.runs.read_text().split() == [orphan["stamp"]]
 
 
-async def test_a_pilot_that_never_came_to_the_site_is_undone_and_asked_for_again(
+async def test_a_pilot_that_never_reached_the_site_is_released_and_requested_again(
     site: Site, db: MyPilotDB
 ) -> None:
     site.kill_a_worker("before")
@@ -168,15 +165,17 @@ async def test_a_pilot_that_never_came_to_the_site_is_undone_and_asked_for_again
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-async def test_another_worker_takes_the_submission_up_and_makes_no_second_pilot(
+async def test_another_worker_resumes_the_submission_without_a_second_pilot(
     site: Site, db: MyPilotDB, moment: str
 ) -> None:
     site.kill_a_worker(moment)
     stamp = (await the_pilot(db))["stamp"]
     site.worker("never")
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while (await the_pilot(db))["reference"] is None:
-        assert time.monotonic() < deadline
+
+    async def resumed() -> bool:
+        return (await the_pilot(db))["reference"] is not None
+
+    await until(resumed)
     await check_until_done(db)
     assert (await the_pilot(db))["stamp"] == stamp
     assert site.runs.read_text().split() == [stamp]

@@ -1,4 +1,4 @@
-"""Pilots at the `--metrics-port` of a real scheduler."""
+"""Metrics of pilots at the `--metrics-port` of a real scheduler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 from diracx.tasks.testing.server import free_port
-from warm_commands import WarmCommands
+from support.warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB
 
@@ -31,7 +31,7 @@ def _scheduler(commands: WarmCommands, redis_url: str, database_url: str, port: 
             process.wait(DEADLINE_SECONDS)
 
 
-async def test_the_leading_scheduler_tells_of_pilots(
+async def test_the_leading_scheduler_exports_metrics_of_pilots(
     sqlite_db: MyPilotDB, sqlite_url: str, redis_url: str, tmp_path: Path, warm_commands: WarmCommands
 ) -> None:
     await sqlite_db.add_ce("ce01", 5, 1.0)

@@ -16,7 +16,7 @@ from diracx.db.sql.pilots.schema import JobToPilotMapping, PilotAgents
 from diracx.tasks.operations.audit import read_audit
 from redis.asyncio import Redis
 from sqlalchemy import delete, insert, select, update
-from warm_commands import WarmCommands
+from support.warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
@@ -80,14 +80,14 @@ async def damage(registry: PilotAgentsDB, pilots: list[dict[str, Any]]) -> None:
     )
 
 
-async def test_differences_are_shown_and_mended(
+async def test_differences_are_shown_and_corrected(
     run: Run, pilots: list[dict[str, Any]], sqlite_registry: PilotAgentsDB
 ) -> None:
     assert (await run("reconcile")).returncode == 0
     await damage(sqlite_registry, pilots)
     shown = await run("reconcile")
     assert shown.returncode == 1
-    assert "3 pilots compared: 1 are not in the registry, 1 have another status there, 1 of the" in shown.stdout
+    assert "3 pilots compared: 1 are not in the registry, 1 have another status there, 1 are only" in shown.stdout
     for stamp in (pilots[0]["stamp"], pilots[2]["stamp"], "foreign"):
         assert stamp in shown.stdout
     assert "elsewhere" not in shown.stdout
@@ -118,7 +118,7 @@ async def test_differences_are_shown_and_mended(
     assert (await run("reconcile")).returncode == 0
 
 
-async def test_mending_is_in_the_audit_log(
+async def test_corrections_are_in_the_audit_log(
     run: Run,
     pilots: list[dict[str, Any]],
     sqlite_registry: PilotAgentsDB,
@@ -133,7 +133,7 @@ async def test_mending_is_in_the_audit_log(
     assert (entry.action, entry.target, entry.outcome) == (
         "reconcile pilots",
         "lhcb",
-        "2 mended, 0 differences left",
+        "2 corrected, 0 differences left",
     )
     assert (await run("reconcile", "--vo", "dteam")).returncode == 1
 
@@ -152,7 +152,7 @@ async def test_jobs_of_a_pilot_and_pilots_of_a_job(
 
 
 @pytest.mark.usefixtures("pilots")
-async def test_without_a_registry_there_is_one_line(run: Run, tmp_path: Any) -> None:
+async def test_a_missing_registry_is_an_error_of_one_line(run: Run, tmp_path: Any) -> None:
     refused(await run("reconcile", registry=None), "no pilot registry is configured: set DIRACX_DB_URL_PILOT")
     refused(await run("list", "--job", "5", registry=None), "no pilot registry is configured")
     away = f"sqlite+aiosqlite:///{tmp_path}/nowhere/registry.db"

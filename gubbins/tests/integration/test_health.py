@@ -1,4 +1,4 @@
-"""Compute elements among the health checks of the task system."""
+"""Health checks of compute elements."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from diracx.tasks.operations.health import ENTRY_POINT_GROUP, Severity
+from support.databases import with_tables
 
 from gubbins import health
 from gubbins.db import URL_VARIABLE
@@ -21,9 +22,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
 ) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
     database = MyPilotDB(url)
-    async with database.engine_context():
-        async with database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
+    async with with_tables(database):
         async with database:
             for name in ("banned", "broken", "failing", "good", "closed", "few"):
                 await database.add_ce(name, 20, 1.0, enabled=name != "closed")
@@ -56,7 +55,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     assert "6 of 8" in found["ce_pilots_failing", "failing"].summary
 
 
-async def test_without_a_database_of_pilots_health_says_so(
+async def test_without_a_database_of_pilots_the_health_checks_report_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
@@ -64,5 +63,5 @@ async def test_without_a_database_of_pilots_health_says_so(
         assert ask == f"compute elements and pilots: {URL_VARIABLE} is not set here"
 
 
-def test_the_task_system_finds_these_checks() -> None:
+def test_the_task_system_loads_these_checks() -> None:
     assert "gubbins.health:source" in {entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,4 +1,4 @@
-"""Pilots among the metrics of the task system."""
+"""Metrics of pilots."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from diracx.tasks.operations.collectors import ENTRY_POINT_GROUP, Collectors, open_collectors
 from diracx.tasks.operations.exposition import as_text, gauge
 from prometheus_client import Metric
+from support.databases import with_tables
 
 from gubbins import metrics
 from gubbins.db import URL_VARIABLE
@@ -25,9 +26,7 @@ async def test_pilots_are_counted_by_vo_compute_element_and_state(
 ) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
     database = MyPilotDB(url)
-    async with database.engine_context():
-        async with database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
+    async with with_tables(database):
         async with database:
             await database.add_ce("ce<b>.example.org", 5, 1.0)
             await database.add_ce("closed.example.org", 7, 1.0, enabled=False)
@@ -73,7 +72,7 @@ async def test_without_a_database_of_pilots_there_are_no_metrics(monkeypatch: py
         assert ask is None
 
 
-async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> None:
+async def test_a_failing_source_of_metrics_is_reported_and_does_not_affect_others() -> None:
     async def works() -> list[Metric]:
         return [gauge("pilots", "Pilots.", [({"vo": "lhcb"}, 3)])]
 
@@ -86,7 +85,7 @@ async def test_a_source_that_fails_is_said_to_and_takes_no_other_with_it() -> No
     assert 'metrics_source_up{source="fails"} 0.0' in text
 
 
-async def test_the_installed_distribution_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_task_system_loads_these_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = entry_points(group=ENTRY_POINT_GROUP, name="pilots")
     assert {entry.value for entry in installed} == {"gubbins.metrics:source"}
     monkeypatch.setenv(URL_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/empty.db")

@@ -1,4 +1,4 @@
-"""DiracX's example extension, installed beside this distribution: it has modules of the same names."""
+"""Refusal to be installed beside DiracX's example extension, which has modules of the same names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import gubbins
 
 
 @pytest.mark.parametrize("beside", ["in one place", "before it", "behind it", "not there"])
-def test_it_is_refused_wherever_it_lies(tmp_path: Path, beside: str) -> None:
+def test_the_package_refuses_an_installed_example_extension(tmp_path: Path, beside: str) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     here = Path(gubbins.__file__).parent
     shutil.copytree(

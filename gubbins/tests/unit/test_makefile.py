@@ -1,4 +1,4 @@
-"""`make` runs what it runs with the Python that is asked for, and CI with every Python that is promised."""
+"""`make` uses the requested Python, and CI every supported one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parents[3]
+from support.paths import ROOT
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -26,7 +25,7 @@ HERE = Path(__file__).parents[3]
         ("incomplete", "3.12", True),
     ],
 )
-def test_the_virtual_environment_follows_the_python_that_is_asked_for(
+def test_the_virtual_environment_uses_the_requested_python(
     tmp_path: Path, there: str, asked: str | None, anew: bool
 ) -> None:
     def python(path: Path, script: str) -> Path:
@@ -43,11 +42,11 @@ def test_the_virtual_environment_follows_the_python_that_is_asked_for(
     ours = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "PYTHON", "VENV")
     }
-    done = subprocess.run(command, cwd=HERE, env=ours, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=ours, check=True, capture_output=True, text=True)
     assert ("-m venv --clear" in done.stdout) == anew, done.stdout
 
 
-def test_both_distributions_promise_the_same_pythons_and_this_is_one_of_them() -> None:
-    pythons: dict[str, Any] = runpy.run_path(str(HERE / ".ci/pythons.py"))
+def test_both_distributions_support_the_same_pythons() -> None:
+    pythons: dict[str, Any] = runpy.run_path(str(ROOT / ".ci/pythons.py"))
     assert pythons["promised"]() == ["3.11", "3.12", "3.13"]
     assert set(pythons["found"]()) <= set(pythons["promised"]())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from support.paths import ROOT
 
 pytest_plugins = ["pytester"]
 
-HERE = Path(__file__).parents[3]
 BINDINGS = "monkeypatch.setattr(site.importlib.util, 'find_spec', lambda name: None)"
 FORBIDDEN = "monkeypatch.setattr(site, 'check', lambda: raises(ForbiddenError('no mount namespaces')))"
 NOT_FETCHED = "monkeypatch.setattr(root, 'ROOT', root.Path('/none/a'))"
@@ -27,17 +25,17 @@ SKIP = "pytest.skip('not installed')"
     ],
     ids=["bindings missing", "daemons not fetched", "release not served", "forbidden", "any other skip"],
 )
-def test_only_what_the_machine_cannot_have_may_be_skipped(
+def test_only_tests_of_unavailable_software_may_be_skipped(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, obstacles: list[str], outcome: str
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("NO_SKIPS", "1")
-    pytester.makeini(f"[pytest]\npythonpath = {HERE / 'tests'}\naddopts = -p sites.htcondor")
-    pytester.makeconftest((HERE / "conftest.py").read_text())
+    pytester.makeini(f"[pytest]\npythonpath = {ROOT / 'tests'}\naddopts = -p support.sites.htcondor")
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
     lines = "\n    ".join(obstacles)
     pytester.makepyfile(f"""
-import pytest, sites.htcondor as site, sites.htcondor_root as root
-from sites.debian_root import ForbiddenError
+import pytest, support.sites.htcondor as site, support.sites.htcondor_root as root
+from support.sites.debian_root import ForbiddenError
 
 def raises(error):
     raise error

@@ -1,11 +1,11 @@
-"""No regular expression takes more than linear time, whatever text it is given."""
+"""Regular expressions take linear time for any text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from all_patterns import assert_linear, patterns_of
+from support.all_patterns import assert_linear, patterns_of
 
 import gubbins
 

@@ -1,4 +1,4 @@
-"""The names, shapes and defaults of the published extension hold, and it is not installed in the same place."""
+"""Compatibility with names and defaults of the published extension."""
 
 import shutil
 import subprocess

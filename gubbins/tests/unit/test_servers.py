@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from sites import htcondor_root, redis_versions
+from support.sites import htcondor_root, redis_versions
 
 Program = Callable[..., Path]
 
@@ -16,8 +16,8 @@ Program = Callable[..., Path]
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     """Puts shell scripts into an otherwise empty PATH: `program("name", "echo 1.0")`."""
-    monkeypatch.setattr(servers, "_PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(servers, "_POSTGRESQL", tmp_path / "postgresql")
+    monkeypatch.setattr(servers, "PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(servers, "POSTGRESQL", tmp_path / "postgresql")
 
     def write(name: str, script: str, directory: str = "bin") -> Path:
         path = tmp_path / directory / name
@@ -29,9 +29,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     return write
 
 
-def test_a_server_of_which_only_a_part_is_there_is_not_taken_for_installed(
-    program: Program, tmp_path: Path
-) -> None:
+def test_a_partially_installed_server_is_not_used(program: Program, tmp_path: Path) -> None:
     program("postgres", "echo postgres 17")
     with pytest.raises(servers.MissingError):
         servers.postgresql()
@@ -46,7 +44,7 @@ def test_a_server_of_which_only_a_part_is_there_is_not_taken_for_installed(
         servers.postgresql()
 
 
-def test_the_newest_whole_server_is_used_whatever_lies_in_the_path(program: Program, tmp_path: Path) -> None:
+def test_the_newest_complete_server_is_used(program: Program, tmp_path: Path) -> None:
     program("postgres", "echo shim")
     for version in ("9.6", "15", "17"):
         for name in ("initdb", "postgres"):
@@ -58,7 +56,7 @@ def test_the_newest_whole_server_is_used_whatever_lies_in_the_path(program: Prog
     assert servers.postgresql() == tmp_path / "bin"
 
 
-def test_a_chromium_of_any_name_is_used_if_it_starts(program: Program) -> None:
+def test_a_chromium_of_any_name_is_used_if_it_works(program: Program) -> None:
     with pytest.raises(servers.MissingError):
         servers.chromium()
     program("chromium-browser", "echo 'install the snap' >&2; exit 1")
@@ -71,7 +69,7 @@ def test_a_chromium_of_any_name_is_used_if_it_starts(program: Program) -> None:
 @pytest.mark.parametrize(
     "update", ["", "echo 'E: the lists have expired' >&2; exit 100"], ids=["fresh", "old lists"]
 )
-def test_installable_tools_are_installed_although_others_cannot(
+def test_installable_tools_are_installed_although_others_are_unavailable(
     program: Program,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,12 +77,12 @@ def test_installable_tools_are_installed_although_others_cannot(
     update: str,
 ) -> None:
     def tool(name: str) -> servers.Tool:
-        return servers.Tool(name, f"{name}-package", lambda: servers._output(servers._program(name), "--version"))
+        return servers.Tool(name, f"{name}-package", lambda: servers.output(servers.program(name), "--version"))
 
     program("there", "echo 1.0")
     monkeypatch.setattr(servers, "TOOLS", [tool("there"), tool("withdrawn"), tool("offered")])
-    monkeypatch.setattr(servers, "_NO_DAEMONS", tmp_path / "policy-rc.d")
-    monkeypatch.setattr(servers, "_LOCK", tmp_path / "lock")
+    monkeypatch.setattr(servers, "NO_DAEMONS", tmp_path / "policy-rc.d")
+    monkeypatch.setattr(servers, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(servers.os, "geteuid", lambda: 0)
     monkeypatch.setattr(htcondor_root, "main", lambda: None)
     monkeypatch.setattr(redis_versions, "install", lambda: None)
@@ -105,13 +103,13 @@ esac""",
     assert "update" in calls[0]
     assert not [call for call in calls if "there-package" in call]
     assert (servers.obstacle("offered"), servers.obstacle("there")) == (None, None)
-    said = capsys.readouterr().err
-    assert "withdrawn is not installed: E: Unable to locate package withdrawn-package" in said
-    assert ("the lists have expired" in said) == bool(update)
+    printed = capsys.readouterr().err
+    assert "withdrawn is not installed: E: Unable to locate package withdrawn-package" in printed
+    assert ("the lists have expired" in printed) == bool(update)
     assert not (tmp_path / "policy-rc.d").exists()
 
 
-def test_a_machine_that_has_everything_is_left_alone(
+def test_a_host_with_all_tools_is_not_changed(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "TOOLS", [servers.Tool("there", "there-package", lambda: "1.0")])

@@ -1,1 +1,1 @@
-"""The task system of DiracX."""
+"""Task system of DiracX."""

@@ -1,4 +1,4 @@
-"""`python -m diracx.tasks`."""
+"""Command line as `python -m diracx.tasks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types and helpers for dependency injection, under the import path that routers and logic use."""
+"""Dependency injection, under the import path of routers and logic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line under the module name that older scripts import."""
+"""Command line under the module name of older versions."""
 
 from __future__ import annotations
 

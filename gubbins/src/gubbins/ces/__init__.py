@@ -1,6 +1,6 @@
-"""Compute elements: the protocol of back ends, their registry, and a back end for each kind of site.
+"""Back ends of compute elements: their protocol and registry, and a package for each kind of site.
 
-A back end is a class named by an entry point in the group `gubbins.ces`.
+A back end is a class named by an entry point of the group `gubbins.ces`.
 """
 
 from __future__ import annotations

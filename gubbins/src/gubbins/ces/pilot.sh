@@ -1,17 +1,19 @@
 #!/bin/sh
-# The default pilot: runs the payload of its VO, and reports to the pilot system if that can be reached.
+# The default pilot: runs the payload of its VO, and reports to the pilot system if possible.
 #
-# Needs sh, and curl or python3 to report. It finds in its environment PILOT_STAMP, PILOT_VO and PILOT_CE; PILOT_PAYLOAD,
-# a command, if the VO has one; with an identity, PILOT_API_URL and PILOT_SECRET_FILE. For the payload it adds
-# PILOT_TOKEN_FILE, where a valid token of DiracX is, and PILOT_JOBS_FILE, where the payload may write how many jobs it
-# has run. The payload ends with 0 if it worked, with 75 if there was no work, with 69 if this node is unfit, and else with an
-# error. No work is no failure: the pilot ends with 0 then, otherwise as its payload did.
+# Needs sh, and curl or python3 for reports. Environment: PILOT_STAMP, PILOT_VO and PILOT_CE; PILOT_PAYLOAD, a command, if
+# the VO has one; with an identity, PILOT_API_URL and PILOT_SECRET_FILE. The payload also gets PILOT_TOKEN_FILE, a file
+# with a valid token of DiracX, and PILOT_JOBS_FILE, to which it may write the number of jobs that it has run. Exit codes
+# of the payload: 0 success, 75 no work, 69 the node is unfit, others an error. The pilot ends with the exit code of its
+# payload, and with 0 for no work.
 #
-# The secret and the tokens are in variables of this shell and in files of a directory that is nobody else's, and never
-# on a command line. Whatever fails about reports, the payload runs.
+# Secrets and tokens are never on a command line, only in shell variables and in files of a private directory. Failed
+# reports do not affect the payload.
 
 connect_seconds=5 request_seconds=20 beat=60
-private=$(umask 077 && mktemp -d "$PWD/.pilot.XXXXXX") || private=
+child= signal= beats=
+trap 'signal="ended by a signal"; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' HUP INT TERM
+private=$(trap '' HUP INT TERM; umask 077 && mktemp -d "$PWD/.pilot.XXXXXX") || private=
 PILOT_TOKEN_FILE=$private/token PILOT_JOBS_FILE=$private/jobs
 secret=${PILOT_SECRET_FILE:+$(cat "$PILOT_SECRET_FILE" 2> /dev/null)}
 [ -z "$secret" ] || rm -f "$PILOT_SECRET_FILE"
@@ -32,7 +34,7 @@ request = urllib.request.Request(url, sys.stdin.buffer.read(), headers)
 sys.stdout.write(urllib.request.urlopen(request, timeout=float(seconds), context=context).read(65536).decode())
 '
 
-# post ROUTE: send the JSON on stdin; prints the answer, and fails if there is none or an error.
+# post ROUTE: send the JSON on stdin, and print the response; fails on an error.
 post() {
     if command -v curl > /dev/null; then
         curl -sf --connect-timeout "$connect_seconds" --max-time "$request_seconds" -K "$private/auth" \
@@ -43,12 +45,12 @@ post() {
     fi 2> /dev/null
 }
 
-# value NAME: a value of the JSON object on stdin, which holds no nested ones.
+# value NAME: print a value of the flat JSON object on stdin.
 value() {
     sed -n 's/.*"'"$1"'" *: *"\{0,1\}\([^",}]*\).*/\1/p'
 }
 
-# get_token NAME VALUE: a token for the secret, or for the refresh token.
+# get_token NAME VALUE: exchange the secret, or the refresh token, for a token.
 get_token() {
     answer=$(printf '{"stamp":"%s","%s":"%s"}' "$PILOT_STAMP" "$1" "$2" | post token) || return 1
     token=$(printf '%s\n' "$answer" | value access_token)
@@ -72,7 +74,7 @@ report() {
     printf '%s\n' "$1" | post report > /dev/null
 }
 
-# about: where the pilot runs.
+# about: print the report about the host.
 about() {
     cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
     memory_kb=$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo 2> /dev/null)
@@ -80,13 +82,13 @@ about() {
         "$(uname -n | tr -cd 'A-Za-z0-9._-')" "${cores:-0}" $((${memory_kb:-0} / 1024))
 }
 
-# As long as the pilot lives; a request that is under way when it ends is finished.
+# Send heartbeats until the pilot ends; SIGTERM does not interrupt a request.
 heartbeats() {
     stop=
     trap 'stop=1; kill "$!"' TERM
     while [ -z "$stop" ] && kill -0 $$; do
         sleep "$beat" &
-        # A process that has only just been forked may still have the trap of its parent, and not end.
+        # A just forked process may still have the trap of its parent, and ignore the signal.
         while [ -n "$stop" ] && kill "$!"; do sleep 1; done
         wait "$!"
         [ -z "$stop" ] && kill -0 $$ || break
@@ -95,14 +97,19 @@ heartbeats() {
     done
 } 2> /dev/null
 
-# end OUTCOME CODE DETAIL: the last report.
+# end OUTCOME CODE DETAIL: send the last report, and exit.
 end() {
+    trap : HUP INT TERM
     if [ -n "$beats" ]; then
         kill -TERM "$beats" 2> /dev/null
-        (sleep 2; kill -TERM "$beats") > /dev/null 2>&1 & # should the first have come while it began to sleep
+        (sleep 2; kill -TERM "$beats") > /dev/null 2>&1 & # if the first one came while it began to sleep
         again=$!
-        wait "$beats" 2> /dev/null
+        # A signal interrupts `wait`. Until they have ended, heartbeats may write tokens.
+        while kill -0 "$beats"; do wait "$beats"; done 2> /dev/null
         kill "$again" 2> /dev/null
+    fi
+    trap '' HUP INT TERM # a repeated signal must not end these commands
+    if [ -n "$beats" ]; then
         jobs=$(head -c 9 "$PILOT_JOBS_FILE" 2> /dev/null | tr -cd '0-9')
         [ ! -s "$private/token" ] ||
             report "$(printf '{"outcome":"%s","exit_code":%d%s,"detail":"%s"}' "$1" "$2" "${jobs:+,\"jobs_done\":$jobs}" "$3")"
@@ -112,7 +119,6 @@ end() {
     exit 0
 }
 
-beats=
 if [ -n "$secret" ] && [ -n "${PILOT_API_URL:-}" ] && [ -n "$private" ]; then
     : > "$private/auth"
     about=$(about)
@@ -123,15 +129,15 @@ if [ -n "$secret" ] && [ -n "${PILOT_API_URL:-}" ] && [ -n "$private" ]; then
 fi
 if [ -z "${PILOT_PAYLOAD:-}" ]; then
     sleep 1
-    end 'no work' 0 "$PILOT_VO has no payload"
+    [ -n "$signal" ] || end 'no work' 0 "$PILOT_VO has no payload"
 fi
-child= signal=
-trap 'signal="ended by a signal"; kill -TERM "$child" 2> /dev/null' HUP INT TERM
+[ -z "$signal" ] || end error 143 "$signal"
 /bin/sh -c "$PILOT_PAYLOAD" &
 child=$!
+[ -z "$signal" ] || kill -TERM "$child" 2> /dev/null
 wait "$child"
 code=$?
-# A signal ends the first wait, not the payload.
+# A signal interrupts the first wait, not the payload.
 while kill -0 "$child" 2> /dev/null; do
     wait "$child"
     code=$?

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -16,18 +18,18 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 
 OUTPUT_LIMIT_BYTES = 1 << 20
-"""No more of a pilot's stdout, or stderr, is fetched: its last part."""
+"""Limit of stdout, and of stderr, of a pilot: of more the last part is fetched."""
 
 
 class CESettings(BaseModel):
-    """Base of every back end's settings: an unknown field is refused."""
+    """Base of the settings of a back end; refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True, slots=True)
 class CEDescription:
-    """The compute element a back end stands for."""
+    """Compute element of a back end."""
 
     name: str
     capacity: int
@@ -36,70 +38,70 @@ class CEDescription:
 
 @dataclass(frozen=True, slots=True)
 class PilotIdentity:
-    """The secret of a pilot, and where to exchange it. A back end that can keep it from others hands it over.
+    """Secret of a pilot, and the URL where it is exchanged; passed by back ends that can protect the secret.
 
-    The pilot finds the address in PILOT_API_URL, and in PILOT_SECRET_FILE the name of a file with the secret that
-    its own account alone can read.
+    The pilot gets the environment variables PILOT_API_URL, and PILOT_SECRET_FILE: a file with the secret that only
+    its own account can read.
     """
 
     url: str
-    secret: str = field(repr=False)  # never on a command line, in a log, or in an error message
+    secret: str = field(repr=False)  # never on a command line, in a log or in an error message
 
 
-class PilotAtCE(NamedTuple):  # there may be a million of them
-    """A pilot, as far as a compute element has to know it."""
+class PilotAtCE(NamedTuple):  # a tuple, since there may be a million
+    """A pilot in a call to a compute element."""
 
-    stamp: str  # ours, unique, made before the submission
+    stamp: str  # our unique name, made before the submission
     vo: str
-    reference: str | None = None  # the CE's; None until a submission was confirmed
-    status: MyPilotStatus = MyPilotStatus.SUBMITTED  # as the database knows it
+    reference: str | None = None  # name at the CE; None until the submission was confirmed
+    status: MyPilotStatus = MyPilotStatus.SUBMITTED  # in the database
     submitted_at: datetime | None = None
     started_at: datetime | None = None
     cancel_requested: bool = False
-    maybe_submitted: bool = True  # False: the stamp was made for this very submission, the CE cannot have it
-    identity: PilotIdentity | None = None  # for a submission; None: it has none
+    maybe_submitted: bool = True  # False: the stamp is new, the CE cannot have it
+    identity: PilotIdentity | None = None  # for a submission
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOutcome:
-    """The answer to one submission: a reference, or the reason for its refusal."""
+    """Outcome of one submission: a reference, or the reason of the refusal."""
 
     reference: str | None = None
     error: str | None = None
-    quota: bool = False  # refused because we have as many there as we may: no failure of the site
+    quota: bool = False  # refused for the quota of our pilots, which is not a failure of the site
 
 
 class Observed(StrEnum):
-    """State of a pilot as its compute element reports it."""
+    """State of a pilot reported by its compute element."""
 
-    WAITING = "WAITING"  # it has it, and has not started it
+    WAITING = "WAITING"  # accepted, not started
     RUNNING = "RUNNING"
     DONE = "DONE"
     FAILED = "FAILED"
-    NO_NEWS = "NO_NEWS"  # cannot be polled from here and now; nothing follows from that
+    NO_NEWS = "NO_NEWS"  # cannot be polled at present; its state does not change
 
 
 class Observation(NamedTuple):
-    """The state of one pilot at its compute element."""
+    """Observed state of one pilot."""
 
     state: Observed
-    reason: str | None = None  # one line for people: why it failed, or why it still waits
-    reference: str | None = None  # when it was not known yet
+    reason: str | None = None  # one line: why it failed, or is waiting
+    reference: str | None = None  # if it was not known yet
 
 
 class PilotOutput(NamedTuple):
-    """Stdout and stderr of a pilot; the last `OUTPUT_LIMIT_BYTES` of each."""
+    """The last `OUTPUT_LIMIT_BYTES` of stdout and stderr of a pilot."""
 
     stdout: str
     stderr: str
 
 
-def observed_end(code: int | None, *, cancelled: bool, last_line: Callable[[], str]) -> Observation:
+def observation_of_exit(code: int | None, *, cancelled: bool, last_line: Callable[[], str]) -> Observation:
     """Observation of a pilot process that has ended.
 
     Args:
-        code: its exit code; None: there is none.
-        cancelled: whether its end was requested.
+        code: exit code; None: not known.
+        cancelled: True if its cancellation was requested.
         last_line: reads the last line of its stderr.
     """
     if code == 0:
@@ -115,49 +117,52 @@ def observed_end(code: int | None, *, cancelled: bool, last_line: Callable[[], s
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)
 AnswerT = TypeVar("AnswerT")
+PartT = TypeVar("PartT")
+
+_MAX_ERRORS = 8  # of a site that has not responded to any part of a submission
 
 
 class CEBackend(ABC, Generic[SettingsT]):
-    """One compute element, as long as one task needs it.
+    """Interface to one compute element; an instance is created for each use, and its state ends with it.
 
-    An instance is cheap, made for each use, and keeps nothing that the next one would need: workers come and go.
-    Every method may raise any exception to say that the compute element could not be asked at all; nothing is
-    then concluded about any pilot.
+    A method that raises any exception reports that the compute element did not respond: the states of its pilots
+    do not change.
     """
 
     Settings: ClassVar[type[CESettings]]
     """Model of the `settings` of a compute element."""
 
     operator_only: ClassVar[bool] = False
-    """True if such compute elements come from the operator's files alone, never through the API: for back
-    ends whose settings amount to running commands on our own hosts."""
+    """True: only operators create such compute elements, from files; for back ends whose settings can run commands
+    on our own hosts, or use their files."""
 
     grid_type: ClassVar[str] = ""
-    """Its name in DIRAC, for the pilot registry; empty: that of the back end."""
+    """Name in DIRAC, for the pilot registry; empty: the name of the back end."""
 
     queue_setting: ClassVar[str] = ""
-    """The setting that names the queue; empty: there is none."""
+    """Name of the setting with the queue; empty: none."""
 
     close_seconds: ClassVar[float] = 5
-    """Longest time that `close` may take: the response of the compute element waits for it."""
+    """Time limit of `close`, which delays the result of a call."""
 
     warning: str | None = None
-    """Errors in the calls of this instance, although they were answered: kept as the last error of the
-    compute element, and no failure of it."""
+    """Errors beside the results of calls: stored as the last error of the compute element, not as a failure."""
+
+    outcomes: Mapping[str, SubmitOutcome] = MappingProxyType({})
+    """Outcomes of the submission so far; they are kept if it fails or exceeds its time limit."""
 
     def __init__(self, ce: CEDescription, settings: SettingsT) -> None:
         self.ce = ce
         self.settings = settings
 
     def warn(self, what: object) -> None:
-        """Add to the warning."""
+        """Add an error to the warning."""
         self.warning = one_line(f"{self.warning}; {what}" if self.warning else what)
 
-    async def side_source(self, answer: Awaitable[AnswerT]) -> AnswerT | None:
-        """The answer of a source beside the main one, for pilots that this one does not know; None: it has failed.
+    async def secondary_source(self, answer: Awaitable[AnswerT]) -> AnswerT | None:
+        """Await the answer of a secondary source, for pilots that the main one does not know; None: it failed.
 
-        Then nothing follows for those pilots (NO_NEWS), what the main source says of the others holds, and the
-        failure is a warning.
+        The failure is added to the warning; these pilots are NO_NEWS then, and the others are not affected.
         """
         try:
             return await answer
@@ -165,44 +170,90 @@ class CEBackend(ABC, Generic[SettingsT]):
             self.warn(error)
             return None
 
+    async def gather_outcomes(
+        self,
+        submit: Callable[[PartT], Awaitable[Mapping[str, SubmitOutcome | Exception]]],
+        parts: Iterable[PartT],
+        *,
+        known: Mapping[str, SubmitOutcome] | None = None,
+        at_once: int = 1,
+    ) -> Mapping[str, SubmitOutcome]:
+        """Submit pilots in parts, and return the known outcomes by stamp; errors of the others become warnings.
+
+        Args:
+            submit: submits one part; an error, raised or returned, means that the outcome is not known.
+            known: outcomes of other pilots of the call.
+            at_once: number of concurrent calls of `submit`.
+
+        Raises:
+            Exception: the first error, if no outcome is known.
+        """
+        self.outcomes = outcomes = dict(known or {})
+        errors: list[Exception] = []
+        limit = asyncio.Semaphore(at_once)
+
+        async def submit_part(part: PartT) -> None:
+            async with limit:
+                if len(errors) >= _MAX_ERRORS and not outcomes:
+                    return
+                try:
+                    answer = await submit(part)
+                except Exception as error:
+                    errors.append(error)
+                    return
+            for stamp, outcome in answer.items():
+                if isinstance(outcome, Exception):
+                    errors.append(outcome)
+                else:
+                    outcomes[stamp] = outcome
+
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(submit_part(part))
+        if errors and not outcomes:
+            raise errors[0]
+        for error in dict.fromkeys(map(str, errors)):
+            self.warn(error)
+        return outcomes
+
     @classmethod
     def grid_type_of(cls, settings: Mapping[str, Any]) -> str:
-        """The `grid_type` of a compute element with these settings, which may be invalid."""
+        """Get the `grid_type` of a compute element with these settings, which may be invalid."""
         return cls.grid_type
 
-    def why_not(self, vo: str) -> str | None:
-        """The reason why the settings give this VO no pilots; None: they do.
-
-        That is no failure of the compute element, and it is not asked: other VOs go on there.
-        """
+    def unsupported_reason(self, vo: str) -> str | None:
+        """Reason why the settings do not support the VO; None: they do. Not a failure of the compute element."""
         return None
 
     @abstractmethod
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        """Submit pilots; the outcome of each by its stamp. The same stamp again is no second pilot."""
+        """Submit pilots, and return their outcomes by stamp. A repeated stamp must not start a second pilot.
+
+        A missing stamp means that the pilot may or may not have been submitted. An error is raised only if no
+        outcome is known. See `gather_outcomes`.
+        """
 
     @abstractmethod
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        """Poll these pilots; their states by stamp.
+        """Poll pilots, and return their observed states by stamp.
 
-        A stamp that is missing from the answer is *unknown* to the compute element, which never means that
-        the pilot has completed.
+        A missing stamp means that the compute element does not know the pilot, never that it has ended.
         """
 
     @abstractmethod
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        """Cancel these pilots. Repeated until `poll` says that they have ended."""
+        """Cancel pilots. Repeated until `poll` reports their end."""
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
-        """Fetch stdout and stderr of a pilot; before its end, what there is.
+        """Fetch stdout and stderr of a pilot, complete or so far.
 
         Raises:
-            OutputUnavailableError: the compute element has none of this pilot, or none any more.
+            OutputUnavailableError: there is no output of this pilot, or it was removed.
         """
         raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} keeps no output")
 
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
-        """Remove what is kept for these pilots, which are recorded as ended, as their `status` says."""
+        """Remove files and jobs of these ended pilots, depending on their `status`."""
 
     async def close(self) -> None:
-        """Give back connections."""
+        """Close connections."""

@@ -1,4 +1,4 @@
-"""Registry of back ends: load, validate settings, instantiate."""
+"""Registry of installed back ends: load them, validate their settings, create instances."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ GROUP = "gubbins.ces"
 
 
 def available_backends() -> list[str]:
-    """The names of the installed back ends."""
+    """Names of the installed back ends."""
     return sorted(_installed(entry_points))
 
 
 @functools.lru_cache(maxsize=1)
-def _installed(look_up: Callable[..., Any]) -> Mapping[str, EntryPoint]:
-    """Installed back ends by name; read once, for that reads a file of every installed distribution."""
+def _installed(entry_points: Callable[..., Any]) -> Mapping[str, EntryPoint]:
+    """Entry points of the back ends by name; cached, for it reads a file of every installed distribution."""
     found: dict[str, EntryPoint] = {}
-    for entry_point in look_up(group=GROUP):
+    for entry_point in entry_points(group=GROUP):
         found.setdefault(entry_point.name, entry_point)
     return found
 
 
 def load_backend(name: str) -> type[CEBackend[Any]]:
-    """The class of a back end.
+    """Load the class of a back end.
 
     Raises:
         CESettingsError: it is not installed.
@@ -45,20 +45,20 @@ def load_backend(name: str) -> type[CEBackend[Any]]:
 
 
 OF_VOS = "vos"
-"""Key of the settings under which there are those that differ for some VOs."""
+"""Key of the settings for the settings of VOs."""
 
 
 def settings_for(settings: Mapping[str, Any], vo: str | None) -> dict[str, Any]:
-    """The settings with which a VO uses a compute element; None: those that hold for all."""
+    """Settings for a VO; None: the common ones."""
     common = {name: value for name, value in settings.items() if name != OF_VOS}
     return common | (settings.get(OF_VOS, {}).get(vo) or {})
 
 
 def validate_all_settings(backend: str, settings: Mapping[str, Any]) -> None:
-    """Check the settings of each VO that has some of its own, or else those for all.
+    """Validate the settings of each VO with its own ones, or else the common ones.
 
     Raises:
-        CESettingsError: as `validate_settings` does; a mistake of one VO is below `vos.NAME`.
+        CESettingsError: as `validate_settings`; errors in settings of a VO have paths below `vos.NAME`.
     """
     of_vos: Mapping[str, Any] = settings.get(OF_VOS, {})
     for vo in of_vos or (None,):
@@ -68,15 +68,15 @@ def validate_all_settings(backend: str, settings: Mapping[str, Any]) -> None:
             if vo is None or error.problems[0][0] == "backend":
                 raise
             raise CESettingsError(
-                [(path.replace("settings", f"vos.{vo}", 1), what) for path, what in error.problems]
+                [(path.replace("settings", f"vos.{vo}", 1), message) for path, message in error.problems]
             ) from error
 
 
 def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
-    """The settings of a back end, checked.
+    """Validate the settings of a back end.
 
     Raises:
-        CESettingsError: the back end is not installed, or does not understand them; holds all mistakes.
+        CESettingsError: the back end is not installed, or the settings are invalid; lists all errors.
     """
     model = load_backend(backend).Settings
     try:
@@ -91,16 +91,16 @@ def validate_settings(backend: str, settings: Mapping[str, Any]) -> CESettings:
 
 
 def problem_of(problem: Any, model: type[BaseModel]) -> str:
-    """The message of a validation error, without the value: it may be a secret."""
+    """Message of a validation error, without the value, which may be a secret."""
     if problem["type"] == "extra_forbidden":
         return f"unknown field; there are {', '.join(model.model_fields)}"
     return "missing" if problem["type"] == "missing" else str(problem["msg"]).removeprefix("Value error, ")
 
 
 def make_backend(backend: str, ce: CEDescription, settings: Mapping[str, Any]) -> CEBackend[Any]:
-    """A back end ready to be spoken to; `await backend.close()` when done.
+    """Create a back end; `await backend.close()` after its use.
 
     Raises:
-        CESettingsError: the back end is not installed, or does not understand its settings.
+        CESettingsError: the back end is not installed, or its settings are invalid.
     """
     return load_backend(backend)(ce, validate_settings(backend, settings))

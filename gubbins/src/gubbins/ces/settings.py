@@ -1,4 +1,4 @@
-"""Settings that back ends share: the pilots' scripts and environment, and what is kept of them."""
+"""Common settings of back ends: scripts, environment and files of pilots."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .protocol import CESettings, PilotIdentity
 
 PILOT_SCRIPT = Path(__file__).with_name("pilot.sh").read_text()
 SECRET_FILE = ".pilot-secret"  # noqa: S105
-"""Name of the file with the secret of a pilot, in a directory that is the pilot's own."""
+"""Name of the file with the secret of a pilot, in the pilot's own directory."""
 
 
 def _absolute(path: Path) -> Path:
-    # Workers are started from anywhere, and must find the same file.
+    # Independent of the working directory of a worker.
     if not path.is_absolute():
         raise ValueError("must be an absolute path")
     return path
@@ -26,7 +26,7 @@ def _absolute(path: Path) -> Path:
 
 def _variable_name(name: str) -> str:
     if not (name.isascii() and name.isidentifier()):
-        raise ValueError(f"{name!r} is no name of a variable: letters, digits and _")
+        raise ValueError(f"{name!r} is not a name of a variable: letters, digits and _")
     return name
 
 
@@ -35,15 +35,17 @@ Text = Annotated[str, AfterValidator(without_nul)]
 Script = Annotated[str, Field(min_length=1), AfterValidator(without_nul)]
 DefaultScript = Annotated[
     Script | None,
-    Field(description="For VOs that have no script of their own; left out: the default pilot script."),
+    Field(description="Script for VOs without their own; default: the default pilot script."),
 ]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
-KeepDays = Annotated[float, Field(ge=0, allow_inf_nan=False, description="How long those files stay, in days.")]
+KeepDays = Annotated[float, Field(ge=0, allow_inf_nan=False, description="Days for which kept files stay.")]
 
 # A wrapper writes its pid within milliseconds.
 StartSeconds = Annotated[
     float,
-    Field(ge=0, allow_inf_nan=False, description="A pilot process that has not started after so long has failed."),
+    Field(
+        ge=0, allow_inf_nan=False, description="Time limit for the start of a pilot process; then it is FAILED."
+    ),
 ]
 
 
@@ -52,21 +54,23 @@ class PilotSettings(CESettings):
 
     scripts: dict[str, Script] = Field(
         default={},
-        description="Pilot script per VO, as text; run by /bin/sh unless its first line says otherwise (#!).",
+        description="Pilot script per VO, as text; run by /bin/sh unless its first line begins with #!.",
     )
     payloads: dict[str, Script] = Field(
         default={},
-        description="Command per VO that the default pilot script runs, for VOs that have no script of their own.",
+        description="Command per VO that the default pilot script runs, for VOs without their own script.",
     )
-    environment: dict[VariableName, Text] = Field(default={}, description="Added to the pilots' environment.")
+    environment: dict[VariableName, Text] = Field(
+        default={}, description="Additional environment variables of pilots."
+    )
     keep: Literal["none", "failed", "all"] = Field(
-        default="failed", description="Whose files at the site (stdout, stderr) stay after the end."
+        default="failed", description="Ended pilots whose files at the site (stdout, stderr) are kept."
     )
 
     def variables(
         self, ce_name: str, vo: str, stamp: str | None = None, identity: PilotIdentity | None = None
     ) -> dict[str, str]:
-        """The environment of the VO's pilots; with `stamp`, of that one. It holds no secret."""
+        """Environment variables of the VO's pilots, or of one of them, without the secret."""
         own = {} if stamp is None else {"PILOT_STAMP": stamp}
         if identity is not None:
             own["PILOT_API_URL"] = identity.url
@@ -75,16 +79,16 @@ class PilotSettings(CESettings):
         return self.environment | own | {"PILOT_VO": vo, "PILOT_CE": ce_name}
 
     def script_of(self, vo: str) -> str | None:
-        """The script of the VO's pilots; None: it gets none here."""
+        """Script of the VO's pilots; None: the VO is not supported."""
         default: str | None = PILOT_SCRIPT if vo in self.payloads else getattr(self, "default_script", None)
         return self.scripts.get(vo, default)
 
     def keeps(self, status: MyPilotStatus) -> bool:
-        """True if the files of a pilot that ended so stay."""
+        """True if the files of a pilot with this final state are kept."""
         return self.keep == "all" or (self.keep == "failed" and status is MyPilotStatus.FAILED)
 
 
 def executable_script(script: str) -> str:
-    """The script as an executable file: with an interpreter and a last line end."""
+    """Complete a script to an executable file: with an interpreter line and a final newline."""
     text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
     return text if text.endswith("\n") else f"{text}\n"

@@ -1,4 +1,4 @@
-"""The command `gubbins`: compute elements and pilots, for operators. Works on the database directly."""
+"""The command `gubbins`, which manages compute elements and pilots in the database."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .app import app
 
 
 def main() -> None:
-    """Entry point of the command; ends the process with 0, 1 (it did not work) or 2 (bad input)."""
+    """Run the command; the process ends with 0, 1 (failure) or 2 (invalid input)."""
     run_program(app, "gubbins")

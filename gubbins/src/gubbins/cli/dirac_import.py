@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +9,18 @@ import typer
 import yaml
 from diracx.tasks.cli.errors import CliError, UsageProblem
 from diracx.tasks.cli.options import JsonOption
-from diracx.tasks.cli.output import echo
+from diracx.tasks.cli.output import echo, print_json
 
 from gubbins.domain.exceptions import DiracConfigurationError
 from gubbins.logic import my_pilots as logic
 
-from .session import emit
+from .session import read_input
 
 HELP = """Translate a configuration of DIRAC into a file for `gubbins ce load`.
 
-Reads the compute elements to which SiteDirector submits, `Resources/Sites`, with their queues, back ends, VOs,
-tags and limits, from a FILE in DIRAC's format (- reads standard input). The result goes to standard output, or to
---output; whatever has no counterpart goes to standard error, one line each with its path in the configuration.
-Nothing is loaded: read both, then
+Reads the compute elements of SiteDirector, `Resources/Sites`, with their queues, back ends, VOs, tags and limits,
+from a FILE in DIRAC's format (- reads standard input). The result goes to standard output, or to --output; options
+without a counterpart are listed on standard error with their path. Nothing is loaded: check both, then
 
 \b
     gubbins ce import-dirac dirac.cfg --output ces.yaml
@@ -39,19 +37,13 @@ def import_dirac(
     ] = None,
     share: Annotated[
         float,
-        typer.Option(
-            "--share", min=0, max=1, help="Part of the slots, beside a SiteDirector that has the others."
-        ),
+        typer.Option("--share", min=0, max=1, help="Fraction of the slots, while SiteDirector uses the others."),
     ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    name = "standard input" if str(file) == "-" else str(file)
+    name, text = read_input(file)
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         found = logic.import_dirac(text, share=share)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageProblem(f"cannot read {name}: {reason}") from error
     except DiracConfigurationError as error:
         raise UsageProblem(f"{name}: {error}") from error
     document = {"compute_elements": found.compute_elements}
@@ -66,9 +58,9 @@ def import_dirac(
         for remark in found.remarks:
             echo(f"{remark.path}: {remark.why}", err=True)
     if not found.compute_elements:
-        raise CliError(f"{name} has no compute elements that can be taken over, in Resources/Sites/GRID/SITE/CEs")
+        raise CliError(f"{name} has no compute elements that can be translated, in Resources/Sites/GRID/SITE/CEs")
     if as_json:
-        emit(document | {"remarks": [remark._asdict() for remark in found.remarks]})
+        print_json(document | {"remarks": [remark._asdict() for remark in found.remarks]})
     elif output is None:
         typer.echo(written, nl=False)
     else:

@@ -8,20 +8,20 @@ from typing import Annotated
 import typer
 from diracx.tasks.cli.errors import UsageProblem
 from diracx.tasks.cli.options import JsonOption, command_group
-from diracx.tasks.cli.output import echo
+from diracx.tasks.cli.output import show
 
 from gubbins.domain import clock
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.downtimes import Downtime, parse_moment
 from gubbins.logic import my_pilots as logic
 
-from .session import emit, in_database, me, recorded, table
+from . import tables
+from .session import audited, current_operator, print_result, with_database
 
-_HELP = """Downtimes of compute elements, planned ones and others.
+_HELP = """Downtimes of compute elements.
 
-From its start to its end a compute element gets no pilots, and raises no alarms; then it is open again by itself.
-The pilots that it has are followed as always. With --drain-before nothing is submitted for some hours before, so
-that pilots end in time.
+During a downtime a compute element gets no pilots and raises no alerts; its active pilots are polled as usual.
+With --drain-before, submissions stop some hours earlier, so that pilots end in time.
 
 \b
     gubbins ce downtime add ce01.example.org --start 2026-12-01T08:00 --end 2026-12-01T18:00 \\
@@ -42,44 +42,40 @@ def _moment(text: str | None, otherwise: datetime) -> datetime:
 @downtime_app.command("add")
 def add_downtime(
     name: Annotated[str, typer.Argument(help="Name of the compute element.", metavar="NAME")],
-    reason: Annotated[str, typer.Option("--reason", help="Why, for the others.")],
+    reason: Annotated[str, typer.Option("--reason", help="Reason, shown to all users.")],
     start: Annotated[
-        str | None, typer.Option("--start", metavar="TIME", help="When it starts, 2026-12-01T08:00; default: now.")
+        str | None, typer.Option("--start", metavar="TIME", help="Start, as 2026-12-01T08:00; default: now.")
     ] = None,
-    end: Annotated[str | None, typer.Option("--end", metavar="TIME", help="When it ends.")] = None,
+    end: Annotated[str | None, typer.Option("--end", metavar="TIME", help="End.")] = None,
     hours: Annotated[
-        float | None, typer.Option("--hours", min=0.01, max=24 * 366, help="In place of --end: how long it is.")
+        float | None, typer.Option("--hours", min=0.01, max=24 * 366, help="Duration, instead of --end.")
     ] = None,
     drain_before: Annotated[
         float,
         typer.Option(
-            "--drain-before", min=0, max=24 * 366, metavar="HOURS", help="No submissions so long before."
+            "--drain-before", min=0, max=24 * 366, metavar="HOURS", help="Stop submissions so long before."
         ),
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan a downtime. Times are UTC unless they say otherwise (2026-12-01T08:00+01:00)."""
+    """Plan a downtime. Times are UTC, unless given with an offset (2026-12-01T08:00+01:00)."""
     if (end is None) == (hours is None):
-        raise UsageProblem("say when it ends: give either --end or --hours")
+        raise UsageProblem("give either --end or --hours")
     starts_at = _moment(start, clock.now())
     try:
         ends_at = _moment(end, starts_at + timedelta(hours=hours or 0))
     except OverflowError as error:
         raise UsageProblem(f"a downtime cannot start at {starts_at:%Y-%m-%d}") from error
-    added: Downtime = recorded(
+    added: Downtime = audited(
         AuditAction.ADD_DOWNTIME,
         name,
         lambda db: logic.add_downtime(
-            db, name, starts_at, ends_at, reason, by=me(), drain=timedelta(hours=drain_before)
+            db, name, starts_at, ends_at, reason, by=current_operator(), drain=timedelta(hours=drain_before)
         ),
         lambda added: f"{added.id}: {_span(added)}, {added.reason}",
     )
-    if as_json:
-        emit(added)
-    else:
-        echo(
-            f"{name}: downtime {added.id}, {_span(added)} (no submissions from {added.drain_from:%Y-%m-%d %H:%M})"
-        )
+    text = f"{name}: downtime {added.id}, {_span(added)} (no submissions from {added.drain_from:%Y-%m-%d %H:%M})"
+    print_result(added, text, as_json=as_json)
 
 
 def _span(downtime: Downtime) -> str:
@@ -89,22 +85,11 @@ def _span(downtime: Downtime) -> str:
 @downtime_app.command("list")
 def list_downtimes(
     name: Annotated[str | None, typer.Argument(help="Only of this compute element.", metavar="[NAME]")] = None,
-    past: Annotated[bool, typer.Option("--past", help="Those that have ended, too.")] = False,
+    past: Annotated[bool, typer.Option("--past", help="Include downtimes that have ended.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List downtimes that have not ended, the earliest first."""
-    found = in_database(lambda db: logic.list_downtimes(db, name, past=past))
-    if as_json:
-        emit(found)
-        return
-    table(
-        "Downtimes",
-        ("id", "CE", "no submissions from (UTC)", "start (UTC)", "end (UTC)", "reason", "added by"),
-        [
-            (str(each.id), each.ce_name, each.drain_from, each.starts_at, each.ends_at, each.reason, each.added_by)
-            for each in found
-        ],
-    )
+    show(tables.DOWNTIMES, with_database(lambda db: logic.list_downtimes(db, name, past=past)), as_json)
 
 
 @downtime_app.command("remove")
@@ -112,14 +97,11 @@ def remove_downtime(
     downtime_id: Annotated[int, typer.Argument(help="As in the list.", metavar="ID", min=1, max=2**63 - 1)],
     as_json: JsonOption = False,
 ) -> None:
-    """Remove a downtime: one that has begun ends at once."""
-    removed: Downtime = recorded(
+    """Remove a downtime. One that has started ends at once."""
+    removed: Downtime = audited(
         AuditAction.REMOVE_DOWNTIME,
         str(downtime_id),
         lambda db: logic.remove_downtime(db, downtime_id),
         lambda removed: f"of {removed.ce_name}: {_span(removed)}",
     )
-    if as_json:
-        emit(removed)
-    else:
-        echo(f"{removed.ce_name}: downtime {downtime_id} removed ({_span(removed)})")
+    print_result(removed, f"{removed.ce_name}: downtime {downtime_id} removed ({_span(removed)})", as_json=as_json)

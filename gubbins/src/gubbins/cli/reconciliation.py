@@ -6,73 +6,53 @@ from typing import Annotated, Any
 
 import typer
 from diracx.tasks.cli.options import JsonOption
-from diracx.tasks.cli.output import echo
+from diracx.tasks.cli.output import echo, print_json, show
 
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.logic import my_pilots as logic
 
-from .session import emit, in_database, in_registry, recorded, show_progress, table
+from . import tables
+from .session import audited, progress_printer, with_database, with_registry
 
 
 def reconcile_pilots(
     vo: Annotated[str | None, typer.Option("--vo", help="Only this VO's.")] = None,
-    apply: Annotated[
-        bool, typer.Option("--apply", "--fix", help="Write to the registry what it should have.")
-    ] = False,
+    apply: Annotated[bool, typer.Option("--apply", "--fix", help="Correct the registry.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the pilots here with DiracX's pilot registry, and mend what differs with --apply.
+    """Compare all pilots with DiracX's pilot registry; --apply corrects the registry.
 
-    The registry is the database named in DIRACX_DB_URL_PILOTAGENTSDB. Checks write to it what is new, by
-    themselves; this is for what they do not see, as after a backup of it was restored. Pilots that it has at our
-    compute elements, that have not ended and that are unknown here are listed and left alone.
+    The registry is the database of DIRACX_DB_URL_PILOTAGENTSDB. Checks write changes to it; this command finds
+    other differences, as after a backup was restored. Active pilots at our compute elements that only the registry
+    has are listed and not changed.
 
-    Exit code 1: there are differences, or there are still some after --apply.
+    Exit code 1: there are differences, or some are left after --apply.
     """
 
     async def reconcile(db: Any) -> logic.Reconciliation:
-        return await in_registry(
+        return await with_registry(
             lambda registry: logic.reconcile_registry(
-                db, registry, vo, apply=apply, progress=show_progress("pilots compared")
+                db, registry, vo, apply=apply, progress=progress_printer("pilots compared")
             )
         )
 
     if apply:
-        done = recorded(
+        done = audited(
             AuditAction.RECONCILE_PILOTS,
             vo or "all VOs",
             reconcile,
-            lambda done: f"{done.mended} mended, {done.remaining} differences left",
+            lambda done: f"{done.mended} corrected, {done.remaining} differences left",
         )
     else:
-        done = in_database(reconcile)
+        done = with_database(reconcile)
     if as_json:
-        emit(done.as_dict())
+        print_json(done.as_dict())
     else:
-        _show_reconciliation(done)
+        if done.differences:
+            show(tables.DIFFERENCES, done.differences, as_json=False)
+        echo(
+            f"{done.compared} pilots compared: {done.missing} are not in the registry, {done.different} have "
+            f"another status there, {done.unknown} are only in the registry; {done.mended} were corrected"
+        )
     if done.remaining:
         raise typer.Exit(1)
-
-
-def _show_reconciliation(done: logic.Reconciliation) -> None:
-    if done.differences:
-        table(
-            "Differences",
-            ("pilot", "VO", "CE", "status here", "in the registry", "its id there", "stamp"),
-            [
-                (
-                    "-" if each.pilot_id is None else each.pilot_id,
-                    each.vo,
-                    each.ce_name,
-                    each.status or "unknown",
-                    each.registry_status or "missing",
-                    "-" if each.registry_id is None else each.registry_id,
-                    each.stamp,
-                )
-                for each in done.differences
-            ],
-        )
-    echo(
-        f"{done.compared} pilots compared: {done.missing} are not in the registry, {done.different} have another "
-        f"status there, {done.unknown} of the registry are unknown here; {done.mended} were mended"
-    )

@@ -1,22 +1,20 @@
-"""Runs commands on the database, writes them to the audit log, and prints results."""
+"""Helpers of the commands: database, audit log, input files and output."""
 
 from __future__ import annotations
 
 import asyncio
 import getpass
-import json
+import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, is_dataclass
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from diracx.tasks.cli.errors import CliError
-from diracx.tasks.cli.output import echo, show
+from diracx.tasks.cli.errors import CliError, UsageProblem, one_line
+from diracx.tasks.cli.output import echo, print_json, show
 from diracx.tasks.cli.runtime.databases import open_database
 from diracx.tasks.operations.audited_actions import AuditedActions
 from diracx.tasks.operations.views import Column, View
-from diracx.tasks.plumbing._util.passwords import mask
 from diracx.tasks.plumbing.broker.address import REDIS_URL_VARIABLE
 from diracx.tasks.plumbing.broker.connection import AddressError, async_client, redis_url_from_environment
 from redis.exceptions import RedisError
@@ -25,7 +23,6 @@ from gubbins.db import URL_VARIABLE
 from gubbins.db.registry import REGISTRY, REGISTRY_VARIABLE
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.exceptions import GubbinsError
-from gubbins.domain.text import one_line
 
 T = TypeVar("T")
 
@@ -38,14 +35,14 @@ NO_REGISTRY = (
 _PROGRESS_SECONDS = 5.0
 
 
-def in_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -> T:
-    """Do something with the database named in the environment.
+def with_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -> T:
+    """Run work with the pilot database of the environment, and return its result.
 
     Args:
-        tables: whether it must have its tables.
+        tables: True: the tables must exist.
 
     Raises:
-        CliError: it is not named, cannot be reached, has no tables, or the work was refused.
+        CliError: the database is not configured, unreachable or without tables; or an error of the work.
     """
 
     async def connected() -> T:
@@ -58,89 +55,100 @@ def in_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -> 
         raise CliError(str(error)) from error
 
 
-async def in_registry(work: Callable[[Any], Awaitable[T]]) -> T:
-    """Do something with the pilot registry named in the environment.
+async def with_registry(work: Callable[[Any], Awaitable[T]]) -> T:
+    """Run work with the pilot registry of the environment, and return its result.
 
     Raises:
-        CliError: it is not named, cannot be reached, or has no tables.
+        CliError: the registry is not configured, unreachable or without tables.
     """
     async with open_database(REGISTRY, NO_REGISTRY) as registry:
         return await work(registry)
 
 
-def show_progress(what: str) -> Callable[[int], None]:
-    """Make a function that tells on stderr, every few seconds, how many are done."""
-    told = time.monotonic()
+def progress_printer(what: str) -> Callable[[int], None]:
+    """Make a function that prints progress to stderr every few seconds."""
+    shown_at = time.monotonic()
 
     def show(done: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _PROGRESS_SECONDS:
-            told = time.monotonic()
+        nonlocal shown_at
+        if time.monotonic() - shown_at >= _PROGRESS_SECONDS:
+            shown_at = time.monotonic()
             echo(f"gubbins: {done:,} {what}", err=True)
 
     return show
 
 
-def recorded(
+def audited(
     action: AuditAction, target: str, work: Callable[[Any], Awaitable[T]], summary: Callable[[T], str]
 ) -> T:
-    """Do something in the database, and write it to the audit log of the task system.
+    """Run work with the pilot database, and write it to the audit log of the task system.
 
-    Where no server of the task system is named it is done all the same, with a warning.
+    If no server of the task system is configured, a warning is printed instead.
 
     Args:
-        target: what it is done to.
-        summary: what came of it, in a few words.
+        target: object of the action.
+        summary: describes the result in the audit log.
 
     Raises:
-        CliError: as above; or the audit log cannot be written, and nothing was done.
+        CliError: as `with_database`; or the audit log cannot be written, and nothing was done.
     """
     try:
         url = redis_url_from_environment()
     except AddressError as error:
         raise CliError(str(error)) from error
     if not url:
-        result = in_database(work)
+        result = with_database(work)
         echo(f"gubbins: not written to the audit log: {REDIS_URL_VARIABLE} is not set", err=True)
         return result
 
     async def perform(db: Any) -> T:
         async with async_client(url) as redis:
-            return await AuditedActions.at_command_line(redis).perform(action, target, lambda: work(db), summary)
+            return await AuditedActions.for_command_line(redis).perform(action, target, lambda: work(db), summary)
 
     try:
-        return in_database(perform)
+        return with_database(perform)
     except (AddressError, RedisError) as error:
         raise CliError(
-            f"the audit log cannot be written at {mask(url)}: {one_line(error)}; correct {REDIS_URL_VARIABLE}, "
-            "or unset it to do without"
+            f"the audit log cannot be written at {one_line(url)}: {one_line(str(error))}; correct "
+            f"{REDIS_URL_VARIABLE}, or unset it to work without an audit log"
         ) from error
 
 
-def me() -> str:
-    """The user of the command, for records."""
+def current_operator() -> str:
+    """Name of the user of the command, for records."""
     try:
         return f"operator {getpass.getuser()}"
-    except (KeyError, OSError):  # a container's user has no name
+    except (KeyError, OSError):  # users of containers may have no name
         return "operator"
 
 
-def emit(value: Any) -> None:
-    """Print a result for scripts."""
-    print(json.dumps(value, indent=2, default=_plain))
+def read_input(file: Path) -> tuple[str, str]:
+    """Read a file, or standard input (`-`); return its name for messages, and its text.
+
+    Raises:
+        UsageProblem: the file cannot be read.
+    """
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        return name, sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageProblem(f"cannot read {name}: {reason}") from error
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value.isoformat() if isinstance(value, datetime) else str(value)
+def print_result(value: Any, text: str, *, as_json: bool) -> None:
+    """Print a result as JSON, or else as text."""
+    if as_json:
+        print_json(value)
+    else:
+        echo(text)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a result for people. Numbers are right-aligned, times are UTC to the second."""
-    view: View[Sequence[Any]] = View("none", tuple(_column(*each, rows) for each in enumerate(columns)))
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table below a title, with right-aligned numbers."""
+    rows = list(rows)
     echo(one_line(title))
-    show(view, rows, as_json=False)
+    show(View("none", tuple(_column(*each, rows) for each in enumerate(columns))), rows, as_json=False)
 
 
 def _column(index: int, name: str, rows: Sequence[Sequence[Any]]) -> Column[Sequence[Any]]:

@@ -1,4 +1,4 @@
-"""The pages about pilots in the dashboard of the task system (entry point `diracx.tasks_dashboard`)."""
+"""Dashboard pages and actions for pilots (entry point `diracx.tasks_dashboard`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from diracx.tasks.web.dashboard.page import Extension
 
 from .actions import ACTIONS
 from .pages import PAGES
-from .read_models import opened
+from .read_models import lifespan
 
 
 def extension() -> Extension:
-    """Pages and actions for the dashboard of the task system."""
-    return Extension(pages=PAGES, actions=ACTIONS, templates=Path(__file__).parent / "templates", lifespan=opened)
+    """Make the extension of the dashboard of the task system."""
+    templates = Path(__file__).parent / "templates"
+    return Extension(pages=PAGES, actions=ACTIONS, templates=templates, lifespan=lifespan)

@@ -1,8 +1,9 @@
-"""Actions of the dashboard: open, close and ban compute elements, cancel pilots."""
+"""Actions of the dashboard: open, close and ban compute elements, downtimes, cancellation of pilots."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diracx.tasks.web.dashboard.page import (
@@ -25,35 +26,35 @@ from gubbins.logic.my_pilots.site_calls import site_calls
 
 from .read_models import READ_MODELS
 
-_LONGEST_REASON = 500
-_LONGEST_NAME = 128
+_MAX_REASON_CHARS = 500
+_MAX_NAME_CHARS = 128
 
 
 async def _ce(form: Form) -> dict[str, Any]:
     name = form.one("ce")
     found = [ce for ce in await READ_MODELS.ces() if ce["name"] == name]
     if not found:
-        raise NotPossibleError(str(UnknownCEError(name[:_LONGEST_NAME])))
+        raise NotPossibleError(str(UnknownCEError(name[:_MAX_NAME_CHARS])))
     return found[0]
 
 
-async def _ask_close(form: Form, context: AppContext) -> Question:
+async def _confirm_close(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Close {ce['name']} for new pilots?",
-        f"The {ce['active']} pilots that hold a slot there go on to their end; no VO submits more until it is "
-        "opened again." + _about_ban(ce, "Closing lifts the ban: its pilots are polled again."),
+        f"Its {ce['active']} active pilots continue; no VO submits more until it is opened again."
+        + _about_ban(ce, "Closing lifts the ban: its pilots are polled again."),
         "Close it",
     )
 
 
-async def _ask_open(form: Form, context: AppContext) -> Question:
+async def _confirm_open(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Open {ce['name']} for new pilots?",
         f"The next round of submission fills its free slots: {ce['available_slots']} of {ce['capacity']}."
         + _about_ban(ce, "Opening lifts the ban.")
-        + " Backoff after failed calls end, too.",
+        + " Its circuits are closed.",
         "Open it",
     )
 
@@ -64,14 +65,14 @@ def _about_ban(ce: dict[str, Any], lifted: str) -> str:
     return f" It is banned: {ce['ban_reason'] or 'no reason was given'}. {lifted}"
 
 
-async def _ask_ban(form: Form, context: AppContext) -> Question:
+async def _confirm_ban(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Ban {ce['name']}?",
-        f"It gets no pilots and is not polled until it is opened or closed: the "
-        f"{ce['active']} pilots that hold a slot there stay as they are. To drain it, close it instead.",
+        f"There are no submissions and no polls until it is opened or closed: the states of its "
+        f"{ce['active']} active pilots do not change. To drain it, close it instead.",
         "Ban it",
-        reason="Why, for the others",
+        reason="Reason, shown to all users",
     )
 
 
@@ -96,9 +97,9 @@ async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
 
 
 async def _ban(form: Form, operator: Operator) -> str:
-    name, reason = form.one("ce"), " ".join(form.one("reason").split())[:_LONGEST_REASON]
+    name, reason = form.one("ce"), " ".join(form.one("reason").split())[:_MAX_REASON_CHARS]
     if not reason:
-        raise NotPossibleError("A ban needs a reason: others will ask for it.")
+        raise NotPossibleError("A ban needs a reason.")
 
     async def ban() -> str:
         changed = await logic.ban_ce(READ_MODELS.database(), name, reason=reason)
@@ -108,22 +109,32 @@ async def _ban(form: Form, operator: Operator) -> str:
 
 
 async def _perform(operator: Operator, action: AuditAction, name: str, do: Callable[[], Awaitable[str]]) -> str:
-    # Checked before: what is refused is no action, and not in the audit log.
+    # Checked first, so that refused actions are not in the audit log.
     if operator.vo is not None:
-        raise NotPossibleError("compute elements are for those who may see the pilots of all VOs")
+        raise NotPossibleError("compute elements are managed by users who may see the pilots of all VOs")
     if name not in {ce["name"] for ce in await READ_MODELS.ces()}:
-        raise NotPossibleError(UnknownCEError(name[:_LONGEST_NAME]).public)
-    return await operator.perform(action, name, do)
+        raise NotPossibleError(UnknownCEError(name[:_MAX_NAME_CHARS]).public)
+    with _refusals():
+        return await operator.perform(action, name, do)
 
 
-async def _ask_downtime(form: Form, context: AppContext) -> Question:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Show errors of the logic layer to the operator."""
+    try:
+        yield
+    except GubbinsError as error:
+        raise NotPossibleError(str(error)) from error
+
+
+async def _confirm_downtime(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     return Question(
         f"Plan a downtime of {ce['name']}?",
-        "From its start to its end it gets no pilots and raises no alarms; then it is open again by itself. The "
-        f"{ce['active']} pilots that hold a slot there go on and are followed.",
+        f"From its start to its end it gets no pilots and raises no alerts. Its {ce['active']} active pilots "
+        "continue.",
         "Plan it",
-        reason="Start, end (UTC) and why, as 2026-12-01T08:00 2026-12-01T18:00 new switches",
+        reason="Start, end (UTC) and reason, as 2026-12-01T08:00 2026-12-01T18:00 new switches",
     )
 
 
@@ -135,21 +146,17 @@ async def _add_downtime(form: Form, operator: Operator) -> str:
         raise NotPossibleError(f"Give start, end and the reason in one line: {error}") from error
 
     async def add() -> str:
-        try:
-            added = await logic.add_downtime(
-                READ_MODELS.database(), name, starts_at, ends_at, " ".join(why)[:_LONGEST_REASON], by=operator.who
-            )
-        except GubbinsError as error:
-            raise NotPossibleError(str(error)) from error
+        reason, db = " ".join(why)[:_MAX_REASON_CHARS], READ_MODELS.database()
+        added = await logic.add_downtime(db, name, starts_at, ends_at, reason, by=operator.who)
         return f"planned, {added.describe(clock.now())}"
 
     return f"{name}: downtime {await _perform(operator, AuditAction.ADD_DOWNTIME, name, add)}."
 
 
-async def _ask_end_downtime(form: Form, context: AppContext) -> Question:
+async def _confirm_end_downtime(form: Form, context: AppContext) -> Question:
     ce = await _ce(form)
     if ce["downtime"] is None:
-        raise NotPossibleError(f"{ce['name']} is in no downtime.")
+        raise NotPossibleError(f"{ce['name']} is not in downtime.")
     return Question(
         f"End the downtime of {ce['name']}?",
         f"It is {ce['downtime'].describe(clock.now())}. The next round of submission fills its free slots.",
@@ -162,21 +169,17 @@ async def _end_downtime(form: Form, operator: Operator) -> str:
     name, number = form.one("ce"), integer(form.one("downtime"), 1)
 
     async def end() -> str:
-        try:
-            await logic.remove_downtime(READ_MODELS.database(), number)
-        except GubbinsError as error:
-            raise NotPossibleError(str(error)) from error
+        await logic.remove_downtime(READ_MODELS.database(), number)
         return "ended"
 
     return f"{name}: downtime {await _perform(operator, AuditAction.REMOVE_DOWNTIME, name, end)}."
 
 
-async def _ask_cancel(form: Form, context: AppContext) -> Question:
+async def _confirm_cancel(form: Form, context: AppContext) -> Question:
     number = integer(form.one("pilot"), 1)
     return Question(
         f"Cancel pilot {number}?",
-        "Its compute element is asked to end it. Its state changes when the compute element says that it has "
-        "ended.",
+        "Its state changes when the compute element reports that it has ended.",
         "Cancel it",
         dangerous=True,
     )
@@ -185,29 +188,24 @@ async def _ask_cancel(form: Form, context: AppContext) -> Question:
 async def _cancel(form: Form, operator: Operator) -> str:
     number = integer(form.one("pilot"), 1)
 
-    try:
+    async def do() -> str:
+        calls = await site_calls()
+        pilot = await calls.cancel(READ_MODELS.database(), number, by=operator.who, user=operator.who)
+        return f"requested at {pilot['ce_name']}"
+
+    with _refusals():
         pilot = await logic.get_pilot(READ_MODELS.database(), number, operator.vo)
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(number, pilot["status"])
-    except GubbinsError as error:
-        raise NotPossibleError(str(error)) from error
-
-    async def do() -> str:
-        try:
-            calls = await site_calls()
-            pilot = await calls.cancel(READ_MODELS.database(), number, by=operator.who, user=operator.who)
-        except GubbinsError as error:
-            raise NotPossibleError(str(error)) from error
-        return f"requested at {pilot['ce_name']}"
-
-    return f"The end of pilot {number} was {await operator.perform(AuditAction.CANCEL_PILOT, str(number), do)}."
+        done = await operator.perform(AuditAction.CANCEL_PILOT, str(number), do)
+    return f"The cancellation of pilot {number} was {done}."
 
 
 ACTIONS = [
-    Action("/pilots/ce/close", _ask_close, _close, all_vos=True),
-    Action("/pilots/ce/open", _ask_open, _open, all_vos=True),
-    Action("/pilots/ce/ban", _ask_ban, _ban, all_vos=True),
-    Action("/pilots/ce/downtime", _ask_downtime, _add_downtime, all_vos=True),
-    Action("/pilots/ce/downtime/end", _ask_end_downtime, _end_downtime, all_vos=True),
-    Action("/pilots/cancel", _ask_cancel, _cancel),
+    Action("/pilots/ce/close", _confirm_close, _close),
+    Action("/pilots/ce/open", _confirm_open, _open),
+    Action("/pilots/ce/ban", _confirm_ban, _ban),
+    Action("/pilots/ce/downtime", _confirm_downtime, _add_downtime),
+    Action("/pilots/ce/downtime/end", _confirm_end_downtime, _end_downtime),
+    Action("/pilots/cancel", _confirm_cancel, _cancel, per_vo=True),
 ]

@@ -1,4 +1,4 @@
-"""Pilots by VO, compute element and state; compute elements; one pilot with its history and its output."""
+"""Dashboard pages: overview of pilots and compute elements, list of pilots, one pilot, its output."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from gubbins.logic.my_pilots.site_calls import site_calls
 from .read_models import HOURS, READ_MODELS, PilotStatistics
 
 _PAGE = 50
-#: Limits of a page, for names of any length.
+#: Compute elements, and rows of pilots, on a page.
 _CES, _ROWS = 40, 60
-#: Characters of output shown on a page; hostile ones take five bytes each.
+#: Characters of output on a page; escaped ones take five bytes each.
 _OUTPUT_CHARS = 16_000
 _STATES = [str(state) for state in MyPilotStatus]
 _STALE = "stale"
 _CE_STATES = ("open", "closed", "banned", "failing")
-#: From this failure rate on a compute element fails.
+#: Failure rate from which a compute element is listed as failing.
 _FAILING_RATE = 0.2
 
 
-async def _chosen_vo(request: Request, context: AppContext) -> str | None:
-    """The VO whose pilots are to be shown; None: all VOs, for users who may see them.
+async def _selected_vo(request: Request, context: AppContext) -> str | None:
+    """VO selected by the request; None: all VOs, for users who may see them.
 
     Raises:
-        NotFoundError: the user may not see this VO, or there is none of that name.
+        NotFoundError: the user may not see this VO, or it is unknown.
     """
     wanted, own = request.query_params.get("vo") or None, request.state.principal.vo
     if own is not None and wanted not in (None, own):
@@ -49,19 +49,19 @@ async def _chosen_vo(request: Request, context: AppContext) -> str | None:
 
 
 async def _known_vos(context: AppContext) -> set[str]:
-    """VOs of the configuration, of pilots, and of compute elements."""
+    """VOs of the configuration, pilots and compute elements."""
     served = {vo for ce in await READ_MODELS.ces() for vo in ce["vos"] or ()}
     return {*(await context.settings()).vos, *await READ_MODELS.summary(None), *served}
 
 
 async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
-    """Compute elements that serve the VO, as members of the VO `own` may see them."""
+    """Compute elements that serve the VO, with what members of the VO `own` may see."""
     served = (ce for ce in await READ_MODELS.ces() if vo is None or ce["vos"] is None or vo in ce["vos"])
-    return [logic.as_seen_by(own, ce) for ce in served]
+    return [logic.redact_ce(own, ce) for ce in served]
 
 
 async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
-    vo = await _chosen_vo(request, context)
+    vo = await _selected_vo(request, context)
     query = request.query_params
     text, state = query.get("ce", "").strip(), query.get("state", "")
     if state not in ("", *_CE_STATES):
@@ -69,9 +69,9 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     summary = await READ_MODELS.summary(request.state.principal.vo)
     reports = await READ_MODELS.reports(request.state.principal.vo)
     statistics = await READ_MODELS.statistics(vo)
-    known = [_with_trouble(ce, statistics) for ce in await _ces(vo, request.state.principal.vo)]
-    # By name as Python sorts: databases differ, and pages go on after a name.
-    ces = sorted((ce for ce in known if _is_wanted(ce, text, state)), key=lambda ce: str(ce["name"]))
+    known = [_with_state(ce, statistics) for ce in await _ces(vo, request.state.principal.vo)]
+    # Sorted by Python, not by the database: a page begins after the last name of the previous one.
+    ces = sorted((ce for ce in known if _matches_filter(ce, text, state)), key=lambda ce: str(ce["name"]))
     of_state = {ce["name"] for ce in ces}
     rows = [
         (name, ce, states, reports.get(name, {}).get(ce, {}))
@@ -95,7 +95,7 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
         "next_rows": first + _ROWS if len(rows) > first + _ROWS else None,
         "states": _STATES,
         "totals": {each: sum(states.get(each, 0) for _, _, states, _ in rows) for each in _STATES},
-        "stale": sum(said.get(_STALE, 0) for *_, said in rows),
+        "stale": sum(counts.get(_STALE, 0) for *_, counts in rows),
         "ces": shown,
         "all_ces": len(ces),
         "after": shown[-1]["name"] if shown and shown[-1] is not ces[-1] else None,
@@ -108,7 +108,7 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     }
 
 
-def _with_trouble(ce: Mapping[str, Any], statistics: PilotStatistics) -> dict[str, Any]:
+def _with_state(ce: Mapping[str, Any], statistics: PilotStatistics) -> dict[str, Any]:
     rate = statistics.failure_rate(ce["name"])
     paused = any(circuit["state"] is not CircuitState.CLOSED for circuit in ce["circuits"].values())
     state = "open" if ce["enabled"] else "closed" if ce["banned_at"] is None else "banned"
@@ -116,7 +116,7 @@ def _with_trouble(ce: Mapping[str, Any], statistics: PilotStatistics) -> dict[st
     return {**ce, "rate": rate, "idle": idle, "state": state, "failing": paused or (rate or 0) >= _FAILING_RATE}
 
 
-def _is_wanted(ce: Mapping[str, Any], text: str, state: str) -> bool:
+def _matches_filter(ce: Mapping[str, Any], text: str, state: str) -> bool:
     in_state = state in ("", ce["state"]) or (state == "failing" and ce["failing"])
     return in_state and text.lower() in ce["name"].lower()
 
@@ -129,7 +129,7 @@ def _number(text: str, least: int = 0, most: int = 1_000_000) -> int:
 
 
 async def _charts(request: Request, context: AppContext) -> dict[str, Any]:
-    return (await READ_MODELS.statistics(await _chosen_vo(request, context))).charts
+    return (await READ_MODELS.statistics(await _selected_vo(request, context))).charts
 
 
 async def _list(request: Request, context: AppContext) -> dict[str, Any]:
@@ -144,10 +144,10 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         try:
             stamps = await logic.stamps_of_job(READ_MODELS.registry, _number(job, 1, 2**63 - 1))
         except RegistryUnavailableError as error:
-            stamps, problem = [], f"Pilots of a job are not known: {error.public}."
+            stamps, problem = [], f"Cannot find the pilots of a job: {error.public}."
     total, pilots = await logic.search_pilots(
         READ_MODELS.database(),
-        vo=await _chosen_vo(request, context),
+        vo=await _selected_vo(request, context),
         ce_name=query.get("ce") or None,
         status=None if status in (None, _STALE) else MyPilotStatus(str(status)),
         stamps=stamps,
@@ -168,23 +168,20 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     }
 
 
-async def _one(request: Request, context: AppContext) -> dict[str, Any]:
+async def _pilot_details(request: Request, context: AppContext) -> dict[str, Any]:
     pilot = await _pilot(request)
     steps = pilot["history"]
-    took = [
-        None,
-        *((after["at"] - before["at"]).total_seconds() for before, after in pairwise(steps)),
-    ]
+    durations = [None, *((after["at"] - before["at"]).total_seconds() for before, after in pairwise(steps))]
     return {
         "pilot": pilot,
-        "steps": list(zip(steps, took, strict=True)),
+        "steps": list(zip(steps, durations, strict=True)),
         "active": pilot["status"] in ACTIVE,
         "jobs": await logic.jobs_of_pilot(READ_MODELS.registry, pilot),
     }
 
 
 async def _pilot(request: Request) -> dict[str, Any]:
-    """The pilot of the URL, if the user may see it."""
+    """Get the pilot of the URL, if the user may see it."""
     try:
         number = integer(request.path_params["pilot"], 1)
         return await logic.get_pilot(READ_MODELS.database(), number, request.state.principal.vo)
@@ -193,24 +190,31 @@ async def _pilot(request: Request) -> dict[str, Any]:
 
 
 async def _output(request: Request, context: AppContext) -> dict[str, Any]:
-    """Output of a pilot, for all who may see the pilot, as by HTTP."""
     pilot = await _pilot(request)
     output, problem = None, ""
     try:
         calls, user = await site_calls(), request.state.principal.name
         output = await calls.output(READ_MODELS.database(), pilot["pilot_id"], user=user)
     except OutputUnavailableError as error:
-        problem = f"There is none: {error.reason}."
+        problem = f"There is no output: {error.reason}."
     except (CEUnavailableError, SiteBusyError) as error:
-        problem = f"It cannot be fetched now: {error}."
+        problem = f"The output cannot be fetched now: {error}."
     except PilotNotFoundError as error:  # it was pruned meanwhile
         raise NotFoundError(str(error)) from error
     return {"pilot": pilot, "output": output, "problem": problem, "most": _OUTPUT_CHARS}
 
 
 PAGES = [
-    Page("/pilots", "pilots", "Pilots", _overview, section="Pilots", charts=_charts),
-    Page("/pilots/list", "pilot_list", "List of pilots", _list, nav="/pilots"),
-    Page("/pilots/{pilot}", "pilot", "Pilot", _one, nav="/pilots"),
-    Page("/pilots/{pilot}/output", "pilot_output", "Output of a pilot", _output, nav="/pilots", live=False),
+    Page("/pilots", "pilots", "Pilots", _overview, section="Pilots", charts=_charts, per_vo=True),
+    Page("/pilots/list", "pilot_list", "List of pilots", _list, nav="/pilots", per_vo=True),
+    Page("/pilots/{pilot}", "pilot", "Pilot", _pilot_details, nav="/pilots", per_vo=True),
+    Page(
+        "/pilots/{pilot}/output",
+        "pilot_output",
+        "Output of a pilot",
+        _output,
+        nav="/pilots",
+        live=False,
+        per_vo=True,
+    ),
 ]

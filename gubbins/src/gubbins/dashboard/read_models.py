@@ -1,4 +1,4 @@
-"""Read models of the dashboard: counts of pilots, cached and shared by all readers."""
+"""Read models of the dashboard: queries about pilots, cached and shared by all readers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from gubbins.logic import my_pilots as logic
 if TYPE_CHECKING:
     from diracx.db.sql import PilotAgentsDB
 
-#: Counting a million pilots is no work for every second.
-_COUNTED_SECONDS = 10.0
+#: Counting a million pilots is too slow for every refresh of a page.
+_CACHE_SECONDS = 10.0
 HOURS = 24
 
 
@@ -34,70 +34,70 @@ class PilotStatistics:
 
     since: datetime
     ended: dict[str, dict[str, int]]
-    """Compute element -> state -> pilots that ended so."""
+    """{compute element: {final state: number}}"""
     without_work: dict[str, int]
-    """Compute element -> pilots that ended and found no work."""
+    """{compute element: number of pilots that found no work}"""
     charts: dict[str, Any]
 
     def failure_rate(self, ce_name: str) -> float | None:
-        """The share of the pilots ended there that failed, 0.0-1.0; None: none has ended."""
+        """Fraction of ended pilots that failed, 0.0-1.0; None: none has ended."""
         ended = self.ended.get(ce_name)
         return ended.get(MyPilotStatus.FAILED, 0) / sum(ended.values()) if ended else None
 
     def idle_rate(self, ce_name: str) -> float | None:
-        """The share of the pilots ended there that found no work, 0.0-1.0; None: none has ended."""
+        """Fraction of ended pilots that found no work, 0.0-1.0; None: none has ended."""
         ended = self.ended.get(ce_name)
         return self.without_work.get(ce_name, 0) / sum(ended.values()) if ended else None
 
 
 class PilotReadModels:
-    """Read models of the pages about pilots, cached for some seconds."""
+    """Read models of the pages about pilots."""
 
     def __init__(self) -> None:
         self.use(None)
 
     def use(self, db: MyPilotDB | None, registry: PilotAgentsDB | None = None) -> None:
-        """Use this database, and this pilot registry, from now on, in this event loop."""
+        """Set the databases for this event loop, and clear the cache."""
         self.db = db
         self.registry = registry
-        self._answers = SingleFlightCache()
+        self._cache = SingleFlightCache()
 
     def database(self) -> MyPilotDB:
-        """The database.
+        """Get the pilot database.
 
         Raises:
-            UnavailableError: none is configured.
+            UnavailableError: no database is configured.
         """
         if self.db is None:
             raise UnavailableError(f"No database of pilots is configured here; set {URL_VARIABLE}.")
         return self.db
 
     async def ces(self) -> list[dict[str, Any]]:
-        """All compute elements with their slots, as of now."""
+        """All compute elements with their slots; not cached."""
         return await logic.list_ces(self.database())
 
     async def summary(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
-        """{VO: {compute element: {state: number}}}, as of some seconds ago."""
+        """{VO: {compute element: {state: number}}}, cached."""
         db = self.database()
-        return await self._answers.get(("summary", vo), lambda: logic.count_pilots(db, vo), _COUNTED_SECONDS)
+        return await self._cache.get(("summary", vo), lambda: logic.count_pilots(db, vo), _CACHE_SECONDS)
 
     async def waiting(self, ce_names: tuple[str, ...]) -> dict[str, dict[str, int]]:
-        """{compute element: {what pilots wait for there: number}}, as of some seconds ago."""
+        """{compute element: {waiting reason: number}}, cached."""
         db = self.database()
-        return await self._answers.get(
-            ("waiting", ce_names), lambda: db.count_waiting_reasons(ce_names), _COUNTED_SECONDS
+        return await self._cache.get(
+            ("waiting", ce_names), lambda: db.count_waiting_reasons(ce_names), _CACHE_SECONDS
         )
 
     async def reports(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
-        """{VO: {compute element: {`stale`, or an outcome: number}}}, as of some seconds ago."""
+        """{VO: {compute element: {`stale` or outcome: number}}}, cached."""
         db = self.database()
-        return await self._answers.get(("reports", vo), lambda: logic.count_reports(db, vo), _COUNTED_SECONDS)
+        return await self._cache.get(("reports", vo), lambda: logic.count_reports(db, vo), _CACHE_SECONDS)
 
     async def statistics(self, vo: str | None) -> PilotStatistics:
-        """The past day, as of some seconds ago."""
+        """Statistics of the past day, cached."""
         db = self.database()
 
-        async def look() -> PilotStatistics:
+        async def count() -> PilotStatistics:
             now = clock.now()
             since = now - timedelta(hours=HOURS)
             ended = await logic.count_ended_pilots(db, since, vo)
@@ -105,29 +105,29 @@ class PilotReadModels:
             charts = charts_of(*await logic.count_steps(db, since, now, vo), now)
             return PilotStatistics(since, ended, idle, charts)
 
-        return await self._answers.get(("statistics", vo), look, _COUNTED_SECONDS)
+        return await self._cache.get(("statistics", vo), count, _CACHE_SECONDS)
 
 
 def charts_of(
     active: Mapping[MyPilotStatus, int], entered: Mapping[MyPilotStatus, Mapping[int, int]], now: datetime
 ) -> dict[str, Any]:
-    """Levels at the ends of the past quarters of an hour, and what happened in each, the newest last.
+    """Compute the series of the charts: active pilots and state changes per quarter of an hour, newest last.
 
     Args:
-        active: how many are in each active state now.
-        entered: how many entered each state how many quarters ago.
-        now: the present time.
+        active: {active state: number}.
+        entered: {state: {quarters of an hour before `now`: number of pilots that entered it}}.
+        now: current time.
     """
     ages = range(timedelta(hours=HOURS) // QUARTER)
     submitted, started, done, failed = (
-        # What is as old as the day itself is of its first quarter.
+        # Older ones belong to the first quarter.
         [entered[status].get(age, 0) for age in ages[:-1]]
         + [sum(count for age, count in entered[status].items() if age >= ages[-1])]
         for status in MyPilotStatus
     )
     waiting, running = [active.get(MyPilotStatus.SUBMITTED, 0)], [active.get(MyPilotStatus.RUNNING, 0)]
     for age in ages[:-1]:
-        # Pilots that move on while they are counted must not make fewer than none.
+        # Never negative, although states may change during the count.
         waiting.append(max(0, waiting[-1] - submitted[age] + started[age]))
         running.append(max(0, running[-1] - started[age] + done[age] + failed[age]))
     times = [int((now - QUARTER * age).timestamp()) for age in ages]
@@ -144,13 +144,13 @@ def charts_of(
     }
 
 
-#: Of this process.
+#: Read models of this process.
 READ_MODELS = PilotReadModels()
 
 
 @asynccontextmanager
-async def opened() -> AsyncIterator[None]:
-    """The database of the environment, open, where there is one."""
+async def lifespan() -> AsyncIterator[None]:
+    """Open the configured databases, if any, for the read models."""
     url = os.environ.get(URL_VARIABLE)
     if not url:
         yield

@@ -1,7 +1,4 @@
-"""DiracX's own pilot registry, `PilotAgentsDB`: statements about many pilots at a time.
-
-It may be away, or not be there at all. Each function is one transaction there.
-"""
+"""Statements for DiracX's pilot registry, `PilotAgentsDB`, each for many pilots and a transaction of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from diracx.core.models.pilot import PilotStatus
 from diracx.db.sql import PilotAgentsDB
 from diracx.db.sql.pilots.schema import JobToPilotMapping, PilotAgents, PilotOutput
 from diracx.tasks.plumbing.sql.databases import database_urls, report_lost_connections
-from sqlalchemy import Table, case, delete, insert, select, update
+from sqlalchemy import Select, Table, case, delete, insert, select, update
 
 REGISTRY = "PilotAgentsDB"
 REGISTRY_VARIABLE = "DIRACX_DB_URL_PILOTAGENTSDB"
@@ -24,7 +21,7 @@ _NOT_ENDED = (PilotStatus.SUBMITTED, PilotStatus.WAITING, PilotStatus.RUNNING, P
 
 
 class Entry(NamedTuple):
-    """A pilot of the registry."""
+    """An entry of the registry."""
 
     registry_id: int
     stamp: str
@@ -38,7 +35,7 @@ _ENTRY = tuple(_agents.c[name] for name in ("PilotID", "PilotStamp", "Status", "
 
 @contextlib.asynccontextmanager
 async def open_registry() -> AsyncIterator[PilotAgentsDB | None]:
-    """The registry that the environment names, whether it answers or not; None: it names none.
+    """Open the registry configured in the environment, without connecting; None: none is configured.
 
     Raises:
         TaskConfigError: the variable is no URL of a database.
@@ -58,15 +55,15 @@ async def open_registry() -> AsyncIterator[PilotAgentsDB | None]:
 async def find_entries(
     registry: PilotAgentsDB, ids: Collection[int], references: Collection[str], stamps: Collection[str]
 ) -> dict[str, list[Entry]]:
-    """Entries with one of these stamps, lowest id first, by stamp.
+    """Find entries by stamp, lowest id first.
 
-    The registry has no index of stamps: they are found by their id or reference.
+    The registry has no index of stamps: entries are found by their id or reference.
     """
     entries: set[Entry] = set()
     async with registry.engine.begin() as connection:
         for names, column in ((ids, _agents.c.PilotID), (references, _agents.c.PilotJobReference)):
-            those = select(*_ENTRY).where(column.in_(names), _agents.c.PilotStamp.in_(stamps))
-            entries.update(Entry(*row) for row in await connection.execute(those))
+            statement = select(*_ENTRY).where(column.in_(names), _agents.c.PilotStamp.in_(stamps))
+            entries.update(Entry(*row) for row in await connection.execute(statement))
     found: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(entries):
         found[entry.stamp].append(entry)
@@ -76,7 +73,7 @@ async def find_entries(
 async def list_open(
     registry: PilotAgentsDB, ce_names: Collection[str], vo: str | None, *, after: int, limit: int
 ) -> list[Entry]:
-    """Entries at these compute elements (None: of every VO) that have not ended, with ids above `after`."""
+    """List entries of active pilots at these compute elements (of one VO, or all), with ids above `after`."""
     statement = (
         select(*_ENTRY)
         .where(_agents.c.Status.in_(_NOT_ENDED), _agents.c.DestinationSite.in_(ce_names))
@@ -91,13 +88,13 @@ async def list_open(
 
 
 async def insert_entries(registry: PilotAgentsDB, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert entries, as names of columns → values."""
+    """Insert entries, given as {column: value}."""
     async with registry.engine.begin() as connection:
         await connection.execute(insert(_agents), rows)
 
 
 async def delete_entries(registry: PilotAgentsDB, ids: Collection[int]) -> None:
-    """Delete entries of pilots that have another one."""
+    """Delete duplicate entries."""
     async with registry.engine.begin() as connection:
         await connection.execute(delete(_agents).where(_agents.c.PilotID.in_(ids)))
 
@@ -108,23 +105,22 @@ async def update_entries(
     """Update entries by one statement.
 
     Args:
-        registry: the registry.
-        ids: theirs. One that is another pilot's, as in a registry that was set up anew, is left alone.
-        values: stamp → names of columns → values; the same columns for each.
-        for_all: names of columns → values.
+        ids: ids of the entries. An id with another stamp, as in a recreated registry, is skipped.
+        values: {stamp: {column: value}}, with the same columns for each.
+        for_all: {column: value}.
     """
     stamp = _agents.c.PilotStamp
     own = {
         name: case({each: row[name] for each, row in values.items()}, value=stamp, else_=_agents.c[name])
         for name in next(iter(values.values()))
     }
-    those = (_agents.c.PilotID.in_(ids), stamp.in_(values))
+    where = (_agents.c.PilotID.in_(ids), stamp.in_(values))
     async with registry.engine.begin() as connection:
-        await connection.execute(update(_agents).where(*those).values(**own, **for_all))
+        await connection.execute(update(_agents).where(*where).values(**own, **for_all))
 
 
 async def jobs_of(registry: PilotAgentsDB, registry_id: int, stamp: str, *, limit: int) -> list[int]:
-    """Ids of the jobs that ran on a pilot, the newest first."""
+    """Read the ids of the jobs that ran on a pilot, newest first."""
     statement = (
         select(_jobs.c.JobID)
         .join(_agents, _agents.c.PilotID == _jobs.c.PilotID)
@@ -132,24 +128,27 @@ async def jobs_of(registry: PilotAgentsDB, registry_id: int, stamp: str, *, limi
         .order_by(_jobs.c.JobID.desc())
         .limit(limit)
     )
-    async with registry.engine.begin() as connection:
-        return list((await connection.execute(statement)).scalars())
+    return await _scalars(registry, statement)
 
 
 async def stamps_of(registry: PilotAgentsDB, job_id: int, *, limit: int) -> list[str]:
-    """Stamps of the pilots on which a job ran."""
+    """Read the stamps of the pilots on which a job ran."""
     statement = (
         select(_agents.c.PilotStamp)
         .join(_jobs, _agents.c.PilotID == _jobs.c.PilotID)
         .where(_jobs.c.JobID == job_id)
         .limit(limit)
     )
+    return await _scalars(registry, statement)
+
+
+async def _scalars(registry: PilotAgentsDB, statement: Select[Any]) -> list[Any]:
     async with registry.engine.begin() as connection:
         return list((await connection.execute(statement)).scalars())
 
 
 async def write_outputs(registry: PilotAgentsDB, outputs: Iterable[tuple[int | None, str, str]]) -> None:
-    """Write outputs, as id, stdout and stderr, in place of those that are there."""
+    """Write or replace outputs, given as (id, stdout, stderr)."""
     rows = [{"PilotID": id, "StdOutput": stdout, "StdError": stderr} for id, stdout, stderr in outputs]
     async with registry.engine.begin() as connection:
         await connection.execute(delete(_output).where(_output.c.PilotID.in_([row["PilotID"] for row in rows])))

@@ -1,1 +1,1 @@
-"""Pilot states, rules of compute elements, errors and the clock: what every other layer is built on."""
+"""Domain model: pilot states, rules of compute elements, fair shares, job matching, errors and the clock."""

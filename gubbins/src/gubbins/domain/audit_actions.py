@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class AuditAction(StrEnum):
-    """An action of a user, by dashboard, HTTP or command line."""
+    """Action of a user in the dashboard, the HTTP API or the command line."""
 
     LOAD_CES = "load compute elements"
     CREATE_CE = "create compute element"

@@ -1,4 +1,4 @@
-"""Circuit breakers, one for each kind of call to a compute element."""
+"""Circuit breakers of calls to compute elements."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ class CECall(StrEnum):
 class CircuitState(StrEnum):
     """State of a circuit breaker."""
 
-    CLOSED = "closed"  # as usual
-    OPEN = "open"  # none, until its pause is over
-    HALF_OPEN = "half-open"  # one at a time, as a probe
+    CLOSED = "closed"  # calls are made
+    OPEN = "open"  # no calls until the end of the pause
+    HALF_OPEN = "half-open"  # one call at a time, as a probe
 
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """The circuit of one kind of call to one compute element."""
+    """Circuit of one kind of call to one compute element."""
 
-    failures: int = 0  # one after the other, up to now
+    failures: int = 0  # consecutive
     open_until: datetime | None = None
-    probe_until: datetime | None = None  # a probe is under way until then
+    probe_until: datetime | None = None  # expiry of the current probe
     last_error: str | None = None
     last_error_at: datetime | None = None
 
     def state(self, now: datetime) -> CircuitState:
-        """The state at that time."""
         if self.open_until is None:
             return CircuitState.CLOSED
         return CircuitState.OPEN if now < self.open_until else CircuitState.HALF_OPEN
 
     def as_dict(self, now: datetime) -> dict[str, Any]:
-        """The circuit as users see it."""
+        """Fields for users."""
         return {
             "state": self.state(now),
             "failures": self.failures,

@@ -1,7 +1,6 @@
-"""Clock of the pilot system, which a simulation can replace to let a day pass in seconds.
+"""Clock of the pilot system: the time of the connected database, or of a simulation.
 
-It is the time of the database that this process is connected to: the moments in it come from many machines, and a
-pilot of one that is ten minutes ahead must not be lost ten minutes early to the others.
+All times in the database come from its own clock, so that clock differences between hosts have no effect.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _clock: ContextVar[Callable[[], datetime] | None] = ContextVar("clock", default=None)
-_database = DatabaseClock()
+database = DatabaseClock()
 
 
 def now() -> datetime:
-    """The present time, in UTC."""
+    """Current time in UTC."""
     clock = _clock.get()
-    return _database.now() if clock is None else clock()
+    return database.now() if clock is None else clock()
 
 
 def follow(engine: AsyncEngine) -> None:
-    """Go by the clock of this database from now on."""
-    _database.follow(engine)
+    """Use the clock of this database."""
+    database.synchronize(engine)
 
 
 @contextlib.contextmanager
 def simulated(clock: Callable[[], datetime]) -> Iterator[None]:
-    """Within this block, and the asyncio tasks begun there, `clock` (aware, UTC) says what time it is."""
+    """Replace the clock by a function (aware, UTC) in this block and the asyncio tasks started in it."""
     token = _clock.set(clock)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Downtimes of compute elements: planned times without new pilots and without alarms."""
+"""Downtimes of compute elements: periods without submissions and alerts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Downtime:
     starts_at: datetime
     ends_at: datetime
     drain_from: datetime
-    """No pilots are submitted from then on; not after `starts_at`."""
+    """Start of the time without submissions; at or before `starts_at`."""
     reason: str
     added_by: str
     source: str | None = None
-    """Origin of an imported one; None: a user has added it."""
+    """Origin of an imported downtime; None: added by a user."""
 
     def describe(self, now: datetime) -> str:
-        """The downtime as a reason why there are no pilots."""
+        """Describe the downtime as the reason for no submissions."""
         start, end = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (self.starts_at, self.ends_at))
         if now < self.starts_at:
             return f"drained for its downtime from {start} to {end}: {self.reason}"
@@ -32,10 +32,10 @@ class Downtime:
 
 
 def parse_moment(text: str) -> datetime:
-    """A moment in ISO 8601 (`2026-12-01T08:00`, `2026-12-01T08:00+01:00`); UTC where it does not say.
+    """Parse a time in ISO 8601 (`2026-12-01T08:00`, `2026-12-01T08:00+01:00`); UTC by default.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a time.
     """
     try:
         moment = datetime.fromisoformat(text.strip())
@@ -46,8 +46,8 @@ def parse_moment(text: str) -> datetime:
         ) from error
 
 
-def problem_with(starts_at: datetime, ends_at: datetime, drain: timedelta, now: datetime) -> str | None:
-    """The reason why there can be no such downtime; None: there can."""
+def downtime_error(starts_at: datetime, ends_at: datetime, drain: timedelta, now: datetime) -> str | None:
+    """Describe the error in the times of a downtime; None: they are valid."""
     if ends_at <= starts_at:
         return "a downtime must end after its start"
     if ends_at <= now:

@@ -1,15 +1,15 @@
-"""Errors of the pilot system; each message names the thing and the way out."""
+"""Errors of the pilot system; each message names the object and a remedy."""
 
 from __future__ import annotations
 
-#: Characters of a name that an error repeats: no name that exists is longer.
+#: Limit of names in messages, which is the longest valid name.
 _NAME = 128
 
 
 class GubbinsError(Exception):
-    """Base of the errors that a user of the pilot system can do something about.
+    """Base of errors that users can resolve.
 
-    `public` is the message without what only administrators may see: messages of the site, and settings.
+    `public` is the message without details for administrators: messages of the site, and settings.
     """
 
     def __init__(self, message: str, public: str | None = None) -> None:
@@ -18,7 +18,7 @@ class GubbinsError(Exception):
 
 
 class PilotSubmissionError(GubbinsError):
-    """A pilot was not submitted, and holds no slot. The subclasses say why."""
+    """A pilot was not submitted. Base of an error for each reason."""
 
 
 class UnknownCEError(PilotSubmissionError):
@@ -30,7 +30,7 @@ class UnknownCEError(PilotSubmissionError):
 
 
 class DowntimeError(GubbinsError):
-    """There can be no such downtime, or it cannot be imported."""
+    """A downtime is invalid, or downtimes cannot be imported."""
 
 
 class DowntimeNotFoundError(GubbinsError):
@@ -41,56 +41,56 @@ class DowntimeNotFoundError(GubbinsError):
 
 
 class CEDisabledError(PilotSubmissionError):
-    """The compute element exists and takes no new pilots."""
+    """The compute element is disabled for new pilots."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"compute element {name!r} is disabled: `gubbins ce enable {name}` opens it again")
 
 
 class CEPausedError(PilotSubmissionError):
-    """The compute element is in downtime, or failed too often, and is paused.
+    """The compute element is paused: downtime, invalid rules, quota or failed calls.
 
     Args:
         name: the compute element.
-        why: which downtime or failures.
-        said: last error of the site, or the error in the rules: for administrators.
-        way_out: what ends it: for administrators; none: it is opened.
+        reason: cause of the pause.
+        site_error: error of the site, or of the rules; for administrators.
+        remedy: command that ends the pause; for administrators; empty: enable the compute element.
     """
 
-    def __init__(self, name: str, why: str, said: str = "", way_out: str = "") -> None:
-        paused = f"compute element {name!r} is paused: {why}"
+    def __init__(self, name: str, reason: str, site_error: str = "", remedy: str = "") -> None:
+        paused = f"compute element {name!r} is paused: {reason}"
         super().__init__(
-            f"{paused}{f' ({said})' if said else ''}; `gubbins ce show {name}` says until when, "
-            f"{way_out or f'`gubbins ce enable {name}` ends the pause'}",
+            f"{paused}{f' ({site_error})' if site_error else ''}; `gubbins ce show {name}` shows until when, "
+            f"{remedy or f'`gubbins ce enable {name}` ends the pause'}",
             paused,
         )
 
 
 class VONotServedError(PilotSubmissionError):
-    """The compute element lists the VOs it serves, and this one is not among them."""
+    """The compute element does not serve the VO."""
 
     def __init__(self, name: str, vo: str) -> None:
         super().__init__(f"compute element {name!r} does not serve VO {vo[:_NAME]!r}")
 
 
 class NoRoomError(PilotSubmissionError):
-    """The compute element is full: all its slots are held by SUBMITTED or RUNNING pilots (P60)."""
+    """All slots of the compute element are taken by SUBMITTED or RUNNING pilots (P60), or requested."""
 
-    def __init__(self, name: str, capacity: int, promised: int = 0) -> None:
-        promises = f", {promised} of them by pilots of other VOs that are on their way" if promised else ""
-        super().__init__(f"no room at compute element {name!r}: all {capacity} slots are taken{promises}")
+    def __init__(self, name: str, capacity: int, requested: int = 0) -> None:
+        requests = f", {requested} of them by requests of other VOs" if requested else ""
+        super().__init__(f"no room at compute element {name!r}: all {capacity} slots are taken{requests}")
 
 
 class SubmissionLimitError(PilotSubmissionError):
-    """A rule of the compute element gives the VO no further pilot now.
+    """A rule of the compute element refuses a further pilot of the VO.
 
     Args:
         name: the compute element.
-        vo: whose pilot it would have been.
-        rule: the rule's name, as `max_waiting`.
+        vo: VO of the pilot.
+        rule: name of the rule, as `max_waiting`.
         limit: its value for the VO.
-        why: how the VO stands.
-        retry_after_seconds: when the rule may allow another one; None: that depends on other pilots.
+        why: present number of pilots, in words.
+        retry_after_seconds: time after which the rule allows another one; None: depends on other pilots.
     """
 
     def __init__(
@@ -105,24 +105,24 @@ class SubmissionLimitError(PilotSubmissionError):
 
 
 class CEQuotaError(PilotSubmissionError):
-    """The site takes no more of our pilots now.
+    """The site refuses more of our pilots for its quota.
 
     Args:
         name: the compute element.
-        quota: how many it has.
-        said: the site's words: for administrators.
+        quota: number of our pilots there.
+        site_error: message of the site, for administrators.
     """
 
-    def __init__(self, name: str, quota: int, said: str) -> None:
+    def __init__(self, name: str, quota: int, site_error: str) -> None:
         full = f"no room at compute element {name!r}: quota of the site: {quota}"
-        super().__init__(f"{full} ({said})", full)
+        super().__init__(f"{full} ({site_error})", full)
 
 
 class CERefusedError(PilotSubmissionError):
-    """The compute element itself refused the pilot, or has not answered (`answered` is false)."""
+    """The compute element refused the pilot, or did not respond (`answered` is false)."""
 
     def __init__(self, name: str, reason: str, *, public: str | None = None, answered: bool = True) -> None:
-        what = "refused the pilot" if answered else "has not said whether it has the pilot"
+        what = "refused the pilot" if answered else "did not confirm the pilot"
         refused = f"compute element {name!r} {what}: "
         super().__init__(refused + reason, refused + (reason if public is None else public))
 
@@ -137,7 +137,7 @@ class CEExistsError(GubbinsError):
 class CESettingsError(GubbinsError, ValueError):
     """A back end is not installed, or its settings are invalid.
 
-    `problems` holds one (path below the compute element, message) pair per mistake.
+    `problems` has a pair (path below the compute element, message) for each error.
     """
 
     separator = "; "
@@ -149,34 +149,34 @@ class CESettingsError(GubbinsError, ValueError):
 
 
 class CEFileError(CESettingsError):
-    """The file of compute elements is invalid; one line per mistake."""
+    """The file of compute elements is invalid; one line per error."""
 
     separator = "\n"
 
 
 class DiracConfigurationError(GubbinsError):
-    """A configuration of DIRAC cannot be read."""
+    """A configuration of DIRAC cannot be parsed."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"this is no configuration of DIRAC: {reason}")
+        super().__init__(f"this is not a configuration of DIRAC: {reason}")
 
 
 class CEUnavailableError(GubbinsError):
-    """A compute element did not respond, or not validly. Nothing follows from that for any pilot."""
+    """A compute element did not respond, or its response is invalid. The state of its pilots is not known."""
 
 
 class SiteBusyError(GubbinsError):
-    """Too many requests reach compute elements, so this one was refused.
+    """Too many synchronous calls to compute elements.
 
     Args:
-        whose: `user`, `compute element` or `process`.
-        limit: as `4 at once`.
-        retry_after_seconds: when it may be possible.
+        counted_by: `user`, `compute element` or `process`.
+        limit: the limit in words, as `4 at once`.
+        retry_after_seconds: time after which a call may be possible.
     """
 
-    def __init__(self, whose: str, limit: str, retry_after_seconds: int) -> None:
+    def __init__(self, counted_by: str, limit: str, retry_after_seconds: int) -> None:
         super().__init__(
-            f"too many requests that reach a compute element: no more than {limit} for one {whose}, "
+            f"too many calls to compute elements: the limit is {limit} for one {counted_by}, "
             f"try again in {retry_after_seconds} s"
         )
         self.retry_after_seconds = retry_after_seconds
@@ -192,18 +192,18 @@ class OutputUnavailableError(GubbinsError):
 
 
 class PilotNotFoundError(GubbinsError):
-    """There is no pilot of that id (for this VO, where one was given)."""
+    """There is no pilot of that id (of this VO, if given)."""
 
     def __init__(self, pilot_id: int) -> None:
         super().__init__(f"unknown pilot {pilot_id}: `gubbins pilots list` shows those that exist")
 
 
 class RegistryUnavailableError(GubbinsError):
-    """DiracX's pilot registry is not configured, or does not answer."""
+    """DiracX's pilot registry is not configured, or does not respond."""
 
 
 class IllegalTransitionError(GubbinsError):
-    """A pilot was asked to leave the path SUBMITTED → RUNNING → DONE or FAILED. Nothing was changed."""
+    """A transition other than SUBMITTED → RUNNING → DONE or FAILED was requested. Nothing was changed."""
 
     def __init__(self, pilot_id: int, current: str, wanted: str) -> None:
         super().__init__(
@@ -222,7 +222,7 @@ class PilotEndedError(GubbinsError):
 class IdentityRefusedError(GubbinsError):
     """A pilot gets no token, or its token is refused.
 
-    Without `proven` (the secret or the token was the pilot's) nothing tells why, nor which pilots exist.
+    Unless the credentials were valid (`proven`), the public message discloses neither the reason nor the pilot.
     """
 
     def __init__(self, reason: str, *, proven: bool = True) -> None:
@@ -230,7 +230,7 @@ class IdentityRefusedError(GubbinsError):
 
 
 class IdentityMisusedError(IdentityRefusedError):
-    """A secret or a refresh token that was used up was presented again."""
+    """A secret or a refresh token was used again."""
 
     def __init__(self, reason: str, vo: str, pilot_id: int) -> None:
         super().__init__(reason)
@@ -239,14 +239,8 @@ class IdentityMisusedError(IdentityRefusedError):
 
 
 class TooManyReportsError(GubbinsError):
-    """Too many requests of one pilot, or from one address.
+    """Too many requests of one pilot or from one address (`counted_by`)."""
 
-    Args:
-        whose: `pilot` or `address`.
-        per_minute: the limit.
-        retry_after_seconds: when it may be possible.
-    """
-
-    def __init__(self, whose: str, per_minute: int, retry_after_seconds: int) -> None:
-        super().__init__(f"more than {per_minute} requests of one {whose} in a minute")
+    def __init__(self, counted_by: str, per_minute: int, retry_after_seconds: int) -> None:
+        super().__init__(f"more than {per_minute} requests of one {counted_by} in a minute")
         self.retry_after_seconds = retry_after_seconds

@@ -1,4 +1,4 @@
-"""Matching of waiting jobs and compute elements: which jobs a pilot could run there. Arithmetic only."""
+"""Matching of waiting jobs with compute elements and pilots. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MB_PER_GB = 1024
 
 @dataclass(frozen=True, slots=True)
 class TaskQueue:
-    """Waiting jobs of one VO with the same requirements; an empty set requires nothing."""
+    """Waiting jobs of one VO with the same requirements; an empty set is no requirement."""
 
     jobs: int
     cpu_seconds: int = 0
@@ -29,7 +29,7 @@ class TaskQueue:
 
 
 def unless_any(values: Collection[str]) -> frozenset[str]:
-    """The values, or none where DIRAC's word for all of them, `ANY`, is one."""
+    """The values; none if they include DIRAC's wildcard `ANY`."""
     return frozenset() if any(value.lower() == "any" for value in values) else frozenset(values)
 
 
@@ -57,7 +57,7 @@ class _Resource:
 
 
 def tags_of(rules: CERules) -> frozenset[str]:
-    """Tags of jobs that a pilot may take: those of the rules, and those that DIRAC derives from its size.
+    """Tags of jobs that a pilot can run: those of the rules, and those that DIRAC derives from its size.
 
     A pilot with 4 processors takes jobs for 2, 3 and 4 (`4Processors`), and for as many as there are
     (`MultiProcessor`); one with 8 GB of memory takes jobs for 1 to 8 (`8GB`).
@@ -71,15 +71,15 @@ def tags_of(rules: CERules) -> frozenset[str]:
 
 
 Group: TypeAlias = frozenset[str]
-"""Names of all compute elements that could serve some jobs."""
+"""Names of all compute elements that can run some jobs."""
 
 
 def group_jobs(queues: Iterable[TaskQueue], ces: Mapping[str, CERules]) -> dict[Group, int]:
-    """Count jobs by the compute elements that could serve them; those that none could are left out.
+    """Count a VO's waiting jobs by the set of compute elements that can run them, without the empty set.
 
     Args:
-        queues: the waiting jobs of a VO.
-        ces: the compute elements that serve the VO, with their rules for it.
+        queues: waiting jobs of the VO.
+        ces: compute elements that serve the VO, with their rules for it.
     """
     resources = {
         name: _Resource(
@@ -116,7 +116,7 @@ def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[
     hopeless: set[str] = set()
     for group in sorted(jobs, key=lambda group: (len(group), sorted(group))):
         while jobs[group] and (path := _path(group, free, taken, hopeless)) is not None:
-            # The jobs of this group go to the first compute element, whose pilots leave theirs to the next…
+            # Augmenting path: the group's jobs move to the first compute element, each element's jobs to the next.
             moves = [(ce, next_ce, other) for (ce, _), (next_ce, other) in pairwise(path)]
             moved = min(jobs[group], free[path[-1][0]], *(taken[ce][other] for ce, _, other in moves))
             jobs[group] -= moved
@@ -129,13 +129,13 @@ def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[
 
 
 _Path: TypeAlias = list[tuple[str, Group]]
-"""Compute elements, the last of which has a free pilot; each but the first with jobs that can move there."""
+"""Path to a compute element with a free pilot; each but the first with jobs of the previous one that can move."""
 
 
 def _path(
     group: Group, free: Mapping[str, int], taken: Mapping[str, Mapping[Group, int]], hopeless: set[str]
 ) -> _Path | None:
-    """The shortest path to a free pilot; None: there is none, and all it looked at are `hopeless` then."""
+    """Find the shortest path to a free pilot; None: there is none, and visited nodes are added to `hopeless`."""
     came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group - hopeless), (None, group))
     waiting = deque(came)
     found = next((ce for ce in came if free.get(ce)), None)
@@ -162,12 +162,12 @@ def _path(
 
 
 def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[dict[str, int], dict[Group, int]]:
-    """Share jobs among the compute elements that could serve them, in proportion to their room.
+    """Distribute jobs among compute elements that can run them, in proportion to their room.
 
-    Jobs that few compute elements could serve come first.
+    Jobs that few compute elements can run come first.
 
     Returns:
-        How many each gets, no more than its room; and the jobs that are left.
+        Number of jobs by compute element, at most its room; and the remaining jobs.
     """
     given, left = dict.fromkeys(room, 0), dict(groups)
     for group in sorted(groups, key=lambda group: (len(group), sorted(group))):
@@ -180,5 +180,5 @@ def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[di
 
 
 def jobs_for(name: str, groups: Mapping[Group, int]) -> int:
-    """Number of the jobs that a compute element could serve."""
+    """Number of jobs that a compute element can run."""
     return sum(jobs for group, jobs in groups.items() if name in group)

@@ -1,4 +1,4 @@
-"""States of a pilot: SUBMITTED → RUNNING → DONE or FAILED (seed `000`)."""
+"""State machine of pilots: SUBMITTED → RUNNING → DONE or FAILED (seed `000`)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ class MyPilotStatus(StrEnum):
 
 
 ACTIVE = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING)
-"""The states in which a pilot holds a slot of its compute element."""
+"""States in which a pilot takes a slot of its compute element."""
 
 PREDECESSOR = {
     MyPilotStatus.RUNNING: MyPilotStatus.SUBMITTED,
     MyPilotStatus.DONE: MyPilotStatus.RUNNING,
     MyPilotStatus.FAILED: MyPilotStatus.RUNNING,
 }
-"""The three arrows of the state machine, read backwards: each state is entered from exactly one other.
-
-That makes every transition a compare-and-set with a constant on its right-hand side.
-"""
+"""Transitions: the state from which each state is entered."""
 
 CANCELLED_FOR = "cancelled, for "
-"""Beginning of the last error of pilots that a rule cancels, which is also the reason of their end."""
+"""Prefix of the last error of pilots cancelled by a rule, which is kept as the reason of their end."""
 
 
 class PilotOutcome(StrEnum):
-    """Outcome that a pilot reports of itself; its state at the end is what its compute element says."""
+    """Outcome reported by the pilot itself; its final state is reported by its compute element."""
 
     WORKED = "worked"
     NO_WORK = "no work"

@@ -18,14 +18,14 @@ _Seconds = Annotated[float, Field(gt=0, le=10 * 366 * 86400, allow_inf_nan=False
 
 
 class DemandPolicy(StrEnum):
-    """Policy by which a VO's demand is computed."""
+    """Policy for the demand of a VO."""
 
     FILL = "fill"
     WAITING_JOBS = "waiting_jobs"
 
 
 class VORules(BaseModel):
-    """Rules that differ for one VO; what is left out is as for the others."""
+    """Rules that differ for one VO."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,103 +37,104 @@ class VORules(BaseModel):
 
 
 class CERules(BaseModel):
-    """The rules of one compute element."""
+    """Rules of one compute element."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     policy: DemandPolicy = Field(
         default=DemandPolicy.FILL,
-        description="`fill` takes all free slots, `waiting_jobs` no more than the VO's waiting jobs justify.",
+        description="`fill` requests pilots for all free slots, `waiting_jobs` only for waiting jobs of the VO.",
     )
-    share: _Share = Field(default=1.0, description="A VO's part of the slots, relative to those of the others.")
-    max_waiting: _Number | None = Field(
-        default=None, description="A VO has no more pilots than that waiting (SUBMITTED) here."
-    )
+    share: _Share = Field(default=1.0, description="Share of a VO in the slots, relative to other VOs.")
+    max_waiting: _Number | None = Field(default=None, description="Limit of waiting (SUBMITTED) pilots of a VO.")
     max_per_cycle: _Number | None = Field(
-        default=None, description="A VO submits no more pilots than that in one round; by hand, in any 60 seconds."
+        default=None,
+        description="Limit of new pilots of a VO in one round; for those submitted manually, in any 60 seconds.",
     )
     trickle: _Number = Field(
         default=1,
-        description="With `waiting_jobs`: so many pilots even without jobs, where the VO has none.",
+        description="With `waiting_jobs`: pilots that a VO without pilots gets, even without waiting jobs.",
     )
     max_surplus_seconds: _Seconds | None = Field(
         default=None,
-        description="With `waiting_jobs`: when for so long more pilots have waited than jobs justify, the oldest "
-        "of them are cancelled.",
+        description="With `waiting_jobs`: pilots for which there were no waiting jobs for so long are cancelled, "
+        "oldest first.",
     )
     vos: dict[Annotated[str, Field(max_length=128)], VORules] = Field(
-        default={}, max_length=1_000, description="What is different for some VOs, by name."
+        default={}, max_length=1_000, description="Rules that differ for some VOs, by name."
     )
     site: _Name | None = Field(
         default=None,
-        description="Site that it belongs to, as jobs name it; left out: it gets no jobs that name any.",
+        description="Its site, as named in jobs; default: it gets no jobs for a specific site.",
     )
-    grid_ce: _Name | None = Field(default=None, description="Name by which jobs ask for it; left out: its own.")
+    grid_ce: _Name | None = Field(default=None, description="Its name in jobs; default: the name.")
     queue: _Name | None = Field(
-        default=None, description="Its queue, for the pilot registry; left out: that of the settings."
+        default=None, description="Its queue in the pilot registry; default: the queue of the settings."
     )
     platform: Annotated[_Names, BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)] = (
-        Field(default=(), description="Platforms of jobs that run here, one or a list; left out: all.")
+        Field(default=(), description="Platforms of jobs that run here, one or a list; default: all.")
     )
-    job_types: _Names = Field(default=(), description="Types of jobs that run here; left out: all.")
+    job_types: _Names = Field(default=(), description="Types of jobs that run here; default: all.")
     tags: _Names = Field(
-        default=(), description="Tags of jobs that may run here, beside those without tags (`GPU`)."
+        default=(), description="Tags of jobs that can run here (`GPU`), beside jobs without tags."
     )
     required_tags: _Names = Field(default=(), description="Only jobs with all these tags run here.")
     max_cpu_seconds: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
-        default=None, description="Only jobs with so much CPU time, or less, run here."
+        default=None, description="Limit of the CPU time of jobs that run here."
     )
     processors: Annotated[int, Field(strict=True, ge=1, le=10_000)] = Field(
         default=1,
-        description="Processors of a pilot: jobs for so many (`8Processors`, `MultiProcessor`) run here.",
+        description="Processors of a pilot: limit of those of jobs (`8Processors`, `MultiProcessor`).",
     )
     max_memory_mb: Annotated[int, Field(strict=True, ge=1, le=10**8)] | None = Field(
-        default=None, description="Memory of a pilot, in MiB: jobs for so much (`16GB`) run here."
+        default=None, description="Memory of a pilot, in MiB: limit of that of jobs (`16GB`)."
     )
     registry_output: bool = Field(
-        default=False, description="Whether the output that is kept is written to the pilot registry, too."
+        default=False, description="Whether stored output is also written to the pilot registry."
     )
     max_batch: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(
-        default=100, description="So many requested pilots, of all VOs, are submitted by one call."
+        default=100, description="Limit of requested pilots, of all VOs, that are submitted by one call."
     )
-    timeout_seconds: _Seconds = Field(default=60, description="No call waits longer for an answer.")
+    timeout_seconds: _Seconds = Field(default=60, description="Time limit of a call.")
     unconfirmed_seconds: _Seconds = Field(
         default=600,
-        description="A submission that was never confirmed and that the site does not know is undone then.",
+        description="Time after which an unconfirmed submission that is unknown to the site loses its slot.",
     )
     lost_seconds: _Seconds = Field(
-        default=3600, description="A pilot that the site has not known for so long has failed."
+        default=3600, description="Time after which a pilot that is unknown to the site becomes FAILED."
     )
     max_waiting_hours: _Hours | None = Field(
-        default=None, description="A pilot that has waited for so long is cancelled: it is stale."
+        default=None, description="Time after which a waiting pilot is cancelled."
     )
     max_running_hours: _Hours | None = Field(
-        default=None, description="A pilot that has run for so long is cancelled: it is stalled."
+        default=None, description="Time since its start after which a pilot is cancelled."
     )
     identity: Annotated[bool, Field(strict=True)] = Field(
-        default=True, description="Whether pilots get a secret, where `GUBBINS_PILOT_API_URL` is set."
+        default=True, description="Whether pilots get a secret, if `GUBBINS_PILOT_API_URL` is set."
     )
     heartbeat_seconds: Annotated[int, Field(strict=True, ge=1, le=86400)] = Field(
-        default=300, description="A pilot with a secret is told to send a heartbeat so often."
+        default=300, description="Interval of the heartbeats of a pilot with a secret."
     )
     stale_after_seconds: _Seconds = Field(
-        default=1200, description="A running pilot is shown as stale so long after its last heartbeat."
+        default=1200, description="Time since its last heartbeat after which a running pilot is stale."
     )
     max_missing: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
         default=5,
-        description="Submissions stop when so many confirmed pilots in a row have gone missing, none ever seen; "
-        "or when so many are missing, and more than `max_missing_share` of those that are active.",
+        description="Submissions stop when so many confirmed pilots were never seen, and at least "
+        "`max_missing_share` of them and the active ones; or when so many of the active ones are missing.",
     )
     max_missing_share: Annotated[float, Field(ge=0, le=1)] = Field(default=0.5, description="As above; 0.0-1.0.")
     breaker_failures: Annotated[int, Field(strict=True, ge=1, le=_MAX)] = Field(
-        default=3, description="After so many failed calls in a row there is a pause."
+        default=3, description="Consecutive failed calls after which there is a pause."
     )
-    breaker_pause_seconds: _Seconds = Field(default=60, description="The first pause; each next is twice as long.")
-    breaker_max_pause_seconds: _Seconds = Field(default=900, description="No pause is longer.")
+    breaker_pause_seconds: _Seconds = Field(
+        default=60, description="The first pause; each failed probe doubles it."
+    )
+    breaker_max_pause_seconds: _Seconds = Field(default=900, description="The longest pause.")
     keep_output: Literal["none", "failed", "all"] = Field(
-        default="all", description="Whose output is fetched at their end, where the back end can."
+        default="all", description="Ended pilots whose output is fetched, if the back end can."
     )
-    keep_output_seconds: _Seconds = Field(default=7 * 86400, description="How long it is kept.")
+    keep_output_seconds: _Seconds = Field(default=7 * 86400, description="Time for which output is stored.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -150,7 +151,7 @@ class CERules(BaseModel):
         return self
 
     def of(self, vo: str) -> CERules:
-        """The rules for one VO."""
+        """Rules for one VO."""
         own = self.vos.get(vo)
         return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
 
@@ -170,16 +171,15 @@ def serves(vos: Sequence[str] | None, vo: str) -> bool:
 
 
 def rules_of(ce: Mapping[str, Any]) -> CERules:
-    """The rules of a compute element as the database has it.
+    """Read the rules of a compute element from its row.
 
-    Fields that this version does not know are left out, and invalid ones have their defaults: one row must not
-    stop the others (`rules_error`).
+    Unknown fields are ignored, and invalid ones have their defaults (see `rules_error`).
     """
     return _read(ce["rules"])[0]
 
 
 def rules_error(ce: Mapping[str, Any]) -> str | None:
-    """The error in the stored rules; None: they are valid. Until `gubbins ce load` mends it, it gets no pilots."""
+    """Describe the error in stored rules, with which there are no submissions; None: they are valid."""
     return _read(ce["rules"])[1]
 
 
@@ -189,14 +189,14 @@ def _read(stored: Any) -> tuple[CERules, str | None]:
     except ValidationError as error:
         problems = error.errors(include_input=False, include_url=False)
     wrong = {problem["loc"][0] for problem in problems if problem["loc"]}
-    said = "; ".join(": ".join([*map(str, problem["loc"]), problem["msg"]]) for problem in problems)
-    # Rules that contradict each other are all left out.
+    message = "; ".join(": ".join([*map(str, problem["loc"]), problem["msg"]]) for problem in problems)
+    # Errors without a field are contradictions: then all rules have their defaults.
     rest = {key: value for key, value in stored.items() if key not in wrong} if wrong else {}
-    return _read(rest)[0], said
+    return _read(rest)[0], message
 
 
 def _known(stored: Any) -> Any:
-    """The rules without fields that only another version has."""
+    """Remove the fields of other versions."""
     if not isinstance(stored, Mapping):
         return stored
     known = {key: value for key, value in stored.items() if key in CERules.model_fields}

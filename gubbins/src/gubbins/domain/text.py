@@ -1,4 +1,4 @@
-"""Sanitize text from sites for display and storage."""
+"""Sanitization of text from sites for display and storage."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ MAX_LINE_CHARS = 300
 """Longest reason about one pilot."""
 
 
-def one_line(said: object, max_chars: int = MAX_LINE_CHARS) -> str:
-    """Reduce text or an error to one printable line of at most `max_chars`; an error without words is its type.
+def one_line(value: object, max_chars: int = MAX_LINE_CHARS) -> str:
+    """Reduce text or an error to one printable line of at most `max_chars`; an error without text to its type.
 
-    Control characters and halves of characters are spaces: no database takes them all, and a terminal obeys them.
+    Unprintable characters become spaces: control characters affect terminals, and databases refuse surrogates.
     """
-    words = " ".join("".join(each if each.isprintable() else " " for each in str(said)).split())
-    if not words and isinstance(said, BaseException):
-        words = type(said).__name__
-    return words[:max_chars].strip()
+    text = " ".join("".join(each if each.isprintable() else " " for each in str(value)).split())
+    if not text and isinstance(value, BaseException):
+        text = type(value).__name__
+    return text[:max_chars].strip()
 
 
 def without_nul(text: str) -> str:
-    """Refuse a NUL in text of settings, which may go to a shell.
+    """Refuse NUL characters in settings, which may be passed to a shell.
 
     Raises:
         ValueError: it contains a NUL.

@@ -30,15 +30,15 @@ _NEEDED: dict[ActionType, tuple[str, ...]] = {
     ActionType.REPORT: (GENERIC_PILOT,),
 }
 PILOT_CLAIM = "my_pilots"
-"""Name of this policy among the `dirac_policies` of a token: which pilot it is, and which of its starts."""
+"""Key among the `dirac_policies` of a token, with the stamp of the pilot and the number of the exchange."""
 
 
 class MyPilotsAccessPolicy(BaseAccessPolicy):
-    """A VO sees and touches its own pilots; management is for service administrators.
+    """Members of a VO access its pilots; service administrators access all pilots and manage compute elements.
 
     * READ needs NormalUser, Operator or ServiceAdministrator; SUBMIT needs NormalUser or ServiceAdministrator;
-      MANAGE needs ServiceAdministrator; REPORT the token of a pilot, which allows nothing else.
-    * Pilots of another VO are for service administrators only. Routes answer as if they did not exist.
+      MANAGE needs ServiceAdministrator; REPORT needs the token of a pilot, which allows nothing else.
+    * For pilots of another VO, routes respond as if they did not exist, except to service administrators.
     """
 
     @staticmethod
@@ -52,21 +52,20 @@ class MyPilotsAccessPolicy(BaseAccessPolicy):
         vo: str | None = None,
         **_: Any,
     ) -> None:
-        """Allow or refuse. See `check_properties`.
+        """Check the properties of the user (see `check_properties`) and the VO of the pilots.
 
         Args:
-            policy_name: the name it is registered under.
-            vo: whose pilots are concerned; None: those of the token's VO.
+            vo: VO of the pilots; None: the VO of the token.
         """
         is_admin = await check_properties(user_info, action, _NEEDED, config)
         if action is ActionType.REPORT and (GENERIC_PILOT not in user_info.properties or not pilot_of(user_info)):
-            raise forbidden("only the token that a pilot got for its secret reports")
+            raise forbidden("reports need a token of a pilot, got for its secret")
         if vo is not None and vo != user_info.vo and not is_admin:
             raise forbidden(f"these pilots belong to another VO than yours ({user_info.vo})")
 
 
 def pilot_of(user: AuthorizedUserInfo) -> tuple[str, int] | None:
-    """The stamp of the pilot whose token this is, and which start of it; None: it is no pilot's."""
+    """Stamp of the pilot of a token, and number of the exchange; None: not the token of a pilot."""
     match user.policies.get(PILOT_CLAIM):
         case {"stamp": str(stamp), "start": int(start)}:
             return stamp, start

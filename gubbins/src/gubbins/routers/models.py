@@ -45,7 +45,7 @@ def _example(value: dict[str, Any]) -> ConfigDict:
 
 
 class Submission(BaseModel):
-    """A pilot that was submitted."""
+    """A submitted pilot."""
 
     model_config = _example({"pilot_id": 42, "ce_name": "ce01.example.org", "vo": "lhcb"})
 
@@ -55,7 +55,7 @@ class Submission(BaseModel):
 
 
 class Pilot(BaseModel):
-    """A pilot as it is now. All times are UTC."""
+    """Current state of a pilot. All times are UTC."""
 
     model_config = _example(_PILOT)
 
@@ -63,22 +63,22 @@ class Pilot(BaseModel):
     vo: str
     ce_name: str
     status: MyPilotStatus
-    stamp: str = Field(description="Our own unique name of the pilot, which the compute element knows.")
-    reference: str | None = Field(description="The compute element's name of it; null until confirmed.")
+    stamp: str = Field(description="Our unique name of the pilot, known to the compute element.")
+    reference: str | None = Field(description="Name of the pilot at the compute element; null until confirmed.")
     submitted_at: datetime
-    started_at: datetime | None = Field(description="When it was first seen running.")
-    ended_at: datetime | None = Field(description="When it was seen to have ended.")
-    last_update: datetime = Field(description="When its state last changed.")
+    started_at: datetime | None = Field(description="Time when it was first observed running.")
+    ended_at: datetime | None = Field(description="Time when its end was observed.")
+    last_update: datetime = Field(description="Time of the last change of its state.")
     missing_since: datetime | None = Field(description="Since when the compute element does not know it.")
     cancel_requested_at: datetime | None
     last_error: str | None
-    waiting_reason: str | None = Field(description="What it waits for, as the site says; null: for its turn.")
-    host: str | None = Field(description="As are all fields below, reported by the pilot; null: it was not.")
+    waiting_reason: str | None = Field(description="Reason reported by the site why it is waiting.")
+    host: str | None = Field(description="This and the fields below are reported by the pilot.")
     cores: int | None
     memory_mb: int | None
-    heartbeat_at: datetime | None = Field(description="When it last reported.")
-    stale: bool = Field(description="It runs, and its heartbeats have stopped.")
-    outcome: PilotOutcome | None = Field(description="Why it ends.")
+    heartbeat_at: datetime | None = Field(description="Time of its last report.")
+    stale: bool = Field(description="True if it is running and its heartbeats have stopped.")
+    outcome: PilotOutcome | None = Field(description="Reason of its end.")
     exit_code: int | None
     jobs_done: int | None
 
@@ -94,19 +94,19 @@ class PilotStep(BaseModel):
 
 
 class PilotWithHistory(Pilot):
-    """A pilot with all its steps, oldest first."""
+    """A pilot with its history, oldest step first."""
 
     model_config = _example({**_PILOT, "history": _HISTORY, "jobs": [1234]})
 
     history: list[PilotStep]
     jobs: list[int] | None = Field(
-        description="Ids of the jobs that ran on it, newest first, 1,000 at most; null: not known, for the pilot "
-        "registry is not configured or does not answer."
+        description="Ids of the jobs that ran on it, newest first, at most 1,000; null: the pilot registry is not "
+        "configured or does not respond."
     )
 
 
 class PilotOutputPublic(BaseModel):
-    """Output of a pilot; of much, the last part."""
+    """Output of a pilot; of a long one, the last part."""
 
     model_config = _example(
         {
@@ -121,8 +121,8 @@ class PilotOutputPublic(BaseModel):
     pilot_id: int
     stdout: str
     stderr: str
-    fetched_at: datetime | None = Field(description="When it was fetched for keeping; null: just now.")
-    expires_at: datetime | None = Field(description="Until when it is kept.")
+    fetched_at: datetime | None = Field(description="Time of the fetch of stored output; null: not stored.")
+    expires_at: datetime | None = Field(description="End of the storage.")
 
 
 class PilotPage(BaseModel):
@@ -131,7 +131,7 @@ class PilotPage(BaseModel):
     model_config = _example({"items": [_PILOT], "total": 1, "page": 1, "per_page": 100})
 
     items: list[Pilot]
-    total: int = Field(description="How many pilots match, on all pages.")
+    total: int = Field(description="Number of matching pilots on all pages.")
     page: int
     per_page: int
 
@@ -146,14 +146,14 @@ _CIRCUIT: dict[str, Any] = {
 
 
 class CircuitPublic(BaseModel):
-    """The circuit breaker of one kind of call to a compute element."""
+    """Circuit breaker of one kind of call to a compute element."""
 
     model_config = _example(_CIRCUIT)
 
     state: CircuitState = Field(
-        description="closed: calls are made; open: none until `open_until`; half-open: one tries again."
+        description="closed: calls are made; open: no calls until `open_until`; half-open: one call is a probe."
     )
-    failures: int = Field(description="Failed calls since the last one that worked.")
+    failures: int = Field(description="Consecutive failed calls.")
     open_until: datetime | None
     last_error: str | None = Field(description="For administrators; null for others.")
     last_error_at: datetime | None
@@ -188,10 +188,10 @@ class DowntimePublic(BaseModel):
     ce_name: str
     starts_at: datetime
     ends_at: datetime
-    drain_from: datetime = Field(description="No pilots are submitted from then on.")
+    drain_from: datetime = Field(description="Start of the time without submissions.")
     reason: str
     added_by: str
-    source: str | None = Field(description="Where it was imported from; null: a user has added it.")
+    source: str | None = Field(description="Origin of an imported downtime; null: added by a user.")
 
 
 class NewDowntime(BaseModel):
@@ -215,12 +215,12 @@ class NewDowntime(BaseModel):
     ends_at: AwareDatetime
     reason: str = Field(min_length=1, max_length=1024)
     drain_seconds: float = Field(
-        default=0, ge=0, le=366 * 86400, description="For so long before its start nothing is submitted."
+        default=0, ge=0, le=366 * 86400, description="Time before its start without submissions."
     )
 
 
 class CEPublic(BaseModel):
-    """A compute element as its users see it."""
+    """A compute element, with what its users may see."""
 
     model_config = _example(
         {
@@ -247,25 +247,23 @@ class CEPublic(BaseModel):
     success_rate: float
     enabled: bool
     backend: str
-    vos: list[str] | None = Field(description="The VOs it serves, as far as they are yours; null: all.")
-    active: int = Field(description="Pilots of all VOs that hold a slot.")
+    vos: list[str] | None = Field(description="VOs that it serves, only yours; null: all.")
+    active: int = Field(description="Active pilots of all VOs.")
     available_slots: int
-    last_error: str | None = Field(description="For administrators: its last error; null once it works again.")
+    last_error: str | None = Field(description="For administrators: its last error; null after a success.")
     last_error_at: datetime | None
-    banned_at: datetime | None = Field(description="Since when it is not touched at all; null: it is not banned.")
+    banned_at: datetime | None = Field(description="Time of the ban; null: not banned.")
     ban_reason: str | None
-    downtime: DowntimePublic | None = Field(description="That it is in, or drained for; null: none.")
+    downtime: DowntimePublic | None = Field(description="Current downtime, or the one for which it is drained.")
     circuits: dict[str, CircuitPublic] = Field(description="By kind of call: `submit` and `status`.")
-    rules: dict[str, Any] | None = Field(
-        description="Its rules for your VO, as far as they are not the default ones."
-    )
+    rules: dict[str, Any] | None = Field(description="Its rules for your VO, other than the defaults.")
     reports: dict[str, int] | None = Field(
-        default=None, description="Of one that is asked for: your pilots that are `stale`, and reported outcomes."
+        default=None, description="Of a single compute element: your `stale` pilots, and reported outcomes."
     )
 
 
 class Summary(BaseModel):
-    """Numbers of pilots; what is absent is zero. Each state is a field, too, as in the published extension."""
+    """Numbers of pilots, without zeros. Each state is a field, too, as in the published extension."""
 
     model_config = _example(
         {
@@ -290,7 +288,7 @@ _Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
 class PilotTokenRequest(BaseModel):
-    """A pilot's secret, or its refresh token, to be exchanged."""
+    """Request to exchange a pilot's secret, or its refresh token."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True) | _example(
         {"stamp": _STAMP, "secret": "(43 characters from the file PILOT_SECRET_FILE)"}
@@ -301,7 +299,7 @@ class PilotTokenRequest(BaseModel):
     refresh_token: str | None = Field(default=None, min_length=1, max_length=256, repr=False)
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
+    def _check(self) -> Self:
         if (self.secret is None) == (self.refresh_token is None):
             raise ValueError("give either secret or refresh_token")
         return self
@@ -323,30 +321,28 @@ class PilotToken(BaseModel):
     access_token: str
     token_type: Literal["Bearer"] = "Bearer"  # noqa: S105
     expires_in: int = Field(description="Seconds.")
-    refresh_token: str = Field(description="For the next token; once. Used again, it revokes all of this pilot's.")
-    heartbeat_seconds: int = Field(description="How often a report is expected.")
+    refresh_token: str = Field(description="For the next token, once. A reuse revokes all tokens of the pilot.")
+    heartbeat_seconds: int = Field(description="Interval of reports.")
 
 
 class PilotReport(BaseModel):
-    """Report of a pilot about itself; an empty one is a heartbeat. What is left out is not changed."""
+    """Report of a pilot about itself; an empty one is a heartbeat. Omitted fields do not change."""
 
     model_config = ConfigDict(extra="forbid") | _example({"host": "node17", "cores": 8, "memory_mb": 16000})
 
     host: str | None = Field(default=None, max_length=255)
     cores: _Count | None = None
     memory_mb: _Count | None = None
-    outcome: PilotOutcome | None = Field(default=None, description="Why it ends.")
+    outcome: PilotOutcome | None = Field(default=None, description="Reason of its end.")
     exit_code: Annotated[int, Field(strict=True, ge=0, le=255)] | None = Field(
         default=None, description="Of its payload."
     )
     jobs_done: _Count | None = None
-    detail: str | None = Field(
-        default=None, max_length=1000, description="More about the outcome, in a few words."
-    )
+    detail: str | None = Field(default=None, max_length=1000, description="Details of the outcome.")
 
 
 class PilotReported(BaseModel):
-    """Answer to the report of a pilot."""
+    """Response to the report of a pilot."""
 
     model_config = _example({"status": "RUNNING", "heartbeat_seconds": 300})
 

@@ -1,1 +1,1 @@
-"""Tasks of the pilot system, periodic and one-shot."""
+"""Tasks of the pilot system."""

@@ -1,4 +1,4 @@
-"""Injected parameters of the pilot tasks."""
+"""Types of the injected parameters of pilot tasks."""
 
 from __future__ import annotations
 

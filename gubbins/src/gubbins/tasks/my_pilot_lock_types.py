@@ -1,8 +1,8 @@
-"""The kind of object the pilot tasks lock."""
+"""Type of the objects that pilot tasks lock."""
 
 from __future__ import annotations
 
 from diracx.tasks.plumbing.lock_registry import register_locked_object_type
 
 MY_PILOT = register_locked_object_type("my_pilot")
-"""A compute element, as the place where pilots are submitted."""
+"""A compute element."""

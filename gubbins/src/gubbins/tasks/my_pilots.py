@@ -1,7 +1,7 @@
-"""Keep compute elements full of pilots, and follow each pilot to its end (seed `000`).
+"""Tasks of the pilot system: submit, check and prune pilots, collect their output, import downtimes (seed `000`).
 
-No task here opens a transaction around its whole execution: compute elements are slow, and the logic layer
-uses short ones.
+No task opens a transaction for its whole execution, since compute elements are slow; the logic layer uses short
+ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = [
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diracx.tasks.plumbing._util.lazy import lazy_names
 from diracx.tasks.plumbing.base_task import (
     BaseTask,
     PeriodicBaseTask,
@@ -33,6 +33,7 @@ from diracx.tasks.plumbing.base_task import (
     schedule_many,
 )
 from diracx.tasks.plumbing.enums import Size
+from diracx.tasks.plumbing.lazy import lazy_names
 from diracx.tasks.plumbing.locks import BaseLock, MutexLock
 from diracx.tasks.plumbing.retry_policies import NoRetry, RetryPolicyBase
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, TaskScheduleBase
@@ -48,10 +49,10 @@ from gubbins.domain.pilot_states import MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 
-#: Label of tasks that a round has requested, as against those submitted by hand: the stamp of the pilot.
+#: Label of tasks spawned by `MySubmitPilotsTask`: the stamp of the requested pilot.
 LABEL_REQUESTED = "pilot_requested"
 
-# Every worker and scheduler imports this module, and few of them ever open the database of the pilots.
+# Imported lazily: every worker and scheduler imports this module, and few use the pilot database.
 if TYPE_CHECKING:
     from diracx.tasks.plumbing.depends import Config
 
@@ -70,9 +71,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MyPilotTask(BaseTask):
-    """Submits one pilot of a VO to a compute element; in one call with those of the tasks that wait behind it.
+    """Submits one pilot of a VO to a compute element, in one call with the other pending requests.
 
-    Not retried and not kept when it fails: the next round of `MySubmitPilotsTask` looks again.
+    Neither retried nor dead-lettered: the next round of `MySubmitPilotsTask` requests pilots again.
     """
 
     ce_name: str
@@ -88,13 +89,10 @@ class MyPilotTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int | None:
-        """Return the pilot's id; None when there is nothing to submit any more.
-
-        The slot was taken, a rule of the compute element is against it, or it was closed or paused meanwhile; or
-        the request of the round has expired, and later rounds have requested all that is wanted.
+        """Return the pilot's id; None: no slot, a rule, a disabled or paused compute element, an expired request.
 
         Raises:
-            PilotSubmissionError: the compute element refused the pilot, is gone, or does not serve the VO.
+            PilotSubmissionError: the compute element refused the pilot, does not exist, or does not serve the VO.
         """
         from gubbins.logic import my_pilots as logic
 
@@ -102,7 +100,7 @@ class MyPilotTask(BaseTask):
             message = current_message.get()
             if message is None:
                 return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo)
-            # A task may be executed again, when its worker died: by its stamp, that is no second pilot.
+            # The stamp prevents a second pilot if the task is executed again after a crash.
             if (requested := message.labels.get(LABEL_REQUESTED)) is not None:
                 stamp = requested if isinstance(requested, str) else None
                 return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
@@ -115,19 +113,19 @@ class MyPilotTask(BaseTask):
 
 @dataclass
 class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
-    """Spawns one `MyPilotTask` for each slot that the VO may fill and, by the compute element's rules, wants.
+    """Spawns a `MyPilotTask` for each pilot that the VO may submit, by free slots and rules of compute elements.
 
-    Configuration may have several instances of it, each for some compute elements and with its own schedule.
+    The configuration may define several instances, each for some compute elements and with its own schedule.
 
     Raises:
-        ValueError: when both `compute_elements` and `all_but` are given.
+        ValueError: both `compute_elements` and `all_but` are given.
     """
 
     vo: str
     compute_elements: list[str] | None = field(default=None, kw_only=True)
-    """Names of the only ones to submit to; None: all."""
+    """Submit to these only; None: to all."""
     all_but: list[str] | None = field(default=None, kw_only=True)
-    """Names of those not to submit to."""
+    """Exclude these."""
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(60)
 
@@ -136,7 +134,7 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
             raise ValueError("compute_elements and all_but exclude each other: give one of them")
 
     def serialize(self) -> tuple[Any, ...]:
-        """Return the VO alone, as the published task does, unless compute elements are named."""
+        """Serialize the VO only, as the published task, unless compute elements are given."""
         values = super().serialize()
         return values if any(value is not None for value in values[1:]) else values[:1]
 
@@ -148,16 +146,15 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
         task_queue_db: TaskQueues = None,  # type: ignore[assignment]  # likewise
         **kwargs: Any,
     ) -> dict[str, int]:
-        """Return how many were spawned, per compute element.
+        """Return the number of spawned tasks by compute element.
 
-        The VOs of the DiracX configuration share a compute element; without one, the VO has it for itself.
-        Where the rules of a compute element ask for waiting jobs, the database of task queues says what they
-        require, or else the job database how many there are.
+        All VOs of the DiracX configuration share the compute elements. Waiting jobs are read from the database of
+        task queues, or else counted in the job database.
         """
         from gubbins.logic import my_pilots as logic
 
         vos = [self.vo] if config is None else list(config.registry)
-        asked = await logic.request_pilots(
+        requests = await logic.request_pilots(
             my_pilot_db,
             self.vo,
             vos=vos,
@@ -170,18 +167,18 @@ class MySubmitPilotsTask(PeriodicVoAwareBaseTask):
             ),
         )
         try:
-            await spawn_pilots(self.vo, asked)
+            await spawn_pilots(self.vo, requests)
         except BaseException:
-            # A task that was submitted all the same finds that its request is gone.
-            for ce_name, stamps in asked.items():
+            # A task that was spawned nevertheless submits nothing without its request.
+            for ce_name, stamps in requests.items():
                 await logic.withdraw_requests(my_pilot_db, ce_name, stamps)
             raise
-        return {ce_name: len(stamps) for ce_name, stamps in asked.items()}
+        return {ce_name: len(stamps) for ce_name, stamps in requests.items()}
 
 
-async def spawn_pilots(vo: str, asked: Mapping[str, Sequence[str]]) -> None:
-    """Submit a `MyPilotTask` for each of these requests {compute element: stamps}, of all of these by turns."""
-    rows = zip_longest(*([(ce_name, stamp) for stamp in stamps] for ce_name, stamps in asked.items()))
+async def spawn_pilots(vo: str, requests: Mapping[str, Sequence[str]]) -> None:
+    """Submit a `MyPilotTask` for each request {compute element: stamps}, alternating compute elements."""
+    rows = zip_longest(*([(ce_name, stamp) for stamp in stamps] for ce_name, stamps in requests.items()))
     each = [request for row in rows for request in row if request is not None]
     tasks = [MyPilotTask(ce_name, vo) for ce_name, _ in each]
     await schedule_many(tasks, labels=[{LABEL_REQUESTED: stamp} for _, stamp in each])
@@ -189,7 +186,7 @@ async def spawn_pilots(vo: str, asked: Mapping[str, Sequence[str]]) -> None:
 
 @dataclass
 class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
-    """Moves the states of the VO's pilots, one step each, and tells DiracX's pilot registry where there is one."""
+    """Updates the states of the VO's pilots, one step each, and DiracX's pilot registry, if configured."""
 
     vo: str
 
@@ -201,7 +198,7 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
         pilot_registry: PilotRegistry = None,  # type: ignore[assignment]  # injected where there is one
         **kwargs: Any,
     ) -> dict[str, int]:
-        """Return how many pilots entered each state."""
+        """Return the number of pilots that entered each state."""
         from gubbins.logic import my_pilots as logic
 
         counts = await logic.transition_pilot_states(my_pilot_db, self.vo)
@@ -212,10 +209,7 @@ class MyCheckPilotsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
-    """Collects the output of the VO's ended pilots. It may be slow: no check waits for it.
-
-    Where the rules of a compute element say so, DiracX's pilot registry gets it, too.
-    """
+    """Collects the output of the VO's ended pilots, and writes it to DiracX's pilot registry if rules say so."""
 
     vo: str
 
@@ -238,7 +232,7 @@ class MyCollectOutputsTask(PeriodicVoAwareBaseTask):
 
 @dataclass
 class MyImportDowntimesTask(PeriodicBaseTask):
-    """Takes downtimes over from DiracX's resource status, where that database is configured."""
+    """Imports downtimes from DiracX's resource status, if configured."""
 
     default_schedule: ClassVar[TaskScheduleBase] = IntervalSeconds(300)
 
@@ -248,7 +242,7 @@ class MyImportDowntimesTask(PeriodicBaseTask):
         resource_status_db: ResourceStatus = None,  # type: ignore[assignment]  # injected where there is one
         **kwargs: Any,
     ) -> dict[str, str]:
-        """Return why each compute element is down that is.
+        """Return the reasons of compute elements that are down.
 
         Raises:
             DowntimeError: the resource status cannot be read.
@@ -260,39 +254,38 @@ class MyImportDowntimesTask(PeriodicBaseTask):
 
 @dataclass
 class MyPilotReportTask(PeriodicBaseTask):
-    """Logs how many pilots there are in each state, over all VOs and compute elements."""
+    """Logs the number of pilots in each state, by VO and compute element."""
 
     default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("0 * * * *")
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, Any]:
-        """Return what was logged, as {VO: {compute element: {state: number}}}."""
+        """Return {VO: {compute element: {state: number}}}."""
         from gubbins.logic import my_pilots as logic
 
         summary = await logic.count_pilots(my_pilot_db)
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for vo, ces in sorted(summary.items()):
             for ce_name, states in sorted(ces.items()):
-                logger.info("Pilots of %s at %s: %s", vo, ce_name, _in_words(states))
-                for state, count in states.items():
-                    totals[state] = totals.get(state, 0) + count
-        logger.info("Pilots in all: %s", _in_words(totals))
+                logger.info("Pilots of %s at %s: %s", vo, ce_name, _format_counts(states))
+                totals.update(states)
+        logger.info("Pilots in all: %s", _format_counts(totals))
         return summary
 
 
 @dataclass
 class MyPrunePilotsTask(PeriodicBaseTask):
-    """Deletes pilots that ended long ago, of every VO, with their history: the oldest first, in small batches.
+    """Deletes pilots of all VOs some time after their end, with their history, oldest first, in small batches.
 
     Raises:
-        ValueError: when a number is out of range.
+        ValueError: a number is out of range.
     """
 
     keep_days: float = field(default=30.0, kw_only=True)
-    """Time for which a pilot is kept after its end; more than 0."""
+    """Retention time after the end of a pilot, > 0."""
     batch: int = field(default=1_000, kw_only=True)
     """Pilots in one transaction, 1-10,000."""
     at_most: int = field(default=100_000, kw_only=True)
-    """Pilots in one run; the next one goes on."""
+    """Pilots in one run."""
 
     default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("41 * * * *")
 
@@ -305,15 +298,15 @@ class MyPrunePilotsTask(PeriodicBaseTask):
             raise ValueError(f"at_most must be 1 or more, not {self.at_most}")
 
     async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> int:
-        """Return how many were deleted."""
+        """Return the number of deleted pilots."""
         from gubbins.logic import my_pilots as logic
 
         keep = timedelta(days=self.keep_days)
-        gone = await logic.prune_pilots(my_pilot_db, keep=keep, batch=self.batch, at_most=self.at_most)
-        if gone:
-            logger.info("Deleted %d pilots that ended more than %g days ago", gone, self.keep_days)
-        return gone
+        deleted = await logic.prune_pilots(my_pilot_db, keep=keep, batch=self.batch, at_most=self.at_most)
+        if deleted:
+            logger.info("Deleted %d pilots that ended more than %g days ago", deleted, self.keep_days)
+        return deleted
 
 
-def _in_words(states: dict[str, int]) -> str:
+def _format_counts(states: dict[str, int]) -> str:
     return ", ".join(f"{states[s]} {s}" for s in MyPilotStatus if states.get(s)) or "none"

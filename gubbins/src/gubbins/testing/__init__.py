@@ -1,8 +1,8 @@
-"""Tests of the promises of a CE back end, for other packages to use."""
+"""Conformance tests of CE back ends, for use by other packages."""
 
 from __future__ import annotations
 
 import pytest
 
-# Before the module is imported for the first time: its assertions are to explain themselves.
+# Before the first import of the module.
 pytest.register_assert_rewrite("gubbins.testing.ce_conformance")

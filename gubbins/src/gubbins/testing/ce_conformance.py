@@ -1,6 +1,6 @@
-"""The promises of a CE back end, as tests that any back end can run against its own site.
+"""Conformance tests of CE back ends, to be run with a site of the back end.
 
-Derive from the class that fits, with a name that begins with `Test`, and give it a fixture `make`:
+Derive from one of the classes, with a name that begins with `Test`, and define a fixture `make`:
 
     class TestSpool(CESiteConformance):
         @pytest.fixture
@@ -11,14 +11,14 @@ Derive from the class that fits, with a name that begins with `Test`, and give i
                 SpoolSettings(directory=tmp_path, script=scripts[scenario]),
             )
 
-`CEConformance` is for every back end, `CESiteConformance` for those that run real pilots,
-`CERemoteConformance` for those that speak to a site that may be down or hang. All need pytest and
-pytest-asyncio.
+`CEConformance` is for all back ends, `CESiteConformance` for those that run real pilots, `CERemoteConformance` for
+those of remote sites, which may be down or hang. All need pytest and pytest-asyncio.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -36,275 +36,317 @@ from gubbins.domain.pilot_states import MyPilotStatus
 
 
 class Scenario(StrEnum):
-    """The way all pilots of a back end end."""
+    """Behaviour of all pilots of a back end."""
 
-    QUICK = "QUICK"  # ends well, soon
-    FAILING = "FAILING"  # ends badly, soon; says why
-    LONG = "LONG"  # runs until it is cancelled, ten minutes at least
+    QUICK = "QUICK"  # succeeds soon
+    FAILING = "FAILING"  # fails soon, with a reason
+    LONG = "LONG"  # runs until it is cancelled, at least ten minutes
 
 
 MakeBackend = Callable[[Scenario], CEBackend[Any]]
-"""A new instance at each call, as after a restart of the worker, all for the same site."""
+"""Creates a new instance for the same site at each call, as after a restart of the worker."""
 
 _ENDS = (Observed.DONE, Observed.FAILED)
 
 
 def pilot_scripts(witness: Path | None = None) -> dict[Scenario, str]:
-    """A pilot script (for /bin/sh) of each scenario, for sites that have shells.
+    """Make a pilot script for /bin/sh for each scenario.
 
     Args:
-        witness: a directory that pilots can write to; each notes its start there, in a file named by its stamp.
+        witness: directory in which each pilot records its starts, in a file named by its stamp.
     """
-    note = f"echo started >> '{witness}'/\"$PILOT_STAMP\"\n" if witness is not None else ""
-    speak = 'echo "out of $PILOT_STAMP"\n'
+    start = f"echo started >> '{witness}'/\"$PILOT_STAMP\"\n" if witness is not None else ""
+    output = 'echo "out of $PILOT_STAMP"\n'
     return {
-        Scenario.QUICK: f'{note}{speak}echo "err of $PILOT_STAMP" >&2\n',
-        Scenario.FAILING: f"{note}{speak}echo no luck today >&2\nexit 3\n",
-        Scenario.LONG: f"{note}{speak}sleep 600\n",
+        Scenario.QUICK: f'{start}{output}echo "err of $PILOT_STAMP" >&2\n',
+        Scenario.FAILING: f"{start}{output}echo no luck today >&2\nexit 3\n",
+        Scenario.LONG: f"{start}{output}sleep 600\n",
     }
 
 
 class CEConformance:
-    """Promises of every back end."""
+    """Conformance tests of all back ends."""
 
     deadline_seconds: ClassVar[float] = 60
-    """Longest duration of anything that a site does by itself (s)."""
+    """Time limit of state changes at the site."""
 
     pause_seconds: ClassVar[float] = 0.1
-    """Between two polls."""
+    """Interval of polls."""
 
     many: ClassVar[int] = 50
-    """The number of pilots that are submitted, polled and cancelled in one go."""
+    """Number of pilots of a bulk call."""
 
     @pytest.fixture
     def make(self) -> MakeBackend:
-        """Override: makes back ends for the site."""
+        """Override: creates back ends for the site."""
         raise NotImplementedError("give your conformance class a fixture `make`")
 
-    async def test_every_stamp_gets_an_outcome_with_a_reference_of_its_own(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.QUICK, 3) as watch:
-            await watch.submit()
+    async def test_each_stamp_gets_a_unique_reference(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.QUICK, 3) as group:
+            await group.submit()
 
-    async def test_a_pilot_that_succeeds_is_done_in_the_end(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.QUICK) as watch:
-            await watch.submit()
-            await watch.until(Observed.DONE)
-            # Its end stays known for a while: the check that hears of it first may be lost.
-            assert [seen.state for seen in (await watch.poll()).values()] == [Observed.DONE]
+    async def test_a_successful_pilot_becomes_done(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+            await group.submit()
+            await group.until(Observed.DONE)
+            # The end stays known, since the first check that sees it may crash.
+            assert [seen.state for seen in (await group.poll()).values()] == [Observed.DONE]
 
-    async def test_a_pilot_that_fails_says_why_in_one_line(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.FAILING) as watch:
-            await watch.submit()
-            await watch.until(Observed.FAILED)
-            watch.assert_reasons()
+    async def test_a_failed_pilot_has_a_reason_of_one_line(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.FAILING) as group:
+            await group.submit()
+            await group.until(Observed.FAILED)
+            group.assert_reasons()
 
-    async def test_a_pilot_runs_for_as_long_as_it_takes(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            await watch.until(Observed.RUNNING)
-            assert [seen.state for seen in (await watch.poll()).values()] == [Observed.RUNNING]
+    async def test_a_long_pilot_stays_running(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            await group.until(Observed.RUNNING)
+            assert [seen.state for seen in (await group.poll()).values()] == [Observed.RUNNING]
 
     async def test_a_repeated_submission_returns_the_same_reference(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG, 2) as watch:
-            first = await watch.submit()
-            assert await watch.submit() == first
-            await watch.until(Observed.RUNNING)
-            assert await watch.submit() == first
+        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+            first = await group.submit()
+            assert await group.submit() == first
+            await group.until(Observed.RUNNING)
+            assert await group.submit() == first
 
     async def test_concurrent_submissions_of_one_stamp_return_the_same_reference(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG, 2) as watch:
-            references = await asyncio.gather(*(watch.submit() for _ in range(4)))
+        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+            references = await asyncio.gather(*(group.submit() for _ in range(4)))
             assert all(each == references[0] for each in references), references
 
     async def test_a_pilot_whose_reference_was_lost_is_found_by_its_stamp(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG, 2) as watch:
-            references = await watch.submit()
-            watch.lose_references()
-            seen = await watch.until(Observed.RUNNING)
+        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+            references = await group.submit()
+            group.lose_references()
+            seen = await group.until(Observed.RUNNING)
             assert {stamp: each.reference for stamp, each in seen.items()} == references
 
-    async def test_a_cancelled_pilot_ends_and_says_why(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            await watch.until(Observed.RUNNING)
-            await watch.cancel()
-            await watch.until(Observed.FAILED)
-            watch.assert_reasons()
+    async def test_a_cancelled_pilot_fails_with_a_reason(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            await group.until(Observed.RUNNING)
+            await group.cancel()
+            await group.until(Observed.FAILED)
+            group.assert_reasons()
 
     async def test_a_pilot_whose_reference_was_lost_can_be_cancelled(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            watch.lose_references()
-            await watch.cancel()
-            await watch.until(Observed.FAILED)
-            watch.assert_reasons()
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            group.lose_references()
+            await group.cancel()
+            await group.until(Observed.FAILED)
+            group.assert_reasons()
 
-    async def test_cancelling_again_and_cancelling_what_has_ended_is_harmless(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            await watch.cancel()
-            await watch.cancel()
-            await watch.until(Observed.FAILED)
-            before = watch.seen
-            await watch.cancel()
-            assert await watch.poll() == before
-        assert not any(backend.warning for backend in watch._used)
-        async with _Watch(self, make, Scenario.QUICK) as watch:
-            await watch.submit()
-            await watch.until(Observed.DONE)
-            await watch.backend().cancel(watch.pilots)
-            assert [seen.state for seen in (await watch.poll()).values()] == [Observed.DONE]
+    async def test_cancelling_again_or_after_the_end_has_no_effect(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            await group.cancel()
+            await group.cancel()
+            await group.until(Observed.FAILED)
+            before = group.seen
+            await group.cancel()
+            assert await group.poll() == before
+        assert not any(backend.warning for backend in group._used)
+        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+            await group.submit()
+            await group.until(Observed.DONE)
+            await group.backend().cancel(group.pilots)
+            assert [seen.state for seen in (await group.poll()).values()] == [Observed.DONE]
 
-    async def test_cancelling_what_the_site_has_never_had_is_harmless(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            await watch.backend().cancel([_new_pilot()._replace(cancel_requested=True)])
-            await watch.until(Observed.RUNNING)
+    async def test_cancelling_an_unknown_pilot_has_no_effect(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            await group.backend().cancel([_new_pilot()._replace(cancel_requested=True)])
+            await group.until(Observed.RUNNING)
 
-    async def test_many_pilots_go_in_one_call_each(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG, self.many) as watch:
-            references = await watch.submit()
+    async def test_many_pilots_are_handled_by_one_call(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG, self.many) as group:
+            references = await group.submit()
             assert len(references) == self.many
-            assert len(await watch.poll()) == self.many
-            await watch.cancel()
-            await watch.until(Observed.FAILED)
-            watch.assert_reasons()
+            assert len(await group.poll()) == self.many
+            await group.cancel()
+            await group.until(Observed.FAILED)
+            group.assert_reasons()
 
-    async def test_no_pilots_are_no_work_and_no_error(self, make: MakeBackend) -> None:
+    async def test_calls_without_pilots_succeed(self, make: MakeBackend) -> None:
         async with _closing(make(Scenario.QUICK)) as backend:
             assert dict(await backend.submit([])) == {}
             assert dict(await backend.poll([])) == {}
             await backend.cancel([])
             await backend.cleanup([])
 
-    async def test_pilots_can_be_forgotten_twice_and_unknown_ones_too(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.QUICK) as watch:
-            await watch.submit()
-            await watch.until(Observed.DONE)
+    async def test_cleanup_can_be_repeated_and_accepts_unknown_pilots(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+            await group.submit()
+            await group.until(Observed.DONE)
             ended = [
-                watch.pilots[0]._replace(status=MyPilotStatus.DONE),
+                group.pilots[0]._replace(status=MyPilotStatus.DONE),
                 _new_pilot()._replace(status=MyPilotStatus.FAILED),
             ]
-            await watch.backend().cleanup(ended)
-            await watch.backend().cleanup(ended)
+            await group.backend().cleanup(ended)
+            await group.backend().cleanup(ended)
 
 
 class CESiteConformance(CEConformance):
-    """Promises of a back end that runs real pilots.
+    """Conformance tests of back ends that run real pilots.
 
-    The pilots of `make` write `out of <stamp>` to stdout, those that succeed also `err of <stamp>` to stderr,
-    and those that fail there `no luck today`, as `pilot_scripts` does.
+    The pilots of `make` write `out of <stamp>` to stdout; successful ones write `err of <stamp>` to stderr,
+    failing ones `no luck today`, and exit with 3, as those of `pilot_scripts`.
     """
 
     fetches_output: ClassVar[bool] = True
-    """True if stdout and stderr can be had; if not, `output` is to raise `OutputUnavailableError`."""
+    """False: `output` is not supported, and raises `OutputUnavailableError`."""
 
     def starts(self, stamp: str) -> int | None:
-        """Override: how often that pilot was started, as it has noted itself; None: that cannot be known."""
+        """Override: number of starts that the pilot has recorded; None: not known."""
         return None
 
     @pytest.fixture
-    def half_down(self) -> AbstractContextManager[object] | None:
-        """Override: inside this context a side source of the site fails (accounts, a log, a directory).
+    def secondary_source_down(self) -> AbstractContextManager[object] | None:
+        """Override: context in which a secondary source of the site fails (accounting, a log, a directory).
 
-        None: it has none.
+        None: there is no secondary source.
         """
         return None
 
-    async def test_a_side_source_that_fails_silences_no_pilot_that_the_main_one_knows(
-        self, make: MakeBackend, half_down: AbstractContextManager[object] | None
+    async def test_the_reason_of_a_failed_pilot_contains_its_exit_code(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.FAILING) as group:
+            await group.submit()
+            (seen,) = (await group.until(Observed.FAILED)).values()
+            assert re.search(r"\b3\b", seen.reason or ""), seen
+
+    async def test_a_failing_secondary_source_does_not_affect_pilots_of_the_main_one(
+        self, make: MakeBackend, secondary_source_down: AbstractContextManager[object] | None
     ) -> None:
-        if half_down is None:
+        if secondary_source_down is None:
             return
-        async with _Watch(self, make, Scenario.LONG) as running, _Watch(self, make, Scenario.QUICK) as ended:
+        async with (
+            _PilotGroup(self, make, Scenario.LONG) as running,
+            _PilotGroup(self, make, Scenario.QUICK) as ended,
+        ):
             await running.submit()
             await ended.submit()
             await running.until(Observed.RUNNING)
             await ended.until(Observed.DONE)
-            with half_down:
+            with secondary_source_down:
                 backend = running.backend()
                 seen = await backend.poll([*running.pilots, *ended.pilots])
                 await running.cancel()
             assert seen[running.pilots[0].stamp].state is Observed.RUNNING
-            # Unknown it is not: that would be the beginning of its loss.
+            # Not unknown, which would end as lost.
             assert seen[ended.pilots[0].stamp].state in (Observed.DONE, Observed.NO_NEWS)
             assert backend.warning
             await running.until(Observed.FAILED)
 
     @pytest.fixture
     def unreadable(self) -> Callable[[str], AbstractContextManager[object]] | None:
-        """Override: makes a context in which what the site keeps of the pilot of that stamp cannot be read.
+        """Override: makes a context in which the files of a pilot, given by stamp, cannot be read.
 
-        None: it keeps nothing that could be.
+        None: there are no files.
         """
         return None
 
-    async def test_a_pilot_whose_files_cannot_be_read_silences_no_other_and_is_not_lost(
+    async def test_a_pilot_with_unreadable_files_is_not_lost_and_does_not_affect_others(
         self, make: MakeBackend, unreadable: Callable[[str], AbstractContextManager[object]] | None
     ) -> None:
         if unreadable is None:
             return
-        async with _Watch(self, make, Scenario.LONG, 2) as watch:
-            await watch.submit()
-            await watch.until(Observed.RUNNING)
-            ill, well = watch.pilots
+        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+            await group.submit()
+            await group.until(Observed.RUNNING)
+            unreadable_one, other = group.pilots
             deadline = time.monotonic() + self.deadline_seconds
-            while not (await watch.backend().output(ill)).stdout:
-                assert time.monotonic() < deadline, "it has not begun"
-                await asyncio.sleep(self.pause_seconds)
-            with unreadable(ill.stamp):
-                for _ in range(2):  # as asked for the first time, and again
-                    backend = watch.backend()
-                    seen = await backend.poll(watch.pilots)
-                    assert seen[ill.stamp].state in (Observed.RUNNING, Observed.NO_NEWS)
-                    assert seen[well.stamp].state is Observed.RUNNING
-                assert backend.warning or seen[ill.stamp].state is Observed.RUNNING
+            for pilot in group.pilots:
+                while not (await group.backend().output(pilot)).stdout:
+                    assert time.monotonic() < deadline, "it has not started"
+                    await asyncio.sleep(self.pause_seconds)
+            with unreadable(unreadable_one.stamp):
+                for _ in range(2):  # a first poll, and a repeated one
+                    backend = group.backend()
+                    seen = await backend.poll(group.pilots)
+                    assert seen[unreadable_one.stamp].state in (Observed.RUNNING, Observed.NO_NEWS)
+                    assert seen[other.stamp].state is Observed.RUNNING
+                assert backend.warning or seen[unreadable_one.stamp].state is Observed.RUNNING
                 with pytest.raises(Exception, match=r"\S") as raised:
-                    await watch.backend().output(ill)
+                    await group.backend().output(unreadable_one)
                 assert not isinstance(raised.value, OutputUnavailableError), "that is permanent"
-                await watch.backend().cancel([ill, well])
-                await watch.until(Observed.FAILED, of=[well])
-            watch.pilots = [ill]
-            await watch.cancel()
-            await watch.until(Observed.FAILED)
+                await group.cancel()
+                await group.until(Observed.FAILED, of=[other])
+            group.pilots = [unreadable_one]
+            await group.cancel()
+            await group.until(Observed.FAILED)
 
     @pytest.fixture
     def holding(self) -> AbstractContextManager[object] | None:
-        """Override: inside this context the site takes pilots, starts none, and can say why.
+        """Override: context in which the site accepts pilots, does not start them, and reports a reason.
 
-        None: it starts what it takes, or says nothing.
+        None: not supported.
         """
         return None
 
-    async def test_a_site_that_holds_a_pilot_says_why(
+    async def test_a_held_pilot_has_a_reason(
         self, make: MakeBackend, holding: AbstractContextManager[object] | None
     ) -> None:
         if holding is None:
             return
-        async with _Watch(self, make, Scenario.LONG) as watch:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
             with holding:
-                await watch.submit()
+                await group.submit()
                 deadline = time.monotonic() + self.deadline_seconds
-                while not all(seen.reason for seen in (await watch.poll()).values()):
-                    assert time.monotonic() < deadline, f"no reason: {_few(watch.seen.values())}"
+                while not all(seen.reason for seen in (await group.poll()).values()):
+                    assert time.monotonic() < deadline, f"no reason: {_few(group.seen.values())}"
                     await asyncio.sleep(self.pause_seconds)
-                assert [seen.state for seen in watch.seen.values()] == [Observed.WAITING]
-                watch.assert_reasons()
-            await watch.until(Observed.RUNNING)
+                assert [seen.state for seen in group.seen.values()] == [Observed.WAITING]
+                group.assert_reasons()
+            await group.until(Observed.RUNNING)
+
+    @pytest.fixture
+    def uncertain(self) -> Callable[[str], AbstractContextManager[object]] | None:
+        """Override: makes a context in which the outcome of submitting a pilot, given by stamp, is not known.
+
+        None: not supported.
+        """
+        return None
+
+    async def test_an_unknown_outcome_does_not_affect_other_pilots_of_the_call(
+        self, make: MakeBackend, uncertain: Callable[[str], AbstractContextManager[object]] | None
+    ) -> None:
+        if uncertain is None:
+            return
+        async with _PilotGroup(self, make, Scenario.LONG, 3) as group:
+            unknown, *others = group.pilots
+            with uncertain(unknown.stamp):
+                backend = group.backend()
+                outcomes = await backend.submit(group.pilots)
+                assert set(outcomes) == {pilot.stamp for pilot in others}
+                assert all(outcome.reference for outcome in outcomes.values()), outcomes
+                assert backend.warning
+                with pytest.raises(Exception, match=r"\S"):
+                    await group.backend().submit([unknown])
+            references = await group.submit()
+            assert {stamp: references[stamp] for stamp in outcomes} == {
+                stamp: outcome.reference for stamp, outcome in outcomes.items()
+            }
+            await group.until(Observed.RUNNING)
 
     @pytest.fixture
     def full(self) -> AbstractContextManager[object] | None:
-        """Override: inside this context the site takes no second pilot of ours; None: it cannot be made to."""
+        """Override: context in which the site refuses a second pilot for its quota; None: not supported."""
         return None
 
-    async def test_a_site_that_takes_no_more_of_our_pilots_shows_its_quota_and_has_not_failed(
+    async def test_a_full_site_is_a_quota_and_not_a_failure(
         self, make: MakeBackend, full: AbstractContextManager[object] | None
     ) -> None:
         if full is None:
             return
-        async with _Watch(self, make, Scenario.LONG) as watch, _Watch(self, make, Scenario.LONG) as refused:
-            await watch.submit()
-            await watch.until(Observed.RUNNING)
+        async with (
+            _PilotGroup(self, make, Scenario.LONG) as group,
+            _PilotGroup(self, make, Scenario.LONG) as refused,
+        ):
+            await group.submit()
+            await group.until(Observed.RUNNING)
             with full:
                 outcomes = await refused.backend().submit(refused.pilots)
             (outcome,) = outcomes.values()
@@ -314,75 +356,75 @@ class CESiteConformance(CEConformance):
             assert await refused.poll() == {}
             await refused.submit()
 
-    async def test_a_stamp_that_the_site_has_never_had_is_missing_from_the_answer(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            seen = await watch.backend().poll([*watch.pilots, _new_pilot()])
-            assert set(seen) == {watch.pilots[0].stamp}
+    async def test_an_unknown_stamp_is_missing_from_the_result(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            seen = await group.backend().poll([*group.pilots, _new_pilot()])
+            assert set(seen) == {group.pilots[0].stamp}
 
-    async def test_no_repetition_of_a_submission_starts_a_second_pilot(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.QUICK, 2) as watch:
-            await asyncio.gather(*(watch.submit() for _ in range(4)))
-            await watch.until(Observed.DONE)
-            await watch.submit()
-            await watch.until(Observed.DONE)
-            assert [self.starts(pilot.stamp) for pilot in watch.pilots] in ([1, 1], [None, None])
+    async def test_a_repeated_submission_starts_no_second_pilot(self, make: MakeBackend) -> None:
+        async with _PilotGroup(self, make, Scenario.QUICK, 2) as group:
+            await asyncio.gather(*(group.submit() for _ in range(4)))
+            await group.until(Observed.DONE)
+            await group.submit()
+            await group.until(Observed.DONE)
+            assert [self.starts(pilot.stamp) for pilot in group.pilots] in ([1, 1], [None, None])
 
     async def test_output_of_a_pilot_that_has_ended_can_be_fetched(self, make: MakeBackend) -> None:
-        async with _Watch(self, make, Scenario.QUICK) as watch:
-            await watch.submit()
-            await watch.until(Observed.DONE)
-            pilot = watch.pilots[0]
+        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+            await group.submit()
+            await group.until(Observed.DONE)
+            pilot = group.pilots[0]
             if not self.fetches_output:
                 with pytest.raises(OutputUnavailableError):
-                    await watch.backend().output(pilot)
+                    await group.backend().output(pilot)
                 return
-            output = await watch.backend().output(pilot)
+            output = await group.backend().output(pilot)
             assert output.stdout == f"out of {pilot.stamp}\n"
             assert f"err of {pilot.stamp}\n" in output.stderr
 
-    async def test_there_is_no_output_of_a_pilot_that_the_site_has_never_had(self, make: MakeBackend) -> None:
+    async def test_there_is_no_output_of_an_unknown_pilot(self, make: MakeBackend) -> None:
         async with _closing(make(Scenario.QUICK)) as backend:
             with pytest.raises(OutputUnavailableError):
                 await backend.output(_new_pilot())
 
 
 class CERemoteConformance(CESiteConformance):
-    """Promises of a back end whose site may be down, or accept a call and never respond.
+    """Conformance tests of back ends of remote sites, which may be down or not respond.
 
-    Its time-outs are to be set to few seconds in the settings that `make` uses.
+    The settings of `make` should have time-outs of few seconds.
     """
 
     call_seconds: ClassVar[float] = 20
-    """Longest time that any call may take."""
+    """Time limit of any call."""
 
     @pytest.fixture
     def down(self) -> AbstractContextManager[object]:
-        """Override: inside this context the site is not there."""
+        """Override: context in which the site is down."""
         raise NotImplementedError("give your conformance class a fixture `down`")
 
     @pytest.fixture
     def hanging(self) -> AbstractContextManager[object]:
-        """Override: inside this context the site accepts calls and does not answer."""
+        """Override: context in which the site accepts calls and does not respond."""
         raise NotImplementedError("give your conformance class a fixture `hanging`")
 
-    async def test_a_site_that_is_down_says_nothing_about_any_pilot(
+    async def test_a_site_that_is_down_changes_no_state(
         self, make: MakeBackend, down: AbstractContextManager[object]
     ) -> None:
-        await self._silent(make, down)
+        await self._check_outage(make, down)
 
-    async def test_a_site_that_hangs_blocks_no_call_for_ever(
+    async def test_a_site_that_hangs_does_not_block_calls_forever(
         self, make: MakeBackend, hanging: AbstractContextManager[object]
     ) -> None:
-        await self._silent(make, hanging)
+        await self._check_outage(make, hanging)
 
-    async def _silent(self, make: MakeBackend, outage: AbstractContextManager[object]) -> None:
-        async with _Watch(self, make, Scenario.LONG) as watch:
-            await watch.submit()
-            known = watch.pilots[0]
+    async def _check_outage(self, make: MakeBackend, outage: AbstractContextManager[object]) -> None:
+        async with _PilotGroup(self, make, Scenario.LONG) as group:
+            await group.submit()
+            known = group.pilots[0]
             new = _new_pilot()
             with outage:
-                # Not the cancellation of the known one: such a call may arrive when the outage is over.
+                # Not a cancellation of the known pilot, which might be executed after the outage.
                 calls: list[Callable[[CEBackend[Any]], Awaitable[object]]] = [
                     lambda backend: backend.submit([new]),
                     lambda backend: backend.poll([known]),
@@ -397,23 +439,23 @@ class CERemoteConformance(CESiteConformance):
                         ):
                             await call(backend)
                     assert time.monotonic() - begin < self.call_seconds
-            # It was an interruption. The new one may have come through, or not.
-            watch.pilots.append(new)
-            await watch.until(Observed.RUNNING, of=[known])
+            # The new pilot may have been submitted.
+            group.pilots.append(new)
+            await group.until(Observed.RUNNING, of=[known])
 
 
-class _Watch:
-    """Pilots of one test: followed as the checks would, with a new back end for each call, and ended with it."""
+class _PilotGroup:
+    """Pilots of one test, polled as by checks, with a new back end for each call; cancelled at the end."""
 
     def __init__(self, suite: CEConformance, make: MakeBackend, scenario: Scenario, number: int = 1) -> None:
         self._suite = suite
         self._make = make
-        self._fate = scenario
+        self._scenario = scenario
         self._used: list[CEBackend[Any]] = []
         self.pilots = [_new_pilot() for _ in range(number)]
         self.seen: dict[str, Observation] = {}
 
-    async def __aenter__(self) -> _Watch:
+    async def __aenter__(self) -> _PilotGroup:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -424,13 +466,13 @@ class _Watch:
                 await backend.close()
 
     def backend(self) -> CEBackend[Any]:
-        """A new one; closed with the test."""
-        backend = self._make(self._fate)
+        """Create a back end, which is closed at the end of the test."""
+        backend = self._make(self._scenario)
         self._used.append(backend)
         return backend
 
     async def submit(self) -> dict[str, str]:
-        """Submit all in one call; the references by stamp."""
+        """Submit all pilots in one call; return the references by stamp."""
         outcomes = await self.backend().submit(self.pilots)
         assert set(outcomes) == {pilot.stamp for pilot in self.pilots}
         references = {}
@@ -443,11 +485,11 @@ class _Watch:
         return references
 
     def lose_references(self) -> None:
-        """Lose the references, as a crash between the response and its record does."""
+        """Drop the references, as after a crash before they are recorded."""
         self.pilots = [pilot._replace(reference=None) for pilot in self.pilots]
 
     async def poll(self) -> dict[str, Observation]:
-        """Ask about all in one call, and take note as a check does: at most one step for each pilot."""
+        """Poll all pilots in one call, and update their states as a check: at most one step each."""
         self.seen = dict(await self.backend().poll(self.pilots))
         running = {stamp for stamp, seen in self.seen.items() if seen.state in (Observed.RUNNING, *_ENDS)}
         now = datetime.now(tz=UTC)
@@ -460,9 +502,9 @@ class _Watch:
         return self.seen
 
     async def until(self, wanted: Observed, *, of: Sequence[PilotAtCE] = ()) -> dict[str, Observation]:
-        """Poll until all are there; an end that is not wanted fails the test.
+        """Poll until all pilots have the state; another final state fails the test.
 
-        What is to be cancelled is asked to end before each poll, for a first request may come too early.
+        Requested cancellations are repeated before each poll.
         """
         stamps = {pilot.stamp for pilot in of or self.pilots}
         deadline = time.monotonic() + self._suite.deadline_seconds
@@ -478,12 +520,12 @@ class _Watch:
                 await self.cancel()
 
     async def cancel(self) -> None:
-        """Ask for the end of all in one call."""
+        """Cancel all pilots in one call."""
         self.pilots = [pilot._replace(cancel_requested=True) for pilot in self.pilots]
         await self.backend().cancel(self.pilots)
 
     def assert_reasons(self) -> None:
-        """Each has one line for people."""
+        """Check that each observation has a reason of one short line."""
         for seen in self.seen.values():
             assert seen.reason
             assert seen.reason.strip() == seen.reason

@@ -1,23 +1,23 @@
-"""The back end `arc` against a real ARC CE. Its states come late, so all promises are tried at the same time."""
+"""Back end `arc` with a real ARC CE; its states are late, so all conformance tests run concurrently."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import servers
-from all_promises import AllPromises
 from diracx.tasks.testing.server import free_port
-from machine import not_for_this_machine
-from sites.arc import ArcSite
-from sites.glewlwyd import Glewlwyd
-from sites.token_issuer import published
+from support.all_promises import AllPromises
+from support.machine import not_for_this_machine
+from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secret
+from support.sites.arc import ArcSite
+from support.sites.glewlwyd import Glewlwyd
+from support.sites.token_issuer import published
+from support.waiting import until
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
 from gubbins.ces.arc import ArcBackend, ArcSettings
@@ -27,33 +27,43 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import Scenario, pilot_scripts
 
 # It kills a job in half a minute, and other tests may run on this machine.
-pytestmark = [pytest.mark.timeout(240), pytest.mark.event_loops("uvloop")]
+pytestmark = [pytest.mark.timeout(480), pytest.mark.event_loops("uvloop")]
 
 
 class _Promises(AllPromises):
-    many = 20
+    many = 10
     call_seconds = 30
 
     def __init__(self, site: ArcSite, witness: Path) -> None:
-        super().__init__(witness, down=site.down, hanging=site.frozen)
+        # Its jobs can be held where processes can have files of their own, as they can to know tokens.
+        holding = site.holding if site.knows_tokens else None
+        super().__init__(witness, down=site.down, hanging=self._frozen, holding=holding)
         self._site = site
+        self._timeout_seconds = 30
         self._scripts = pilot_scripts(witness)
 
     def make_backend(self, scenario: Scenario) -> ArcBackend:
-        settings = {"default_script": self._scripts[scenario], "timeout_seconds": 8, "keep": "none"}
-        return _Maker(self._site, **settings).make()
+        settings = {"default_script": self._scripts[scenario], "keep": "none"}
+        return _Maker(self._site, **settings, timeout_seconds=self._timeout_seconds).make()
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        patient, self._timeout_seconds = self._timeout_seconds, 2
+        with self._site.frozen():
+            yield
+        self._timeout_seconds = patient
 
 
 @pytest.fixture
 def witness(arc_site: ArcSite) -> Path:
-    """A directory that jobs can write to: they run as nobody."""
+    """A directory that jobs can write to, which run as the user nobody."""
     directory = arc_site.directory / "witness"
     directory.mkdir(exist_ok=True)
     directory.chmod(0o1777)
     return directory
 
 
-async def test_all_promises_of_a_back_end_are_kept(arc_site: ArcSite, witness: Path) -> None:
+async def test_all_conformance_tests_ran(arc_site: ArcSite, witness: Path) -> None:
     promises = _Promises(arc_site, witness)
     assert await promises.broken() == ""
 
@@ -81,7 +91,7 @@ async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_sit
     assert out["py"].stdout == "True"
 
 
-async def test_output_has_the_last_part_and_goes_with_the_pilot(
+async def test_long_output_is_truncated_to_its_end_and_deleted_with_the_pilot(
     arc_site: ArcSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3"}
@@ -105,7 +115,7 @@ async def test_output_has_the_last_part_and_goes_with_the_pilot(
             await backend.output(next(pilot for pilot in pilots if pilot.vo == "good"))
 
 
-async def test_a_refused_description_is_refused_with_the_words_of_the_ce(arc_site: ArcSite) -> None:
+async def test_a_refused_description_has_the_message_of_the_ce(arc_site: ArcSite) -> None:
     async with _Maker(arc_site, queue="nonesuch")() as backend:
         outcomes = await backend.submit([_pilot("vo"), _pilot("vo")])
     assert [outcome.reference for outcome in outcomes.values()] == [None, None]
@@ -113,7 +123,7 @@ async def test_a_refused_description_is_refused_with_the_words_of_the_ce(arc_sit
 
 
 @pytest.mark.event_loops("asyncio", "uvloop")
-async def test_a_vo_without_a_script_gets_no_pilot_and_disturbs_no_other(arc_site: ArcSite) -> None:
+async def test_a_vo_without_a_script_gets_no_pilots_and_does_not_affect_others(arc_site: ArcSite) -> None:
     make = _Maker(arc_site, scripts={"vo": "true"}, default_script=None)
     async with make() as backend:
         pilots = [_pilot("other"), _pilot("vo")]
@@ -130,10 +140,10 @@ async def test_unknown_credentials_are_refused_until_the_file_is_replaced(
     proxy.write_bytes(certificate.read_bytes() + key.read_bytes())
     async with _Maker(arc_site, certificate=proxy, key=None, ca=arc_site.ca_directory)() as backend:
         pilot = _pilot("vo")
-        with pytest.raises(CEUnavailableError, match=r"403 .* does not know us"):
+        with pytest.raises(CEUnavailableError, match=r"403 .*not authorized"):
             await backend.poll([pilot])
         first = pilot._replace(maybe_submitted=False)
-        assert "does not know us" in ((await backend.submit([first]))[pilot.stamp].error or "")
+        assert "not authorized" in ((await backend.submit([first]))[pilot.stamp].error or "")
 
         arc_site.make_proxy(proxy)
         assert (await backend.submit([pilot]))[pilot.stamp].reference
@@ -253,15 +263,17 @@ class _Maker:
     async def until(
         self, pilots: list[PilotAtCE], condition: Callable[[dict[str, Observation]], bool]
     ) -> dict[str, Observation]:
-        deadline = time.monotonic() + 100
+        seen: dict[str, Observation] = {}
+
+        async def observed(backend: ArcBackend) -> bool:
+            found = await backend.poll(pilots)
+            seen.clear()
+            seen.update({pilot.vo: found[pilot.stamp] for pilot in pilots if pilot.stamp in found})
+            return condition(seen)
+
         async with self() as backend:
-            while True:
-                found = await backend.poll(pilots)
-                seen = {pilot.vo: found[pilot.stamp] for pilot in pilots if pilot.stamp in found}
-                if condition(seen):
-                    return seen
-                assert time.monotonic() < deadline, seen
-                await asyncio.sleep(0.5)
+            await until(lambda: observed(backend), "the pilots are as wanted", 200, pause=1)
+        return seen
 
     async def outputs(self, pilots: list[PilotAtCE]) -> dict[str, PilotOutput]:
         async with self() as backend:
@@ -270,3 +282,9 @@ class _Maker:
 
 def _pilot(vo: str) -> PilotAtCE:
     return PilotAtCE(uuid.uuid4().hex, vo)
+
+
+async def test_only_the_pilot_can_read_its_secret(arc_site: ArcSite, caplog: pytest.LogCaptureFixture) -> None:
+    where = {"url": arc_site.url, "certificate": str(arc_site.certificate), "key": str(arc_site.key)}
+    place = Place("arc", where | {"ca": str(arc_site.ca_file)}, arc_site.directory)
+    await assert_only_the_pilot_can_read_its_secret(place, caplog)

@@ -1,4 +1,4 @@
-"""The back end `batch` at a real Grid Engine."""
+"""Back end `batch` with a real Grid Engine."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from sites.dead_mount import dead_mount
-from sites.gridengine import GridEngineSite
-from watching import observe
+from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secret
+from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.sites.gridengine import GridEngineSite
+from support.watching import observe
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.batch import BatchBackend, BatchSettings
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
 
-pytestmark = pytest.mark.event_loops("uvloop")
+pytestmark = [pytest.mark.event_loops("uvloop"), pytest.mark.timeout(240)]
 
 
 class TestGridEngine(CERemoteConformance):
     timeout_seconds = 20.0
+    deadline_seconds = 180  # busy, it may take over a minute to end a job that has just started
+    many = 10
+    pause_seconds = 0.25  # each poll starts programs
 
     @pytest.fixture
     def make(self, gridengine_site: GridEngineSite, tmp_path: Path) -> MakeBackend:
@@ -37,11 +41,11 @@ class TestGridEngine(CERemoteConformance):
 
     @pytest.fixture
     def down(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
-        return self.impatiently(gridengine_site.down())
+        return self.with_short_timeouts(gridengine_site.down())
 
     @pytest.fixture
     def hanging(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
-        return self.impatiently(gridengine_site.frozen())
+        return self.with_short_timeouts(gridengine_site.frozen())
 
     @pytest.fixture
     def holding(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
@@ -55,8 +59,12 @@ class TestGridEngine(CERemoteConformance):
     def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
         return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
 
+    @pytest.fixture
+    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
+
     @contextmanager
-    def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
+    def with_short_timeouts(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         with disturbance:
             self.timeout_seconds = 1.0
             yield
@@ -71,9 +79,7 @@ def make_backend(site: GridEngineSite, directory: Path, **settings: object) -> B
     return BatchBackend(CEDescription("batch", 100, 1.0), BatchSettings.model_validate(values), site)
 
 
-async def test_what_grid_engine_refuses_is_refused_with_its_words(
-    gridengine_site: GridEngineSite, tmp_path: Path
-) -> None:
+async def test_a_refusal_of_grid_engine_has_its_message(gridengine_site: GridEngineSite, tmp_path: Path) -> None:
     for settings, words in (
         ({"queue": "nowhere"}, 'Job was rejected because job requests unknown queue "nowhere"'),
         ({"extra_options": ["-l", "no_such=1"]}, "unknown resource"),
@@ -101,3 +107,10 @@ async def test_a_job_that_is_submitted_with_a_warning_is_found_by_its_name(
         gridengine_site.command("qconf", "-rattr", "queue", "xuser_lists", "NONE", "pilots")
     await backend.cancel([pilot])
     assert (await observe(backend, pilot, Observed.FAILED)).reason == "cancelled"
+
+
+async def test_only_the_pilot_can_read_its_secret(
+    gridengine_site: GridEngineSite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"directory": str(tmp_path / "ce"), "system": "gridengine"}
+    await assert_only_the_pilot_can_read_its_secret(Place("batch", settings, tmp_path, gridengine_site), caplog)

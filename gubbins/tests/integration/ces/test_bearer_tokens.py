@@ -1,4 +1,4 @@
-"""Tokens of a real identity provider: fetched once, renewed in time, and kept while it is away."""
+"""Tokens of a real identity provider: fetch, renewal and outages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import servers
 from diracx.tasks.testing.server import free_port
 from pydantic import ValidationError
-from sites.glewlwyd import Glewlwyd
+from support.sites.glewlwyd import Glewlwyd
 
 from gubbins.ces.transports.tokens import CredentialsError, TokenIssuer, bearer_token
 
@@ -74,7 +74,7 @@ async def test_a_token_is_fetched_once_for_its_audience_and_scopes(
     assert claims_of(bearer_token(source(scope="compute.read")))["scope"] == "compute.read"
 
 
-async def test_a_token_is_renewed_before_it_ends_and_outlives_a_provider_that_is_away(
+async def test_a_token_is_renewed_before_it_expires_and_used_while_the_provider_is_away(
     provider: Glewlwyd, source: Callable[..., TokenIssuer]
 ) -> None:
     provider.set_life(6)
@@ -102,7 +102,7 @@ async def test_a_token_is_renewed_before_it_ends_and_outlives_a_provider_that_is
         provider.set_life(600)
 
 
-def test_what_cannot_be_had_is_said_without_the_secret(
+def test_errors_of_an_identity_provider_do_not_contain_the_secret(
     provider: Glewlwyd, source: Callable[..., TokenIssuer], tmp_path: Path
 ) -> None:
     (tmp_path / "other").write_text("another-word")
@@ -116,8 +116,8 @@ def test_what_cannot_be_had_is_said_without_the_secret(
         ({"ca": None}, "gives no token.*certificate"),
         ({"ca": tmp_path / "none"}, "gives no token.*No such file"),
     ]
-    for change, said in cases:
-        with pytest.raises(CredentialsError, match=said) as caught:
+    for change, message in cases:
+        with pytest.raises(CredentialsError, match=message) as caught:
             bearer_token(source(**change))
         assert "word" not in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The back ends that need no site of their own keep the promises of every back end."""
+"""Conformance tests of back ends that need no site."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from sites.dead_mount import dead_mount
+from support.sites.dead_mount import dead_mount, new_dead_mount
 
 from gubbins.ces import CEDescription
 from gubbins.ces.local import LocalBackend, LocalSettings
@@ -47,6 +47,10 @@ class TestLocal(CESiteConformance):
     @pytest.fixture
     def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
         return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
+
+    @pytest.fixture
+    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
 
     def starts(self, stamp: str) -> int:
         return len((self.witness / stamp).read_text().splitlines())

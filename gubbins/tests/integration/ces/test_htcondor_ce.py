@@ -1,21 +1,30 @@
-"""The back end `htcondor` against a real pool. Its cycles take seconds, so all promises are tried at once."""
+"""Back end `htcondor` with a real pool; its cycles take seconds, so all conformance tests run concurrently."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from all_promises import AllPromises
-from sites.htcondor import HTCondorSite
+from support.all_promises import AllPromises
+from support.htcondor_pilots import (
+    cleanup,
+    leave_carrier,
+    make_backend,
+    new_pilot,
+    submit,
+    until_ended,
+    until_gone,
+    until_seen,
+)
+from support.sites.htcondor import HTCondorSite
+from support.waiting import until
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
-from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings
+from gubbins.ces import Observation, Observed
+from gubbins.ces.htcondor import HTCondorBackend
 from gubbins.ces.htcondor.process import PROGRAM, Bindings
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
@@ -58,7 +67,7 @@ class _Promises(AllPromises):
         self._timeout_seconds = patient
 
 
-async def test_all_promises_of_a_back_end_are_kept(htcondor_site: HTCondorSite) -> None:
+async def test_all_conformance_tests_ran(htcondor_site: HTCondorSite) -> None:
     witness = htcondor_site.directory / "witness"
     witness.mkdir()
     witness.chmod(0o1777)
@@ -89,7 +98,7 @@ async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondo
     assert (await backend.output(python)).stdout == "True"
 
 
-async def test_output_has_the_last_part_and_an_end_outlives_its_place_in_the_queue(
+async def test_long_output_is_truncated_to_its_end_and_the_end_is_known_after_removal_from_the_queue(
     htcondor_site: HTCondorSite,
 ) -> None:
     scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3", "killed": "kill -9 $$"}
@@ -109,7 +118,7 @@ async def test_output_has_the_last_part_and_an_end_outlives_its_place_in_the_que
         await backend.output(good)
 
 
-async def test_a_held_pilot_says_why_it_waits_and_fails_with_the_same_words(htcondor_site: HTCondorSite) -> None:
+async def test_a_held_pilot_has_the_same_reason_while_waiting_and_when_failed(htcondor_site: HTCondorSite) -> None:
     hold = {"periodic_hold": "JobStatus == 2", "periodic_hold_reason": '"it used too much memory"'}
     patient = make_backend(htcondor_site, submit_commands=hold, default_script="sleep 600")
     (held,) = await submit(patient, "vo")
@@ -164,7 +173,22 @@ async def test_a_pilot_that_is_removed_runs_until_its_node_has_ended_it(htcondor
     assert (await until_ended(backend, [pilot]))[0].state is Observed.FAILED
 
 
-async def test_a_schedd_that_takes_no_more_jobs_of_anybody_is_a_quota(htcondor_site: HTCondorSite) -> None:
+async def test_a_pilot_that_is_removed_by_force_has_ended(htcondor_site: HTCondorSite) -> None:
+    backend = make_backend(htcondor_site, default_script="sleep 600")
+    (pilot,) = await submit(backend, "vo")
+    await until_seen(backend, pilot, Observation(Observed.RUNNING))
+    with htcondor_site.frozen_jobs():
+        await backend.cancel([pilot])
+        await until(lambda: htcondor_site.run("condor_q", str(pilot.reference), "-af", "JobStatus").strip() == "3")
+        htcondor_site.run("condor_rm", "-forcex", str(pilot.reference))
+        with htcondor_site.configured("HISTORY_HELPER = /nowhere\n"):  # it would know
+            await until_seen(backend, pilot, Observation(Observed.NO_NEWS))
+        (end,) = await until_ended(backend, [pilot])
+    assert end.state is Observed.FAILED
+    assert str(end.reason).startswith("removed at the site: via condor_rm -forcex")
+
+
+async def test_a_full_schedd_is_a_quota(htcondor_site: HTCondorSite) -> None:
     pilot = new_pilot("vo")
     with htcondor_site.configured("MAX_JOBS_SUBMITTED = 0\n"):
         outcome = (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp]
@@ -188,8 +212,29 @@ async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTC
     await backend.cancel([pilot])
 
 
+async def test_what_cannot_be_removed_silences_no_poll(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
+    backend = make_backend(htcondor_site, default_script="sleep 600", spool_minutes=0)
+    pilot = new_pilot("vo")._replace(maybe_submitted=False)
+    first, _ = [(await backend.submit([pilot]))[pilot.stamp].reference for _ in range(2)]
+    unused = await leave_carrier(htcondor_site, backend, tmp_path)
+    (tmp_path / "token").write_text(htcondor_site.make_token("pilot", "-authz", "READ"))
+    deadline = time.monotonic() + 60
+    while True:
+        reader = make_backend(htcondor_site, token=tmp_path / "token", spool_minutes=0)
+        assert (await reader.poll([pilot]))[pilot.stamp].reference == first
+        refusals = str(reader.warning).count("DENIED")
+        if refusals == 2:  # for the second job, and for the carrier as soon as it is a second old
+            break
+        assert time.monotonic() < deadline, reader.warning
+    with pytest.raises(OutputUnavailableError, match="has not ended"):
+        await reader.output(pilot._replace(reference=first))
+    await until_gone(backend, htcondor_site, unused)
+    await backend.poll([pilot])
+    await backend.cancel([pilot])
+
+
 @pytest.mark.event_loops("asyncio", "uvloop")
-async def test_a_refusal_has_the_words_of_the_site(htcondor_site: HTCondorSite) -> None:
+async def test_a_refusal_has_the_message_of_the_site(htcondor_site: HTCondorSite) -> None:
     rule = "SUBMIT_REQUIREMENT_NAMES = Small\nSUBMIT_REQUIREMENT_Small = RequestMemory < 64\n"
     rule += 'SUBMIT_REQUIREMENT_Small_REASON = "ask for less memory"\n'
     with htcondor_site.configured(rule):
@@ -200,12 +245,13 @@ async def test_a_refusal_has_the_words_of_the_site(htcondor_site: HTCondorSite) 
     assert all((each.error or "").startswith("Parse error in expression") for each in outcomes.values())
 
 
-async def test_where_there_is_room_for_some_only_those_are_submitted(htcondor_site: HTCondorSite) -> None:
+async def test_only_as_many_pilots_as_there_is_room_for_are_submitted(htcondor_site: HTCondorSite) -> None:
     with htcondor_site.configured("MAX_JOBS_PER_SUBMISSION = 2\n"):
         pilots = [new_pilot("vo") for _ in range(3)]
         backend = make_backend(htcondor_site)
-        outcomes = list((await backend.submit(pilots)).values())
-    assert [outcome.error is None for outcome in outcomes] == [True, True, False]
+        given = await backend.submit(pilots)
+        outcomes = [given[pilot.stamp] for pilot in pilots]
+    assert [outcome.quota for outcome in outcomes] == [False, False, True]
     assert "MAX_JOBS_PER_SUBMISSION" in (outcomes[2].error or "")
     assert set(await backend.poll(pilots)) == {pilot.stamp for pilot in pilots[:2]}
 
@@ -229,7 +275,7 @@ async def test_a_token_is_read_for_each_call_and_its_errors_are_reported(
         await backend.poll([pilot])
 
 
-async def test_jobs_of_others_are_none_of_our_pilots(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
+async def test_jobs_of_other_users_are_ignored(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(htcondor_site.make_token("nobody"))
     stranger = make_backend(htcondor_site, token=tmp_path / "token", default_script="sleep 600")
     (pilot,) = await submit(stranger, "vo")
@@ -249,50 +295,3 @@ async def test_a_schedd_is_found_by_its_collector_or_its_address(htcondor_site: 
         await make_backend(htcondor_site, schedd="nonesuch").poll([pilot])
     with pytest.raises(CEUnavailableError, match="Can't resolve collector nonesuch"):
         await make_backend(htcondor_site, collector="nonesuch.invalid").poll([pilot])
-
-
-def make_backend(site: HTCondorSite, **settings: Any) -> HTCondorBackend:
-    where = {"collector": site.collector, "schedd": site.schedd, "token": site.token}
-    defaults = {"timeout_seconds": 60, "default_script": "true"}
-    return HTCondorBackend(CEDescription("ce", 100, 1.0), HTCondorSettings(**(where | defaults | settings)))
-
-
-def new_pilot(vo: str) -> PilotAtCE:
-    return PilotAtCE(uuid.uuid4().hex, vo)
-
-
-async def submit(backend: HTCondorBackend, *vos: str) -> list[PilotAtCE]:
-    pilots = [new_pilot(vo) for vo in vos]
-    outcomes = await backend.submit(pilots)
-    assert all(outcome.reference for outcome in outcomes.values()), outcomes
-    return [pilot._replace(reference=outcomes[pilot.stamp].reference) for pilot in pilots]
-
-
-async def cleanup(backend: HTCondorBackend, ended: dict[PilotAtCE, MyPilotStatus]) -> None:
-    await backend.cleanup([pilot._replace(status=status) for pilot, status in ended.items()])
-
-
-async def until_ended(backend: HTCondorBackend, pilots: Sequence[PilotAtCE]) -> list[Observation]:
-    deadline = time.monotonic() + 120
-    while True:
-        seen = await backend.poll(pilots)
-        if all(pilot.stamp in seen for pilot in pilots):
-            states = [seen[pilot.stamp] for pilot in pilots]
-            if all(each.state in (Observed.DONE, Observed.FAILED) for each in states):
-                return states
-        assert time.monotonic() < deadline, seen
-        await asyncio.sleep(0.2)
-
-
-async def until_seen(backend: HTCondorBackend, pilot: PilotAtCE, wanted: Observation) -> None:
-    deadline = time.monotonic() + 120
-    while (seen := (await backend.poll([pilot])).get(pilot.stamp)) != wanted:
-        assert time.monotonic() < deadline, seen
-        await asyncio.sleep(0.2)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The back end `local`: real processes, real signals, and no memory but the directories."""
+"""Back end `local`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import ENDED, alive, ended, observe, until, written
+from support.waiting import until
+from support.watching import ENDED, alive, ended, observe, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.domain.exceptions import CEUnavailableError
@@ -33,7 +34,7 @@ def make(tmp_path: Path) -> Make:
     return _make
 
 
-async def test_exit_code_decides_and_survives_a_restart(make: Make, tmp_path: Path) -> None:
+async def test_the_exit_code_determines_the_state_and_survives_a_restart(make: Make, tmp_path: Path) -> None:
     scripts = {"good": 'echo "$PILOT_VO $PILOT_STAMP $PILOT_CE $EXTRA"', "bad": "echo no luck >&2; exit 3"}
     backend = make(scripts=scripts, keep="all", environment={"EXTRA": "x"})
     pilots = [PilotAtCE("s1", "good"), PilotAtCE("s2", "bad")]
@@ -54,14 +55,14 @@ async def test_pilots_do_not_inherit_the_workers_secrets(make: Make, tmp_path: P
     assert "secret" not in (tmp_path / "s" / "stdout").read_text()
 
 
-async def test_another_interpreter_runs_the_script_it_asks_for(make: Make, tmp_path: Path) -> None:
+async def test_a_script_runs_with_the_interpreter_of_its_first_line(make: Make, tmp_path: Path) -> None:
     script = "#!/usr/bin/env python3\nprint(6 * 7)"
     await make(default_script=script).submit([PilotAtCE("s", "vo")])
     await observe(make(), PilotAtCE("s", "vo"), Observed.DONE)
     assert (tmp_path / "s" / "stdout").read_text() == "42\n"
 
 
-async def test_the_same_stamp_again_is_no_second_pilot(make: Make, tmp_path: Path) -> None:
+async def test_a_repeated_stamp_starts_no_second_pilot(make: Make, tmp_path: Path) -> None:
     backend = make(default_script=f"echo x >> {tmp_path}/count; sleep 0.2")
     first, second = [(await backend.submit([PilotAtCE("s", "vo")]))["s"] for _ in range(2)]
     assert first == second
@@ -100,7 +101,7 @@ async def test_a_pilot_that_ignores_sigterm_is_killed_by_a_later_request(make: M
     assert (seen.state, seen.reason) == (Observed.FAILED, "cancelled")
 
 
-async def test_a_vanished_process_has_failed_with_a_reason(make: Make, tmp_path: Path) -> None:
+async def test_a_pilot_whose_process_has_vanished_fails_with_a_reason(make: Make, tmp_path: Path) -> None:
     backend = make(default_script="sleep 300")
     pilot = PilotAtCE("s", "vo")
     await backend.submit([pilot])
@@ -136,7 +137,7 @@ async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: 
         ("{pid}", "{no_group}", Observed.FAILED),
     ],
 )
-async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(
+async def test_a_process_of_another_pilot_is_never_signalled(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, group: str, state: Observed
 ) -> None:
     signalled: list[tuple[int, int]] = []
@@ -154,7 +155,9 @@ async def test_a_pid_that_is_not_of_the_pilot_is_never_signalled(
     assert signalled == []
 
 
-async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path) -> None:
+async def test_unknown_pilots_pilots_on_other_hosts_and_unstarted_pilots_are_distinguished(
+    make: Make, tmp_path: Path
+) -> None:
     elsewhere = PilotAtCE("there", "vo", reference="local://another-host/there")
     unknown = PilotAtCE("nowhere", "vo")
     (tmp_path / "s").mkdir()
@@ -167,14 +170,14 @@ async def test_unknown_elsewhere_and_never_started(make: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])
-async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
+async def test_directories_are_kept_as_configured(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / stamp).mkdir()
     await make(keep=keep).cleanup(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
-async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
+async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp_path: Path) -> None:
     for stamp in ("old", "new", "active", "unheard", "never", "foreign"):
         (tmp_path / stamp).mkdir()
         (tmp_path / stamp / ("notes" if stamp == "foreign" else "script")).touch()

@@ -1,4 +1,4 @@
-"""The back end `local` beside hostile pilots: what they put into their directories harms nobody."""
+"""Back end `local` with hostile pilots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import ENDED, observe, until, written
+from support.waiting import until
+from support.watching import ENDED, observe, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
@@ -50,9 +51,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("name", ["stdout", "stderr", "rc", "pid", "cancelled", "forgotten"])
 @pytest.mark.timeout(30)
-async def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
-    tmp_path: Path, kind: str, name: str
-) -> None:
+async def test_files_of_a_pilot_cannot_block_or_mislead_a_read(tmp_path: Path, kind: str, name: str) -> None:
     job = tmp_path / "s"
     job.mkdir()
     (job / "script").touch()
@@ -72,7 +71,7 @@ async def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
         assert (tmp_path / "secret").read_text() == SECRET
 
 
-async def test_a_directory_that_is_a_link_is_none_of_a_pilot(tmp_path: Path) -> None:
+async def test_a_link_is_not_a_directory_of_a_pilot(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("stdout", "stderr", "rc"):
@@ -83,7 +82,7 @@ async def test_a_directory_that_is_a_link_is_none_of_a_pilot(tmp_path: Path) -> 
     backend, pilot = make(ce, keep="none"), PilotAtCE("s", "vo")
     assert SECRET not in str(await backend.poll([pilot]))
     await backend.cancel([pilot])
-    with pytest.raises(Exception, match="gone, or never was"):
+    with pytest.raises(Exception, match="its directory does not exist"):
         await backend.output(pilot)
     await backend.cleanup([pilot])
     assert {path.name for path in elsewhere.iterdir()} == {"stdout", "stderr", "rc"}
@@ -98,7 +97,7 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-async def test_a_pilot_that_names_the_process_of_another_does_not_make_us_kill_it(
+async def test_a_pilot_cannot_make_us_kill_the_process_of_another_one(
     tmp_path: Path, victim: subprocess.Popen[bytes]
 ) -> None:
     fields = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()
@@ -111,7 +110,7 @@ async def test_a_pilot_that_names_the_process_of_another_does_not_make_us_kill_i
     assert victim.poll() is None
 
 
-async def test_a_pilot_that_says_it_has_ended_holds_its_slot_while_it_runs(tmp_path: Path) -> None:
+async def test_a_running_pilot_that_claims_to_have_ended_keeps_its_slot(tmp_path: Path) -> None:
     backend, pilot = (
         make(tmp_path, default_script="echo 0 > ../rc; touch ../ready; sleep 300"),
         PilotAtCE("s", "vo"),
@@ -143,7 +142,7 @@ sleep 300 & wait
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run pilots as another user")
-async def test_pilots_run_as_the_user_that_is_set_with_nothing_of_the_workers(common: Path) -> None:
+async def test_pilots_run_as_the_configured_user_without_access_to_the_worker(common: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     backend = make(common, run_as="nobody", default_script=SCRIPT, kill_after_seconds=0.2, keep="none")
     pilot = PilotAtCE("s", "vo")
@@ -172,15 +171,13 @@ async def test_pilots_run_as_the_user_that_is_set_with_nothing_of_the_workers(co
     ("name", "why"), [("nobody-of-that-name", "no such user"), ("root", "is root itself")], ids=["unknown", "root"]
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="another worker refuses before it looks")
-async def test_a_user_that_pilots_cannot_run_as_is_refused_with_the_reason(
-    common: Path, name: str, why: str
-) -> None:
+async def test_an_unusable_user_is_refused_with_the_reason(common: Path, name: str, why: str) -> None:
     outcome = (await make(common, run_as=name).submit([PilotAtCE("s", "vo")]))["s"]
     assert why in (outcome.error or "")
     assert not common.exists()
 
 
-async def test_a_worker_that_is_not_root_says_that_it_cannot_change_the_user(
+async def test_a_worker_that_is_not_root_refuses_to_change_the_user(
     common: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -193,7 +190,7 @@ def test_another_user_needs_a_directory_that_it_can_enter() -> None:
         make_backend("local", CEDescription("ce", 1, 1.0), {"run_as": "nobody"})
 
 
-async def test_many_hostile_pilots_do_not_keep_a_check_from_the_others(tmp_path: Path) -> None:
+async def test_many_hostile_pilots_do_not_delay_the_check_of_others(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"s{number}").mkdir()
         for name in ("pid", "rc", "stderr"):

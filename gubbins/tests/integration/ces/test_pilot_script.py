@@ -1,8 +1,7 @@
-"""The default pilot script, from its submission to its end: a real CE, and the real application on a port."""
+"""The default pilot script with a real CE and the real application."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_repository import ConfigRepository
-from dashboard_browser import served
-from diracx_application import set_environment
-from watching import alive
+from support.config_repository import ConfigRepository
+from support.dashboard_browser import served
+from support.diracx_application import set_environment
+from support.waiting import until
+from support.watching import alive
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.logic import my_pilots as logic
@@ -36,20 +36,25 @@ class World:
 
     async def add_ce(self, **how: Any) -> None:
         rules = how.pop("rules", {})
-        settings = {"directory": str(self.directory), "keep": "all"} | how
+        # A pilot that is killed removes nothing: here it has all the time it needs.
+        settings = {"directory": str(self.directory), "keep": "all", "kill_after_seconds": 50} | how
         await self.db.add_ce("ce", 10, 1.0, backend="local", settings=settings, rules=rules)
 
     async def until(self, pilot_id: int, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """The pilot, as soon as it is so, with checks as a worker makes them."""
-        deadline = time.monotonic() + 60
-        while True:
+
+        async def check() -> dict[str, Any] | None:
             pilot = await logic.get_pilot(self.db, pilot_id)
             if condition(pilot):
                 return pilot
-            said = [file.read_text() for file in self.directory.glob("*/std*")]
-            assert time.monotonic() < deadline, f"still {pilot}, which has written {said}"
             await logic.transition_pilot_states(self.db, "lhcb")
-            await asyncio.sleep(0.05)
+            return None
+
+        try:
+            return dict(await until(check, "the pilot"))
+        except AssertionError as error:
+            output = [file.read_text() for file in self.directory.glob("*/std*")]
+            raise AssertionError(f"{error}: {await logic.get_pilot(self.db, pilot_id)}, {output}") from None
 
     async def run(self) -> dict[str, Any]:
         """A pilot that has ended."""
@@ -88,21 +93,22 @@ async def world(
         yield World(sqlite_db, tmp_path / "pilots", url)
 
 
-@pytest.fixture(params=CLIENTS)
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=CLIENTS, scope="module")
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """PATH of a node that has this program and not the other one."""
     [missing] = {*CLIENTS} - {request.param}
-    commands = tmp_path / "bin"
-    commands.mkdir()
+    commands: dict[str, str] = {}
     for directory in reversed(os.environ["PATH"].split(os.pathsep)):
-        for command in Path(directory).glob("*"):
-            if not command.name.startswith((missing, "python")) or command.name == request.param:
-                (commands / command.name).unlink(missing_ok=True)
-                (commands / command.name).symlink_to(command)
-    return str(commands)
+        if Path(directory).is_dir():
+            commands |= {name: f"{directory}/{name}" for name in os.listdir(directory)}
+    there = tmp_path_factory.mktemp("bin")
+    for name, command in commands.items():
+        if not name.startswith((missing, "python")) or name == request.param:
+            (there / name).symlink_to(command)
+    return str(there)
 
 
-async def test_from_submission_to_no_work_in_the_history(world: World, path: str) -> None:
+async def test_a_pilot_without_work_has_this_outcome_in_its_history(world: World, path: str) -> None:
     await world.add_ce(environment={"PATH": path}, payloads={"lhcb": "exit 75"})
     pilot = await world.run()
     assert [step["status"] for step in pilot["history"]] == ["SUBMITTED", "RUNNING", "DONE"]
@@ -110,7 +116,7 @@ async def test_from_submission_to_no_work_in_the_history(world: World, path: str
     cores, host = len(os.sched_getaffinity(0)), socket.gethostname()
     assert running["reason"] == f"on {host}, {cores} cores, {pilot['memory_mb']} MB"
     assert pilot["memory_mb"] > 100
-    assert done["reason"] == "the pilot says: no work, exit code 75"
+    assert done["reason"] == "reported by the pilot: no work, exit code 75"
     assert (pilot["outcome"], pilot["jobs_done"], pilot["exchanged_from"]) == ("no work", None, "127.0.0.1")
     assert world.left() == []
 
@@ -125,16 +131,16 @@ async def test_from_submission_to_no_work_in_the_history(world: World, path: str
         ("kill -9 $$", "FAILED", "error", None),
     ],
 )
-async def test_the_pilot_tells_why_it_ends(
+async def test_a_pilot_reports_its_outcome(
     world: World, payload: str | None, status: str, outcome: str, jobs: int | None
 ) -> None:
     await world.add_ce(payloads={"lhcb": payload} if payload else {})
     pilot = await world.run()
     assert (pilot["status"], pilot["outcome"], pilot["jobs_done"]) == (status, outcome, jobs)
-    assert f"the pilot says: {outcome}" in pilot["history"][-1]["reason"]
+    assert f"reported by the pilot: {outcome}" in pilot["history"][-1]["reason"]
 
 
-async def test_a_payload_finds_a_valid_token_and_no_secret(world: World, tmp_path: Path) -> None:
+async def test_a_payload_has_a_valid_token_and_no_secret(world: World, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     payload = f'(stat -c %a "$PILOT_TOKEN_FILE"; cat "$PILOT_TOKEN_FILE"; echo; env; ls -A) > {seen}; sleep 600'
     await world.add_ce(payloads={"lhcb": payload})
@@ -154,7 +160,7 @@ def _command_lines() -> list[Path]:
     return [path for path in Path("/proc").glob("[0-9]*/cmdline") if alive(int(path.parent.name))]
 
 
-async def test_heartbeats_go_on_with_new_tokens_and_end_with_the_pilot(
+async def test_heartbeats_continue_with_renewed_tokens_and_end_with_the_pilot(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.add_ce(payloads={"lhcb": "sleep 600"}, rules={"heartbeat_seconds": 1, "stale_after_seconds": 30})
@@ -182,7 +188,7 @@ async def test_heartbeats_end_with_a_pilot_that_was_killed(world: World, tmp_pat
     assert not alive(int(group.read_text()))
 
 
-async def test_without_network_back_to_us_a_pilot_works_as_ever(
+async def test_a_pilot_runs_without_a_connection_to_the_api(
     world: World, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -197,7 +203,7 @@ async def test_without_network_back_to_us_a_pilot_works_as_ever(
 
 
 @pytest.mark.timeout(90)
-async def test_a_silent_network_delays_a_pilot_by_seconds_and_no_more(
+async def test_an_unresponsive_network_delays_a_pilot_by_seconds_only(
     world: World, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """It connects and is never answered."""
@@ -210,7 +216,7 @@ async def test_a_silent_network_delays_a_pilot_by_seconds_and_no_more(
     assert time.monotonic() - begun < 45
 
 
-async def test_without_an_identity_the_script_does_what_it_did_before(
+async def test_without_an_identity_the_script_only_runs_the_payload(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GUBBINS_PILOT_API_URL")

@@ -1,4 +1,4 @@
-"""The back end `slurm` at a site that keeps accounts (slurmdbd): ends are known when Slurm has forgotten them."""
+"""Back end `slurm` with accounting (slurmdbd)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from sites.slurm import AccountingSlurmSite
-from watching import ENDED, observe, until
+from support.sites.slurm import AccountingSlurmSite
+from support.waiting import until
+from support.watching import ENDED, observe
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
@@ -15,7 +16,7 @@ from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 pytestmark = pytest.mark.event_loops("uvloop")
 
 
-async def test_the_end_of_a_job_that_slurm_has_forgotten_is_in_the_accounts(
+async def test_the_end_of_a_job_that_slurm_has_removed_is_read_from_the_accounting(
     accounting_slurm_site: AccountingSlurmSite, tmp_path: Path
 ) -> None:
     site = accounting_slurm_site

@@ -1,20 +1,23 @@
-"""The back end `slurm` at a real site."""
+"""Back end `slurm` with a real Slurm."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from sites.dead_mount import dead_mount
-from sites.sshd import Sshd
-from watching import observe
+from support.pilot_secrets import URL, Place, assert_only_the_pilot_can_read_its_secret
+from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.sites.sshd import Sshd
+from support.watching import ENDED, observe
 
 from examples.demo.slurm import SlurmSite
-from gubbins.ces import CEDescription, Observed, PilotAtCE
+from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
 from gubbins.ces.transports.ssh import SSHHost
@@ -32,6 +35,8 @@ pytestmark = pytest.mark.event_loops("uvloop")
 
 class TestSlurm(CERemoteConformance):
     timeout_seconds = 20.0
+    pause_seconds = 0.25  # each poll starts programs
+    many = 20
 
     @pytest.fixture
     def ssh(self) -> SSHHost | None:
@@ -58,14 +63,14 @@ class TestSlurm(CERemoteConformance):
 
     @pytest.fixture
     def down(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
-        return self.impatiently(slurm_site.without_controller())
+        return self.with_short_timeouts(slurm_site.without_controller())
 
     @pytest.fixture
     def hanging(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
-        return self.impatiently(slurm_site.frozen())
+        return self.with_short_timeouts(slurm_site.frozen())
 
     @pytest.fixture
-    def half_down(self, tmp_path: Path) -> AbstractContextManager[object]:
+    def secondary_source_down(self, tmp_path: Path) -> AbstractContextManager[object]:
         """The directories of the pilots are away."""
 
         @contextmanager
@@ -86,6 +91,10 @@ class TestSlurm(CERemoteConformance):
         return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
 
     @pytest.fixture
+    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
+
+    @pytest.fixture
     def holding(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
         @contextmanager
         def partition_down() -> Iterator[None]:
@@ -98,7 +107,7 @@ class TestSlurm(CERemoteConformance):
         return partition_down()
 
     @contextmanager
-    def impatiently(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
+    def with_short_timeouts(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         self.timeout_seconds = 1.0
         with disturbance:
             yield
@@ -111,6 +120,8 @@ class TestSlurm(CERemoteConformance):
 class TestSlurmThroughSSH(TestSlurm):
     """The same promises when the commands are on another host, where tcsh prints at each log-in."""
 
+    many = 10
+
     @pytest.fixture
     def ssh(self, csh_sshd: Sshd) -> SSHHost | None:
         return SSHHost(**csh_sshd.settings)
@@ -120,12 +131,16 @@ class TestSlurmThroughSSH(TestSlurm):
         """It has mounts of its own, in which ours are not seen."""
 
     @pytest.fixture
+    def uncertain(self) -> None:
+        """As `unreadable`."""
+
+    @pytest.fixture
     def down(self, csh_sshd: Sshd) -> AbstractContextManager[object]:
         return csh_sshd.down()
 
 
 class PlainAccount(LocalShell):
-    """Runs commands as a user who is no operator of the site."""
+    """Runs commands as a user who is not an operator of the site."""
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
         plain = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
@@ -134,6 +149,9 @@ class PlainAccount(LocalShell):
 
 class TestHiddenPartition(CESiteConformance):
     """The same promises in a partition that the site hides from all but its operators."""
+
+    many = 10
+    pause_seconds = 0.25
 
     @pytest.fixture
     def make(self, slurm_site: SlurmSite) -> Iterator[MakeBackend]:
@@ -166,6 +184,7 @@ class TestClusters(CESiteConformance):
     """The same promises at a site of several clusters, whose `sbatch` answers `number;cluster`."""
 
     many = 10
+    pause_seconds = 0.25
 
     @pytest.fixture
     def make(self, accounting_slurm_site: SlurmSite, tmp_path: Path) -> MakeBackend:
@@ -201,13 +220,16 @@ class TestClusters(CESiteConformance):
 
         return limited()
 
-    async def test_a_cluster_that_only_the_answer_of_sbatch_names_is_asked_for_by_it(
+    async def test_a_cluster_that_only_sbatch_reported_is_polled(
         self, accounting_slurm_site: SlurmSite, tmp_path: Path
     ) -> None:
         commands = tmp_path / "commands"
         commands.mkdir()
         for name, option in (("sbatch", "-Mprivate"), ("squeue", ""), ("scancel", "")):
-            (commands / name).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}\nexec {name} {option} "$@"\n')
+            warn = 'echo "sh: warning: setlocale: LC_ALL: cannot change locale" >&2'
+            (commands / name).write_text(
+                f'#!/bin/sh\n{warn}\necho "$@" >> {tmp_path}/{name}\nexec {name} {option} "$@"\n'
+            )
             (commands / name).chmod(0o755)
         conf = accounting_slurm_site.slurm_conf
         settings = SlurmSettings(
@@ -223,7 +245,7 @@ class TestClusters(CESiteConformance):
         for name in ("squeue", "scancel"):
             assert "--clusters=private" in (tmp_path / name).read_text()
 
-    async def test_a_cluster_that_does_not_answer_is_no_empty_queue(
+    async def test_an_unavailable_cluster_is_not_an_empty_queue(
         self, accounting_slurm_site: SlurmSite, tmp_path: Path
     ) -> None:
         conf = accounting_slurm_site.slurm_conf
@@ -231,3 +253,26 @@ class TestClusters(CESiteConformance):
         backend = SlurmBackend(CEDescription("slurm", 100, 1.0), settings)
         with pytest.raises(CEUnavailableError, match="squeue: No cluster 'nowhere' known by database"):
             await backend.poll([PilotAtCE("s", "vo", reference="1;nowhere")])
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "tried").touch()
+        with pytest.raises(CEUnavailableError, match="No cluster 'nowhere' known by database"):
+            await backend.submit([PilotAtCE("s", "vo")])
+
+
+async def test_only_the_pilot_can_read_its_secret(
+    slurm_site: SlurmSite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"directory": str(tmp_path / "ce"), "slurm_conf": str(slurm_site.slurm_conf)}
+    await assert_only_the_pilot_can_read_its_secret(Place("slurm", settings, slurm_site.directory), caplog)
+
+
+async def test_the_secret_is_not_in_job_information_of_slurm(slurm_site: SlurmSite, tmp_path: Path) -> None:
+    word = secrets.token_urlsafe(32)
+    settings = {"directory": str(tmp_path), "slurm_conf": str(slurm_site.slurm_conf)}
+    async with Place("slurm", settings, tmp_path).open() as backend:
+        pilot = PilotAtCE(uuid.uuid4().hex, "vo", identity=PilotIdentity(URL, word))
+        reference = (await backend.submit([pilot]))[pilot.stamp].reference
+        output = slurm_site.command("scontrol", "show", "job", "-dd", str(reference))
+        assert pilot.stamp in output
+        assert word not in output
+        await observe(backend, pilot, *ENDED)

@@ -1,7 +1,8 @@
-"""Failures of pilots and submissions at a real Slurm."""
+"""Failures of pilots and submissions with a real Slurm."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import ENDED, ended, observe, until
+from support.waiting import until
+from support.watching import ENDED, ended, observe
 
 from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE
@@ -54,7 +56,7 @@ async def test_a_pilot_fails_with_its_node(make: Make, slurm_site: SlurmSite) ->
     assert str(seen.reason).startswith("its node failed (NODE_FAIL)")
 
 
-async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_kept_its_end(
+async def test_a_job_that_slurm_has_removed_is_unknown_without_another_source(
     make: Make, slurm_site: SlurmSite
 ) -> None:
     blind = {"nodes_see_directory": False}
@@ -62,8 +64,9 @@ async def test_a_job_that_slurm_has_forgotten_is_unknown_unless_something_has_ke
     await make(default_script="true").submit([seen])
     await make(default_script="echo no luck >&2; exit 3").submit([bad])
     await make(default_script="exit 4", **blind).submit([unseen])
-    for each in (seen, bad, unseen):
+    for each in (seen, bad):
         await observe(make(**blind), each, *ENDED)
+    assert (await observe(make(**blind), unseen, *ENDED)).reason == "exit code 4"
     forgotten = (seen, bad, unseen)
     await until(lambda: not any(each.stamp in slurm_site.command(*QUEUE) for each in forgotten))
     answer = await make().poll([seen, bad, unseen])
@@ -109,7 +112,7 @@ async def test_an_unconfirmed_submission_is_found_and_not_repeated(
 
 @pytest.mark.event_loops("asyncio", "uvloop")
 @pytest.mark.parametrize("command", ["sbatch", "squeue"])
-async def test_a_time_out_is_reported_as_one_from_either_side(
+async def test_time_outs_of_the_site_and_of_ours_are_reported_alike(
     command: str, make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:
     """The host of the site has a clock of its own, and may be the first to give up."""
@@ -178,7 +181,7 @@ def sbatch(tmp_path: Path) -> Callable[[str], Path]:
         'SBATCH "$@"; echo "sbatch: lua: project charged" >&2',
     ],
 )
-async def test_text_around_the_number_of_a_job_is_none_of_it(
+async def test_text_around_a_job_number_is_ignored(
     make: Make, slurm_site: SlurmSite, sbatch: Callable[[str], Path], script: str
 ) -> None:
     backend, talked = make(commands=sbatch(script), default_script="sleep 300"), pilot("talked")
@@ -188,19 +191,74 @@ async def test_text_around_the_number_of_a_job_is_none_of_it(
     await backend.cancel([talked])
 
 
-@pytest.mark.parametrize("script", ['SBATCH "$@"; echo 7', 'echo Job; SBATCH "$@" | sed "s/^/Number /"'])
-async def test_an_answer_without_one_number_is_quoted_and_the_queue_knows_the_job(
-    make: Make, slurm_site: SlurmSite, sbatch: Callable[[str], Path], script: str
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('SBATCH "$@"; echo 7', r"not the number of a job: .*7"),
+        ('echo Job; SBATCH "$@" | sed "s/^/Number /"', r"not the number of a job: .*Number \d"),
+        # It fails when there is a job.
+        ('SBATCH "$@"; echo "sbatch: error: cli_filter plugin terminated with error" >&2; exit 1', "cli_filter"),
+        ('SBATCH "$@"; exit 73', r"\d"),
+    ],
+)
+async def test_output_without_a_job_number_is_quoted_and_the_job_is_found_in_the_queue(
+    make: Make, slurm_site: SlurmSite, sbatch: Callable[[str], Path], script: str, words: str
 ) -> None:
     backend, talked = make(commands=sbatch(script), default_script="sleep 300"), pilot("talked")
-    with pytest.raises(CEUnavailableError, match=r"sbatch: not the number of a job: .*(7|Number \d)"):
+    with pytest.raises(CEUnavailableError, match=f"sbatch: {words}"):
         await backend.submit([talked])
     (number,) = slurm_site.command("squeue", "-h", "-n", talked.stamp, "-o", "%i").split()
     assert (await backend.submit([talked]))[talked.stamp].reference == number
     await backend.cancel([talked])
 
 
-async def test_rubbish_that_was_kept_as_the_number_of_a_job_is_healed_by_the_next_submission(
+async def test_a_time_out_of_sbatch_does_not_affect_other_submissions_of_the_call(
+    make: Make, sbatch: Callable[[str], Path], tmp_path: Path
+) -> None:
+    timed_out = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+    script = f"""case $* in *--job-name=first*) echo "{timed_out}" >&2; exit 1 ;; esac
+case $* in *--job-name=bad*) set -- "$@" --partition=nowhere ;; esac
+SBATCH "$@" || exit"""
+    commands = sbatch(script)
+    backend = make(commands=commands, default_script="sleep 300", concurrent_submissions=2)
+    pilots = [pilot("first"), pilot("bad"), *(pilot(f"good{number}") for number in range(10))]
+    outcomes = await backend.submit(pilots)
+    assert set(outcomes) == {each.stamp for each in pilots[1:]}
+    assert "invalid partition" in str(outcomes[pilots[1].stamp].error)
+    assert all(outcomes[each.stamp].reference for each in pilots[2:])
+    assert "Socket timed out" in str(backend.warning)
+    await backend.cancel(pilots)
+
+
+async def test_no_further_submissions_are_tried_at_a_site_that_does_not_respond(
+    make: Make, sbatch: Callable[[str], Path], tmp_path: Path
+) -> None:
+    commands = sbatch(f"echo . >> {tmp_path}/calls; echo down >&2; exit 1")
+    with pytest.raises(CEUnavailableError, match="sbatch: down"):
+        await make(commands=commands, concurrent_submissions=2).submit([pilot(f"s{n}") for n in range(40)])
+    assert len((tmp_path / "calls").read_text().splitlines()) < 12
+
+
+async def test_submissions_before_the_time_limit_of_the_call_are_known(
+    make: Make, sbatch: Callable[[str], Path]
+) -> None:
+    backend = make(
+        commands=sbatch('case $* in *--job-name=slow*) exec sleep 300 ;; esac\nSBATCH "$@"'),
+        default_script="sleep 300",
+        concurrent_submissions=2,
+    )
+    fast, slow = [pilot(f"fast{number}") for number in range(4)], [pilot(f"slow{number}") for number in range(4)]
+    call = asyncio.create_task(backend.submit([*fast, *slow]))
+    await until(lambda: len(backend.outcomes) == len(fast))
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert call.cancelled()
+    assert set(backend.outcomes) == {each.stamp for each in fast}
+    assert all(outcome.reference for outcome in backend.outcomes.values())
+    await backend.cancel(fast)
+
+
+async def test_an_invalid_stored_job_number_is_replaced_by_the_next_submission(
     make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:
     backend, healed = make(default_script="sleep 300"), pilot("healed")
@@ -210,12 +268,12 @@ async def test_rubbish_that_was_kept_as_the_number_of_a_job_is_healed_by_the_nex
     await backend.cancel([healed])
 
 
-async def test_what_sbatch_says_on_stdout_alone_is_quoted(make: Make, sbatch: Callable[[str], Path]) -> None:
+async def test_a_message_of_sbatch_on_stdout_is_quoted(make: Make, sbatch: Callable[[str], Path]) -> None:
     with pytest.raises(CEUnavailableError, match="sbatch: no budget is left"):
         await make(commands=sbatch("echo no budget is left; exit 1")).submit([pilot("x")])
 
 
-async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
+async def test_a_refused_pilot_has_a_reason_and_leaves_no_files(make: Make, tmp_path: Path) -> None:
     nowhere, greedy = pilot("nowhere"), pilot("greedy")
     outcomes = await make(partition="nowhere").submit([nowhere])
     assert outcomes[nowhere.stamp] == (await make(partition="nowhere").submit([nowhere]))[nowhere.stamp]
@@ -228,7 +286,7 @@ async def test_a_refused_pilot_says_why_and_leaves_nothing(make: Make, tmp_path:
     assert list((tmp_path / "pilots").iterdir()) == []
 
 
-async def test_a_cancellation_that_slurm_refuses_is_told(
+async def test_a_refused_cancellation_of_slurm_is_a_warning(
     make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:
     commands = tmp_path / "commands"
@@ -273,7 +331,7 @@ async def test_a_waiting_pilot_has_its_reason_and_can_be_cancelled(make: Make, s
     assert (await observe(backend, waiting, *ENDED))[:2] == (Observed.FAILED, "cancelled")
 
 
-async def test_a_pilot_cancelled_by_the_site_says_so(make: Make, slurm_site: SlurmSite) -> None:
+async def test_a_pilot_cancelled_by_the_site_has_this_reason(make: Make, slurm_site: SlurmSite) -> None:
     backend, victim = make(default_script="sleep 300"), pilot("victim")
     number = (await backend.submit([victim]))[victim.stamp].reference
     await observe(backend, victim, Observed.RUNNING)
@@ -301,7 +359,7 @@ async def test_pilots_get_their_own_script_and_environment_and_no_secrets(
     assert "PILOT_VO=vo\n" in (await backend.output(others)).stdout
 
 
-async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Path) -> None:
+async def test_an_unavailable_site_is_named(make: Make, tmp_path: Path) -> None:
     with pytest.raises(CEUnavailableError, match="squeue cannot be started: No such file"):
         await make(commands=tmp_path, slurm_conf=None).poll([pilot("x")])
     (tmp_path / "file").touch()
@@ -312,14 +370,14 @@ async def test_a_site_that_cannot_be_spoken_to_is_named(make: Make, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("keep", "left"), [("none", set()), ("failed", {"f"}), ("all", {"d", "f"})])
-async def test_directories_are_kept_as_asked(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
+async def test_directories_are_kept_as_configured(make: Make, tmp_path: Path, keep: str, left: set[str]) -> None:
     for stamp in ("d", "f"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
     await make(keep=keep).cleanup(ended(d=MyPilotStatus.DONE, f=MyPilotStatus.FAILED))
     assert {path.name for path in (tmp_path / "pilots").iterdir()} == left
 
 
-async def test_directories_go_when_their_time_is_over(make: Make, tmp_path: Path) -> None:
+async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp_path: Path) -> None:
     for stamp in ("old", "new", "active", "unheard", "never"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
     await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))

@@ -1,4 +1,4 @@
-"""The pages about pilots show what the database says, and open and close compute elements."""
+"""Dashboard pages about pilots, and actions on compute elements."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ async def test_stale_pilots_and_those_without_work_are_shown_apart(
     stale = (await client.get("/pilots/list?status=stale")).text
     assert "1 pilots" in stale
     assert '<span class="warn">stale</span>' in stale
-    assert "stale: they have stopped" in (await client.get("/pilots/1")).text
+    assert ">stale<" in (await client.get("/pilots/1")).text
     ended = (await client.get("/pilots/2")).text
-    assert "the pilot says: no work" in ended
+    assert "reported by the pilot: no work" in ended
     assert not [page for page in (overview, stale, ended) if "<script>window" in page]
 
 
@@ -129,8 +129,11 @@ async def test_a_compute_element_is_closed_and_opened_and_that_is_written_down(
     assert "ce01: closed." in (await client.get("/pilots")).text
     await client.post("/pilots/ce/open", data=form | {"confirmed": "yes"})
     assert (await db.get_ce("ce01"))["enabled"]
-    told = [(entry.who, entry.action, entry.target) for entry in await read_audit(redis)]
-    assert told == [("wilma", "open compute element", "ce01"), ("wilma", "close compute element", "ce01")]
+    entries = [(entry.who, entry.action, entry.target) for entry in await read_audit(redis)]
+    assert entries == [
+        ("wilma", "open compute element", "ce01"),
+        ("wilma", "close compute element", "ce01"),
+    ]
 
 
 async def test_opening_or_closing_a_banned_compute_element_mentions_the_ban(
@@ -142,13 +145,13 @@ async def test_opening_or_closing_a_banned_compute_element_mentions_the_ban(
     for action in ("open", "close"):
         assert "banned" not in (await client.post(f"/pilots/ce/{action}", data=form)).text
     await db.ban_ce("ce01", reason="drains for <good>")
-    for action, told in (("open", "Opening lifts the ban"), ("close", "Closing lifts the ban")):
+    for action, reported in (("open", "Opening lifts the ban"), ("close", "Closing lifts the ban")):
         text = (await client.post(f"/pilots/ce/{action}", data=form)).text
-        assert "It is banned: drains for &lt;good&gt;. " + told in text
+        assert "It is banned: drains for &lt;good&gt;. " + reported in text
     assert (await db.get_ce("ce01"))["banned_at"]
 
 
-async def test_a_compute_element_is_banned_with_a_reason_and_let_back(
+async def test_a_compute_element_is_banned_with_a_reason_and_opened_again(
     client: httpx.AsyncClient, db: MyPilotDB, redis: Redis
 ) -> None:
     found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
@@ -168,8 +171,8 @@ async def test_a_compute_element_is_banned_with_a_reason_and_let_back(
     await client.post("/pilots/ce/close", data=form | {"confirmed": "yes"})
     ce = await db.get_ce("ce01")
     assert (ce["banned_at"], ce["enabled"]) == (None, False)
-    told = [(entry.action, entry.target, entry.ok) for entry in await read_audit(redis)]
-    assert told == [("close compute element", "ce01", True), ("ban compute element", "ce01", True)]
+    entries = [(entry.action, entry.target, entry.ok) for entry in await read_audit(redis)]
+    assert entries == [("close compute element", "ce01", True), ("ban compute element", "ce01", True)]
 
 
 async def test_any_number_of_compute_elements_is_paged_and_filtered(
@@ -202,7 +205,7 @@ async def test_any_number_of_compute_elements_is_paged_and_filtered(
         assert re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', text) == wanted, query
     assert "10 of 10 rows" in (await client.get("/pilots?ce=CE-01")).text
     second = (await client.get("/pilots?rows=60")).text
-    assert "From the beginning<span" in second
+    assert "First page<span" in second
     assert names[0] not in second.rpartition("<h2>Pilots</h2>")[2]
     for query in ("state=lost", "rows=-1", "rows=x"):
         assert (await client.get(f"/pilots?{query}")).status_code == 404, query
@@ -222,17 +225,17 @@ async def test_output_of_a_pilot_is_cut_and_escaped(client: httpx.AsyncClient, d
     for hidden in ("the beginning", "<script>window", "hunter2"):
         assert hidden not in answer.text
     assert f"{len(much):,}".replace(",", "\u202f") in answer.text
-    assert "Nothing." in answer.text
+    assert "Empty." in answer.text
     await db.queue_outputs([2])
     await db.store_outputs([Output(2, now + timedelta(days=1), error=HOSTILE)])
     answer = await client.get("/pilots/2/output")
-    assert "There is none: &lt;script&gt;" in answer.text
+    assert "There is no output: &lt;script&gt;" in answer.text
     await db.ban_ce(HOSTILE, reason=None)
-    assert "It cannot be fetched now" in (await client.get("/pilots/3/output")).text
+    assert "The output cannot be fetched now" in (await client.get("/pilots/3/output")).text
     assert (await client.get("/pilots/99/output")).status_code == 404
 
 
-async def test_without_a_database_the_page_says_so(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_database_the_page_reports_it(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIRACX_DB_URL_MYPILOTDB", raising=False)
     broker = RedisStreamBroker(redis_url)
 

@@ -1,4 +1,4 @@
-"""In the DiracX application a VO's operators see the pilots of that VO, and service administrators see all."""
+"""Dashboard of pilots in the DiracX application, for operators of a VO and service administrators."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from config_repository import ConfigRepository
 from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.web.dashboard.page import Form
 from diracx.tasks.web.operator import NotPossibleError, Operator
-from diracx_application import with_short_streams
+from support.config_repository import ConfigRepository
+from support.diracx_application import with_short_streams
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.read_models import READ_MODELS
@@ -107,7 +107,7 @@ async def first_fragment(client: httpx.AsyncClient, page: str) -> str:
     return answer.text
 
 
-async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_alone(
+async def test_an_operator_sees_only_pilots_and_compute_elements_of_the_own_vo(
     sign_in: SignIn, pilots: dict[str, int]
 ) -> None:
     client = await sign_in("lhcb", OPERATOR)
@@ -136,7 +136,7 @@ async def test_an_operator_sees_the_pilots_and_compute_elements_of_the_own_vo_al
     assert "There is no pilot" in foreign
 
 
-async def test_the_charts_of_an_operator_count_the_pilots_of_the_own_vo_alone(sign_in: SignIn) -> None:
+async def test_the_charts_of_an_operator_count_only_pilots_of_the_own_vo(sign_in: SignIn) -> None:
     def submitted(text: str) -> int:
         [line] = [line for line in text.splitlines() if line.startswith('data: {"slots"')]
         charts = json.loads(line.removeprefix("data: "))

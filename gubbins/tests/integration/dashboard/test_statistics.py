@@ -1,4 +1,4 @@
-"""Charts and failure rates tell the truth, however long pilots live and however many there are."""
+"""Charts and failure rates of pilots."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _series(statistics: PilotStatistics, chart: str) -> dict[str, list[int]]:
     return {each["label"]: each["values"] for each in statistics.charts[chart]["series"]}
 
 
-async def test_a_site_whose_pilots_live_for_a_day_and_of_which_few_fail_at_once_has_its_true_rate_and_level(
+async def test_a_site_with_long_pilots_has_the_correct_failure_rate_and_level(
     db: MyPilotDB,
 ) -> None:
-    """500 a day, for three days; each starts at once, lives 24 h, and each 50th fails after 5 min."""
+    """500 pilots a day for three days; each starts at once, lives 24 h, and each 50th fails after 5 min."""
     step, life, short = DAY / 500, DAY, timedelta(minutes=5)
     pilots = []
     for number in range(1500):
@@ -67,7 +67,7 @@ async def test_a_site_whose_pilots_live_for_a_day_and_of_which_few_fail_at_once_
     assert flow["done"] + flow["failed"] == sum(statistics.ended["ce"].values())
 
 
-async def test_levels_and_flows_are_those_of_the_quarters_of_an_hour_in_which_it_happened(db: MyPilotDB) -> None:
+async def test_levels_and_flows_are_counted_by_quarters_of_an_hour(db: MyPilotDB) -> None:
     minute = timedelta(minutes=1)
     pilots = [
         _pilot("ce1", "lhcb", "SUBMITTED", 5 * minute, None, None),

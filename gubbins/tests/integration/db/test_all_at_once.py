@@ -1,4 +1,4 @@
-"""Everything that VOs do to their pilots, all at once: no statement of one deadlocks with another's."""
+"""Concurrent operations of several VOs without deadlocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from datetime import timedelta
 
-from pilot_requests import request_pilots
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError, PilotSubmissionError
@@ -30,9 +30,9 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
 
     async def live(vo: str) -> None:
         for _ in range(6):
-            asked = await request_pilots(db, vo, vos=VOS)
+            requests = await request_pilots(db, vo, vos=VOS)
             async with asyncio.TaskGroup() as group:
-                for name, count in asked.items():
+                for name, count in requests.items():
                     for _ in range(count):
                         group.create_task(submit(name, vo))
                 group.create_task(logic.transition_pilot_states(db, vo))

@@ -1,4 +1,4 @@
-"""Text of users, sites and VOs is read from every database as it was written, and names stay distinct."""
+"""Storage of any text in every database, and distinct names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from diracx.tasks.plumbing.sql.migrations import MigrationError
 from diracx.tasks.plumbing.sql.types import AnyLongText, AnyName, AnyText, sanitize, truncate
-from hostile_text import NAMES, TEXTS
 from sqlalchemy import Enum, String, insert
+from support.hostile_text import NAMES, TEXTS
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.demand import Demand
@@ -49,7 +49,7 @@ def test_every_text_column_takes_any_text() -> None:
     ]
 
 
-async def test_reasons_and_errors_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
+async def test_reasons_and_errors_are_stored_unchanged(pilot_db: MyPilotDB) -> None:
     db = pilot_db
     await db.add_ce("ce", 100, 1.0)
     for text in TEXTS:
@@ -77,7 +77,7 @@ async def test_reasons_and_errors_come_out_as_they_went_in(pilot_db: MyPilotDB) 
         assert none["error"] == kept
 
 
-async def test_settings_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
+async def test_settings_are_stored_unchanged(pilot_db: MyPilotDB) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in TEXTS]
     written = {text: [text] for text in texts}
     await pilot_db.add_ce("ce", 1, 1.0, settings=written, vos=texts, rules=written)
@@ -85,7 +85,7 @@ async def test_settings_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
     assert (ce["settings"], ce["vos"], ce["rules"]) == (written, texts, written)
 
 
-async def test_references_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
+async def test_references_are_stored_unchanged(pilot_db: MyPilotDB) -> None:
     await pilot_db.add_ce("ce", 100, 1.0)
     references = [name for name in NAMES if truncate(name, MAX_REFERENCE_CHARS) == name]
     for some in ([references[0]], references[1:]):  # one alone goes another way
@@ -95,14 +95,14 @@ async def test_references_come_out_as_they_went_in(pilot_db: MyPilotDB) -> None:
             assert (await pilot_db.get_pilot(pilot_id))["reference"] == reference
 
 
-async def test_names_of_vos_and_compute_elements_stay_apart(pilot_db: MyPilotDB) -> None:
+async def test_similar_names_of_vos_and_compute_elements_are_distinguished(pilot_db: MyPilotDB) -> None:
     db = pilot_db
     pilots, requested = {}, {}
     for name in SHORT_NAMES:
         await db.add_ce(name, 1, 1.0)
         pilots[name] = await db.submit_pilot(name, vo=name)
         requested[name] = await db.add_requests(name, vo=name, count=1)
-        await db.put_demand(name, {name: Demand(1, NOW, None)})
+        await db.replace_demand(name, {name: Demand(1, NOW, None)})
         await db.record_failure(name, CECall.SUBMIT, name, failures=1, pause_seconds=1, max_pause_seconds=1)
     kept = {truncate(name, 128) for name in SHORT_NAMES}
     assert len(kept) == len(SHORT_NAMES)
@@ -136,7 +136,7 @@ async def test_long_reasons_of_many_pilots_fit_the_packets_of_the_server(
         assert (await db.get_pilot(moves[S.RUNNING][-1][0]))["last_error"] == reason
 
 
-async def test_a_postgresql_database_that_cannot_hold_every_text_is_refused_at_once(
+async def test_a_postgresql_database_with_a_limited_encoding_is_refused(
     empty_database: Any, postgresql_server: Any
 ) -> None:
     url = await empty_database("postgresql", "ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")

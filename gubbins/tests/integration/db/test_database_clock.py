@@ -1,4 +1,4 @@
-"""Machines with wrong clocks that share a database: its clock is everybody's."""
+"""Hosts with wrong clocks that share a database use its clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, ahead_seconds: float) -> None:
             return datetime.now(tz) + timedelta(seconds=ahead_seconds)
 
     monkeypatch.setattr(database_clock, "datetime", Wrong)
-    monkeypatch.setattr(clock, "_database", database_clock.DatabaseClock())
+    monkeypatch.setattr(clock, "database", database_clock.DatabaseClock())
 
 
 def about_now(moment: datetime) -> bool:
@@ -35,7 +35,7 @@ def about_now(moment: datetime) -> bool:
 
 @pytest.mark.parametrize("ahead_seconds", [-600, 600])
 @pytest.mark.parametrize("server", ["mariadb", "postgresql"])
-async def test_a_machine_with_a_wrong_clock_writes_the_time_of_the_database(
+async def test_a_host_with_a_wrong_clock_writes_the_time_of_the_database(
     server: str,
     ahead_seconds: float,
     empty_database: Callable[[str], Awaitable[str]],
@@ -62,11 +62,11 @@ async def test_a_machine_with_a_wrong_clock_writes_the_time_of_the_database(
         assert about_now(stored["buried_at"])
 
 
-async def test_clocks_that_agree_within_a_second_are_left_alone(
+async def test_clock_differences_below_a_second_are_ignored(
     empty_database: Callable[[str], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_clock(monkeypatch, 0.3)
     pilots = MyPilotDB(await empty_database("postgresql"))
     async with pilots.engine_context():
         await pilots.create_tables()
-    assert clock._database._ahead == timedelta(0)
+    assert clock.database.ahead == timedelta(0)

@@ -1,4 +1,4 @@
-"""A database of pilots that cannot be used is reported in one line, with the way out."""
+"""An unusable database of pilots is reported in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import partial
 
 import httpx
 import pytest
-from database_troubles import PASSWORD, Troubled
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
@@ -15,13 +14,14 @@ from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import create_app
+from support.broken_databases import PASSWORD, Troubled
 
 from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 
 
-async def test_it_is_said_in_one_line(troubled_database: Troubled) -> None:
+async def test_an_error_of_the_dead_letter_database_is_reported_in_one_line(troubled_database: Troubled) -> None:
     troubled = await troubled_database(MyPilotDB.migrations)
     db = MyPilotDB(troubled.url)
     async with db.engine_context():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
-import sys
+import os
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from diracx.db.sql.utils import SQLDBUnavailableError
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from support.warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain.exceptions import (
@@ -71,7 +75,7 @@ async def test_available_ces_have_room_are_open_and_serve_the_vo(db: MyPilotDB) 
     assert [(ce["name"], ce["available_slots"]) for ce in available] == [("all", 1)]
 
 
-async def test_P60_gate_says_why_and_creates_nothing(db: MyPilotDB) -> None:
+async def test_P60_a_refused_submission_has_a_reason_and_creates_nothing(db: MyPilotDB) -> None:
     await db.add_ce("closed", 2, 1.0, enabled=False)
     await db.add_ce("full", 1, 1.0)
     await db.add_ce("theirs", 2, 1.0, vos=["dteam"])
@@ -89,7 +93,7 @@ async def test_P60_gate_says_why_and_creates_nothing(db: MyPilotDB) -> None:
     assert await db.count_pilots() == {"lhcb": {"full": {"SUBMITTED": 1}}}
 
 
-async def test_P60_ended_pilots_give_their_slot_back(db: MyPilotDB) -> None:
+async def test_P60_ended_pilots_free_their_slots(db: MyPilotDB) -> None:
     await db.add_ce("ce", 1, 1.0)
     pilot_id = await db.submit_pilot("ce", vo="lhcb")
     await db.update_pilot_status(pilot_id, S.RUNNING)
@@ -123,29 +127,43 @@ async def main(url, vo):
 for number in range(5):
     if os.fork() == 0:
         asyncio.run(main(sys.argv[1], f"vo{number % 3}"))
-        sys.exit()
+        os._exit(0)
 for _ in range(5):
     os.wait()
 """
 
 
-async def test_P60_capacity_holds_against_many_processes(db: MyPilotDB, tables_url: str) -> None:
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Both ends: to read, and to write."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
+        yield reader, writer
+
+
+async def test_P60_capacity_holds_against_many_processes(
+    db: MyPilotDB, tables_url: str, tmp_path: Path, warm_commands: WarmCommands
+) -> None:
     await db.add_ce("ce", 25, 1.0)
-    pipe = asyncio.subprocess.PIPE
-    processes = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _SUBMITTERS, tables_url, stdin=pipe, stdout=pipe
-    )
-    async with asyncio.timeout(120):
-        for _ in range(5):
-            assert await processes.stdout.readline() == b"ready\n"
-        answers, _ = await processes.communicate(b"")
+    script = tmp_path / "submitters.py"
+    script.write_text(_SUBMITTERS)
+    with _pipe() as (stdin, begin), _pipe() as (answers, stdout), os.fdopen(os.dup(2), "wb") as stderr:
+        command = [str(script), tables_url]
+        processes = warm_commands.start(command, env=os.environ, stdin=stdin, stdout=stdout, stderr=stderr)
+        stdin.close()
+        stdout.close()
+        async with asyncio.timeout(120):
+            for _ in range(5):
+                assert await asyncio.to_thread(answers.readline) == b"ready\n"
+            begin.close()
+            counts = [int(line) for line in await asyncio.to_thread(answers.readlines)]
+        assert processes.wait(60) == 0
     total, _ = await db.search_pilots(vo=None)
-    counts = [int(line) for line in answers.split()]
     assert len(counts) == 5
     assert sum(counts) == total == 25
 
 
-async def test_P61_only_the_three_arrows_exist(db: MyPilotDB) -> None:
+async def test_P61_only_the_three_transitions_are_possible(db: MyPilotDB) -> None:
     await db.add_ce("ce", 100, 1.0)
     legal = {(S.SUBMITTED, S.RUNNING), (S.RUNNING, S.DONE), (S.RUNNING, S.FAILED)}
     for current, target in itertools.product(S, S):
@@ -229,7 +247,7 @@ async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
     assert await db.count_pilots("dteam") == {"dteam": {"a": {"SUBMITTED": 1}, "b": {"SUBMITTED": 1}}}
 
 
-async def test_requests_are_counted_deleted_refused_and_given_up(db: MyPilotDB) -> None:
+async def test_requests_are_counted_deleted_refused_and_expire(db: MyPilotDB) -> None:
     first, second, third = await db.add_requests("ce", vo="lhcb", count=3)
     [other] = await db.add_requests("ce", vo="dteam", count=1)
     assert await db.delete_requests("ce", [first]) == 1
@@ -250,7 +268,7 @@ async def test_requests_are_counted_deleted_refused_and_given_up(db: MyPilotDB) 
     assert await db.pending_requests(since=now + timedelta(minutes=1)) == {}
 
 
-async def test_each_of_many_that_start_at_once_deletes_its_request(db: MyPilotDB) -> None:
+async def test_concurrent_submissions_each_delete_their_request(db: MyPilotDB) -> None:
     now = datetime.now(tz=UTC)
     names, vos = ("a", "b"), ("lhcb", "dteam")
     stamps = {}
@@ -276,7 +294,7 @@ async def test_each_of_many_that_start_at_once_deletes_its_request(db: MyPilotDB
     assert left == {(name, vo): 5 for name in names for vo in vos}
 
 
-async def test_uninitialised_database_says_how_to_initialise_it(db_url: str) -> None:
+async def test_an_empty_database_is_an_error_with_the_command_to_initialise_it(db_url: str) -> None:
     db = MyPilotDB(db_url)
     async with db.engine_context():
         with pytest.raises(DatabaseError, match="gubbins db init"):
@@ -319,7 +337,7 @@ async def test_a_round_locks_compute_elements_in_the_order_of_the_checks(
 
 
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
-async def test_a_server_that_was_killed_costs_no_connection_of_the_pool(
+async def test_a_killed_server_does_not_exhaust_the_connection_pool(
     kind: str, request: pytest.FixtureRequest, empty_database: Any, stoppable: Any
 ) -> None:
     server = stoppable(request.getfixturevalue(f"{kind}_server"))

@@ -1,4 +1,4 @@
-"""Pilots that ended long ago are forgotten, and no others."""
+"""Pruning of ended pilots."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_only_pilots_that_ended_long_ago_are_deleted_with_their_history(ag
     assert await MyPrunePilotsTask(keep_days=35).execute(my_pilot_db=aged) == 0
 
 
-async def test_the_oldest_go_first_in_batches_and_no_more_than_allowed(
+async def test_the_oldest_pilots_are_deleted_first_in_batches_up_to_the_limit(
     aged: MyPilotDB, count_statements: Any
 ) -> None:
     with count_statements(aged) as statements:
@@ -66,12 +66,12 @@ async def test_the_oldest_go_first_in_batches_and_no_more_than_allowed(
 @pytest.mark.parametrize(
     "wrong", [{"keep_days": 0}, {"keep_days": float("nan")}, {"batch": 0}, {"batch": 10_001}, {"at_most": 0}]
 )
-def test_a_retention_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_invalid_retention_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MyPrunePilotsTask(**wrong)
 
 
-async def test_the_task_runs_as_others_do(aged: MyPilotDB) -> None:
+async def test_the_prune_task_runs_in_a_worker(aged: MyPilotDB) -> None:
     overrides: dict[Any, Any] = {MyPilotDB.no_transaction: lambda: aged}
     async with TaskSystem([MyPrunePilotsTask], overrides=overrides, task_db_url=None) as system:
         result = await system.result(await MyPrunePilotsTask(keep_days=35).schedule(), timeout=30)

@@ -1,4 +1,4 @@
-"""Whatever is done about pilots counts once, also when the database ends its transaction and it is run again."""
+"""Repeated transactions count once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from pilot_requests import request_pilots
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
+from support.pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -130,7 +130,7 @@ async def _rows(db: MyPilotDB) -> dict[str, list[tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-async def test_an_operation_that_is_run_again_counts_once(
+async def test_a_repeated_operation_counts_once(
     operation: Callable[[MyPilotDB, Any], Awaitable[Any]], scripted: Any, empty_database: Any
 ) -> None:
     outcomes = []

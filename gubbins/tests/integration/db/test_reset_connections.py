@@ -1,4 +1,4 @@
-"""A database whose connection was reset is unavailable for one call, under both event loops, not broken."""
+"""A reset connection makes the database unavailable for one call, under both event loops."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from diracx.db.sql.utils import SQLDBUnavailableError
-from resetting_proxy import ResettingProxy
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from support.resetting_proxy import ResettingProxy
 
 from gubbins.db.sql import MyPilotDB
 

@@ -1,4 +1,4 @@
-"""The revisions of the pilot database."""
+"""Migrations of the pilot database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from diracx.tasks.plumbing.persistence import TaskDB
-from schema_promises import SchemaPromises, on, rows
+from support.schema_promises import SchemaPromises, on, rows
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.demand import Demand
@@ -33,13 +33,13 @@ class TestPilotSchema(SchemaPromises):
             await db.set_ce("ce2", capacity=10, success_rate=1.0, rules={"max_waiting": 3})
             await db.ban_ce("ce2", reason="maintenance 🚧")
             await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)
-            await db.put_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
+            await db.replace_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
             now = datetime.now(tz=UTC)
             times = {"starts_at": now, "ends_at": now, "drain_from": now}
             await db.add_downtime("ce1", **times, reason="switches 🚧", added_by="alice")
             stamp = (await db.get_pilot(pilots[2]))["stamp"]
-            await db.note_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
+            await db.set_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
             await db.release_pilots(pilots[2:])
             await db.add_secrets({pilots[0]: "0" * 64})
             await db.record_heartbeat(
@@ -47,7 +47,7 @@ class TestPilotSchema(SchemaPromises):
             )
 
 
-async def test_both_databases_live_in_one_schema(db_url: str) -> None:
+async def test_both_databases_can_share_one_schema(db_url: str) -> None:
     """Each has a version table of its own."""
     for migrations in (MyPilotDB.migrations, TaskDB.migrations):
         await migrations.upgrade(db_url)
@@ -66,7 +66,7 @@ async def test_tables_are_made_once_and_at_the_newest_revision(db_url: str) -> N
         assert (state.revision, state.stamped) == (state.head, True)
 
 
-async def test_a_database_of_an_older_version_says_so(
+async def test_a_database_of_an_older_version_is_an_error_with_the_remedy(
     empty_database: Callable[[str], Awaitable[str]],
 ) -> None:
     import sqlite3

@@ -1,4 +1,4 @@
-"""A compute element that does not answer is left in peace, and tried again by one call at a time."""
+"""Circuit breakers of compute elements."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pilot_requests import request_pilots
 from sqlalchemy import update
+from support.pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -23,7 +23,7 @@ RULES = {"breaker_failures": 2, "breaker_pause_seconds": 60, "breaker_max_pause_
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock advanced by the test."""
 
     def __init__(self) -> None:
         self.at = datetime(2026, 1, 1, tzinfo=UTC)
@@ -58,7 +58,7 @@ async def paused(db: MyPilotDB) -> str:
     return str(caught.value)
 
 
-async def test_submissions_pause_after_failures_ever_longer_and_are_tried_again_by_one(
+async def test_submissions_pause_after_failures_with_backoff_and_a_single_probe(
     db: MyPilotDB, scripted: Any, time: Clock
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
@@ -85,7 +85,7 @@ async def test_submissions_pause_after_failures_ever_longer_and_are_tried_again_
     assert (await db.get_ce("ce"))["last_error"] is None
 
 
-async def test_while_one_submission_tries_again_the_others_wait(db: MyPilotDB, scripted: Any, time: Clock) -> None:
+async def test_during_a_probe_other_submissions_wait(db: MyPilotDB, scripted: Any, time: Clock) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
     scripted.submissions["ce"] = ConnectionError("gone")
     await refused(db)
@@ -103,7 +103,7 @@ async def test_while_one_submission_tries_again_the_others_wait(db: MyPilotDB, s
     probe.cancel()
 
 
-async def test_calls_that_were_under_way_do_not_prolong_a_pause(db: MyPilotDB, time: Clock) -> None:
+async def test_failures_of_running_calls_do_not_prolong_a_pause(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 9, 1.0)
     for _ in range(10):
         await db.record_failure("ce", CECall.STATUS, "gone", failures=3, pause_seconds=60, max_pause_seconds=900)
@@ -111,7 +111,7 @@ async def test_calls_that_were_under_way_do_not_prolong_a_pause(db: MyPilotDB, t
     assert (seen["failures"], seen["open_until"]) == (3, time.at + timedelta(seconds=60))
 
 
-async def test_a_ce_whose_status_cannot_be_read_gets_no_pilots_and_is_polled_less_and_less(
+async def test_a_ce_whose_polls_fail_gets_no_pilots_and_is_polled_with_backoff(
     db: MyPilotDB, scripted: Any, time: Clock
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
@@ -184,7 +184,7 @@ async def test_a_ce_with_failed_status_calls_and_no_pilots_gets_one_pilot_as_a_p
         (["fill"], "dictionary"),
     ],
 )
-async def test_a_ce_with_invalid_rules_in_the_database_gets_no_pilots_and_others_go_on(
+async def test_a_ce_with_invalid_rules_gets_no_pilots_and_others_do(
     sqlite_db: MyPilotDB, scripted: Any, rules: Any, said: str
 ) -> None:
     db = sqlite_db
@@ -209,7 +209,7 @@ async def test_a_ce_with_invalid_rules_in_the_database_gets_no_pilots_and_others
     assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_rules_that_only_another_version_knows_are_left_out(sqlite_db: MyPilotDB) -> None:
+async def test_rules_of_another_version_are_ignored(sqlite_db: MyPilotDB) -> None:
     newer = {"max_waiting": 3, "moon": "full", "vos": {"lhcb": {"moon": "new", "share": 2}}}
     await sqlite_db.add_ce("ce", 2, 1.0, rules=newer)
     rules = (await logic.get_ce(sqlite_db, "ce"))["rules"]
@@ -218,9 +218,7 @@ async def test_rules_that_only_another_version_knows_are_left_out(sqlite_db: MyP
     assert await request_pilots(sqlite_db, "lhcb", vos=["lhcb"]) == {"ce": 2}
 
 
-async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
-    db: MyPilotDB, scripted: Any
-) -> None:
+async def test_a_failing_cancellation_does_not_prevent_polls(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
@@ -231,7 +229,7 @@ async def test_a_failing_cancellation_does_not_keep_pilots_from_being_followed(
     assert "not your job" in (await db.get_ce("ce"))["last_error"]
 
 
-async def test_a_poll_that_works_closes_the_circuit_although_a_cancellation_fails(
+async def test_a_successful_poll_closes_the_circuit_although_a_cancellation_fails(
     db: MyPilotDB, scripted: Any, time: Clock
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES | {"breaker_failures": 1})
@@ -248,7 +246,7 @@ async def test_a_poll_that_works_closes_the_circuit_although_a_cancellation_fail
     assert await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_polling_that_works_does_not_hide_why_submissions_do_not(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_successful_poll_does_not_clear_the_error_of_submissions(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     await logic.submit_pilot(db, "ce", "lhcb")
@@ -308,7 +306,7 @@ async def test_a_time_out_is_a_rule_of_the_ce(db: MyPilotDB, scripted: Any) -> N
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_banned_ce_is_not_called_and_a_closed_one_is_drained(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.observations["ce"] = Observation(Observed.RUNNING)
@@ -329,7 +327,7 @@ async def test_a_banned_ce_is_not_touched_and_a_closed_one_is_drained(db: MyPilo
     assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 8}
 
 
-async def test_opening_a_ce_and_changing_it_end_its_pause(db: MyPilotDB, scripted: Any) -> None:
+async def test_enabling_or_changing_a_ce_ends_its_pause(db: MyPilotDB, scripted: Any) -> None:
     spec = {"capacity": 3, "success_rate": 1.0, "backend": "scripted"}
     scripted.submissions["ce"] = SubmitOutcome(error="no such queue")
     rules: dict[str, Any] = {"breaker_failures": 1}
@@ -341,7 +339,7 @@ async def test_opening_a_ce_and_changing_it_end_its_pause(db: MyPilotDB, scripte
         assert await circuit(db, CECall.SUBMIT) == ("closed", 0)
 
 
-async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_checks(
+async def test_a_resumed_submission_that_is_refused_keeps_its_slot_until_the_checks(
     sqlite_db: MyPilotDB, scripted: Any
 ) -> None:
     db = sqlite_db
@@ -358,11 +356,11 @@ async def test_a_submission_that_is_taken_up_again_and_refused_is_left_to_the_ch
     assert scripted.calls == [("ce", "submit"), ("ce", "poll")]
 
 
-async def test_a_vo_for_which_the_settings_have_nothing_does_not_pause_the_others(
+async def test_a_vo_without_settings_does_not_pause_other_vos(
     db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "no pilot script for dteam"
-    monkeypatch.setattr(scripted, "why_not", lambda _, vo: reason if vo == "dteam" else None)
+    monkeypatch.setattr(scripted, "unsupported_reason", lambda _, vo: reason if vo == "dteam" else None)
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules=RULES)
     for _ in range(3):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from diracx.db.sql import JobDB
-from pilot_requests import request_pilots
 from sqlalchemy import update
+from support.databases import with_tables
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
@@ -29,7 +30,7 @@ async def ask(
     return await request_pilots(db, vo, vos=vos, waiting_jobs=waiting_jobs)
 
 
-async def test_no_more_pilots_than_waiting_jobs_justify(db: MyPilotDB) -> None:
+async def test_no_more_pilots_are_requested_than_there_are_waiting_jobs(db: MyPilotDB) -> None:
     await db.add_ce("a", 20, 1.0, rules=JOBS)
     await db.add_ce("b", 10, 1.0, rules=JOBS)
     await db.add_ce("full", 5, 1.0)
@@ -41,7 +42,7 @@ async def test_no_more_pilots_than_waiting_jobs_justify(db: MyPilotDB) -> None:
     assert await ask(db, 1000) == {"a": 11, "b": 4}
 
 
-async def test_pilots_that_wait_are_taken_off_however_old_and_wherever(db: MyPilotDB) -> None:
+async def test_waiting_pilots_reduce_the_demand(db: MyPilotDB) -> None:
     await db.add_ce("a", 50, 1.0, rules=JOBS)
     await db.add_ce("elsewhere", 50, 1.0, settings={"queue_seconds": 1e9})
     async with db:
@@ -62,7 +63,7 @@ async def test_pilots_that_wait_are_taken_off_however_old_and_wherever(db: MyPil
     assert await ask(db, 12) == {"a": 7}
 
 
-async def test_an_empty_ce_gets_a_trickle(db: MyPilotDB) -> None:
+async def test_a_ce_without_pilots_gets_trickle_pilots(db: MyPilotDB) -> None:
     await db.add_ce("one", 20, 1.0, rules=JOBS)
     await db.add_ce("two", 20, 1.0, rules=JOBS | {"trickle": 2})
     await db.add_ce("none", 20, 1.0, rules=JOBS | {"trickle": 0})
@@ -71,7 +72,7 @@ async def test_an_empty_ce_gets_a_trickle(db: MyPilotDB) -> None:
 
 
 @pytest.mark.parametrize("known", ["unreadable", "unasked"])
-async def test_without_a_job_database_there_is_a_trickle_only(db: MyPilotDB, known: str) -> None:
+async def test_without_a_job_database_only_trickle_pilots_are_requested(db: MyPilotDB, known: str) -> None:
     await db.add_ce("a", 20, 1.0, rules=JOBS)
     if known == "unreadable":
         assert await ask(db, None) == {"a": 1}
@@ -98,7 +99,7 @@ async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:
     assert await ask(db, None) == {"ce": 4}
 
 
-async def test_policy_and_share_may_be_different_for_one_vo(db: MyPilotDB) -> None:
+async def test_policy_and_share_can_differ_for_one_vo(db: MyPilotDB) -> None:
     vos = ("lhcb", "dteam")
     rules = {"vos": {"lhcb": {"share": 3}, "dteam": {"policy": "waiting_jobs", "trickle": 0}}}
     await db.add_ce("ce", 20, 1.0, rules=rules)
@@ -109,7 +110,7 @@ async def test_policy_and_share_may_be_different_for_one_vo(db: MyPilotDB) -> No
     assert await ask(db, None, "dteam", vos) == {"new": 5}
 
 
-async def test_a_ce_that_is_being_tried_again_is_asked_for_one_pilot(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_half_open_ce_gets_a_request_for_one_pilot(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules={"breaker_failures": 1, "breaker_pause_seconds": 1e-6})
     scripted.submissions["ce"] = ConnectionError("gone")
     with pytest.raises(logic.PilotSubmissionError):
@@ -121,9 +122,7 @@ async def test_a_ce_that_is_being_tried_again_is_asked_for_one_pilot(db: MyPilot
 @pytest.fixture
 async def job_db() -> AsyncIterator[JobDB]:
     database = JobDB("sqlite+aiosqlite:///:memory:")
-    async with database.engine_context():
-        async with database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
+    async with with_tables(database):
         yield database
 
 
@@ -143,7 +142,7 @@ async def test_waiting_jobs_are_read_from_the_job_database_of_diracx(db: MyPilot
     assert await ask(db, await logic.count_waiting_jobs(job_db, "lhcb")) == {"a": 3}
 
 
-async def test_a_job_database_that_is_down_counts_as_none(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unavailable_job_database_is_like_none(caplog: pytest.LogCaptureFixture) -> None:
     broken = JobDB("sqlite+aiosqlite:////nonexistent/jobs.db")
     async with broken.engine_context():
         assert await logic.count_waiting_jobs(broken, "lhcb") is None

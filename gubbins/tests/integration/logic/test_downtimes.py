@@ -1,4 +1,4 @@
-"""Downtimes: no submissions and no alarms from start to end, and open again by itself."""
+"""Downtimes of compute elements."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from diracx.db.sql import ResourceStatusDB
 from diracx.db.sql.rss.schema import ResourceStatus, SiteStatus
-from moving_clock import Clock
-from pilot_requests import request_pilots
 from sqlalchemy import delete, insert
+from support.databases import with_tables
+from support.moving_clock import Clock
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
@@ -43,9 +44,7 @@ async def is_open(db: MyPilotDB) -> bool:
     return True
 
 
-async def test_a_downtime_stops_submissions_from_its_drain_on_and_opens_again_by_itself(
-    db: MyPilotDB, time: Clock
-) -> None:
+async def test_a_downtime_stops_submissions_from_its_drain_to_its_end(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 50, 1.0)
     await plan(db, 10, 12, drain_hours=4)
     assert await is_open(db)
@@ -65,7 +64,7 @@ async def test_a_downtime_stops_submissions_from_its_drain_on_and_opens_again_by
     assert [each.ce_name for each in await logic.list_downtimes(db, past=True)] == ["ce"]
 
 
-async def test_who_is_refused_for_a_downtime_is_told_what_ends_it(db: MyPilotDB, time: Clock) -> None:
+async def test_a_refusal_for_a_downtime_names_the_remedy(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 50, 1.0)
     number = await plan(db, 1, 2, drain_hours=4)
     with pytest.raises(CEPausedError, match=f"`gubbins ce downtime remove {number}` ends it$") as caught:
@@ -75,7 +74,7 @@ async def test_who_is_refused_for_a_downtime_is_told_what_ends_it(db: MyPilotDB,
     assert await is_open(db)
 
 
-async def test_of_downtimes_that_overlap_the_last_end_counts(db: MyPilotDB, time: Clock) -> None:
+async def test_overlapping_downtimes_end_with_the_last_one(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 50, 1.0)
     long = await plan(db, -1, 5)
     await plan(db, -1, 2)
@@ -97,7 +96,7 @@ async def test_of_downtimes_that_overlap_the_last_end_counts(db: MyPilotDB, time
         (1, 2, 24 * 400, "drained for 0 seconds"),
     ],
 )
-async def test_a_downtime_that_makes_no_sense_is_refused(
+async def test_invalid_times_of_a_downtime_are_refused(
     sqlite_db: MyPilotDB, start: float, end: float, drain: float, said: str
 ) -> None:
     await sqlite_db.add_ce("ce", 50, 1.0)
@@ -129,14 +128,14 @@ async def test_unknown_names_and_empty_reasons_are_refused(sqlite_db: MyPilotDB)
         ("2026-12-01T08:00Z", datetime(2026, 12, 1, 8, tzinfo=UTC)),
     ],
 )
-def test_times_are_utc_unless_they_say_otherwise(text: str, moment: datetime) -> None:
+def test_times_are_utc_by_default(text: str, moment: datetime) -> None:
     assert parse_moment(text) == moment
 
 
 @pytest.mark.parametrize(
     "text", ["", "tomorrow", "2026-13-01", "0001-01-01T00:00+14:00", "9999-12-31T23:59-14:00", "x" * 9999]
 )
-def test_what_is_no_time_is_refused_in_one_short_line(text: str) -> None:
+def test_an_invalid_time_is_an_error_of_one_line(text: str) -> None:
     with pytest.raises(ValueError, match="is no time like") as caught:
         parse_moment(text)
     assert len(str(caught.value)) < 150
@@ -152,7 +151,7 @@ async def test_a_vo_sees_the_downtimes_of_the_compute_elements_that_serve_it(sql
         await logic.list_downtimes(sqlite_db, "theirs", "lhcb")
 
 
-async def test_there_are_no_alarms_during_a_downtime_and_for_what_ended_in_it(
+async def test_there_are_no_alerts_during_a_downtime_and_for_pilots_that_ended_in_it(
     sqlite_db: MyPilotDB, time: Clock
 ) -> None:
     db = sqlite_db
@@ -178,9 +177,7 @@ async def resource_status_db(
     if request.param == "mariadb":
         request.getfixturevalue("mariadb_server")
     database = ResourceStatusDB(await empty_database(request.param))
-    async with database.engine_context():
-        async with database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
+    async with with_tables(database):
         yield database
 
 
@@ -196,7 +193,7 @@ async def say(db: ResourceStatusDB, name: str, status: str, vo: str = "all", *, 
         await db.conn.execute(insert(table).values({**row, **times}))
 
 
-async def test_what_diracx_has_banned_is_down_until_that_is_over(
+async def test_a_ban_in_diracx_is_a_downtime_until_it_ends(
     sqlite_db: MyPilotDB, resource_status_db: ResourceStatusDB, time: Clock
 ) -> None:
     db = sqlite_db
@@ -229,7 +226,7 @@ async def test_what_diracx_has_banned_is_down_until_that_is_over(
 
 @pytest.mark.parametrize(("status", "vo"), [("banned", "ALL"), ("ERROR", "All"), ("Banned", "")])
 @pytest.mark.parametrize("site", [True, False])
-async def test_what_others_have_written_in_their_way_counts_too(
+async def test_statuses_of_dirac_are_matched_without_regard_to_case(
     sqlite_db: MyPilotDB, resource_status_db: ResourceStatusDB, status: str, vo: str, site: bool
 ) -> None:
     await sqlite_db.add_ce("a", 5, 1.0, rules={"site": "LCG.A.org"})
@@ -237,7 +234,7 @@ async def test_what_others_have_written_in_their_way_counts_too(
     assert await logic.import_downtimes(sqlite_db, resource_status_db) == {"a": f"{status} in DiracX: burning"}
 
 
-async def test_what_is_banned_for_one_vo_is_no_downtime_and_without_that_database_nothing_is_imported(
+async def test_a_ban_for_one_vo_is_not_a_downtime(
     sqlite_db: MyPilotDB, resource_status_db: ResourceStatusDB
 ) -> None:
     await sqlite_db.add_ce("a", 5, 1.0)

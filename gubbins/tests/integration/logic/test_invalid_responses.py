@@ -20,7 +20,7 @@ RUNNING = Observed.RUNNING
 ACCEPTED = SubmitOutcome(reference="job.1")
 RULES = {"breaker_failures": 2}
 Answer = Callable[[str], Any]
-"""Makes the whole response to a poll of the pilot with this stamp."""
+"""Make a response to a poll."""
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ async def a_poll_counts_and_the_others_move_on(
         (broken_off, "its back end was cancelled"),
     ],
 )
-async def test_a_nonsensical_poll_counts_against_its_ce_and_the_pilots_of_the_others_move_on(
+async def test_an_invalid_poll_response_is_a_failure_of_its_ce_only(
     sqlite_db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
 ) -> None:
     await a_poll_counts_and_the_others_move_on(sqlite_db, scripted, answer_with, answer, said)
@@ -112,13 +112,13 @@ async def test_a_nonsensical_poll_counts_against_its_ce_and_the_pilots_of_the_ot
         (lambda stamp: {stamp: Observation(RUNNING, None, "job\ud800")}, r"'job\ud800' in place of the reference"),
     ],
 )
-async def test_a_reference_that_no_database_keeps_counts_against_its_ce_and_the_pilots_of_the_others_move_on(
+async def test_an_invalid_reference_is_a_failure_of_its_ce_only(
     db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
 ) -> None:
     await a_poll_counts_and_the_others_move_on(db, scripted, answer_with, answer, said)
 
 
-async def test_a_reference_of_255_characters_is_kept(db: MyPilotDB, scripted: Any, answer_with: Any) -> None:
+async def test_a_reference_of_255_characters_is_stored(db: MyPilotDB, scripted: Any, answer_with: Any) -> None:
     await db.add_ce("mad", 9, 1.0, backend="scripted")
     pilots = [await db.submit_pilot("mad", "lhcb")]
     answer_with("poll", lambda stamp: {stamp: Observation(RUNNING, None, "ü" * 255)})
@@ -190,7 +190,7 @@ async def test_the_error_of_a_submission_is_readable_for_any_text(
         (lambda stamp: {stamp: SubmitOutcome(error=7)}, "invalid response: 7 in place of a reason"),
     ],
 )
-async def test_after_a_nonsensical_submission_the_checks_find_out_and_the_site_is_not_hammered(
+async def test_an_invalid_submission_response_keeps_the_slot_and_opens_the_circuit(
     sqlite_db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
 ) -> None:
     db = sqlite_db
@@ -235,7 +235,7 @@ async def test_a_connection_that_cannot_be_closed_does_not_discard_the_response(
     for call in CECall:
         assert await breaker_state(sqlite_db, call, "ce") == ("closed", 0, "None")
     words = "no end within 0.01 s" if hangs else "reset by peer"
-    assert f"Cannot give back the connections to ce: {words}" in caplog.text
+    assert f"Cannot close the connections to ce: {words}" in caplog.text
 
 
 async def test_an_error_while_closing_does_not_hide_the_first_error(
@@ -251,17 +251,17 @@ async def test_an_error_while_closing_does_not_hide_the_first_error(
     assert (await breaker_state(sqlite_db, CECall.STATUS, "ce"))[2] == "no route to host"
 
 
-async def test_why_the_settings_give_a_vo_no_pilots_is_kept_as_one_line_of_limited_length(
+async def test_the_reason_why_settings_do_not_support_a_vo_is_stored_as_one_short_line(
     db: MyPilotDB, scripted: Any, install_backend: Any
 ) -> None:
     class Unwilling(scripted):  # type: ignore[misc]  # a class that a fixture made
-        def why_not(self, vo: str) -> str:
+        def unsupported_reason(self, vo: str) -> str:
             return f"no token\0 of {vo}:\n\ud800" + "x" * 100_000
 
     install_backend("unwilling", Unwilling)
     await db.add_ce("ce", 9, 1.0, backend="unwilling")
     with pytest.raises(CERefusedError, match="no token of lhcb: x"):
         await logic.submit_pilot(db, "ce", "lhcb")
-    said = (await db.get_ce("ce"))["last_error"]
-    assert said.startswith("no token of lhcb: x")
-    assert len(said) <= 1024
+    message = (await db.get_ce("ce"))["last_error"]
+    assert message.startswith("no token of lhcb: x")
+    assert len(message) <= 1024

@@ -1,4 +1,4 @@
-"""Submissions that came through after a check had given them up: they are real, and followed to their end."""
+"""Pilots accepted after their slot was released are restored and cancelled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-from pilot_requests import request_pilots
+from support.pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -38,7 +38,7 @@ async def release(db: MyPilotDB) -> int:
     return await db.release_pilots([row.pilot_id for row in await db.get_active_pilots(vo="lhcb")])
 
 
-async def test_a_pilot_that_came_through_too_late_is_followed_and_cancelled_until_it_is_gone(
+async def test_a_pilot_accepted_after_its_release_is_restored_and_cancelled(
     db: MyPilotDB, scripted: Any, meanwhile: Meanwhile
 ) -> None:
     await db.add_ce("ce", 3, 1.0, backend="scripted")
@@ -62,7 +62,7 @@ async def test_a_pilot_that_came_through_too_late_is_followed_and_cancelled_unti
     assert await logic.count_illegal_histories(db) == 0
 
 
-async def test_a_late_pilot_takes_a_slot_beyond_the_capacity_and_a_warning_says_so(
+async def test_a_pilot_accepted_after_its_release_takes_a_slot_beyond_the_capacity(
     db: MyPilotDB, scripted: Any, meanwhile: Meanwhile, caplog: pytest.LogCaptureFixture
 ) -> None:
     await db.add_ce("ce", 1, 1.0, backend="scripted")
@@ -88,7 +88,7 @@ async def test_a_late_pilot_takes_a_slot_beyond_the_capacity_and_a_warning_says_
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_a_repeated_submission_that_was_faster_is_the_pilot(
+async def test_a_faster_repeated_submission_is_the_pilot(
     db: MyPilotDB, scripted: Any, meanwhile: Meanwhile, same: bool
 ) -> None:
     await db.add_ce("ce", 1, 1.0, backend="scripted")

@@ -1,4 +1,4 @@
-"""A site that answers and does not list our pilots is not flooded with more of them."""
+"""Missing pilots: a site that does not list our pilots gets no replacements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 from diracx.tasks.operations.health import Severity
-from moving_clock import Clock
+from support.moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import CESettings
@@ -19,7 +19,7 @@ from gubbins.logic import my_pilots as logic
 
 
 class Forgetful(CEBackend[CESettings]):
-    """A site that takes every pilot and lists those that it is told to list, as they are."""
+    """A site that accepts every pilot, and lists selected ones in their state."""
 
     Settings = CESettings
     submitted: ClassVar[list[str]] = []
@@ -52,17 +52,19 @@ def site(monkeypatch: pytest.MonkeyPatch, install_backend: Any) -> type[Forgetfu
     return Forgetful
 
 
-async def cycle(db: MyPilotDB, time: Clock) -> int:
-    """One round of submissions and one check; the number of pilots submitted."""
-    asked = (await logic.request_pilots(db, "lhcb", vos=["lhcb"])).get("ce", [])
-    for stamp in asked:
+async def cycle(db: MyPilotDB, time: Clock, *, report: bool = False) -> int:
+    """One round of submissions, with reports of started pilots, and one check; the number of pilots submitted."""
+    requests = (await logic.request_pilots(db, "lhcb", vos=["lhcb"])).get("ce", [])
+    for stamp in requests:
         await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
+    for pilot in await db.get_pilots_by_status(MyPilotStatus.SUBMITTED, "lhcb") if report else ():
+        await db.update_pilot_status(pilot["pilot_id"], MyPilotStatus.RUNNING)
     await logic.transition_pilot_states(db, "lhcb")
     time.at += timedelta(minutes=10)
-    return len(asked)
+    return len(requests)
 
 
-async def test_a_site_that_lists_none_of_our_pilots_gets_no_second_set_in_a_day(
+async def test_a_site_that_lists_no_pilots_gets_no_replacements(
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 10, 1.0, backend="forgetful")
@@ -72,11 +74,11 @@ async def test_a_site_that_lists_none_of_our_pilots_gets_no_second_set_in_a_day(
     # They have been taken for lost, and what stops the submissions is still told.
     (ce,) = await logic.list_ces(sqlite_db)
     assert ce["active"] == 0
-    assert "10 pilots in a row that it does not list" in ce["last_error"]
+    assert "10 pilots that it does not list" in ce["last_error"]
     (alert,) = find_alerts([ce], {})
     assert (alert.check, alert.severity, alert.count) == ("ce_pilots_missing", Severity.CRITICAL, 10)
     assert ce["last_error"] in alert.summary
-    with pytest.raises(CEPausedError, match="10 pilots in a row that it does not list"):
+    with pytest.raises(CEPausedError, match="10 pilots that it does not list"):
         await logic.submit_pilot(sqlite_db, "ce", "lhcb")
     # An operator who has mended it says so, and pilots that are seen leave it open.
     await logic.set_ce_enabled(sqlite_db, "ce", True)
@@ -87,7 +89,16 @@ async def test_a_site_that_lists_none_of_our_pilots_gets_no_second_set_in_a_day(
     assert find_alerts([ce], {}) == []
 
 
-async def test_a_small_site_is_stopped_as_well_and_opens_by_itself_when_pilots_are_found_again(
+async def test_pilots_that_only_reported_themselves_get_no_replacements(
+    sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
+) -> None:
+    await sqlite_db.add_ce("ce", 10, 1.0, backend="forgetful")
+    for _ in range(24 * 6):
+        await cycle(sqlite_db, time, report=True)
+    assert len(site.submitted) == 10
+
+
+async def test_submissions_to_a_small_site_stop_and_continue_when_pilots_reappear(
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 3, 1.0, backend="forgetful", rules={"max_missing": 6})
@@ -98,7 +109,7 @@ async def test_a_small_site_is_stopped_as_well_and_opens_by_itself_when_pilots_a
     for _ in range(2):
         await cycle(sqlite_db, time)
     assert len(site.submitted) == 9
-    await sqlite_db.count_missing("ce", 9, any_seen=False)
+    await sqlite_db.count_never_seen("ce", 6)
     assert await cycle(sqlite_db, time) == 0
     site.listed |= dict.fromkeys(site.submitted[-3:], Observed.DONE)
     for _ in range(4):
@@ -106,7 +117,7 @@ async def test_a_small_site_is_stopped_as_well_and_opens_by_itself_when_pilots_a
     assert len(site.submitted) > 9
 
 
-async def test_where_others_are_seen_a_share_of_missing_ones_stops_submissions(
+async def test_a_fraction_of_missing_pilots_stops_submissions_although_others_are_seen(
     db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await db.add_ce("ce", 12, 1.0, backend="forgetful", rules={"max_missing": 3, "max_missing_share": 0.5})
@@ -116,15 +127,51 @@ async def test_where_others_are_seen_a_share_of_missing_ones_stops_submissions(
     for _ in range(2):
         assert await cycle(db, time) == 0
     (ce,) = await logic.list_ces(db)
-    assert ce["last_error"] == "8 of its 10 pilots are missing: it answers, and does not list them"
+    assert ce["last_error"] == (
+        "it has accepted 7 pilots that it does not list, and lists 2: "
+        "when that is corrected, `gubbins ce enable ce`"
+    )
     assert [(alert.check, alert.count) for alert in find_alerts([ce], {})] == [("ce_pilots_missing", 8)]
-    with pytest.raises(CEPausedError, match="8 of its 10 pilots are missing"):
+    with pytest.raises(CEPausedError, match="7 pilots that it does not list"):
         await logic.submit_pilot(db, "ce", "lhcb")
     counted = await db.get_pilot_summary("lhcb")
     assert counted == {MyPilotStatus.DONE: 2, MyPilotStatus.RUNNING: 2, MyPilotStatus.SUBMITTED: 8}
 
 
-async def test_a_few_missing_pilots_stop_nothing(db: MyPilotDB, site: type[Forgetful], time: Clock) -> None:
+@pytest.mark.parametrize("lists_every", [10, 2])
+@pytest.mark.parametrize("end", [MyPilotStatus.RUNNING, MyPilotStatus.DONE])
+async def test_lost_pilots_that_were_never_seen_do_not_let_submissions_continue(
+    sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock, lists_every: int, end: MyPilotStatus
+) -> None:
+    await sqlite_db.add_ce("ce", 20, 1.0, backend="forgetful")
+    site.lists_every = lists_every
+    for _ in range(24 * 6):
+        await cycle(sqlite_db, time)
+        site.listed |= dict.fromkeys(site.listed, Observed(end.upper()))
+    assert len(site.submitted) == 20
+    listed = 20 // lists_every
+    assert await sqlite_db.get_pilot_summary("lhcb") == {MyPilotStatus.FAILED: 20 - listed, end: listed}
+    (ce,) = await logic.list_ces(sqlite_db)
+    assert ce["missing"] == 0
+    assert "pilots that it does not list" in ce["last_error"]
+    await logic.set_ce_enabled(sqlite_db, "ce", True)
+    assert await cycle(sqlite_db, time) == 20 - ce["active"]
+
+
+async def test_pilots_that_end_properly_outweigh_a_few_that_were_never_seen(
+    sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
+) -> None:
+    await sqlite_db.add_ce("ce", 20, 1.0, backend="forgetful", rules={"max_per_cycle": 4})
+    for number in range(24 * 6):
+        site.lists_every = int(number % 30 > 0)  # four of 120 are never seen
+        await cycle(sqlite_db, time)
+        site.listed |= dict.fromkeys(site.listed, Observed.DONE)
+    assert len(site.submitted) == 4 * 24 * 6
+
+
+async def test_a_few_missing_pilots_do_not_stop_submissions(
+    db: MyPilotDB, site: type[Forgetful], time: Clock
+) -> None:
     await db.add_ce("ce", 40, 1.0, backend="forgetful")
     site.lists_every = 1
     assert await cycle(db, time) == 40
@@ -133,3 +180,8 @@ async def test_a_few_missing_pilots_stop_nothing(db: MyPilotDB, site: type[Forge
     await cycle(db, time)
     await db.set_ce("ce", capacity=45, success_rate=1.0, backend="forgetful")
     assert await cycle(db, time) == 5
+    for stamp in site.submitted[10:30]:
+        del site.listed[stamp]
+    await cycle(db, time)
+    (ce,) = await logic.list_ces(db)
+    assert ce["last_error"] == "30 of its 45 pilots are missing: it answers, and does not list them"

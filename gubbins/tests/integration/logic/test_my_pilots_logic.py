@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pilot_requests import request_pilots
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
+from support.pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -86,9 +86,11 @@ async def _insert_pilots(db: MyPilotDB, vo: str, number: int) -> None:
         )
 
 
-async def test_P62_100_000_pilots_are_checked_within_seconds(db: MyPilotDB, count_statements: Counting) -> None:
-    # All of them on the embedded database, on the servers more than one statement takes.
-    number = 100_000 if db.engine.dialect.name == "sqlite" else 5_000
+async def test_P62_more_pilots_than_parameters_of_a_statement_are_checked_within_seconds(
+    db: MyPilotDB, count_statements: Counting
+) -> None:
+    # On each kind more than one statement takes; SQLite knows 32,766 parameters. `make bench-pilots` has 100,000.
+    number = 40_000 if db.engine.dialect.name == "sqlite" else 5_000
     await db.add_ce("a", 100_000, 0.5)
     await db.add_ce("b", 100_000, 0.5)
     await _insert_pilots(db, "lhcb", number)
@@ -97,7 +99,7 @@ async def test_P62_100_000_pilots_are_checked_within_seconds(db: MyPilotDB, coun
         before = time.process_time()
         with count_statements(db) as statements:
             assert sum((await logic.transition_pilot_states(db, "lhcb")).values()) == number
-        assert time.process_time() - before < 30
+        assert time.process_time() - before < 15
         assert len(statements) <= 12
 
 
@@ -116,7 +118,7 @@ async def test_a_refused_pilot_leaves_no_row_and_the_error_is_recorded_at_the_ce
     assert (await db.get_ce("ce"))["last_error"] is None
 
 
-async def test_a_submission_without_response_keeps_its_slot_until_it_is_known(
+async def test_a_submission_without_response_keeps_its_slot_until_its_state_is_known(
     db: MyPilotDB, scripted: Any
 ) -> None:
     await db.add_ce("ce", 2, 1.0, backend="scripted")
@@ -136,7 +138,7 @@ async def test_a_submission_without_response_keeps_its_slot_until_it_is_known(
     assert (await db.get_pilot(found))["reference"] == "job.7"
 
 
-async def test_not_found_means_unknown_and_never_completed(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_missing_observation_means_unknown_and_never_completed(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 2, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.observations["ce"] = Observation(Observed.RUNNING)
@@ -156,7 +158,7 @@ async def test_not_found_means_unknown_and_never_completed(db: MyPilotDB, script
     assert scripted.forgotten == {pilot["stamp"]: S.FAILED}
 
 
-async def test_a_pilot_that_is_lost_before_it_was_seen_to_run_fails_with_the_true_time(
+async def test_a_pilot_lost_before_it_was_seen_running_fails_with_the_correct_time(
     db: MyPilotDB, scripted: Any
 ) -> None:
     since = datetime.now(tz=UTC) - timedelta(minutes=61)
@@ -174,7 +176,7 @@ async def test_a_pilot_that_is_lost_before_it_was_seen_to_run_fails_with_the_tru
     assert (found["status"], found["missing_since"]) == (S.RUNNING, None)
 
 
-async def test_a_dead_ce_keeps_its_pilots_and_does_not_stop_the_others(db: MyPilotDB, scripted: Any) -> None:
+async def test_an_unavailable_ce_keeps_its_pilots_and_does_not_affect_others(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("dead", 2, 1.0, backend="scripted")
     await db.add_ce("well", 2, 1.0)
     scripted.submissions["dead"] = SubmitOutcome(reference="job.1")
@@ -189,7 +191,7 @@ async def test_a_dead_ce_keeps_its_pilots_and_does_not_stop_the_others(db: MyPil
     assert (await db.get_ce("dead"))["last_error"] is None
 
 
-async def test_cancel_goes_along_the_arrows_and_is_repeated(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_cancellation_follows_the_state_machine_and_is_repeated(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 2, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     pilot_id = await logic.submit_pilot(db, "ce", "lhcb")
@@ -205,7 +207,7 @@ async def test_cancel_goes_along_the_arrows_and_is_repeated(db: MyPilotDB, scrip
         await logic.cancel_pilot(db, pilot_id, by="alice")
 
 
-async def test_submitting_to_nowhere_is_a_submission_error(db: MyPilotDB) -> None:
+async def test_a_submission_to_an_unknown_ce_is_a_submission_error(db: MyPilotDB) -> None:
     with pytest.raises(logic.PilotSubmissionError) as caught:
         await logic.submit_pilot(db, "nowhere", "lhcb")
     assert isinstance(caught.value, UnknownCEError)
@@ -219,7 +221,7 @@ async def test_loading_ces_is_all_or_nothing(db: MyPilotDB) -> None:
     assert await db.list_ces(vo=None) == []
 
 
-async def test_one_vo_asks_for_one_pilot_per_slot_and_not_twice(db: MyPilotDB) -> None:
+async def test_one_vo_requests_one_pilot_per_slot_once(db: MyPilotDB) -> None:
     await db.add_ce("ce", 5, 1.0)
     await logic.submit_pilot(db, "ce", "lhcb")
     stamps = (await logic.request_pilots(db, "lhcb", vos=["lhcb"]))["ce"]
@@ -230,19 +232,19 @@ async def test_one_vo_asks_for_one_pilot_per_slot_and_not_twice(db: MyPilotDB) -
     assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 3}
 
 
-async def test_the_first_vo_leaves_room_for_the_others(db: MyPilotDB) -> None:
+async def test_the_first_vo_leaves_slots_for_the_others(db: MyPilotDB) -> None:
     await db.add_ce("ce", 6, 1.0)
     await db.add_ce("own", 4, 1.0, vos=["b"])
     vos = ["a", "b", "c"]
-    asked = [await request_pilots(db, vo, vos=vos) for vo in vos]
-    assert asked == [{"ce": 2}, {"ce": 2, "own": 4}, {"ce": 2}]
+    requests = [await request_pilots(db, vo, vos=vos) for vo in vos]
+    assert requests == [{"ce": 2}, {"ce": 2, "own": 4}, {"ce": 2}]
 
 
-async def test_P60_concurrent_rounds_never_ask_for_more_than_there_is_room(db: MyPilotDB) -> None:
+async def test_P60_concurrent_rounds_never_request_more_pilots_than_free_slots(db: MyPilotDB) -> None:
     await db.add_ce("ce", 7, 1.0)
     vos = [f"vo{i}" for i in range(6)]
-    asked = await asyncio.gather(*(request_pilots(db, vo, vos=vos) for vo in vos))
-    assert sum(round_.get("ce", 0) for round_ in asked) <= 7
+    requests = await asyncio.gather(*(request_pilots(db, vo, vos=vos) for vo in vos))
+    assert sum(round_.get("ce", 0) for round_ in requests) <= 7
 
 
 async def test_history_has_one_row_per_state(db: MyPilotDB) -> None:

@@ -1,4 +1,4 @@
-"""Output of pilots is fetched at their end, before their site deletes it, and kept for a while."""
+"""Collection, storage and expiry of the output of pilots."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_output_that_cannot_be_fetched_is_retried_and_then_abandoned(db: M
 
 
 @pytest.mark.parametrize("invalid", [None, "hello", PilotOutput("hello", None)])  # type: ignore[arg-type]
-async def test_output_that_is_none_is_given_up_like_one_that_cannot_be_had_and_keeps_back_no_other(
+async def test_invalid_output_is_abandoned_like_unavailable_output_and_delays_no_other(
     sqlite_db: MyPilotDB, writing: Any, invalid: Any
 ) -> None:
     [pilot], _ = await ended(sqlite_db, writing), await ended(sqlite_db, writing, ce="well")
@@ -111,7 +111,7 @@ async def test_the_reason_for_missing_output_is_readable_for_any_text(db: MyPilo
         await logic.get_pilot_output(db, pilot)
 
 
-async def test_a_site_that_has_no_output_is_not_asked_twice(db: MyPilotDB, writing: Any) -> None:
+async def test_output_that_a_site_does_not_have_is_requested_once(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing)
     writing.outputs["ce"] = OutputUnavailableError("x", "purged")
     assert await logic.collect_outputs(db, "lhcb") == 1
@@ -121,14 +121,16 @@ async def test_a_site_that_has_no_output_is_not_asked_twice(db: MyPilotDB, writi
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("all", 2), ("failed", 1), ("none", 0)])
-async def test_a_rule_says_whose_output_is_kept(db: MyPilotDB, writing: Any, keep: str, kept: int) -> None:
+async def test_the_rule_keep_output_selects_pilots_by_final_state(
+    db: MyPilotDB, writing: Any, keep: str, kept: int
+) -> None:
     await ended(db, writing, (Observed.DONE, Observed.FAILED), keep_output=keep)
     assert len(writing.forgotten) == 2 - kept
     assert await logic.collect_outputs(db, "lhcb") == kept
     assert len(writing.forgotten) == 2
 
 
-async def test_a_banned_site_is_not_asked_for_output_either(db: MyPilotDB, writing: Any) -> None:
+async def test_output_is_not_fetched_from_a_banned_ce(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing)
     await db.ban_ce("ce", reason=None)
     assert await logic.collect_outputs(db, "lhcb") == 0
@@ -138,7 +140,7 @@ async def test_a_banned_site_is_not_asked_for_output_either(db: MyPilotDB, writi
     assert await logic.collect_outputs(db, "lhcb") == 1
 
 
-async def test_files_kept_long_enough_are_deleted(db: MyPilotDB, writing: Any) -> None:
+async def test_expired_output_is_deleted(db: MyPilotDB, writing: Any) -> None:
     [pilot] = await ended(db, writing, keep_output_seconds=60)
     await logic.collect_outputs(db, "lhcb")
     assert await db.prune_outputs() == 0
@@ -175,7 +177,7 @@ async def test_a_site_that_times_out_gets_no_further_calls_in_that_round(
     assert writing.calls.count(("slow", "output")) == 3 * 8, "then its circuit is open"
 
 
-async def test_a_site_that_took_its_time_is_asked_again_in_the_next_round(
+async def test_a_slow_site_is_called_again_in_the_next_round(
     sqlite_db: MyPilotDB, writing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = sqlite_db
@@ -227,7 +229,7 @@ async def test_output_is_compressed_in_a_thread_before_the_transaction(
     assert seen == [(False, False)] * 2
 
 
-async def test_the_collecting_task_fetches_real_output_and_then_tidies_up(db: MyPilotDB, tmp_path: Path) -> None:
+async def test_the_collecting_task_fetches_output_and_cleans_up(db: MyPilotDB, tmp_path: Path) -> None:
     settings = {"directory": str(tmp_path / "ce"), "default_script": "echo out; echo err >&2", "keep": "none"}
     await db.add_ce("ce", 1, 1.0, backend="local", settings=settings)
     pilot = await logic.submit_pilot(db, "ce", "lhcb")
@@ -242,7 +244,7 @@ async def test_the_collecting_task_fetches_real_output_and_then_tidies_up(db: My
     assert not (tmp_path / "ce" / stamp).exists()
 
 
-async def test_the_pilot_registry_gets_it_in_ascii_where_the_rules_say_so_and_of_much_the_last_part(
+async def test_the_pilot_registry_gets_the_end_of_the_output_in_ascii_if_a_rule_says_so(
     db: MyPilotDB, registry: PilotAgentsDB, writing: Any
 ) -> None:
     writing.outputs["shown"] = PilotOutput("\0hello", "first" + "🚀" * 40_000)

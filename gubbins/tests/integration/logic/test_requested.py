@@ -1,4 +1,4 @@
-"""Requested pilots: one call for all that wait at a compute element, and each task finds its own."""
+"""Batches of requested pilots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Answer = Callable[[Sequence[PilotAtCE]], Mapping[str, SubmitOutcome]]
 
 
 class Site:
-    """The compute element, and what was submitted by each call."""
+    """The compute element, and the pilots of each call."""
 
     def __init__(self) -> None:
         self.calls: list[list[PilotAtCE]] = []
@@ -68,10 +68,10 @@ async def stamps_held(db: MyPilotDB) -> set[str]:
     return {row.stamp for vo in VOS for row in await db.get_active_pilots(vo=vo)}
 
 
-async def test_the_first_task_submits_for_all_that_wait_and_the_others_find_theirs(
+async def test_the_first_task_submits_all_requests_and_the_others_return_their_outcomes(
     db: MyPilotDB, site: Site
 ) -> None:
-    asked = await requested(db, 100)
+    requests = await requested(db, 100)
     statements = 0
 
     def count(*_: object) -> None:
@@ -79,13 +79,15 @@ async def test_the_first_task_submits_for_all_that_wait_and_the_others_find_thei
         statements += 1
 
     event.listen(db.engine.sync_engine, "before_cursor_execute", count)
-    pilots = [await submit(db, stamp, vo) for stamp, vo in asked]
-    assert statements < 2 * len(asked)
-    assert [sorted(pilot.stamp for pilot in call) for call in site.calls] == [sorted(stamp for stamp, _ in asked)]
-    assert {(pilot.stamp, pilot.vo) for pilot in site.calls[0]} == set(asked)
+    pilots = [await submit(db, stamp, vo) for stamp, vo in requests]
+    assert statements < 2 * len(requests)
+    assert [sorted(pilot.stamp for pilot in call) for call in site.calls] == [
+        sorted(stamp for stamp, _ in requests)
+    ]
+    assert {(pilot.stamp, pilot.vo) for pilot in site.calls[0]} == set(requests)
     assert not any(pilot.maybe_submitted for pilot in site.calls[0])
-    assert len(set(pilots)) == len(asked) == 100
-    for (stamp, vo), pilot_id in zip(asked, pilots, strict=True):
+    assert len(set(pilots)) == len(requests) == 100
+    for (stamp, vo), pilot_id in zip(requests, pilots, strict=True):
         pilot = await db.get_pilot(pilot_id)
         assert (pilot["stamp"], pilot["vo"], pilot["reference"]) == (stamp, vo, f"job.{stamp}")
         assert [step["status"] for step in pilot["history"]] == [MyPilotStatus.SUBMITTED]
@@ -93,68 +95,68 @@ async def test_the_first_task_submits_for_all_that_wait_and_the_others_find_thei
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 100])
-async def test_a_call_has_no_more_than_max_batch_and_the_own_one_whatever_waits_before_it(
+async def test_a_call_has_at_most_max_batch_pilots_including_the_own_one(
     db: MyPilotDB, site: Site, max_batch: int
 ) -> None:
-    asked = await requested(db, 10, rules={"max_batch": max_batch})
-    for stamp, vo in reversed(asked):
+    requests = await requested(db, 10, rules={"max_batch": max_batch})
+    for stamp, vo in reversed(requests):
         assert isinstance(await submit(db, stamp, vo), int)
     assert [len(call) for call in site.calls] == {1: [1] * 10, 4: [4, 4, 2], 100: [10]}[max_batch]
-    assert await stamps_held(db) == {stamp for stamp, _ in asked}
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}
 
 
-async def test_a_site_that_refuses_half_of_a_call_refuses_these_and_no_others(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 8)
-    bad = {stamp for stamp, _ in asked[::2]}
+async def test_a_partial_refusal_concerns_only_the_refused_pilots(db: MyPilotDB, site: Site) -> None:
+    requests = await requested(db, 8)
+    bad = {stamp for stamp, _ in requests[::2]}
     site.answer = lambda pilots: {
         p.stamp: SubmitOutcome(error="no more of you") if p.stamp in bad else SubmitOutcome(f"job.{p.stamp}")
         for p in pilots
     }
-    for stamp, vo in asked:
+    for stamp, vo in requests:
         outcome = await submit(db, stamp, vo)
         assert isinstance(outcome, CERefusedError if stamp in bad else int)
         assert stamp not in bad or "no more of you" in str(outcome)
     assert len(site.calls) == 1
-    assert await stamps_held(db) == {stamp for stamp, _ in asked} - bad
+    assert await stamps_held(db) == {stamp for stamp, _ in requests} - bad
     ce = await db.get_ce("ce")
     assert ce["circuits"][CECall.SUBMIT]["failures"] == 0, "it works"
     assert ce["last_error"] == "no more of you"
     # A refusal is told once; nothing is left of it.
-    assert [await submit(db, stamp, vo) for stamp, vo in asked if stamp in bad] == [None] * 4
+    assert [await submit(db, stamp, vo) for stamp, vo in requests if stamp in bad] == [None] * 4
     assert sum(map(len, (await logic.request_pilots(db, "lhcb", vos=["lhcb"])).values())) == 4
 
 
-async def test_a_call_that_fails_is_one_failure_and_not_repeated_by_those_behind_it(
+async def test_a_failed_call_is_one_failure_and_is_not_repeated_by_the_other_tasks(
     db: MyPilotDB, site: Site, scripted: Any
 ) -> None:
-    asked = await requested(db, 6)
+    requests = await requested(db, 6)
 
     def broken(_: object) -> Any:
         raise ConnectionError("connection reset by peer")
 
     site.answer = broken
-    for stamp, vo in asked:
+    for stamp, vo in requests:
         outcome = await submit(db, stamp, vo)
         assert isinstance(outcome, CERefusedError)
         assert "connection reset by peer; the next checks will find out" in str(outcome)
     assert len(site.calls) == 1
     assert (await db.get_ce("ce"))["circuits"][CECall.SUBMIT]["failures"] == 1
-    assert await stamps_held(db) == {stamp for stamp, _ in asked}, "nobody knows: they keep their slots"
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}, "nobody knows: they keep their slots"
     scripted.observations["ce"] = Observation(Observed.WAITING, reference="job.1")
     for vo in VOS:
         await logic.transition_pilot_states(db, vo)
-    found = [await submit(db, stamp, vo) for stamp, vo in asked]
+    found = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert all(isinstance(each, int) for each in found)
     assert [(await db.get_pilot(each))["last_error"] for each in found] == [None] * 6
 
 
-async def test_a_quota_is_no_failure_and_ends_the_requests_beyond_it(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 6)
+async def test_a_quota_is_not_a_failure_and_refuses_the_pilots_beyond_it(db: MyPilotDB, site: Site) -> None:
+    requests = await requested(db, 6)
     site.answer = lambda pilots: {
         p.stamp: SubmitOutcome(f"job.{p.stamp}") if at < 2 else SubmitOutcome(error="QOSMaxSubmitJob", quota=True)
         for at, p in enumerate(pilots)
     }
-    outcomes = [await submit(db, stamp, vo) for stamp, vo in asked]
+    outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert [type(outcome) for outcome in outcomes if not isinstance(outcome, int)] == [CEQuotaError] * 4
     assert len(site.calls) == 1
     ce = await db.get_ce("ce")
@@ -167,31 +169,58 @@ async def test_a_quota_is_no_failure_and_ends_the_requests_beyond_it(db: MyPilot
     assert [len(call) for call in site.calls] == [6, 1]
 
 
-async def test_an_answer_that_leaves_one_out_says_nothing_about_that_one(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 3)
-    site.answer = lambda pilots: {p.stamp: SubmitOutcome("job") for p in pilots if p.stamp != asked[1][0]}
-    outcomes = [await submit(db, stamp, vo) for stamp, vo in asked]
+async def test_a_response_without_an_outcome_of_a_pilot_leaves_its_state_unknown(
+    db: MyPilotDB, site: Site
+) -> None:
+    requests = await requested(db, 3)
+    site.answer = lambda pilots: {p.stamp: SubmitOutcome("job") for p in pilots if p.stamp != requests[1][0]}
+    outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert [type(each) for each in outcomes] == [int, CERefusedError, int]
     assert "the next checks will find out" in str(outcomes[1])
-    assert await stamps_held(db) == {stamp for stamp, _ in asked}
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_outcomes_known_before_an_error_or_the_time_limit_are_kept(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    async def submit_all(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
+        async def submit_one(pilot: PilotAtCE) -> Mapping[str, SubmitOutcome]:
+            if pilot.stamp == requests[0][0]:
+                if silent:
+                    await asyncio.Event().wait()
+                raise ConnectionError("connection reset by peer")
+            return {pilot.stamp: SubmitOutcome(f"job.{pilot.stamp}")}
+
+        return await self.gather_outcomes(submit_one, pilots, at_once=2)
+
+    monkeypatch.setattr(scripted, "submit", submit_all)
+    requests = await requested(db, 6, rules={"timeout_seconds": 0.5})
+    outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
+    assert [type(each) for each in outcomes] == [CERefusedError, *[int] * 5]
+    reason = "no answer within 0.5 s" if silent else "connection reset by peer"
+    assert f"{reason}; the next checks will find out" in str(outcomes[0])
+    ce = await db.get_ce("ce")
+    assert ce["circuits"][CECall.SUBMIT]["failures"] == 0
+    assert reason in ce["last_error"]
 
 
 async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 5)
-    bad = asked[1][0]
+    requests = await requested(db, 5)
+    bad = requests[1][0]
     site.answer = lambda pilots: {
         p.stamp: SubmitOutcome(error="no") if p.stamp == bad else SubmitOutcome(f"job.{p.stamp}") for p in pilots
     }
-    first = await submit(db, *asked[0])
+    first = await submit(db, *requests[0])
     requested_module._outcomes.clear()  # as in another process
-    outcomes = [first, *[await submit(db, stamp, vo) for stamp, vo in asked[1:]]]
+    outcomes = [first, *[await submit(db, stamp, vo) for stamp, vo in requests[1:]]]
     assert [type(outcome) for outcome in outcomes] == [int, CERefusedError, int, int, int]
     assert len(site.calls) == 1
     assert await db.find_submission(bad) is None, "a refusal is told once"
 
 
-async def test_what_a_dead_worker_has_begun_is_taken_up_by_its_stamps(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 4)
+async def test_submissions_of_a_dead_worker_are_resumed_by_their_stamps(db: MyPilotDB, site: Site) -> None:
+    requests = await requested(db, 4)
     answer = site.answer
 
     def die(_: object) -> Any:
@@ -199,18 +228,18 @@ async def test_what_a_dead_worker_has_begun_is_taken_up_by_its_stamps(db: MyPilo
 
     site.answer = die
     with pytest.raises(asyncio.CancelledError):
-        await submit(db, *asked[0])
+        await submit(db, *requests[0])
     site.answer = answer
-    again = [await submit(db, stamp, vo) for stamp, vo in asked]
+    again = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert len(set(again)) == 4
-    assert await stamps_held(db) == {stamp for stamp, _ in asked}
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}
     assert all(pilot.maybe_submitted for call in site.calls[1:] for pilot in call)
 
 
-async def test_what_has_become_too_many_is_refused_one_by_one(db: MyPilotDB, site: Site) -> None:
-    asked = await requested(db, 6)
+async def test_requests_beyond_the_limits_are_refused_one_by_one(db: MyPilotDB, site: Site) -> None:
+    requests = await requested(db, 6)
     await db.set_ce("ce", capacity=2, success_rate=1.0)
-    outcomes = [await submit(db, stamp, vo) for stamp, vo in asked]
+    outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert [each for each in outcomes if isinstance(each, int)] == outcomes[:2]
     assert outcomes[2:] == [None] * 4
     assert len(await stamps_held(db)) == 2
@@ -219,9 +248,9 @@ async def test_what_has_become_too_many_is_refused_one_by_one(db: MyPilotDB, sit
 
 
 async def test_a_probe_is_a_single_pilot(db: MyPilotDB, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = await requested(db, 4, rules={"breaker_failures": 1, "breaker_pause_seconds": 0.001})
+    requests = await requested(db, 4, rules={"breaker_failures": 1, "breaker_pause_seconds": 0.001})
     site.answer = lambda pilots: {p.stamp: SubmitOutcome(error="no") for p in pilots}
-    assert isinstance(await submit(db, *asked[0]), CERefusedError)
+    assert isinstance(await submit(db, *requests[0]), CERefusedError)
     new = [(stamp, "lhcb") for stamp in await db.add_requests("ce", vo="lhcb", count=3)]
     await asyncio.sleep(0.01)  # the pause
     outcome = await submit(db, *new[0])
@@ -229,21 +258,21 @@ async def test_a_probe_is_a_single_pilot(db: MyPilotDB, site: Site, monkeypatch:
     assert [len(call) for call in site.calls] == [4, 1]
 
 
-async def test_a_vo_that_is_not_served_any_more_holds_up_no_other(db: MyPilotDB, site: Site) -> None:
+async def test_requests_of_a_vo_that_is_not_served_do_not_delay_others(db: MyPilotDB, site: Site) -> None:
     await db.add_ce("ce", 4, 1.0, backend="scripted", vos=["dteam"])
-    asked = [(stamp, vo) for vo in VOS for stamp in await db.add_requests("ce", vo=vo, count=2)]
-    outcomes = {stamp: await submit(db, stamp, vo) for stamp, vo in sorted(asked, key=lambda each: each[1])}
-    for stamp, vo in asked:
+    requests = [(stamp, vo) for vo in VOS for stamp in await db.add_requests("ce", vo=vo, count=2)]
+    outcomes = {stamp: await submit(db, stamp, vo) for stamp, vo in sorted(requests, key=lambda each: each[1])}
+    for stamp, vo in requests:
         assert isinstance(outcomes[stamp], int if vo == "dteam" else PilotSubmissionError)
     assert {pilot.vo for call in site.calls for pilot in call} == {"dteam"}
     assert await db.waiting_requests("ce", at_most=9) == []
 
 
-async def test_however_many_lead_at_once_each_pilot_is_submitted_once(db: MyPilotDB, site: Site) -> None:
+async def test_concurrent_batches_submit_each_pilot_once(db: MyPilotDB, site: Site) -> None:
     """Without the mutex, as when its holder was cut off."""
-    asked = await requested(db, 20, rules={"max_batch": 3})
-    outcomes = await asyncio.gather(*(submit(db, stamp, vo) for stamp, vo in asked))
-    assert await stamps_held(db) == {stamp for stamp, _ in asked}
+    requests = await requested(db, 20, rules={"max_batch": 3})
+    outcomes = await asyncio.gather(*(submit(db, stamp, vo) for stamp, vo in requests))
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}
     assert len({each for each in outcomes if isinstance(each, int)}) <= 20
     new = [pilot.stamp for call in site.calls for pilot in call if not pilot.maybe_submitted]
-    assert sorted(new) == sorted(stamp for stamp, _ in asked)
+    assert sorted(new) == sorted(stamp for stamp, _ in requests)

@@ -101,7 +101,7 @@ async def test_requests_of_vos_with_other_credentials_are_not_submitted_in_the_s
     assert backend.calls == [("submit", ACCOUNTS[vo], [vo]) for vo in VOS]
 
 
-async def test_vos_without_settings_of_their_own_are_combined(
+async def test_vos_without_their_own_settings_are_combined(
     sqlite_db: MyPilotDB, backend: type[AccountBackend]
 ) -> None:
     db = sqlite_db
@@ -111,7 +111,7 @@ async def test_vos_without_settings_of_their_own_are_combined(
     assert backend.calls == [("submit", "shared", sorted(VOS))]
 
 
-def test_what_every_vo_has_of_its_own_needs_no_common_setting() -> None:
+def test_a_setting_of_every_vo_needs_no_common_value() -> None:
     [spec] = parse_ce_file(FILE.replace(", account: shared", "").replace(", gridpp: {}", ""))
     assert spec.vos == ["lhcb", "dteam"]
 
@@ -126,7 +126,7 @@ def test_what_every_vo_has_of_its_own_needs_no_common_setting() -> None:
         ("{lhcb: }", "vos"),
     ],
 )
-def test_a_mistake_in_the_settings_of_a_vo_is_reported_with_its_path(vos: str, path: str) -> None:
+def test_an_error_in_the_settings_of_a_vo_is_reported_with_its_path(vos: str, path: str) -> None:
     document = (
         f"compute_elements: [{{name: ce, capacity: 1, backend: account, settings: {{account: a}}, vos: {vos}}}]"
     )

@@ -1,4 +1,4 @@
-"""Requests of users reach a site a limited number of times, and those for the same output share one call."""
+"""Limits of synchronous calls to sites, and shared fetches of output."""
 
 from __future__ import annotations
 
@@ -57,10 +57,12 @@ async def test_concurrent_requests_for_one_output_share_one_call_and_its_failure
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     calls = SiteCalls()
     site.answer = ConnectionError("gone fishing")
-    asked = [asyncio.create_task(calls.output(sqlite_db, pilot, user=f"user {number}")) for number in range(20)]
+    requested = [
+        asyncio.create_task(calls.output(sqlite_db, pilot, user=f"user {number}")) for number in range(20)
+    ]
     await outputs_asked(site, 1)
     site.gate.set()
-    answers = await asyncio.gather(*asked, return_exceptions=True)
+    answers = await asyncio.gather(*requested, return_exceptions=True)
     assert [type(answer) for answer in answers] == [CEUnavailableError] * 20
     with pytest.raises(CEUnavailableError, match="gone fishing"):  # and those who come a little later
         await calls.output(sqlite_db, pilot, user="late")
@@ -77,7 +79,7 @@ async def test_concurrent_requests_for_one_output_share_one_call_and_its_failure
         ({"process": Limit(1, 100)}, "process"),
     ],
 )
-async def test_a_call_beyond_a_limit_is_refused_at_once_and_says_when_to_come_back(
+async def test_a_call_beyond_a_limit_is_refused_with_the_time_to_wait(
     sqlite_db: MyPilotDB, site: Any, limits: dict[str, Limit], whose: str
 ) -> None:
     pilots = [await logic.submit_pilot(sqlite_db, name, "lhcb") for name in ("one", "one", "two")]
@@ -97,7 +99,7 @@ async def test_a_call_beyond_a_limit_is_refused_at_once_and_says_when_to_come_ba
     assert (await elsewhere)["stdout"] == "out"
 
 
-async def test_a_cancellation_beyond_a_limit_is_noted_and_passed_on_by_the_next_check(
+async def test_a_cancellation_beyond_a_limit_is_recorded_and_sent_by_the_next_check(
     sqlite_db: MyPilotDB, site: Any
 ) -> None:
     pilots = [await logic.submit_pilot(sqlite_db, "one", "lhcb") for _ in range(2)]
@@ -109,7 +111,7 @@ async def test_a_cancellation_beyond_a_limit_is_noted_and_passed_on_by_the_next_
     assert len(set(site.cancelled)) == 2
 
 
-async def test_no_more_output_is_kept_than_the_limit(sqlite_db: MyPilotDB, site: Any) -> None:
+async def test_output_is_truncated_to_the_limit(sqlite_db: MyPilotDB, site: Any) -> None:
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     site.gate.set()
     site.answer = PilotOutput("x" * (OUTPUT_LIMIT_BYTES + 5) + "end", "")
@@ -118,7 +120,7 @@ async def test_no_more_output_is_kept_than_the_limit(sqlite_db: MyPilotDB, site:
     assert shown["stdout"].endswith("end")
 
 
-async def test_few_outputs_are_held_in_memory(sqlite_db: MyPilotDB, site: Any) -> None:
+async def test_the_number_of_outputs_in_memory_is_limited(sqlite_db: MyPilotDB, site: Any) -> None:
     calls = SiteCalls()
     site.gate.set()
     for number in range(50):
@@ -127,7 +129,7 @@ async def test_few_outputs_are_held_in_memory(sqlite_db: MyPilotDB, site: Any) -
     assert len(calls._outputs) <= 16
 
 
-def test_routes_and_pages_reach_sites_through_the_limits_alone() -> None:
+def test_routes_and_pages_call_sites_only_through_the_limits() -> None:
     reaching = re.compile(r"logic\.(submit\w*pilot|cancel_pilot|get_pilot_output|collect_outputs|transition\w+)\b")
     for package in (dashboard, routers):
         for file in Path(package.__file__ or "").parent.glob("*.py"):

@@ -1,4 +1,4 @@
-"""The limits of a compute element hold in the reservation, for every submitter and for many at once."""
+"""Limits of submissions: checked in the reservation, also for concurrent ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pilot_requests import request_pilots
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain import clock
@@ -44,7 +44,7 @@ async def held(db: MyPilotDB, name: str = "ce") -> Counter[tuple[str, MyPilotSta
     per_cycle=LIMITS,
     rounds=st.booleans(),
 )
-async def test_no_rule_is_exceeded_however_many_submit_at_once(
+async def test_no_rule_is_exceeded_by_concurrent_submissions(
     db: MyPilotDB,
     capacity: int,
     shares: list[int],
@@ -62,8 +62,8 @@ async def test_no_rule_is_exceeded_however_many_submit_at_once(
             await logic.submit_pilot(db, name, vo)
 
     async def take_part_in_rounds(vo: str) -> None:
-        asked = await logic.request_pilots(db, vo, vos=VOS, compute_elements=[name])
-        for stamp in asked.get(name, ()):
+        requests = await logic.request_pilots(db, vo, vos=VOS, compute_elements=[name])
+        for stamp in requests.get(name, ()):
             with contextlib.suppress(PilotSubmissionError):
                 await logic.submit_requested_pilot(db, name, vo, stamp=stamp)
 
@@ -87,7 +87,7 @@ async def test_no_rule_is_exceeded_however_many_submit_at_once(
             assert has < Fraction(capacity * shares[index], sum(shares)) + 1
 
 
-async def test_one_vo_does_not_empty_the_slots_of_another(db: MyPilotDB) -> None:
+async def test_one_vo_does_not_take_the_slots_of_another(db: MyPilotDB) -> None:
     await db.add_ce("ce", 8, 1.0, vos=["lhcb", "dteam"], rules={"vos": {"lhcb": {"share": 3}}})
     for vo, part in (("dteam", 2), ("lhcb", 6)):
         for _ in range(part):
@@ -97,7 +97,7 @@ async def test_one_vo_does_not_empty_the_slots_of_another(db: MyPilotDB) -> None
     assert isinstance(refusal.value, NoRoomError)
 
 
-async def test_slots_that_no_other_vo_wants_are_anybodys(db: MyPilotDB) -> None:
+async def test_slots_that_no_other_vo_wants_are_free_for_all(db: MyPilotDB) -> None:
     await db.add_ce("ce", 4, 1.0, vos=["lhcb", "dteam"])
     # dteam asked once, long ago, and has not been heard of since.
     with clock.simulated(lambda: datetime.now(UTC) - timedelta(hours=1)):
@@ -106,11 +106,11 @@ async def test_slots_that_no_other_vo_wants_are_anybodys(db: MyPilotDB) -> None:
         await logic.submit_pilot(db, "ce", "lhcb")
 
 
-async def test_slots_that_a_round_has_granted_another_vo_are_not_to_be_had(db: MyPilotDB) -> None:
+async def test_slots_granted_to_another_vo_are_not_available(db: MyPilotDB) -> None:
     await db.add_ce("ce", 3, 1.0)
     stamps = (await logic.request_pilots(db, "dteam", vos=["dteam"]))["ce"]
     assert len(stamps) == 3
-    with pytest.raises(NoRoomError, match="3 of them by pilots of other VOs"):
+    with pytest.raises(NoRoomError, match="3 of them by requests of other VOs"):
         await logic.submit_pilot(db, "ce", "lhcb")
     pilots = {await logic.submit_requested_pilot(db, "ce", "dteam", stamp=stamp) for stamp in stamps}
     assert len(pilots - {None}) == 3
@@ -118,7 +118,7 @@ async def test_slots_that_a_round_has_granted_another_vo_are_not_to_be_had(db: M
 
 
 @pytest.mark.parametrize("rule", ["max_waiting", "max_per_cycle"])
-async def test_a_refusal_names_the_rule_and_its_number(db: MyPilotDB, rule: str) -> None:
+async def test_a_refusal_names_the_rule_and_its_value(db: MyPilotDB, rule: str) -> None:
     await db.add_ce("ce", 9, 1.0, rules={"vos": {"lhcb": {rule: 2}}})
     for _ in range(2):
         await logic.submit_pilot(db, "ce", "lhcb")
@@ -157,7 +157,7 @@ async def test_a_refused_request_is_deleted_and_holds_no_slot(db: MyPilotDB) -> 
     assert await db.waiting_requests("ce", at_most=9) == []
 
 
-async def test_names_that_no_vo_and_no_compute_element_can_have_are_refused_and_not_repeated(
+async def test_too_long_names_are_refused_and_truncated_in_the_message(
     db: MyPilotDB,
 ) -> None:
     await db.add_ce("ce", 4, 1.0)

@@ -1,4 +1,4 @@
-"""Pilots that wait although there is no job for them any more."""
+"""Cancellation of surplus pilots."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from moving_clock import Clock
-from pilot_requests import request_pilots
+from support.moving_clock import Clock
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.matching import TaskQueue
@@ -65,7 +65,7 @@ async def test_surplus_pilots_are_cancelled_oldest_first_after_the_time_of_the_r
     assert (ended["status"], ended["history"][-1]["reason"]) == (MyPilotStatus.FAILED, pilot["last_error"])
 
 
-async def test_demand_that_comes_back_in_time_keeps_them(db: MyPilotDB, time: Clock) -> None:
+async def test_returning_demand_prevents_the_cancellation(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 20, 1.0, rules=LIMITED, settings=SLOW)
     await ask(db, 0)  # its demand is known from now on
     await db.delete_requests("ce", [stamp for stamp, _ in await db.waiting_requests("ce", at_most=99)])
@@ -88,7 +88,7 @@ async def test_demand_that_comes_back_in_time_keeps_them(db: MyPilotDB, time: Cl
     ],
     ids=["filled", "no such rule", "jobs not known", "filled by this VO"],
 )
-async def test_nothing_is_cancelled_where_no_rule_says_so_or_demand_is_not_known(
+async def test_nothing_is_cancelled_without_the_rule_or_without_known_demand(
     sqlite_db: MyPilotDB, time: Clock, rules: dict[str, Any], jobs: int | None
 ) -> None:
     db = sqlite_db
@@ -101,7 +101,7 @@ async def test_nothing_is_cancelled_where_no_rule_says_so_or_demand_is_not_known
     assert await leaving(db) == []
 
 
-async def test_a_site_at_its_quota_or_closed_loses_its_surplus_too_and_only_of_this_vo(
+async def test_surplus_pilots_of_the_vo_are_cancelled_at_full_and_closed_sites_too(
     sqlite_db: MyPilotDB, time: Clock
 ) -> None:
     db = sqlite_db
@@ -119,7 +119,7 @@ async def test_a_site_at_its_quota_or_closed_loses_its_surplus_too_and_only_of_t
     assert (await logic.get_pilot(db, other))["cancel_requested_at"] is None
 
 
-async def test_pilots_for_which_other_jobs_wait_are_surplus(sqlite_db: MyPilotDB, time: Clock) -> None:
+async def test_pilots_that_the_waiting_jobs_cannot_use_are_surplus(sqlite_db: MyPilotDB, time: Clock) -> None:
     """Jobs for GPUs wait, and the pilots without one find no work."""
     db = sqlite_db
     await db.add_ce("cpu", 20, 1.0, rules=LIMITED | {"trickle": 0}, settings=SLOW)

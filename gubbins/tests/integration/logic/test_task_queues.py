@@ -1,4 +1,4 @@
-"""Demand by matching: pilots for the jobs that they could run, from DiracX's database of task queues."""
+"""Demand by matching of waiting jobs, from DiracX's database of task queues."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from diracx.db.sql import TaskQueueDB
 from diracx.db.sql.task_queue import schema
-from pilot_requests import request_pilots
 from sqlalchemy import insert
+from support.databases import with_tables
+from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.matching import TaskQueue
@@ -32,13 +33,11 @@ TABLES = {
 async def task_queue_db(
     request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]
 ) -> AsyncIterator[TaskQueueDB]:
-    """DiracX's own database, with its own tables, on each kind of server that it knows."""
+    """DiracX's own database with its tables, on each supported kind of server."""
     if request.param == "mariadb":
         request.getfixturevalue("mariadb_server")
     database = TaskQueueDB(await empty_database(request.param))
-    async with database.engine_context():
-        async with database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
+    async with with_tables(database):
         yield database
 
 
@@ -71,7 +70,7 @@ async def ask(db: MyPilotDB, task_queue_db: TaskQueueDB, vo: str = "lhcb") -> di
     )
 
 
-async def test_task_queues_are_read_with_all_that_they_require(task_queue_db: TaskQueueDB) -> None:
+async def test_task_queues_are_read_with_all_requirements(task_queue_db: TaskQueueDB) -> None:
     await add_queue(task_queue_db, 1, jobs=5, cpu=86_400)
     required = {
         "sites": ["LCG.CERN.ch", "LCG.PIC.es"],
@@ -91,22 +90,22 @@ async def test_task_queues_are_read_with_all_that_they_require(task_queue_db: Ta
     assert await logic.read_task_queues(task_queue_db, "gridpp") == []
 
 
-async def test_any_requires_nothing(task_queue_db: TaskQueueDB) -> None:
+async def test_a_task_queue_for_any_site_has_no_requirement(task_queue_db: TaskQueueDB) -> None:
     await add_queue(task_queue_db, 1, jobs=5, sites=["ANY"], platforms=["Any"], job_types=["any"])
     assert await logic.read_task_queues(task_queue_db, "lhcb") == [TaskQueue(5)]
 
 
-async def test_of_very_many_task_queues_those_with_most_jobs_count(
+async def test_of_too_many_task_queues_those_with_most_jobs_are_used(
     task_queue_db: TaskQueueDB, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(waiting_jobs, "MOST_TASK_QUEUES", 2)
+    monkeypatch.setattr(waiting_jobs, "MAX_TASK_QUEUES", 2)
     for number in range(1, 5):
         await add_queue(task_queue_db, number, jobs=number)
     assert await logic.read_task_queues(task_queue_db, "lhcb") == [TaskQueue(4), TaskQueue(3)]
     assert "lhcb has more than 2 task queues" in caplog.text
 
 
-async def test_gpu_jobs_call_no_cpu_pilots(db: MyPilotDB, task_queue_db: TaskQueueDB) -> None:
+async def test_gpu_jobs_do_not_request_cpu_pilots(db: MyPilotDB, task_queue_db: TaskQueueDB) -> None:
     await db.add_ce("cpu", 50, 1.0, rules=JOBS)
     await db.add_ce("gpu", 50, 1.0, rules=JOBS | {"required_tags": ["GPU"]})
     await add_queue(task_queue_db, 1, jobs=7, tags=["GPU"])
@@ -131,7 +130,7 @@ async def test_compute_elements_that_serve_the_same_queue_share_its_jobs(
     assert await ask(db, task_queue_db) == {}, "they are on their way"
 
 
-async def test_a_pilot_that_waits_is_counted_for_the_jobs_that_it_could_run_only(
+async def test_a_waiting_pilot_is_counted_only_for_jobs_that_it_can_run(
     db: MyPilotDB, task_queue_db: TaskQueueDB
 ) -> None:
     await db.add_ce("cpu", 50, 1.0, rules=JOBS | {"trickle": 2})
@@ -146,7 +145,7 @@ async def test_a_pilot_that_waits_is_counted_for_the_jobs_that_it_could_run_only
     assert sum((await ask(db, task_queue_db)).values()) == 2
 
 
-async def test_the_task_reads_task_queues_where_that_database_is_configured(
+async def test_the_task_reads_task_queues_if_that_database_is_configured(
     db: MyPilotDB, task_queue_db: TaskQueueDB
 ) -> None:
     await db.add_ce("cpu", 50, 1.0, rules=JOBS)
@@ -158,7 +157,7 @@ async def test_the_task_reads_task_queues_where_that_database_is_configured(
     assert wanted == {"cpu": False, "big": True}
 
 
-async def test_a_database_of_task_queues_that_is_away_leaves_the_trickle(
+async def test_without_the_database_of_task_queues_only_trickle_pilots_are_requested(
     db: MyPilotDB, caplog: pytest.LogCaptureFixture
 ) -> None:
     await db.add_ce("ce", 20, 1.0, rules={"policy": "waiting_jobs"})

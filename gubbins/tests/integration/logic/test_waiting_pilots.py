@@ -1,4 +1,4 @@
-"""Reasons for waiting are kept, and a pilot that waits or runs for too long is cancelled and says so."""
+"""Waiting reasons, and cancellation of pilots that wait or run for too long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from moving_clock import Clock
+from support.moving_clock import Clock
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -31,7 +31,7 @@ async def submitted(db: MyPilotDB, scripted: Any, time: Clock) -> MyPilotDB:
     return db
 
 
-async def test_what_a_pilot_waits_for_is_shown_until_it_starts(submitted: MyPilotDB, scripted: Any) -> None:
+async def test_the_waiting_reason_is_shown_until_the_pilot_starts(submitted: MyPilotDB, scripted: Any) -> None:
     db = submitted
     assert (await check(db, scripted, Observation(Observed.WAITING)))["waiting_reason"] is None
     assert (await check(db, scripted, HELD))["waiting_reason"] == "Slurm: JobHeldAdmin"
@@ -46,7 +46,7 @@ async def test_what_a_pilot_waits_for_is_shown_until_it_starts(submitted: MyPilo
     assert (started["status"], started["waiting_reason"]) == (MyPilotStatus.RUNNING, None)
 
 
-async def test_a_pilot_that_waits_for_too_long_is_cancelled_and_says_what_for(
+async def test_a_pilot_waiting_for_too_long_is_cancelled_with_the_waiting_reason(
     submitted: MyPilotDB, scripted: Any, time: Clock
 ) -> None:
     db = submitted
@@ -64,8 +64,9 @@ async def test_a_pilot_that_waits_for_too_long_is_cancelled_and_says_what_for(
     assert ended["last_error"] == "cancelled, for it waited longer than 72 h (Slurm: JobHeldAdmin)"
 
 
-async def test_a_pilot_that_runs_for_too_long_is_cancelled_and_says_so(
-    submitted: MyPilotDB, scripted: Any, time: Clock
+@pytest.mark.parametrize("state", [Observed.RUNNING, Observed.WAITING, Observed.NO_NEWS])
+async def test_a_pilot_running_for_too_long_is_cancelled_with_this_reason(
+    submitted: MyPilotDB, scripted: Any, time: Clock, state: Observed
 ) -> None:
     db = submitted
     time.at += timedelta(hours=71)
@@ -73,10 +74,29 @@ async def test_a_pilot_that_runs_for_too_long_is_cancelled_and_says_so(
     time.at += timedelta(hours=24)
     assert (await check(db, scripted, Observation(Observed.RUNNING)))["cancel_requested_at"] is None
     time.at += timedelta(minutes=1)
-    assert (await check(db, scripted, Observation(Observed.NO_NEWS)))["cancel_requested_at"] is None
-    assert (await check(db, scripted, Observation(Observed.RUNNING)))["cancel_requested_at"] is not None
+    assert (await check(db, scripted, Observation(state)))["cancel_requested_at"] is not None
     ended = await check(db, scripted, Observation(Observed.FAILED, "cancelled (exit code 143)"))
     assert ended["last_error"] == "cancelled, for it ran longer than 24 h"
+
+
+async def test_a_started_pilot_that_is_held_shows_the_reason_and_is_cancelled(
+    submitted: MyPilotDB, scripted: Any, time: Clock
+) -> None:
+    db = submitted
+    await check(db, scripted, Observation(Observed.RUNNING))
+    time.at += timedelta(hours=1)
+    held = await check(db, scripted, HELD)
+    assert (held["status"], held["waiting_reason"]) == (MyPilotStatus.RUNNING, "Slurm: JobHeldAdmin")
+    assert (await logic.get_ce(db, "ce"))["waiting"] == {"Slurm: JobHeldAdmin": 1}
+    assert (await check(db, scripted, Observation(Observed.RUNNING)))["waiting_reason"] is None
+    assert (await logic.get_ce(db, "ce"))["waiting"] == {}
+    time.at += timedelta(hours=23)
+    assert (await check(db, scripted, HELD))["cancel_requested_at"] is None
+    time.at += timedelta(minutes=1)
+    assert (await check(db, scripted, HELD))["cancel_requested_at"] is not None
+    ended = await check(db, scripted, Observation(Observed.FAILED, "removed"))
+    assert (ended["status"], ended["waiting_reason"]) == (MyPilotStatus.FAILED, None)
+    assert ended["last_error"] == "cancelled, for it ran longer than 24 h (Slurm: JobHeldAdmin)"
 
 
 async def test_a_cancellation_by_a_user_keeps_its_reason(submitted: MyPilotDB, scripted: Any, time: Clock) -> None:

@@ -1,4 +1,4 @@
-"""The routes, in the real DiracX application: its tokens, its configuration, the real access policy."""
+"""Routes about pilots in the real DiracX application, with its tokens, configuration and access policy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import AuditEntry, read_audit
 from diracx.tasks.web.api import environment
-from hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 from redis.asyncio import Redis
+from support.hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.circuit_breaker import CECall
@@ -140,7 +140,7 @@ def test_P63_unknown_ce_is_404_and_a_full_one_409(client: Any, as_: As) -> None:
     assert summary == {"pilots": by_ce, "totals": {"SUBMITTED": 2}, "reports": {}, "SUBMITTED": 2}
 
 
-def test_a_rule_that_is_against_a_submission_is_named_with_its_number(client: Any, as_: As) -> None:
+def test_a_submission_refused_by_a_rule_names_the_rule_and_its_value(client: Any, as_: As) -> None:
     admin = as_("lhcb", SERVICE_ADMINISTRATOR)
     for rule, status in (("max_waiting", 409), ("max_per_cycle", 429)):
         spec = {"name": rule, "capacity": 9, "rules": {rule: 1}}
@@ -169,7 +169,7 @@ ROUTES: list[tuple[str, str, Any]] = [
 
 
 @on_sqlite
-def test_P63_every_route_wants_a_token_a_known_vo_and_a_property(client: Any, as_: As) -> None:
+def test_P63_every_route_requires_a_token_a_known_vo_and_a_property(client: Any, as_: As) -> None:
     nobody = [None, {"Authorization": "Bearer invalid"}]
     strangers = [as_("unheard-of", SERVICE_ADMINISTRATOR), as_("lhcb", "GenericPilot")]
     for method, path, body in ROUTES:
@@ -183,7 +183,7 @@ def test_P63_every_route_wants_a_token_a_known_vo_and_a_property(client: Any, as
         assert found[5] in (200, 201, 202, 204, 404), path
 
 
-def test_P63_a_vo_sees_and_touches_its_own_pilots_only(client: Any, as_: As) -> None:
+def test_P63_a_vo_can_access_only_its_own_pilots(client: Any, as_: As) -> None:
     pilot_id = client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"]
     theirs, admin = as_("dteam"), as_("dteam", SERVICE_ADMINISTRATOR)
     assert client.get(f"{API}/pilots/{pilot_id}", headers=theirs).status_code == 404
@@ -244,7 +244,7 @@ def test_every_action_is_in_the_audit_log_of_the_task_system(
     ]
     assert entries[0].outcome == "pilot 1 of lhcb"
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", "redis://127.0.0.1:1")
-    environment._of_loop.clear()
+    environment.contexts.clear()
     assert client.post(f"{API}/ces/ce/enable", headers=admin).status_code == 503
     assert client.get(f"{API}/ces/ce", headers=admin).json()["banned_at"] is not None
 
@@ -293,7 +293,7 @@ def test_bad_ces_are_422_and_create_nothing(client: Any, as_: As) -> None:
     assert [ce["name"] for ce in client.get(f"{API}/ces", headers=admin).json()] == ["ce"]
 
 
-def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any, as_: As) -> None:
+def test_a_ce_is_shown_with_its_circuits_and_rules_and_can_be_banned(client: Any, as_: As) -> None:
     admin = as_("lhcb", SERVICE_ADMINISTRATOR)
     spec = {"name": "theirs", "capacity": 1, "vos": ["dteam"], "rules": {"vos": {"dteam": {"share": 2}}}}
     assert client.post(f"{API}/ces", json=spec, headers=admin).status_code == 201
@@ -321,7 +321,7 @@ def test_a_ce_is_shown_with_its_circuits_and_rules_and_may_be_banned(client: Any
         ("/ces", {"name": "new", "capacity": 1, "settings": {"password": "s3cret-word"}}),
     ],
 )
-def test_a_request_that_is_wrong_is_neither_repeated_nor_logged(
+def test_an_invalid_request_is_neither_repeated_in_the_response_nor_logged(
     client: Any, as_: As, caplog: pytest.LogCaptureFixture, path: str, body: Any
 ) -> None:
     answer = client.post(f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
@@ -349,33 +349,31 @@ def test_a_downtime_is_planned_seen_and_removed(client: Any, as_: As) -> None:
     assert client.post(f"{API}/submit/ce", headers=as_()).status_code == 200
 
 
-def test_a_ce_of_another_vo_is_as_unknown_to_a_submission_as_one_that_is_not_there(
-    app: Any, client: Any, as_: As
-) -> None:
+def test_a_submission_to_a_ce_of_another_vo_is_refused_as_unknown(app: Any, client: Any, as_: As) -> None:
     admin = as_("lhcb", SERVICE_ADMINISTRATOR)
     spec = {"name": "theirs", "capacity": 1, "vos": ["dteam"]}
     assert client.post(f"{API}/ces", json=spec, headers=admin).status_code == 201
     breaker = {"failures": 1, "pause_seconds": 60, "max_pause_seconds": 60}
     fail = partial(_database(app).record_failure, "theirs", CECall.STATUS, "no such user", **breaker)
     client.portal.call(fail)
-    told, for_admin = [
+    for_member, for_admin = [
         client.post(f"{API}/submit/theirs", headers=headers).json()["detail"]
         for headers in (as_("dteam"), as_("dteam", SERVICE_ADMINISTRATOR))
     ]
-    assert "its status cannot be read" in told
-    assert ("no such user" in told, "no such user" in for_admin) == (False, True)
+    assert "its status cannot be read" in for_member
+    assert ("no such user" in for_member, "no such user" in for_admin) == (False, True)
     for change in (None, "enable", "disable"):
         if change is not None:
             assert client.post(f"{API}/ces/theirs/{change}", headers=admin).status_code == 204
         unknown, theirs = [client.post(f"{API}/submit/{name}", headers=as_()) for name in ("none", "theirs")]
         assert unknown.status_code == theirs.status_code == 404
         assert theirs.json()["detail"] == unknown.json()["detail"].replace("none", "theirs")
-    told = client.post(f"{API}/submit/theirs", headers=admin)
-    assert told.status_code == 403
-    assert "does not serve" in told.json()["detail"]
+    response = client.post(f"{API}/submit/theirs", headers=admin)
+    assert response.status_code == 403
+    assert "does not serve" in response.json()["detail"]
 
 
-def test_output_is_for_ones_own_vo_and_404_where_there_is_none(client: Any, as_: As) -> None:
+def test_output_is_for_the_own_vo_and_404_if_there_is_none(client: Any, as_: As) -> None:
     pilot = client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"]
     answer = client.get(f"{API}/pilots/{pilot}/output", headers=as_())
     assert answer.status_code == 404
@@ -428,9 +426,11 @@ def _empty(path: Path) -> None:
 
 @on_sqlite
 @pytest.mark.parametrize(
-    ("harm", "says"), [(_empty, "is not initialised"), (_spoil, "is no SQLite database")], ids=["empty", "spoilt"]
+    ("harm", "says"),
+    [(_empty, "is not initialised"), (_spoil, "is not an SQLite database")],
+    ids=["empty", "spoilt"],
 )
-def test_a_database_that_cannot_be_used_is_503_with_the_way_out(
+def test_an_unavailable_database_is_503_with_the_remedy(
     client: Any, app: Any, as_: As, api_db_url: str, harm: Callable[[Path], None], says: str, redis_url: str
 ) -> None:
     client.portal.call(_database(app).engine.dispose)
@@ -450,7 +450,7 @@ def _schema(client: Any) -> dict[str, Any]:
 
 
 @on_sqlite
-def test_no_input_breaks_a_route(app: Any, client: Any, as_: As) -> None:
+def test_any_input_is_handled_by_every_route(app: Any, client: Any, as_: As) -> None:
     from fastapi.testclient import TestClient
 
     quiet = TestClient(app, raise_server_exceptions=False)

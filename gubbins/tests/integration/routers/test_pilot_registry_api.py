@@ -1,4 +1,4 @@
-"""In the real DiracX application its own pilot routes show our pilots, and ours the jobs that ran on them."""
+"""DiracX's own routes about pilots in the real application, and jobs of pilots in ours."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from config_repository import ConfigRepository
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.db.sql import PilotAgentsDB
 from diracx.db.sql.pilots.schema import JobToPilotMapping
-from diracx_application import HOME, make_application, set_environment, token_maker
 from sqlalchemy import insert, text
+from support.config_repository import ConfigRepository
+from support.diracx_application import HOME, make_application, set_environment, token_maker
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
@@ -89,7 +89,7 @@ async def search(client: httpx.AsyncClient, body: Any = None) -> dict[str, dict[
     return {row["PilotStamp"]: row for row in answer.json()}
 
 
-async def test_pilots_are_found_by_diracx_in_the_own_vo_and_by_administrators_in_all(world: World) -> None:
+async def test_diracx_finds_pilots_of_the_own_vo_and_administrators_find_all(world: World) -> None:
     for vo in VOS:
         async with world.as_(vo) as client:
             found = await search(client)
@@ -116,7 +116,7 @@ async def test_diracx_finds_the_pilot_of_a_job(world: World) -> None:
         assert found["Status"] == "Running"
 
 
-async def test_a_pilot_has_its_jobs_and_a_job_its_pilots_of_the_own_vo(world: World) -> None:
+async def test_jobs_of_a_pilot_and_pilots_of_a_job_are_limited_to_the_own_vo(world: World) -> None:
     async with world.as_("lhcb") as client:
         pilot = await client.get(f"/api/my_pilots/pilots/{world.running['lhcb']}")
         assert pilot.json()["jobs"] == [100, 7]
@@ -133,7 +133,7 @@ async def test_a_pilot_has_its_jobs_and_a_job_its_pilots_of_the_own_vo(world: Wo
         assert {item["pilot_id"] for item in page["items"]} == {*world.running.values()}
 
 
-async def test_the_dashboard_has_the_jobs_of_a_pilot_and_the_pilots_of_a_job(world: World) -> None:
+async def test_the_dashboard_shows_jobs_of_a_pilot_and_pilots_of_a_job(world: World) -> None:
     below = "/api/tasks/dashboard"
     async with world.as_("lhcb", OPERATOR) as client:
         await client.post(f"{below}/sign-in", data={"credential": world.token(OPERATOR, vo="lhcb")})
@@ -142,11 +142,11 @@ async def test_the_dashboard_has_the_jobs_of_a_pilot_and_the_pilots_of_a_job(wor
         listed = await client.get(f"{below}/pilots/list", params={"job": "7"})
         assert "1 pilots" in listed.text
         assert f'{below}/pilots/{world.running["dteam"]}"' not in listed.text
-        assert "There are no such pilots" in (await client.get(f"{below}/pilots/list?job=101")).text
+        assert "No pilots match." in (await client.get(f"{below}/pilots/list?job=101")).text
         assert (await client.get(f"{below}/pilots/list?job=x")).status_code == 404
 
 
-async def test_a_registry_that_fails_leaves_pilots_visible_and_says_so_where_it_is_needed(world: World) -> None:
+async def test_an_unavailable_registry_is_an_error_only_for_jobs(world: World) -> None:
     async with world.registry.engine.begin() as connection:
         await connection.execute(text("DROP TABLE JobToPilotMapping"))
     async with world.as_("lhcb") as client:
@@ -160,4 +160,4 @@ async def test_a_registry_that_fails_leaves_pilots_visible_and_says_so_where_it_
     async with world.as_("lhcb", OPERATOR) as client:
         await client.post(f"{below}/sign-in", data={"credential": world.token(OPERATOR, vo="lhcb")})
         assert (await client.get(f"{below}/pilots/{world.running['lhcb']}")).status_code == 200
-        assert "Pilots of a job are not known" in (await client.get(f"{below}/pilots/list?job=7")).text
+        assert "Cannot find the pilots of a job" in (await client.get(f"{below}/pilots/list?job=7")).text

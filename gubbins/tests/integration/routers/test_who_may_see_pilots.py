@@ -1,4 +1,4 @@
-"""Each route about pilots shows each role what docs/reference/who-may-see-what.md says."""
+"""Access of each role to each route about pilots, as in docs/reference/who-may-see-what.md."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from config_repository import ConfigRepository
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.web.api.responses import MAX_BODY_BYTES
-from diracx_application import HOME, set_environment, with_short_streams
+from support.config_repository import ConfigRepository
+from support.diracx_application import HOME, set_environment, with_short_streams
+from support.paths import ROOT
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.pages import PAGES
@@ -27,7 +28,7 @@ from gubbins.domain.circuit_breaker import CECall
 from gubbins.logic.my_pilots import add_downtime
 from gubbins.routers.my_pilots import router
 
-TABLE = Path(__file__).parents[4] / "docs" / "reference" / "who-may-see-what.md"
+TABLE = ROOT / "docs" / "reference" / "who-may-see-what.md"
 API, BELOW = "/api/my_pilots", "/api/tasks/dashboard"
 REFUSED = "\u2013"
 VOS = ("lhcb", "dteam")
@@ -43,12 +44,12 @@ BODIES: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "/report": lambda vo, owner: {},
     "/ces/{ce_name}/downtimes": lambda vo, owner: {"starts_at": START, "ends_at": END, "reason": "new switches"},
 }
-SITE_SAID = "what-the-site-said"
+SITE_ERROR = "what-the-site-said"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A route, and what each role gets."""
+    """A route, and the access of each role."""
 
     method: str
     path: str
@@ -151,7 +152,7 @@ async def world(
         await db.request_cancel(await db.submit_pilot("shared", vo), reason=f"an error of {vo}")
         await db.queue_outputs([pilots[vo]])
         await db.store_outputs([Output(pilots[vo], clock.now(), f"the output of {vo}", "")])
-    await db.record_failure("shared", CECall.STATUS, SITE_SAID, **breaker)
+    await db.record_failure("shared", CECall.STATUS, SITE_ERROR, **breaker)
     set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
@@ -162,7 +163,7 @@ async def world(
 
 
 @pytest.mark.parametrize("role", ROLES)
-async def test_each_role_gets_by_http_what_the_table_says(world: World, role: str) -> None:
+async def test_each_role_has_access_by_http_as_in_the_table(world: World, role: str) -> None:
     wrong = []
     for vo in VOS:
         for owner in VOS:
@@ -188,28 +189,28 @@ async def test_each_role_gets_by_http_what_the_table_says(world: World, role: st
                         allowed = {422}  # it wants the secret of a pilot
                     else:
                         allowed = {200, 201, 202, 204}
-                    told = f"{row} of {owner}, {role} of {vo}: {answer.status_code} {answer.text[:300]}"
+                    case = f"{row} of {owner}, {role} of {vo}: {answer.status_code} {answer.text[:300]}"
                     if answer.status_code not in allowed:
-                        wrong.append(told)
+                        wrong.append(case)
                     if cell == "own VO" and (
                         not world.marks(answer.text.replace(f"{owner}-ce", "") if 404 in allowed else answer.text)
                         <= {vo}
-                        or SITE_SAID in answer.text
+                        or SITE_ERROR in answer.text
                     ):
-                        wrong.append(f"sees another VO's, {told}")
+                        wrong.append(f"sees another VO's, {case}")
                     if cell == "all" and row.method == "GET" and not of_one and world.marks(answer.text) != {*VOS}:
-                        wrong.append(f"does not see all, {told}")
+                        wrong.append(f"does not see all, {case}")
                     if allowed == {404}:
                         missing = row.path.format(pilot_id=987654321, ce_name="nowhere")
                         unknown = await client.request(row.method, API + missing, json=body)
                         same = unknown.text.replace("987654321", str(world.pilots[owner]))
                         if answer.text != same.replace("nowhere", f"{owner}-ce"):
-                            wrong.append(f"tells that there is one, {told}")
+                            wrong.append(f"tells that there is one, {case}")
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("role", ROLES)
-async def test_each_role_gets_in_the_dashboard_what_the_table_says(
+async def test_each_role_has_access_in_the_dashboard_as_in_the_table(
     world: World, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live_pages = {page.path for page in PAGES if page.live}
@@ -239,19 +240,19 @@ async def test_each_role_gets_in_the_dashboard_what_the_table_says(
                     expected = 303 if cell == REFUSED else 404 if hidden else 200
                     for prefix in ("", "/live") if row.path in live_pages else ("",):
                         answer = await client.get(f"{BELOW}{prefix}{path}")
-                        told = f"{prefix}{row} of {owner}, {role} of {vo}: {answer.status_code}"
+                        case = f"{prefix}{row} of {owner}, {role} of {vo}: {answer.status_code}"
                         if answer.status_code != (200 if prefix and hidden else expected):
-                            wrong.append(told)
+                            wrong.append(case)
                         if cell == "own VO" and not world.marks(answer.text) <= {vo}:
-                            wrong.append(f"sees another VO's, {told}")
-                        if cell == "own VO" and SITE_SAID in answer.text:
-                            wrong.append(f"sees what the site said, {told}")
+                            wrong.append(f"sees another VO's, {case}")
+                        if cell == "own VO" and SITE_ERROR in answer.text:
+                            wrong.append(f"sees what the site said, {case}")
                         if cell == "all" and "{" not in row.path and world.marks(answer.text) != {*VOS}:
-                            wrong.append(f"does not see all, {told}")
+                            wrong.append(f"does not see all, {case}")
     assert not wrong, "\n".join(wrong)
 
 
-async def test_a_vo_sees_of_a_shared_compute_element_its_own_rules_and_no_words_of_the_site(world: World) -> None:
+async def test_a_vo_sees_only_its_own_rules_and_no_messages_of_a_shared_compute_element(world: World) -> None:
     async with world.user("user", "lhcb") as client:
         [listed] = [ce for ce in (await client.get(f"{API}/ces")).json() if ce["name"] == "shared"]
         shown = (await client.get(f"{API}/ces/shared")).json()
@@ -264,16 +265,16 @@ async def test_a_vo_sees_of_a_shared_compute_element_its_own_rules_and_no_words_
         assert ce["last_error_at"] is not None
     assert refused.status_code == 409
     assert "its status cannot be read" in refused.json()["detail"]
-    assert SITE_SAID not in refused.text
+    assert SITE_ERROR not in refused.text
     async with world.user("operator", "lhcb") as client:
-        assert "the text is for administrators" in (await client.get(f"{BELOW}/pilots")).text
+        assert "only administrators see the message" in (await client.get(f"{BELOW}/pilots")).text
     async with world.user("administrator", "lhcb") as client:
         shown = (await client.get(f"{API}/ces/shared")).json()
-        assert SITE_SAID in (await client.post(f"{API}/submit/shared")).text
-    assert (shown["last_error"], shown["rules"]["vos"]["dteam"]["share"]) == (SITE_SAID, 3)
+        assert SITE_ERROR in (await client.post(f"{API}/submit/shared")).text
+    assert (shown["last_error"], shown["rules"]["vos"]["dteam"]["share"]) == (SITE_ERROR, 3)
 
 
-async def test_a_list_of_another_vo_is_refused_whether_there_is_such_a_vo_or_not(world: World) -> None:
+async def test_a_list_of_another_vo_is_refused_whether_it_exists_or_not(world: World) -> None:
     async with world.user("user", "lhcb") as client:
         answers = [await client.get(f"{API}/pilots", params={"vo": vo}) for vo in ("dteam", "nowhere")]
     assert [answer.status_code for answer in answers] == [403, 403]
@@ -296,7 +297,7 @@ async def test_a_refusal_by_an_extension_policy_is_a_404(world: World) -> None:
 
 
 @pytest.mark.parametrize("role", ["anonymous", "user", "administrator"])
-async def test_a_body_that_is_too_long_is_refused_before_it_is_read(world: World, role: str) -> None:
+async def test_a_too_long_body_is_refused_before_it_is_read(world: World, role: str) -> None:
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:

@@ -1,11 +1,10 @@
-"""The tasks: as the seed says, and together on a real broker."""
+"""Pilot tasks: definitions of the seed, and execution with a real broker."""
 
 from __future__ import annotations
 
 import logging
 import tomllib
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from diracx.tasks.plumbing.base_task import current_message
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.lock_registry import LockedObjectType
 from diracx.tasks.testing import TaskSystem
+from support.paths import ROOT
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
@@ -45,7 +45,7 @@ def config() -> Config:
     return Config.model_validate({"DIRAC": {}, "Operations": {}, "Registry": registry})
 
 
-def test_tasks_are_as_the_seed_says() -> None:
+def test_tasks_are_as_defined_by_the_seed() -> None:
     assert MySubmitPilotsTask.default_schedule.seconds == 60
     assert MyCheckPilotsTask.default_schedule.seconds == 30
     assert MyCollectOutputsTask.default_schedule.seconds == 60
@@ -77,7 +77,7 @@ def test_tasks_are_as_the_seed_says() -> None:
 
 
 def test_each_task_is_an_entry_point() -> None:
-    project = tomllib.loads(Path(__file__).parents[3].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "gubbins" / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["diracx.tasks.my_pilots"] == {
         name: f"gubbins.tasks.my_pilots:{name}" for name in my_pilots.__all__
     }
@@ -94,7 +94,7 @@ async def test_a_pilot_task_submits_one_pilot_of_its_vo(db: MyPilotDB) -> None:
         await MyPilotTask("gone", "lhcb").execute(my_pilot_db=db)
 
 
-async def test_wrong_settings_are_a_refusal_that_shows_at_the_ce(db: MyPilotDB) -> None:
+async def test_invalid_settings_are_a_refusal_and_the_last_error_of_the_ce(db: MyPilotDB) -> None:
     await db.add_ce("ce", 1, 1.0, backend="uninstalled")
     with pytest.raises(CERefusedError, match="uninstalled"):
         await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db)
@@ -113,7 +113,7 @@ async def test_the_report_counts_everything(db: MyPilotDB, caplog: pytest.LogCap
     assert "Pilots in all: 2 SUBMITTED, 1 RUNNING" in caplog.text
 
 
-async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(db: MyPilotDB, config: Config) -> None:
+async def test_requests_are_deleted_if_no_task_can_be_submitted(db: MyPilotDB, config: Config) -> None:
     for name in ("ce", "other"):
         await db.add_ce(name, 3, 1.0)
     for _ in range(2):  # no broker is bound here; the second round would find no room if the first had stayed
@@ -123,7 +123,7 @@ async def test_requests_are_withdrawn_when_nothing_can_be_scheduled(db: MyPilotD
         assert not await db.waiting_requests(name, at_most=1)
 
 
-def test_a_submit_task_may_be_for_some_compute_elements() -> None:
+def test_a_submit_task_can_be_limited_to_some_compute_elements() -> None:
     assert MySubmitPilotsTask("lhcb") == MySubmitPilotsTask(vo="lhcb", compute_elements=None, all_but=None)
     with pytest.raises(TypeError):
         MySubmitPilotsTask("lhcb", ["fast"])  # type: ignore[misc]
@@ -187,7 +187,7 @@ async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(db: MyPilotDB,
     assert all(set(states) == {"DONE"} for vo in VOS for ce, states in summary[vo].items() if ce == "reliable")
 
 
-async def test_P60_rounds_do_not_pile_up_while_workers_are_away(db: MyPilotDB, config: Config) -> None:
+async def test_P60_requests_do_not_accumulate_while_workers_are_away(db: MyPilotDB, config: Config) -> None:
     await db.add_ce("ce", 4, 1.0)
     async with TaskSystem([MyPilotTask], workers=0, task_db_url=None):
         rounds = [await MySubmitPilotsTask(vo).execute(my_pilot_db=db, config=config) for vo in VOS * 3]
@@ -195,7 +195,7 @@ async def test_P60_rounds_do_not_pile_up_while_workers_are_away(db: MyPilotDB, c
 
 
 @pytest.mark.parametrize("rules", [{"policy": "waiting_jobs"}, {"max_waiting": 10}], ids=lambda rules: str(*rules))
-async def test_tasks_that_come_after_their_requests_were_given_up_submit_nothing(
+async def test_tasks_of_expired_requests_submit_nothing(
     db: MyPilotDB, config: Config, redis_url: str, monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any]
 ) -> None:
     async def ten_jobs(*_: object) -> int:
@@ -223,7 +223,7 @@ async def test_tasks_that_come_after_their_requests_were_given_up_submit_nothing
     )
 
 
-async def test_a_task_that_is_executed_again_needs_no_second_request(db: MyPilotDB) -> None:
+async def test_a_repeated_task_needs_no_second_request(db: MyPilotDB) -> None:
     await db.add_ce("ce", 5, 1.0)
     [stamp] = await db.add_requests("ce", vo="lhcb", count=1)
     seen = []

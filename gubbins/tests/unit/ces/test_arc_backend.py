@@ -1,4 +1,4 @@
-"""Requests of the back end `arc` and its handling of any response. No CE is needed."""
+"""Requests of the back end `arc` and its handling of any response, without a CE."""
 
 from __future__ import annotations
 
@@ -33,20 +33,24 @@ def arc_settings(**more: Any) -> ArcSettings:
     )
 
 
-def backend_that_hears(handler: Handler, **more: Any) -> ArcBackend:
+class RestOf(ArcRest):
     """Everything but the files of credentials and the network."""
-    backend = ArcBackend(CEDescription("ce", 10, 1.0), arc_settings(**more))
-    client = httpx.AsyncClient(transport=httpx.MockTransport(handler))
 
-    async def connect() -> httpx.AsyncClient:
-        return client
+    def __init__(self, handler: Handler, settings: ArcSettings) -> None:
+        super().__init__(settings)
+        self._mock = httpx.AsyncClient(transport=httpx.MockTransport(handler))
 
-    backend._rest._connect = connect  # type: ignore[method-assign]
-    return backend
+    async def connect(self) -> httpx.AsyncClient:
+        return self._mock
+
+
+def backend_that_hears(handler: Handler, **more: Any) -> ArcBackend:
+    settings = arc_settings(**more)
+    return ArcBackend(CEDescription("ce", 10, 1.0), settings, RestOf(handler, settings))
 
 
 class FakeArex:
-    """Answers as A-REX does; `states` and `infos` by id, and all that it was asked."""
+    """Responds like A-REX, with `states` and `infos` by id; records requests."""
 
     def __init__(
         self, states: dict[str, str] | None = None, infos: dict[str, dict[str, Any]] | None = None
@@ -104,10 +108,10 @@ def pilots_of(arex: FakeArex) -> list[PilotAtCE]:
     return [PilotAtCE(f"stamp-{job}", "vo", f"{URL}/rest/1.0/jobs/{job}") for job in arex.states]
 
 
-async def test_states_are_those_of_the_ce_now_and_may_go_backwards() -> None:
+async def test_states_are_the_current_ones_of_the_ce_and_may_go_backwards() -> None:
     arex = FakeArex({"j": "ACCEPTING"})
     backend = backend_that_hears(arex)
-    said = [
+    reasons = [
         "QUEUING",
         "RUNNING",
         "SUBMITTING",
@@ -119,7 +123,7 @@ async def test_states_are_those_of_the_ce_now_and_may_go_backwards() -> None:
         "FINISHED",
     ]
     seen = []
-    for arex.states["j"] in said:
+    for arex.states["j"] in reasons:
         (found,) = (await backend.poll(pilots_of(arex))).values()
         seen.append(found.state)
     waiting, running, nothing, done = Observed.WAITING, Observed.RUNNING, Observed.NO_NEWS, Observed.DONE
@@ -132,7 +136,7 @@ async def test_states_are_those_of_the_ce_now_and_may_go_backwards() -> None:
         ("FAILED", {"Error": "LRMS error: (3)\nwrong exit code"}, False, "LRMS error: (3) wrong exit code"),
         ("FAILED", {"Error": ["one", "two"]}, False, "one; two"),
         ("FAILED", {"ExitCode": "7"}, False, "exit code 7"),
-        ("FAILED", {}, False, "failed, and the CE does not say why"),
+        ("FAILED", {}, False, "failed, and the CE gives no reason"),
         ("FAILED", {"Error": "x" * 5000}, False, "x" * 300),
         ("FAILED", {"Error": "by request"}, True, "cancelled: by request"),
         ("KILLED", {}, True, "cancelled"),
@@ -146,7 +150,7 @@ async def test_a_failed_pilot_has_a_reason(state: str, info: dict[str, Any], can
     assert await backend_that_hears(arex).poll([pilot]) == {pilot.stamp: Observation(Observed.FAILED, reason)}
 
 
-async def test_a_job_that_is_held_says_so() -> None:
+async def test_a_held_job_has_this_reason() -> None:
     seen = await backend_that_hears(FakeArex({"j": "HELD"})).poll([PilotAtCE("s", "vo", "x/j")])
     assert seen["s"] == Observation(Observed.WAITING, "held at the CE (HELD)")
 
@@ -210,7 +214,7 @@ async def test_a_second_job_that_cannot_be_killed_is_searched_again() -> None:
     assert arex.killed == ["b"]
 
 
-async def test_a_side_source_that_fails_silences_no_other_pilot() -> None:
+async def test_a_failing_secondary_source_does_not_affect_other_pilots() -> None:
     arex = FakeArex({"a": "RUNNING", "b": "FAILED"})
 
     def half(request: httpx.Request) -> httpx.Response:
@@ -230,7 +234,44 @@ async def test_a_side_source_that_fails_silences_no_other_pilot() -> None:
         await backend_that_hears(half).poll(pilots[2:])
 
 
-async def test_a_reference_of_somewhere_else_is_no_news() -> None:
+@pytest.mark.parametrize(
+    ("answer", "states"),
+    [
+        ({}, {"a": Observed.NO_NEWS, "b": Observed.NO_NEWS}),
+        (
+            {"job": {"id": "a", "status-code": 200, "state": "RUNNING"}},
+            {"a": Observed.RUNNING, "b": Observed.NO_NEWS},
+        ),
+        (
+            {"job": [{"id": "a", "status-code": "500", "reason": "busy"}, {"id": "b", "status-code": 404}]},
+            {"a": Observed.NO_NEWS},
+        ),
+        ({"job": [{"id": "a", "status-code": "200"}, {"id": "b", "status-code": "404"}]}, {"a": Observed.NO_NEWS}),
+    ],
+)
+async def test_a_job_missing_from_an_incomplete_response_is_not_unknown(
+    answer: Any, states: dict[str, Observed]
+) -> None:
+    backend = backend_that_hears(lambda _: httpx.Response(201, content=json.dumps(answer) if answer else b""))
+    seen = await backend.poll([PilotAtCE("a", "vo", "x/a"), PilotAtCE("b", "vo", "x/b")])
+    assert {stamp: each.state for stamp, each in seen.items()} == states
+
+
+@pytest.mark.parametrize("code", ["200", "500", None])
+async def test_no_second_pilot_is_submitted_while_a_job_has_no_record(code: str | None) -> None:
+    arex = FakeArex({"a": "RUNNING"})
+
+    def incomplete(request: httpx.Request) -> httpx.Response:
+        if request.url.params.get("action") != "info":
+            return arex(request)
+        return httpx.Response(201, content=json.dumps({"job": {"id": "a", "status-code": code}}) if code else b"")
+
+    with pytest.raises(CEUnavailableError, match="has no record of job a"):
+        await backend_that_hears(incomplete).submit([PilotAtCE("lost", "vo")])
+    assert "new" not in arex.asked
+
+
+async def test_a_reference_of_another_ce_is_no_news() -> None:
     seen = await backend_that_hears(FakeArex()).poll([PilotAtCE("s", "vo", "sim://../../etc ?")])
     assert seen == {"s": Observation(Observed.NO_NEWS)}
 
@@ -242,6 +283,27 @@ async def test_pilots_submitted_before_a_refusal_keep_their_references() -> None
     outcomes = list((await backend_that_hears(arex).submit(new)).values())
     assert sum(outcome.reference is not None for outcome in outcomes) == 100
     assert all("403" in (outcome.error or "") for outcome in outcomes[100:])
+
+
+async def test_an_unknown_outcome_does_not_affect_other_jobs_of_the_call() -> None:
+    arex = FakeArex()
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        response = arex(request)
+        if arex.asked.count("new") == 2:
+            raise httpx.ReadTimeout("")
+        document = json.loads(response.content)
+        del document["job"][7]["id"]
+        return httpx.Response(201, json=document)
+
+    new = [PilotAtCE(f"s{number}", "vo", maybe_submitted=False) for number in range(350)]
+    backend = backend_that_hears(handler)
+    outcomes = await backend.submit(new)
+    lost = {7, *range(100, 200), 207, 307}
+    assert set(outcomes) == {f"s{number}" for number in range(350)} - {f"s{number}" for number in lost}
+    assert all(outcome.reference for outcome in outcomes.values())
+    assert "without an id" in str(backend.warning)
+    assert "no answer within 30 s" in str(backend.warning)
 
 
 def fails_with(error: Exception) -> Handler:
@@ -261,17 +323,23 @@ def fails_with(error: Exception) -> Handler:
         (lambda _: httpx.Response(302, headers={"location": "https://evil.example.org"}), "302"),
         (lambda _: httpx.Response(201, content=b"<html>"), "<html>"),
         (lambda _: httpx.Response(201, content=b'{"job": []}'), "0 answers to the submission of 1 jobs"),
+        (
+            lambda _: httpx.Response(201, content=b'{"job": [{"status-code": "201", "id": "j"'),
+            "invalid response",
+        ),
+        (lambda _: httpx.Response(201, json={"job": {"status-code": "201"}}), "without an id"),
+        (lambda _: httpx.Response(201, json={"job": {"status-code": 201, "id": "../j"}}), "without an id"),
+        (lambda _: httpx.Response(429, headers={"retry-after": "60"}), "429"),
+        (lambda _: httpx.Response(503, headers={"retry-after": "60"}, content=b"<html>"), "503"),
     ],
 )
-async def test_when_it_is_not_known_whether_a_pilot_came_through_nothing_is_concluded(
-    handler: Handler, words: str
-) -> None:
+async def test_a_submission_with_an_unknown_outcome_changes_no_state(handler: Handler, words: str) -> None:
     with pytest.raises(CEUnavailableError, match=words):
         await backend_that_hears(handler).submit([PilotAtCE("s", "vo", maybe_submitted=False)])
 
 
 @pytest.mark.parametrize("outer", [True, False])
-async def test_a_ce_that_takes_no_more_jobs_shows_its_quota(outer: bool) -> None:
+async def test_a_full_ce_is_a_quota(outer: bool) -> None:
     inner = {"job": {"status-code": "500", "reason": "No more jobs allowed"}}
 
     def full(request: httpx.Request) -> httpx.Response:
@@ -284,14 +352,14 @@ async def test_a_ce_that_takes_no_more_jobs_shows_its_quota(outer: bool) -> None
     assert "No more jobs allowed" in str(outcome.error)
 
 
-async def test_a_cancellation_that_the_ce_refuses_is_told() -> None:
+async def test_a_refused_cancellation_of_the_ce_is_a_warning() -> None:
     answer = {"job": {"id": "a", "status-code": "505", "reason": "Failed to cancel job"}}
     backend = backend_that_hears(lambda _: httpx.Response(201, json=answer))
     await backend.cancel([PilotAtCE("sa", "vo", "x/a")])
     assert backend.warning == "cannot cancel 1 pilots: ce answers 505 Failed to cancel job"
 
 
-async def test_a_refusal_now_says_nothing_of_an_earlier_submission() -> None:
+async def test_a_refusal_does_not_exclude_an_earlier_submission() -> None:
     with pytest.raises(CEUnavailableError, match="403"):
         await backend_that_hears(lambda _: httpx.Response(403)).submit([PilotAtCE("s", "vo")])
 
@@ -328,7 +396,7 @@ def test_any_response_of_a_ce_is_a_result_or_an_error_of_one_line(bodies: list[b
     def handler(_: httpx.Request) -> httpx.Response:
         return httpx.Response(code, content=next(replies, b""))
 
-    said: list[str] = []
+    reasons: list[str] = []
     pilot = PilotAtCE("s", "vo", f"{URL}/rest/1.0/jobs/j")
     lost = PilotAtCE("s", "vo")
 
@@ -346,7 +414,7 @@ def test_any_response_of_a_ce_is_a_result_or_an_error_of_one_line(bodies: list[b
             try:
                 answer = await call()
             except (CEUnavailableError, OutputUnavailableError) as error:
-                said.append(str(error))
+                reasons.append(str(error))
                 continue
             if isinstance(answer, dict):
                 assert answer.keys() <= {"s", "t"}
@@ -355,10 +423,10 @@ def test_any_response_of_a_ce_is_a_result_or_an_error_of_one_line(bodies: list[b
                 assert reason is None or reason.isprintable()
 
     asyncio.run(ask())
-    assert all(error and error.isprintable() for error in said)
+    assert all(error and error.isprintable() for error in reasons)
 
 
-async def test_the_end_of_a_long_file_is_asked_for_alone() -> None:
+async def test_only_the_end_of_a_long_file_is_requested() -> None:
     ranges = []
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -366,7 +434,7 @@ async def test_the_end_of_a_long_file_is_asked_for_alone() -> None:
         content = b"x" * 90 + b"0123456789"
         return httpx.Response(206 if wanted else 200, content=content[90:] if wanted else content)
 
-    assert await backend_that_hears(handler)._rest.read("j", "session/stdout", 10) == b"0123456789"
+    assert await RestOf(handler, arc_settings()).read("j", "session/stdout", 10) == b"0123456789"
     assert ranges == [None, "bytes=90-"]
 
 
@@ -374,7 +442,7 @@ async def test_the_end_of_a_long_file_is_asked_for_alone() -> None:
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
     st.text("abc09-", min_size=1),
 )
-def test_no_script_can_leave_its_place_in_a_description(script: str, stamp: str) -> None:
+def test_no_script_can_break_out_of_its_description(script: str, stamp: str) -> None:
     hostile = {"PILOT_VO": script}
     text = describe(arc_settings(), script, stamp, hostile)
     assert text.isprintable()
@@ -391,19 +459,19 @@ def test_no_script_can_leave_its_place_in_a_description(script: str, stamp: str)
         ({"url": "https://ce.example.org:port/arex"}, "must be of the form"),
         ({"token": None}, "either a certificate or a token"),
         ({"certificate": "/proxy"}, "either a certificate or a token"),
-        ({"key": "/key"}, "without certificate"),
+        ({"key": "/key"}, "requires certificate"),
         ({"token": "token"}, "absolute"),
         ({"queue": "a\nb"}, "control characters"),
-        ({"attributes": {"jobname": "mine"}}, "made from other settings"),
-        ({"attributes": {"x)(y": "z"}}, "no name of an xRSL attribute"),
+        ({"attributes": {"jobname": "mine"}}, "derived from other settings"),
+        ({"attributes": {"x)(y": "z"}}, "not a name of an xRSL attribute"),
         ({"attributes": {"runtimeenvironment": []}}, "empty"),
         ({"attributes": {"runtimeenvironment": ["a\n"]}}, "control characters"),
-        ({"environment": {"A B": "c"}}, "no name of a variable"),
+        ({"environment": {"A B": "c"}}, "not a name of a variable"),
         ({"scripts": {"vo": "x" * 100_000}}, "too long by"),
         ({"cpus": 0}, "greater"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], words: str) -> None:
+def test_unusable_settings_are_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         arc_settings(**wrong)
 

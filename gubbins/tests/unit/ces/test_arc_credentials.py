@@ -1,4 +1,4 @@
-"""Files of certificates, proxies and tokens that the back end `arc` cannot use are named, with the reason."""
+"""Unusable credentials of the back end `arc` are named with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_certificate(path: Path, *, expires: timedelta, password: bytes | None 
     path.write_bytes(certificate.public_bytes(pem) + secret)
 
 
-def test_credentials_that_are_of_no_use_are_named_with_the_reason(tmp_path: Path) -> None:
+def test_unusable_credentials_are_named_with_the_reason(tmp_path: Path) -> None:
     proxy = tmp_path / "proxy.pem"
     with_proxy = arc_settings(certificate=str(proxy))
     with pytest.raises(CredentialsError, match=r"proxy\.pem: No such file"):
@@ -69,7 +69,7 @@ def test_a_file_without_a_token_is_not_sent(tmp_path: Path, content: bytes) -> N
         read_identity(arc_settings(token=str(tmp_path / "token")))
 
 
-def test_a_ca_without_all_that_rfc_5280_wants_is_trusted_by_every_python(tmp_path: Path) -> None:
+def test_a_ca_that_violates_rfc_5280_is_trusted_by_every_python(tmp_path: Path) -> None:
     """Such are CAs of grids, which know no key identifiers; Python 3.13 began to refuse them."""
     key = ec.generate_private_key(ec.SECP256R1())
     ca, host = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("CA", "localhost"))

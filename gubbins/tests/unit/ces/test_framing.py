@@ -1,4 +1,4 @@
-"""The text of framed commands, and answers of every kind."""
+"""Framing of remote commands, with any output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gubbins.ces.transports.framing import framed, unframed
+from gubbins.ces.transports.framing import extract_response, frame_command
 from gubbins.ces.transports.shell import Completed
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -24,8 +24,8 @@ def run(shell: str, text: bytes, directory: Path) -> Completed:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_command_that_was_cut_off_on_its_way_does_nothing(shell: str, tmp_path: Path) -> None:
-    text = framed(["touch", "a b"], b"input\n", {"A": "1"}, "mark")
+def test_a_truncated_command_does_nothing(shell: str, tmp_path: Path) -> None:
+    text = frame_command(["touch", "a b"], b"input\n", {"A": "1"}, "mark")
     for cut in range(len(text) - 2):
         run(shell, text[:cut], tmp_path)
         assert list(tmp_path.iterdir()) == [], text[:cut][-40:]
@@ -35,19 +35,21 @@ def test_a_command_that_was_cut_off_on_its_way_does_nothing(shell: str, tmp_path
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("data", [b"", b"x", b"a\nmar\n$x `id` \\\n"])
-def test_every_shell_there_is_passes_input_output_and_exit_code(shell: str, data: bytes, tmp_path: Path) -> None:
+def test_every_shell_passes_input_output_and_exit_code(shell: str, data: bytes, tmp_path: Path) -> None:
     argv = ["/bin/sh", "-c", 'cat; printf "%s" "$A"; echo no >&2; exit 7']
-    done = unframed(run(shell, framed(argv, data, {"A": "it's\n!"}, "mark"), tmp_path), "mark", host="h")
+    done = extract_response(
+        run(shell, frame_command(argv, data, {"A": "it's\n!"}, "mark"), tmp_path), "mark", host="h"
+    )
     whole = data.decode() if data.endswith(b"\n") or not data else data.decode() + "\n"
     assert done == (7, f"{whole}it's\n!", "no\n")
 
 
 @given(st.integers(), st.text(), st.text())
-def test_any_response_of_a_host_is_an_answer_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
-    for said in (out, f"{out}\nm\n{out}", f"{out}\nm\n{out}\nm 3\n", out.replace("\n", "\nm\n")):
+def test_any_output_of_a_host_is_a_response_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
+    for text in (out, f"{out}\nm\n{out}", f"{out}\nm\n{out}\nm 3\n", out.replace("\n", "\nm\n")):
         message = "h: "
         try:
-            unframed(Completed(code, said, err), "m", host="h")
+            extract_response(Completed(code, text, err), "m", host="h")
         except CEUnavailableError as error:
             message = str(error)
         assert message.startswith("h: ")

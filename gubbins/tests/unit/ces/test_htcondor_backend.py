@@ -88,7 +88,7 @@ def test_a_job_whose_files_are_not_spooled_is_abandoned_after_a_while() -> None:
     ]
 
 
-def test_of_two_jobs_the_known_one_is_the_pilot_or_else_the_first() -> None:
+def test_of_two_jobs_the_recorded_one_is_the_pilot_or_else_the_first() -> None:
     jobs = parse_jobs([row(ClusterId=12), row(ClusterId=9, ProcId=1)])["stamp"]
     assert [pilots_own(PILOT._replace(reference=known), jobs) for known in ("12.0", None)] == jobs[::-1]
 
@@ -122,7 +122,7 @@ def test_any_response_gives_an_observation_or_an_error(rows: object) -> None:
         ({"collector": "ce", "nonesuch": 1}, "Extra inputs are not permitted"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         HTCondorSettings.model_validate(settings)
 
@@ -156,9 +156,19 @@ async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
 
 @pytest.mark.parametrize(
     ("history", "known"),
-    [("print(json.dumps({'error': 'not authorized'}))", True), ("sys.exit(1)", False), ("time.sleep(600)", False)],
+    [
+        ("print(json.dumps({'error': 'not authorized'}))", True),
+        ("print(json.dumps({'error': 'Received \"DENIED\" from server for user pilot@x.'}))", True),
+        ("print(json.dumps({'error': 'Remote history has been disabled on this schedd'}))", True),
+        ("print(json.dumps({'error': 'HISTORY undefined in remote configuration.'}))", True),
+        ("print(json.dumps({'error': 'Cowardly refusing to queue more than 1000 requests.'}))", False),
+        ("print(json.dumps({'error': 'Failed to launch history helper process'}))", False),
+        ("print(json.dumps({'error': 'Failed communication with collector.; Connection refused'}))", False),
+        ("sys.exit(1)", False),
+        ("time.sleep(600)", False),
+    ],
 )
-async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silence_is_no_news(
+async def test_only_a_refused_history_makes_pilots_unknown_and_no_response_is_no_news(
     history: str, known: bool, tmp_path: Path
 ) -> None:
     program = (
@@ -167,22 +177,22 @@ async def test_only_a_refusal_to_tell_the_history_makes_pilots_unknown_and_silen
         f"else: {history}"
     )
 
-    class Impatient(LocalShell):  # the queue may take its time, on however busy a host
+    class ShortTimeout(LocalShell):  # the queue may take its time, on however busy a host
         async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
             seconds = 0.2 if "sleep" in history and b'"history"' in stdin else timeout
             return await super().run(argv, stdin=stdin, timeout=seconds)
 
-    backend = backend_with(program, tmp_path, Impatient)
+    backend = backend_with(program, tmp_path, ShortTimeout)
     if known:
         assert await backend.poll([PILOT]) == {}
     else:
         assert await backend.poll([PILOT]) == {PILOT.stamp: (Observed.NO_NEWS, None, None)}
         assert backend.warning
         with pytest.raises(CEUnavailableError):  # who does not know whether there is one must not submit a second
-            await backend_with(program, tmp_path, Impatient).submit([PILOT._replace(reference=None)])
+            await backend_with(program, tmp_path, ShortTimeout).submit([PILOT._replace(reference=None)])
 
 
-async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(
+async def test_a_call_is_killed_after_the_time_out_with_its_children(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pids = tmp_path / "pids"
@@ -209,7 +219,7 @@ async def test_a_call_that_does_not_end_is_killed_with_all_that_it_has_started(
         await backend_with(program, tmp_path, timeout_seconds=0.2).poll([PILOT])
 
 
-async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_the_worker(
+async def test_the_bindings_have_no_configuration_of_the_host_and_no_secrets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("_CONDOR_SEC_CLIENT_AUTHENTICATION_METHODS", "ANONYMOUS")
@@ -232,6 +242,23 @@ async def test_the_bindings_see_no_configuration_of_the_host_and_no_secrets_of_t
     assert seen["_CONDOR_SEC_DEFAULT_ENCRYPTION"] == "NEVER"
     assert not any("DIRACX" in name for name in seen)
     assert not Path(seen["_CONDOR_SEC_TOKEN_DIRECTORY"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [
+        ({}, True),
+        ({"submit_commands": {"requirements": "true", "+Project": '"lhcb"'}}, True),
+        ({"spool_together": False}, False),
+        ({"submit_commands": {"X509UserProxy": "/tmp/x509up_u1000"}}, False),
+        ({"submit_commands": {"MY.container_image": "/images/pilot.sif"}}, False),
+    ],
+)
+def test_files_are_spooled_once_unless_a_command_may_name_a_file_of_the_worker(
+    settings: dict[str, Any], together: bool
+) -> None:
+    made = submission(HTCondorSettings(collector="ce", default_script="true", **settings), "ce", [PILOT])
+    assert (made["carrier"] is not None) == together
 
 
 def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,13 @@ _of_a_shell = _answers(st.one_of(_whole, _whole, _records, _garbage))
 
 
 class Babbler:
-    """A shell that answers so, one answer after the other, and then nothing."""
+    """A shell that gives the answers, one after the other, and then nothing."""
 
-    def __init__(self, answers: Sequence[Completed]) -> None:
+    def __init__(self) -> None:
+        self._answers: Iterator[Completed] = iter(())
+
+    def begin(self, answers: Sequence[Completed]) -> None:
+        """Give these from now on."""
         self._answers = iter(answers)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
@@ -69,7 +73,7 @@ class Babbler:
         pass
 
 
-async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
+async def _ask(backend: Any, shell: Babbler, answers: Sequence[Completed]) -> None:
     calls: list[Callable[[], Awaitable[Any]]] = [
         lambda: backend.submit([LOST, KNOWN]),
         lambda: backend.poll([LOST, KNOWN]),
@@ -78,7 +82,7 @@ async def _ask(backend: Any, answers: Sequence[Completed]) -> None:
         lambda: backend.cleanup([KNOWN._replace(status=MyPilotStatus.DONE)]),
     ]
     for call in calls:
-        backend._shell = Babbler(answers)
+        shell.begin(answers)
         answer, message = None, "none"
         try:
             answer = await call()
@@ -108,17 +112,20 @@ _often = settings(max_examples=400, deadline=None, suppress_health_check=[Health
 def test_any_response_of_slurm_is_a_result_or_an_error_of_one_line(answers: list[Completed], seen: bool) -> None:
     directory = Path("/pilots")
     log = directory / "log"
+    shell = Babbler()
     backend = SlurmBackend(
         CE,
         SlurmSettings(
             directory=directory, nodes_see_directory=seen, completion_log=log, accounting=True, keep="none"
         ),
+        shell,
     )
-    asyncio.run(_ask(backend, answers))
+    asyncio.run(_ask(backend, shell, answers))
 
 
 @_often
 @given(_of_a_shell)
 def test_any_response_of_a_shell_is_a_result_or_an_error_of_one_line(answers: list[Completed]) -> None:
-    backend = SSHBackend(CE, SSHSettings(host="h", keep="none"))
-    asyncio.run(_ask(backend, answers))
+    shell = Babbler()
+    backend = SSHBackend(CE, SSHSettings(host="h", keep="none"), shell)
+    asyncio.run(_ask(backend, shell, answers))

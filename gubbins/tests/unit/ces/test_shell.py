@@ -1,4 +1,4 @@
-"""Commands on this host: their answers, and their end."""
+"""Execution of commands on this host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from watching import alive, until, written
+from support.waiting import until
+from support.watching import alive, written
 
 from gubbins.ces.transports.shell import LocalShell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -17,7 +18,7 @@ from gubbins.domain.exceptions import CEUnavailableError
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
 
-async def test_a_command_gets_its_input_and_gives_its_output_and_exit_code() -> None:
+async def test_a_command_gets_its_input_and_returns_output_and_exit_code() -> None:
     done = await LocalShell().run(["/bin/sh", "-c", "cat; echo no >&2; exit 4"], stdin=b"hello", timeout=10)
     assert done == (4, "hello", "no\n")
 
@@ -37,19 +38,19 @@ async def test_large_input_and_output_pass_at_the_same_time() -> None:
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-async def test_a_command_that_writes_without_end_is_ended_with_its_children(stream: str, tmp_path: Path) -> None:
+async def test_a_command_with_endless_output_is_killed_with_its_children(stream: str, tmp_path: Path) -> None:
     script = f"sleep 300 & echo $! > {tmp_path}/child; exec cat /dev/zero > /dev/{stream}"
     with pytest.raises(CEUnavailableError, match="/bin/sh: an answer of more than 1000000 bytes"):
         await LocalShell(max_bytes=1_000_000).run(["/bin/sh", "-c", script], timeout=300)
     await until(lambda: not alive(int(written(tmp_path / "child"))))
 
 
-async def test_output_that_is_no_text_is_no_error() -> None:
+async def test_binary_output_is_accepted() -> None:
     done = await LocalShell().run(["printf", r"\377x"], timeout=10)
     assert done.stdout == "\ufffdx"
 
 
-async def test_commands_see_nothing_of_the_workers_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_commands_do_not_inherit_secrets_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", "mysql://root:secret@db")
     assert "secret" not in (await LocalShell().run(["env"], timeout=10)).stdout
     assert (await LocalShell({"A": "1"}).run(["/usr/bin/env"], timeout=10)).stdout == "A=1\n"
@@ -60,7 +61,7 @@ async def test_a_command_that_does_not_exist_is_named() -> None:
         await LocalShell().run(["sbitch"], timeout=10)
 
 
-async def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+async def test_a_command_is_killed_after_the_time_out_with_its_children(tmp_path: Path) -> None:
     script = f"trap '' TERM; sleep 300 & echo $! > {tmp_path}/child; wait"
     begin = time.monotonic()
     with pytest.raises(CEUnavailableError, match=r"has not answered within 0\.5 s"):
@@ -69,7 +70,7 @@ async def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -
     await until(lambda: not alive(int((tmp_path / "child").read_text())))
 
 
-async def test_a_command_that_hangs_is_given_up_though_a_daemon_that_it_has_started_holds_its_output(
+async def test_a_command_is_abandoned_after_the_time_out_although_a_daemon_holds_its_output(
     tmp_path: Path,
 ) -> None:
     script = f"setsid sh -c 'echo $$ > {tmp_path}/daemon; exec sleep 300' & sleep 300"
@@ -83,7 +84,7 @@ async def test_a_command_that_hangs_is_given_up_though_a_daemon_that_it_has_star
         os.kill(int(written(tmp_path / "daemon")), signal.SIGKILL)
 
 
-async def test_a_command_whose_caller_gives_up_is_ended(tmp_path: Path) -> None:
+async def test_a_cancelled_command_is_killed(tmp_path: Path) -> None:
     call = asyncio.ensure_future(
         LocalShell().run(["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"], timeout=300)
     )

@@ -1,4 +1,4 @@
-"""The simulated back end: honest dice, no memory."""
+"""Back end `simulated`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def backend(success_rate: float = 0.5, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_success_rate_is_honoured(rate: float) -> None:
+def test_the_success_rate_is_used(rate: float) -> None:
     ce = backend(rate)
     share = sum(ce.will_succeed(f"stamp{i}") for i in range(5000)) / 5000
     assert share == pytest.approx(rate, abs=0.03)

@@ -1,4 +1,4 @@
-"""The batch script on its way to sbatch."""
+"""Truncated batch scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gubbins.ces.slurm import SlurmSettings
 from gubbins.ces.slurm.batch import batch_script
 
 
-def test_a_batch_script_that_was_cut_off_runs_nothing_of_the_pilot(tmp_path: Path) -> None:
+def test_a_truncated_batch_script_runs_nothing(tmp_path: Path) -> None:
     script = "".join(f"touch {tmp_path}/ran{number}\n" for number in range(20))
     settings = SlurmSettings(directory=tmp_path / "pilots", default_script=script)
     (tmp_path / "pilots" / "s").mkdir(parents=True)

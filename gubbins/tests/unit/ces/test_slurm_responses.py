@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.paths import ROOT
 
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmSettings
@@ -20,15 +21,17 @@ from gubbins.ces.slurm.error_parsing import error_line, is_unreachable, submissi
 from gubbins.ces.slurm.jobs import (
     Job,
     Record,
-    judge,
+    observe_jobs,
     parse_accounts,
     parse_completions,
     parse_queue,
     parse_records,
 )
+from gubbins.ces.slurm.submit_host import text_of
 from gubbins.ces.transports.shell import Completed
+from gubbins.domain.exceptions import CEUnavailableError
 
-DOCS = Path(__file__).parents[4] / "docs"
+DOCS = ROOT / "docs"
 DOWN = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n"
 REFUSED = """\
 sbatch: error: Memory specification can not be satisfied
@@ -56,11 +59,11 @@ def job(state: str, reason: str = "None", number: str = "7", exit_code: str = "0
         ("PREEMPTED", "None", Observation(Observed.FAILED, None)),
         ("CANCELLED", "None", Observation(Observed.FAILED, "cancelled at the site (CANCELLED)")),
         ("FAILED", "NonZeroExitCode", Observation(Observed.FAILED, "it failed (FAILED)")),
-        ("A_STATE_OF_TOMORROW", "None", Observation(Observed.NO_NEWS, "Slurm: unknown state A_STATE_OF_TOMORROW")),
+        ("A_STATE_OF_TOMORROW", "None", Observation(Observed.NO_NEWS, "unknown state A_STATE_OF_TOMORROW")),
     ],
 )
-def test_each_state_of_a_job_means_one_of_a_pilot(state: str, reason: str, expected: Observation) -> None:
-    seen = judge([job(state, reason)], None, reference="7")
+def test_each_state_of_a_job_maps_to_a_state_of_a_pilot(state: str, reason: str, expected: Observation) -> None:
+    seen = observe_jobs([job(state, reason)], None, reference="7")
     assert seen is not None
     assert seen.state is expected.state
     if expected.reason is not None or expected.state is not Observed.FAILED:
@@ -70,60 +73,102 @@ def test_each_state_of_a_job_means_one_of_a_pilot(state: str, reason: str, expec
 
 
 def test_a_job_that_slurm_does_not_know_is_unknown_and_not_completed() -> None:
-    assert judge([], None, reference="7") is None
-    assert judge([], Record("7", "", False, ""), reference="7") is None
+    assert observe_jobs([], None, reference="7") is None
+    assert observe_jobs([], Record("7", "", False, ""), reference="7") is None
 
 
-def test_an_exit_code_in_the_directory_is_an_end_that_slurm_has_forgotten() -> None:
-    assert judge([], Record("7", "0", False, ""), reference=None) == (Observed.DONE, None, "7")
-    assert judge([], Record("7", "3", False, "no luck"), reference="7") == (
+def test_an_exit_code_in_the_directory_is_the_end_of_a_removed_job() -> None:
+    assert observe_jobs([], Record("7", "0", False, ""), reference=None) == (Observed.DONE, None, "7")
+    assert observe_jobs([], Record("7", "3", False, "no luck"), reference="7") == (
         Observed.FAILED,
         "exit code 3: no luck",
         None,
     )
-    assert judge([], Record("7", "143", True, ""), reference="7") == (Observed.FAILED, "cancelled", None)
+    assert observe_jobs([], Record("7", "143", True, ""), reference="7") == (Observed.FAILED, "cancelled", None)
 
 
-def test_of_two_jobs_of_one_stamp_the_one_that_runs_is_the_pilot() -> None:
+def test_of_two_jobs_of_one_stamp_the_running_one_is_the_pilot() -> None:
     jobs = [job("PENDING", number="9"), job("RUNNING", number="10")]
-    assert judge(jobs, None, reference=None) == (Observed.RUNNING, None, "10")
+    assert observe_jobs(jobs, None, reference=None) == (Observed.RUNNING, None, "10")
 
 
-def test_what_a_federation_keeps_of_a_job_that_another_cluster_has_taken_is_no_end_of_it() -> None:
+def test_a_job_revoked_for_another_cluster_has_not_ended() -> None:
     taken = job("REVOKED")
-    assert judge([taken, job("RUNNING")], None, reference="7") == (Observed.RUNNING, None, None)
-    assert judge([taken, job("COMPLETED")], None, reference="7") == (Observed.DONE, None, None)
-    seen = judge([taken], None, reference="7")
+    assert observe_jobs([taken, job("RUNNING")], None, reference="7") == (Observed.RUNNING, None, None)
+    assert observe_jobs([taken, job("COMPLETED")], None, reference="7") == (Observed.DONE, None, None)
+    seen = observe_jobs([taken], None, reference="7")
     assert seen is not None
     assert seen.state is Observed.NO_NEWS
-    assert judge([taken], Record("7", "0", False, ""), reference="7") == (Observed.DONE, None, None)
+    assert observe_jobs([taken], Record("7", "0", False, ""), reference="7") == (Observed.DONE, None, None)
 
 
-def test_of_two_jobs_that_have_ended_the_one_that_has_left_its_exit_code_was_the_pilot() -> None:
+def test_of_two_ended_jobs_the_one_with_an_exit_code_was_the_pilot() -> None:
     jobs = [job("COMPLETED", number="9"), job("FAILED", number="10")]
-    assert judge(jobs, Record("10", "3", False, ""), reference=None) == (Observed.FAILED, "exit code 3", "10")
+    assert observe_jobs(jobs, Record("10", "3", False, ""), reference=None) == (
+        Observed.FAILED,
+        "exit code 3",
+        "10",
+    )
 
 
-def test_an_account_of_a_killed_job_says_which_signal() -> None:
+def test_the_signal_of_a_killed_job_is_read_from_the_accounting() -> None:
     (killed,) = parse_accounts("7|FAILED|0:9|one\n")["one"]
-    assert judge([killed], None, reference="7") == (Observed.FAILED, "ended by signal 9", None)
+    assert observe_jobs([killed], None, reference="7") == (Observed.FAILED, "ended by signal 9", None)
     (bad,) = parse_accounts("7|FAILED|3:0|one\n")["one"]
-    assert judge([bad], None, reference="7") == (Observed.FAILED, "exit code 3", None)
+    assert observe_jobs([bad], None, reference="7") == (Observed.FAILED, "exit code 3", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("7|CANCELLED by 1234|0:15", (Observed.FAILED, "cancelled at the site (CANCELLED)")),
+        ("7|OUT_OF_MEMORY|0:125", (Observed.FAILED, "it used more memory than it may (OUT_OF_MEMORY)")),
+        ("7|NODE_FAIL|1:0", (Observed.FAILED, "its node failed (NODE_FAIL)")),
+        ("7|BOOT_FAIL|0:0", (Observed.FAILED, "its node could not be started (BOOT_FAIL)")),
+        ("7|DEADLINE|0:0", (Observed.FAILED, "it could not end before its deadline (DEADLINE)")),
+        ("7|PREEMPTED|0:15", (Observed.FAILED, "it had to make way for other jobs (PREEMPTED)")),
+        ("7|FAILED|256:0", (Observed.FAILED, "exit code 256")),
+        ("7|COMPLETED|0:0", (Observed.DONE, None)),
+        *(
+            (f"7|{state}|0:0", None)
+            for state in ("REQUEUED", "REVOKED", "RESIZING", "STAGE_OUT", "STOPPED", "RUNNING")
+        ),
+        *((f"{number}|FAILED|1:0", None) for number in ("7.batch", "7.extern", "7_4", "7_[1-3]", "7+0")),
+    ],
+)
+def test_the_accounting_knows_ends_and_no_other_states(fields: str, expected: tuple[Any, ...] | None) -> None:
+    seen = observe_jobs(parse_accounts(f"{fields}|one\n").get("one", []), None, reference="7")
+    assert (None if seen is None else seen[:2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("256", "exit code 1"),
+        ("35072", "exit code 137"),
+        ("9", "ended by signal 9"),
+        ("139", "ended by signal 11"),  # with a dump of its memory
+        ("3:0", "exit code 3"),
+    ],
+)
+def test_the_status_that_squeue_prints_is_reported_as_an_exit_code_or_a_signal(status: str, reason: str) -> None:
+    (ended,) = parse_queue(f"7|FAILED|{status}|NonZeroExitCode|one|c|\n")["one"]
+    assert observe_jobs([ended], None, reference="7") == (Observed.FAILED, reason, None)
 
 
 @given(st.text())
-def test_lines_of_another_shape_are_no_news_and_no_error(text: str) -> None:
+def test_malformed_lines_are_ignored(text: str) -> None:
     for jobs in (parse_queue(text), parse_completions(text)):
         for each in jobs.values():
-            judge(each, None, reference=None)
+            observe_jobs(each, None, reference=None)
     for record in parse_records(text)[0].values():
-        judge([], record, reference=None)
+        observe_jobs([], record, reference=None)
 
 
 @given(st.lists(st.tuples(*[st.text(st.characters(exclude_characters="|\n"), max_size=30)] * 3), min_size=1))
 def test_a_reason_is_one_short_line_for_any_fields(fields: list[Any]) -> None:
     jobs = [Job(str(number), state, code, reason) for number, (state, code, reason) in enumerate(fields)]
-    seen = judge(jobs, Record("", "x" * 999, False, "y\n" * 999), reference=None)
+    seen = observe_jobs(jobs, Record("", "x" * 999, False, "y\n" * 999), reference=None)
     assert seen is not None
     if seen.state is Observed.FAILED:
         assert seen.reason
@@ -141,18 +186,18 @@ def test_a_completed_job_is_found_by_name_with_any_directory_name() -> None:
     }
 
 
-def test_the_work_on_a_completed_job_grows_with_its_length_only() -> None:
+def test_parsing_a_completed_job_takes_linear_time() -> None:
     begun = time.process_time()
     assert parse_completions("JobId=5 " + "x Name=a JobState=b " * 100_000) == {}
     assert time.process_time() - begun < 10  # a quadratic search takes minutes
 
 
-def test_a_queue_is_read_by_name() -> None:
-    text = "5|FAILED|1|BadConstraints|one|c|\n6|PENDING|0|None|two|c|\nslurm_load_jobs error\n"
+def test_jobs_of_a_queue_are_parsed_by_name() -> None:
+    text = "5|FAILED|256|BadConstraints|one|c|\n6|PENDING|0|None|two|c|\nslurm_load_jobs error\n"
     assert [each.reference for each in parse_queue(text, clusters=True)["two"]] == ["6;c"]
     assert parse_queue(text) == {
-        "one": [Job("5", "FAILED", "1", "BadConstraints")],
-        "two": [job("PENDING", number="6")],
+        "one": [Job("5", "FAILED", "1:0", "BadConstraints")],
+        "two": [job("PENDING", number="6", exit_code="0:0")],
     }
 
 
@@ -181,9 +226,11 @@ QUOTA = FAILED + "Job violates accounting/QOS policy (job submit limit, user's s
         FAILED + "Resource temporarily unavailable\n",
         FAILED + "Slurm backup controller in standby mode\n",
         FAILED + "An error of tomorrow\n",
+        "site-sbatch[12]: sbatch: error: Invalid user for SlurmUser slurm, ignored\n"
+        "site-sbatch[12]: " + FAILED + "Socket timed out on send/recv operation\n",
     ],
 )
-def test_an_error_that_is_no_known_refusal_leaves_open_what_became_of_the_job(stderr: str) -> None:
+def test_an_unknown_error_leaves_the_outcome_unknown(stderr: str) -> None:
     assert submission_error(said(stderr)) is None
 
 
@@ -201,11 +248,16 @@ def test_an_error_that_is_no_known_refusal_leaves_open_what_became_of_the_job(st
         (FAILED + "Requested time limit is invalid (missing or exceeds some limit)\n", "Requested time limit"),
         ("sbatch: error: no project\n" + FAILED + "Unspecified error\n", "no project; Unspecified error"),
         ("sbatch: error: cli_filter plugin terminated with error\n", "cli_filter plugin"),
+        (
+            "sbatch: error: Contact us\nsbatch: error: cli_filter plugin terminated with error\n",
+            "Contact us; cli_filter",
+        ),
+        ("site-sbatch[12]: " + FAILED + "Invalid qos specification\n", "Invalid qos specification"),
         (FAILED + "Invalid qos specification\nand a line below it\n", "Invalid qos specification"),
         (QUOTA, "Job violates accounting/QOS policy"),
     ],
 )
-def test_a_definite_refusal_is_one_at_once_and_keeps_all_that_was_said(stderr: str, message: str) -> None:
+def test_a_definite_refusal_has_the_complete_message(stderr: str, message: str) -> None:
     outcome = submission_error(said(stderr))
     assert outcome is not None
     assert str(outcome.error).startswith(f"Slurm: {message}")
@@ -222,13 +274,34 @@ def test_a_limit_on_submitted_jobs_is_a_quota(limit: str) -> None:
     assert str(outcome.error).startswith(f"Slurm: {limit}; Job violates")
 
 
-def test_what_a_command_says_is_quoted_from_wherever_it_says_it() -> None:
+def test_messages_of_a_command_are_quoted_from_stdout_and_stderr() -> None:
     assert error_line(said("")) == "no message"
     assert error_line(said("", "no budget left\n")) == "no budget left"
     assert error_line(said("Welcome\nsqueue: error: Invalid user\n")) == "Invalid user"
     assert is_unreachable(said(DOWN))
     assert is_unreachable(said("slurm_load_jobs error: Socket timed out on send/recv operation\n"))
     assert not is_unreachable(said(REFUSED))
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "is_answer"),
+    [
+        ("", "", True),
+        ("", "sacct: warning: deprecated\n", True),
+        ("", "sacct: error: Sending PersistInit msg: Connection refused\n", False),
+        ("", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", False),
+        ("7|PENDING|0|None|one|c|\n", "squeue: error: Unable to contact the primary controller\n", True),
+    ],
+)
+def test_an_empty_answer_with_an_error_is_a_failure_despite_exit_code_0(
+    stdout: str, stderr: str, is_answer: bool
+) -> None:
+    done = Completed(0, stdout, stderr)
+    if is_answer:
+        assert text_of(done, "squeue") == stdout
+    else:
+        with pytest.raises(CEUnavailableError, match=r"(Connection refused|Unable to contact)"):
+            text_of(done, "squeue")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +323,7 @@ def test_what_a_command_says_is_quoted_from_wherever_it_says_it() -> None:
         {"speed": 1},
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SlurmSettings.model_validate({"directory": "/pilots", **wrong})
 
@@ -273,7 +346,7 @@ def test_resources_become_options_of_sbatch() -> None:
     assert "--output=/dev/null" in sbatch_options(unseen, PilotAtCE("s", "vo"))
 
 
-def test_nothing_in_the_settings_breaks_out_of_the_batch_script() -> None:
+def test_no_setting_can_break_out_of_the_batch_script() -> None:
     settings = SlurmSettings(
         directory=Path("/pi lots'"), default_script="SCRIPT\n@job@", environment={"A": "'; rm -rf /\n@script@"}
     )
@@ -294,7 +367,7 @@ def test_the_documentation_has_every_setting_and_every_reason() -> None:
     SlurmSettings.model_validate(example["compute_elements"][0]["settings"])
     reasons = (DOCS / "reference/pilot-states.md").read_text()
     for state in ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"):
-        seen = judge([job(state)], None, reference="7")
+        seen = observe_jobs([job(state)], None, reference="7")
         assert seen is not None
         assert f"({state})`" in reasons
         assert str(seen.reason).removeprefix("its node ") in reasons, seen.reason

@@ -1,4 +1,4 @@
-"""The shell scripts of the back end `slurm`, beside pilots that put anything into their directories."""
+"""Shell scripts of the back end `slurm`, with hostile pilots."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gubbins.ces import slurm
+from gubbins.ces.slurm.backend import NUMBER
 
 SCRIPTS = Path(slurm.__file__).parent
 SECRET = "the owner's secret"
@@ -35,7 +36,7 @@ def _endless(path: Path) -> None:
     "put", [_link, os.mkfifo, Path.mkdir, _endless], ids=["link", "fifo", "directory", "endless"]
 )
 @pytest.mark.parametrize("name", ["id", "rc", "stderr", "stdout", "cancelled", "ended"])
-def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
+def test_files_of_a_pilot_cannot_block_or_mislead_a_read(
     tmp_path: Path, put: Callable[[Path], None], name: str
 ) -> None:
     for stamp in ("hostile", "well"):
@@ -44,22 +45,59 @@ def test_no_file_of_a_pilot_is_followed_waited_for_or_read_without_end(
             (tmp_path / stamp / each).write_text(text + "\n")
     (tmp_path / "hostile" / name).unlink(missing_ok=True)
     put(tmp_path / "hostile" / name)
-    looked = run("look", str(tmp_path), stdin="hostile\nwell\nunknown\n").stdout
+    records = run("records", str(tmp_path), stdin="hostile\nwell\nunknown\n").stdout
     shown = "".join(run("output", str(tmp_path), "hostile", each, "1000").stdout for each in ("stdout", "stderr"))
-    tidied = run("tidy", str(tmp_path), "", stdin="cancelled hostile\nended hostile\n")
+    cleaned = run("cleanup", str(tmp_path), "", stdin="cancelled hostile\nended hostile\n")
     known = run("submit", str(tmp_path), "well", "5", "s,^[0-9]*$,&,p", "false", "false").stdout
-    assert "well|7|3||no luck" in looked
-    assert SECRET not in looked + shown
+    assert "well|7|3||no luck" in records
+    assert SECRET not in records + shown
     assert len(shown) <= 2_000
-    assert tidied.returncode == 0
+    assert cleaned.returncode == 0
     assert known == "7\n"
     if put is _link:
         assert (tmp_path / "secret").read_text() == SECRET
 
 
-def test_very_many_pilots_are_polled_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("4711", "4711"),
+        ("4711;mpp2", "4711;mpp2"),
+        ("Submitted batch job 4711", "4711"),
+        ("Submitted batch job 4711 on cluster mpp2", "4711;mpp2"),
+        ("Welcome\r\n4711\r\n55 jobs\r", "4711"),
+        ("Submitted batch job", ""),
+        ("123_4", ""),
+        ("123+0", ""),
+        ("4711.batch", ""),
+        ("-7", ""),
+    ],
+)
+def test_what_sbatch_says_in_any_version_is_the_number_of_a_job_or_none(said: str, number: str) -> None:
+    done = subprocess.run(["sed", "-n", NUMBER], input=f"{said}\n", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == number
+
+
+@pytest.mark.parametrize("name", ["lock", "tried"])
+def test_a_directory_that_takes_no_more_files_is_named_and_nothing_is_submitted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / name).symlink_to(tmp_path / "nowhere" / "x")
+    done = run("submit", str(tmp_path), "s", "5", NUMBER, "true", "touch", str(tmp_path / "called"))
+    assert done.returncode == 73
+    assert name in done.stderr
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_directory_that_cannot_be_created_has_the_reason_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("in its place")
+    done = run("submit", str(tmp_path), "s", "5", NUMBER, "true", "false")
+    assert done.returncode == 73
+    assert "File exists" in done.stderr
+
+
+def test_very_many_pilots_are_polled_by_one_command(tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "rc").write_text("0\n")
     stamps = [f"{number:032x}" for number in range(30_000)]
-    assert run("look", str(tmp_path), stdin="\n".join([*stamps, "last"]) + "\n").stdout == "last||0||\n"
-    assert run("look", str(tmp_path)).stdout == ""
+    assert run("records", str(tmp_path), stdin="\n".join([*stamps, "last"]) + "\n").stdout == "last||0||\n"
+    assert run("records", str(tmp_path)).stdout == ""

@@ -1,4 +1,4 @@
-"""The text of remote commands, and answers of every kind."""
+"""Remote commands of the back end `ssh`, with any output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(shell: str, text: bytes, home: Path) -> subprocess.CompletedProcess[byte
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_command_that_was_cut_off_on_its_way_does_nothing(shell: str, tmp_path: Path) -> None:
+def test_a_truncated_command_does_nothing(shell: str, tmp_path: Path) -> None:
     text = command(["mkdir abcdef", "mkdir ghijkl"]).text
     tail = len(b"mkdir abcdef\nmkdir ghijkl\nsay end\nprintf '\\n'\n} < /dev/null\n")
     for cut in [*range(0, len(text) - tail, 997), *range(len(text) - tail, len(text) - len(b" < /dev/null\n"))]:
@@ -34,24 +34,24 @@ def test_a_command_that_was_cut_off_on_its_way_does_nothing(shell: str, tmp_path
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_every_shell_there_is_reads_quoted_values_as_they_are(shell: str, tmp_path: Path) -> None:
+def test_every_shell_reads_quoted_values_unchanged(shell: str, tmp_path: Path) -> None:
     @settings(deadline=None, max_examples=50)
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
     def check(value: str) -> None:
-        asked = command([f"value={quote(value)}", "say value", "printf '\\n%s' \"$value\""])
-        answer = run(shell, asked.text, tmp_path)
+        request = command([f"value={quote(value)}", "say value", "printf '\\n%s' \"$value\""])
+        answer = run(shell, request.text, tmp_path)
         completed = Completed(answer.returncode, answer.stdout.decode(), answer.stderr.decode())
-        assert parse(completed, asked.mark, host="h") == [("value", value.replace("\0", ""))]
+        assert parse(completed, request.mark, host="h") == [("value", value.replace("\0", ""))]
 
     check()
 
 
 @given(st.integers(), st.text(), st.text())
 def test_any_response_of_a_host_is_a_result_or_an_error_of_one_line(code: int, out: str, err: str) -> None:
-    for said in (out, f"\nm {out}", f"\nm {out}\nm end\n", out.replace("\n", "\nm "), f"\nm failed {out}"):
+    for text in (out, f"\nm {out}", f"\nm {out}\nm end\n", out.replace("\n", "\nm "), f"\nm failed {out}"):
         message = "h: "
         try:
-            parse(Completed(code, said, err), "m", host="h")
+            parse(Completed(code, text, err), "m", host="h")
         except (InvalidResponse, Refused) as error:
             message = str(error)
         assert message.startswith("h: ")

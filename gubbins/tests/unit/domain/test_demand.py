@@ -1,4 +1,4 @@
-"""The arithmetic of sharing."""
+"""Fair shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MANY = 10**6
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def test_alone_a_vo_gets_all_it_wants() -> None:
+def test_a_single_vo_gets_all_that_it_wants() -> None:
     assert fair_part(7, "a", {"a": Sharer(1, 3, MANY)}) == 7
     assert fair_part(7, "a", {"a": Sharer(1, 3, 2)}) == 2
     assert fair_part(-1, "a", {"a": Sharer(1, 3, 2)}) == 0
@@ -25,13 +25,13 @@ def test_a_vo_above_its_share_gets_slots_that_others_leave() -> None:
     assert fair_part(5, "a", {**sharers, "b": Sharer(1, 4, 2)}) == 3
 
 
-def test_shares_are_relative() -> None:
+def test_shares_of_vos_are_relative_to_each_other() -> None:
     sharers = {"a": Sharer(3, 0, MANY), "b": Sharer(1, 0, MANY)}
     assert [fair_part(20, vo, sharers) for vo in sharers] == [15, 5]
     assert [fair_part(20, vo, {**sharers, "c": Sharer(1, 0, 0)}) for vo in sharers] == [15, 5]
 
 
-def test_of_equals_the_one_that_has_been_waiting_longest_comes_first() -> None:
+def test_among_equals_the_longest_waiting_comes_first() -> None:
     sharers = {
         "a": Sharer(1, 0, MANY, T0),
         "b": Sharer(1, 0, MANY, T0 - timedelta(hours=1)),
@@ -42,13 +42,13 @@ def test_of_equals_the_one_that_has_been_waiting_longest_comes_first() -> None:
 
 
 @pytest.mark.parametrize("room", range(12))
-def test_all_that_is_free_is_dealt_and_no_more(room: int) -> None:
+def test_all_free_slots_are_assigned(room: int) -> None:
     sharers = {"a": Sharer(2, 5, 3), "b": Sharer(1, 0, MANY), "c": Sharer(0.5, 1, MANY)}
     assert sum(fair_part(room, vo, sharers) for vo in sharers) == room
 
 
 @pytest.mark.parametrize("budget", range(-1, 25))
-def test_parts_are_cut_down_to_the_budget_in_proportion(budget: int) -> None:
+def test_parts_are_reduced_to_the_budget_proportionally(budget: int) -> None:
     parts = [10, 0, 5, 1]
     cut = apportion(budget, parts)
     assert sum(cut) == min(16, max(0, budget))

@@ -1,4 +1,4 @@
-"""Matching of waiting jobs with compute elements, and the pilots that they justify."""
+"""Matching of waiting jobs with compute elements."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def largest_matching(groups: dict[Group, int], pilots: dict[str, int]) -> int:
 
 
 @given(_groups, _numbers)
-def test_as_many_waiting_pilots_as_can_be_are_matched_with_jobs(
+def test_the_maximum_number_of_waiting_pilots_is_matched_with_jobs(
     groups: dict[Group, int], pilots: dict[str, int]
 ) -> None:
     left, free = match(groups, pilots)
@@ -110,7 +110,7 @@ def test_as_many_waiting_pilots_as_can_be_are_matched_with_jobs(
     assert not any(free.get(name) for name in chain(*left))
 
 
-def test_thousands_of_task_queues_do_not_hold_up_the_others() -> None:
+def test_thousands_of_task_queues_are_matched_quickly() -> None:
     """A worker does nothing else meanwhile: a fifth of a second, and not some for each task queue."""
     chance = random.Random(1)
     ces = {f"ce{number}": CERules(site=f"s{number}") for number in range(100)}

@@ -1,4 +1,4 @@
-"""Whatever a site says is told in one line that every database keeps and every terminal shows."""
+"""Messages of sites are reduced to one line for databases and terminals."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_one_line_is_printable_and_bounded_for_any_text(said: str, limit: int) -
         ("\0", ""),
     ],
 )
-def test_text_stays_and_unprintable_characters_become_spaces(said: object, line: str) -> None:
+def test_text_is_kept_and_unprintable_characters_become_spaces(said: object, line: str) -> None:
     assert one_line(said) == line

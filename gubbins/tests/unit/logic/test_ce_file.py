@@ -1,14 +1,13 @@
-"""`ces.yaml` is checked as a whole, and every mistake is told with its path."""
+"""Validation of files of compute elements: all errors with their paths."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from support.paths import ROOT
 
 from gubbins.logic.my_pilots import CEFileError, parse_ce_file
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "ces.yaml"
+EXAMPLE = ROOT / "gubbins" / "examples" / "ces.yaml"
 
 
 def problems_of(text: str) -> dict[str, str]:
@@ -55,7 +54,7 @@ def test_bad_input_is_reported_with_its_path(fields: dict[str, object], path: st
     assert list(problems_of(entry(**fields))) == [f"compute_elements[0].{path}"]
 
 
-def test_an_invalid_value_is_never_shown_for_it_may_be_a_secret() -> None:
+def test_an_invalid_value_which_may_be_a_secret_is_not_shown() -> None:
     arc = {"url": "https://ce.example.org/arex", "environment": {"PASSWORD": "s3cret"}}
     for settings in (
         arc,  # a mistake of all settings: neither certificate nor token
@@ -74,12 +73,12 @@ def test_an_invalid_value_is_never_shown_for_it_may_be_a_secret() -> None:
         arc | {"token": {"issuer": "https://iam", "client_id": "a", "client_secret": "/a", "scope": ["s3cret"]}},
         "s3cret",
     ):
-        [told] = problems_of(entry(backend="arc", settings=settings)).values()
-        assert told
-        assert "s3cret" not in told
-        assert "117" not in told
+        [problem] = problems_of(entry(backend="arc", settings=settings)).values()
+        assert problem
+        assert "s3cret" not in problem
+        assert "117" not in problem
     for wrong in ({"capacity": "s3cret"}, {"vos": "s3cret"}, {"name": ["s3cret"]}, {"rules": {"share": "s3cret"}}):
-        assert all(told and "s3cret" not in told for told in problems_of(entry(**wrong)).values())
+        assert all(problem and "s3cret" not in problem for problem in problems_of(entry(**wrong)).values())
     assert "s3cret" not in str(problems_of('compute_elements: ["s3cret"]'))
 
 
@@ -113,11 +112,11 @@ other: 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "compute_elements: 1", "a: 1"])
-def test_another_shape_is_refused(text: str) -> None:
+def test_a_ce_file_of_another_structure_is_refused(text: str) -> None:
     assert "compute_elements" in problems_of(text)[""]
 
 
-def test_broken_yaml_and_double_keys_are_reported_with_their_line() -> None:
+def test_invalid_yaml_and_duplicate_keys_are_reported_with_their_line() -> None:
     assert all(path.startswith("line ") for path in problems_of("compute_elements:\n  - {name: a"))
     assert "appears twice" in problems_of("compute_elements:\n- name: a\n  name: b\n")["line 3"]
 
@@ -136,7 +135,7 @@ compute_elements:
 """
 
 
-def test_each_queue_of_a_compute_element_has_settings_and_rules_of_its_own() -> None:
+def test_each_queue_of_a_compute_element_has_its_own_settings_and_rules() -> None:
     short, gpu = parse_ce_file(QUEUES)
     assert (short.name, short.capacity, short.vos) == ("ce01.example.org:short", 10, ["lhcb"])
     assert short.settings == {"directory": "/scratch/pilots", "cpus": 1, "partition": "short"}
@@ -165,7 +164,7 @@ def test_each_queue_of_a_compute_element_has_settings_and_rules_of_its_own() -> 
         ("{short: {capacity: -1}}", "compute_elements[0].queues.short.capacity"),
     ],
 )
-def test_a_mistake_in_a_queue_is_reported_with_its_path(queues: str, path: str) -> None:
+def test_an_error_in_a_queue_is_reported_with_its_path(queues: str, path: str) -> None:
     assert list(problems_of(f"compute_elements: [{{name: ce, capacity: 1, queues: {queues}}}]")) == [path]
 
 
@@ -178,17 +177,17 @@ def test_queues_of_a_compute_element_without_a_name_are_refused() -> None:
 
 @pytest.mark.parametrize("vos", ["{}", "{lhcb: s3cret}", "{lhcb: [s3cret]}", "{1: {}}", "{null: {}}", "{lhcb: }"])
 def test_vos_without_a_name_or_settings_are_refused_without_their_values(vos: str) -> None:
-    [(path, told)] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, vos: {vos}}}]").items()
+    [(path, problem)] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, vos: {vos}}}]").items()
     assert path == "compute_elements[0].vos"
-    assert "each with its settings" in told
-    assert "s3cret" not in told
+    assert "each with its settings" in problem
+    assert "s3cret" not in problem
 
 
 @pytest.mark.parametrize("given", ["3", "null", "[lhcb]", "s3cret", "{lhcb: s3cret}", "{lhcb: {seed: 1}}"])
-def test_settings_of_vos_have_one_place(given: str) -> None:
-    [told] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, settings: {{vos: {given}}}}}]").values()
-    assert "below `vos`" in told
-    assert "s3cret" not in told
+def test_settings_of_vos_are_given_in_one_place_only(given: str) -> None:
+    [problem] = problems_of(f"compute_elements: [{{name: ce, capacity: 1, settings: {{vos: {given}}}}}]").values()
+    assert "below `vos`" in problem
+    assert "s3cret" not in problem
 
 
 @pytest.mark.parametrize("backend", ["arc", "htcondor"])
@@ -200,9 +199,9 @@ def test_settings_of_vos_have_one_place(given: str) -> None:
         ({"issuer": "https://x:s3cret@iam.example.org/", "client_id": "x", "client_secret": "/secret"}, "issuer"),
     ],
 )
-def test_a_mistake_in_the_source_of_a_token_is_one_line(backend: str, token: object, path: str) -> None:
+def test_an_error_in_the_source_of_a_token_is_reported_in_one_line(backend: str, token: object, path: str) -> None:
     place = {"arc": {"url": "https://ce.example.org/arex"}, "htcondor": {"collector": "ce:9619", "schedd": "ce"}}
-    [(told, why)] = problems_of(entry(backend=backend, settings=place[backend] | {"token": token})).items()
-    assert told.startswith("compute_elements[0].settings.token.")
-    assert told.endswith(path)
+    [(problem, why)] = problems_of(entry(backend=backend, settings=place[backend] | {"token": token})).items()
+    assert problem.startswith("compute_elements[0].settings.token.")
+    assert problem.endswith(path)
     assert "s3cret" not in why

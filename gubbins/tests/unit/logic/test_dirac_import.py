@@ -1,4 +1,4 @@
-"""A configuration of DIRAC as compute elements of ours; what has no counterpart is listed line by line."""
+"""Translation of a DIRAC configuration; options without a counterpart are listed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def why(found: DiracImport) -> dict[str, str]:
     return {remark.path.removeprefix("Resources/Sites/"): remark.why for remark in found.remarks}
 
 
-def test_compute_elements_come_with_their_back_ends_limits_vos_and_tags() -> None:
+def test_compute_elements_are_imported_with_back_ends_limits_vos_and_tags() -> None:
     found = import_dirac(CONFIGURATION)
     entries = entries_of(found)
     assert list(entries) == ["ce503.cern.ch", "arc.ndgf.se", "cluster.example.org", "host.example.org"]
@@ -206,7 +206,7 @@ def test_compute_elements_come_with_their_back_ends_limits_vos_and_tags() -> Non
     )
 
 
-def test_queues_of_a_compute_element_share_what_they_have_in_common() -> None:
+def test_common_values_of_queues_are_merged() -> None:
     slurm = entries_of(import_dirac(CONFIGURATION))["cluster.example.org"]
     assert (slurm["backend"], slurm["vos"]) == ("slurm", ["lhcb"])
     assert {name: own["capacity"] for name, own in slurm["queues"].items()} == {"short": 30, "gpu": 4}
@@ -223,9 +223,9 @@ def test_queues_of_a_compute_element_share_what_they_have_in_common() -> None:
     assert (gpu.rules.max_cpu_seconds, gpu.rules.required_tags) == (86400, ("GPU",))
 
 
-def test_what_has_no_counterpart_is_listed_with_its_path_and_without_its_value() -> None:
+def test_options_without_a_counterpart_are_listed_with_their_path_and_without_value() -> None:
     found = import_dirac(CONFIGURATION)
-    said = why(found)
+    reasons = why(found)
     expected = {
         "DIRAC": "not about compute elements",
         "Resources/StorageElements": "not about compute elements",
@@ -237,15 +237,15 @@ def test_what_has_no_counterpart_is_listed_with_its_path_and_without_its_value()
         f"{CLUSTER}/cream.example.org": "left out: no back end for CREAM with the batch system host",
         "Systems/WorkloadManagement/Agents/SiteDirectorCERN": "this agent submits pilots until you stop it",
     }
-    assert {path: said.get(path) for path in expected} == expected
-    assert any(path.endswith("SiteDirectorCERN/MaxPilotsToSubmit") for path in said)
-    assert any(path.endswith("short/SubmitOptions") and "left out" in why for path, why in said.items())
-    assert any("needs credentials" in why for path, why in said.items() if "arc.ndgf.se" in path)
+    assert {path: reasons.get(path) for path in expected} == expected
+    assert any(path.endswith("SiteDirectorCERN/MaxPilotsToSubmit") for path in reasons)
+    assert any(path.endswith("short/SubmitOptions") and "left out" in why for path, why in reasons.items())
+    assert any("needs credentials" in why for path, why in reasons.items() if "arc.ndgf.se" in path)
     assert "s3cret-word" not in str(found)
 
 
-def test_every_option_is_taken_over_or_listed() -> None:
-    """An option with a name that nobody knows, put into each section, is listed once for each."""
+def test_every_option_is_imported_or_listed() -> None:
+    """An unknown option in each section is listed once for each."""
     tree = CFG().loadFromBuffer(CONFIGURATION).getAsDict()
     sections = []
 
@@ -264,9 +264,9 @@ def test_every_option_is_taken_over_or_listed() -> None:
     assert wanted <= listed
 
 
-@pytest.mark.parametrize(("batch", "system"), [("GE", "gridengine"), ("Torque", "pbs"), ("LSF", "lsf")])
+@pytest.mark.parametrize(("batch", "system"), [("GE", "gridengine"), ("Torque", "torque"), ("LSF", "lsf")])
 @pytest.mark.parametrize("kind", ["SSH", "Local"])
-def test_other_batch_systems_come_with_their_queue(kind: str, batch: str, system: str) -> None:
+def test_other_batch_systems_are_imported_with_their_queue(kind: str, batch: str, system: str) -> None:
     text = CONFIGURATION.replace("BatchSystem = SLURM", f"BatchSystem = {batch}").replace(
         "CEType = SSH\n            BatchSystem", f"CEType = {kind}\n            BatchSystem"
     )
@@ -281,11 +281,11 @@ def test_other_batch_systems_come_with_their_queue(kind: str, batch: str, system
     assert short.settings["extra_options"] == ["--account=lhcb", "--constraint=avx2", "-p", "old"]
 
 
-def test_what_is_written_is_accepted_by_load() -> None:
+def test_the_result_of_an_import_can_be_loaded() -> None:
     found = import_dirac(CONFIGURATION)
     text = yaml.safe_dump({"compute_elements": found.compute_elements}, sort_keys=False)
     assert len(parse_ce_file(text)) == 5
-    assert not [remark for remark in found.remarks if "mended by hand" in remark.why]
+    assert not [remark for remark in found.remarks if "corrected by hand" in remark.why]
 
 
 def test_a_share_of_the_slots_leaves_the_others_to_site_director() -> None:
@@ -305,8 +305,8 @@ def test_a_share_of_the_slots_leaves_the_others_to_site_director() -> None:
         "Resources\n{\n  a/b\n  {\n  }\n}\n",
     ],
 )
-def test_what_is_no_configuration_is_refused_in_one_line(text: str) -> None:
-    with pytest.raises(DiracConfigurationError, match="no configuration of DIRAC") as caught:
+def test_invalid_configurations_are_an_error_of_one_line(text: str) -> None:
+    with pytest.raises(DiracConfigurationError, match="not a configuration of DIRAC") as caught:
         import_dirac(text)
     assert "\n" not in str(caught.value)
 
@@ -320,20 +320,20 @@ def test_what_is_no_configuration_is_refused_in_one_line(text: str) -> None:
         ("Resources\n{\n  MaxRAM = 1\n  MaxRAM = 2\n}\n", "line 4"),
     ],
 )
-def test_what_the_parser_would_drop_in_silence_is_listed(text: str, path: str) -> None:
+def test_lines_that_the_parser_ignores_are_listed(text: str, path: str) -> None:
     assert path in {remark.path for remark in import_dirac(text).remarks}
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_a_stray_line_changes_nothing_else(ending: str) -> None:
+def test_a_stray_line_does_not_affect_other_lines(ending: str) -> None:
     expected = import_dirac(CONFIGURATION)
     lines = CONFIGURATION.splitlines()
     between = [number for number, line in enumerate([*lines, ""]) if not line.strip().startswith("{")]
     for number in between:
         found = import_dirac("\ufeff" + ending.join([*lines[:number], "s3cret words", *lines[number:]]))
         assert found.compute_elements == expected.compute_elements, number
-        told = [remark.why for remark in found.remarks if remark.path == f"line {number + 1}"]
-        assert told == ["is no option and no section: left out"]
+        reasons = [remark.why for remark in found.remarks if remark.path == f"line {number + 1}"]
+        assert reasons == ["is no option and no section: left out"]
         assert "s3cret" not in str(found.remarks)
 
 
@@ -350,7 +350,7 @@ def one_ce(options: str) -> str:
         ("NumberOfProcessors = 8\nMaxRAM = 4096", set()),
     ],
 )
-def test_tags_that_do_not_follow_from_the_size_of_a_queue_are_kept(size: str, tags: set[str]) -> None:
+def test_tags_other_than_those_of_the_size_are_kept(size: str, tags: set[str]) -> None:
     [entry] = import_dirac(
         one_ce(f"CEType = SSH\nTag = MultiProcessor, 8Processors, 4GB\n{size}")
     ).compute_elements
@@ -359,14 +359,14 @@ def test_tags_that_do_not_follow_from_the_size_of_a_queue_are_kept(size: str, ta
 
 @pytest.mark.parametrize("port", ["ssh", "²", "-1", "1e999"])
 @pytest.mark.parametrize(("kind", "option"), [("SSH", "SSHPort"), ("AREX", "Port"), ("HTCondorCE", "Port")])
-def test_a_port_that_is_no_number_is_listed(kind: str, option: str, port: str) -> None:
+def test_an_invalid_port_is_listed(kind: str, option: str, port: str) -> None:
     found = import_dirac(one_ce(f"CEType = {kind}\n{option} = {port}"))
     assert any(remark.path.endswith(f"/{option}") and "no number" in remark.why for remark in found.remarks)
     assert parse_ce_file(yaml.safe_dump({"compute_elements": found.compute_elements}))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_configuration_breaks_it(seed: int) -> None:
+def test_the_import_from_dirac_handles_any_configuration(seed: int) -> None:
     """Lines removed, doubled, exchanged, with values that are no numbers, no paths, no names."""
     chance = random.Random(seed)
     lines = CONFIGURATION.splitlines()

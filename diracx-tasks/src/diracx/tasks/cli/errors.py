@@ -1,4 +1,4 @@
-"""Errors of commands: one line that names the thing, the value and the way out."""
+"""Errors that commands report in one line: `CliError`, which users can correct, and `UsageProblem`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _LONGEST = 1000
 
 
 class CliError(Exception):
-    """Error that the user can mend. Shown as one line, without a traceback.
+    """Error that the user can correct, shown as one line without a traceback.
 
     Args:
-        message: what, which value, and the way out.
-        exit_code: 2 when the command line itself is wrong, else 1.
-        detail: shown as it is before the line, as the traceback of a task.
-        lines: several messages, one for each mistake, in place of the one.
+        message: names the problem, the value and the remedy.
+        exit_code: 2 for a usage error, else 1.
+        detail: text to print unchanged before the message, such as the traceback of a task.
+        lines: messages to print in place of `message`, one per line.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class UsageProblem(CliError):
 
 
 def one_line(text: str) -> str:
-    """The text on one line, not too long, without passwords and without what would steer a terminal."""
+    """Return the text as one line of at most 1000 characters, without passwords and control sequences."""
     line = printable_line(mask(text, 8 * _LONGEST))
     return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
 
 
 def shortened_line(text: str, longest: int) -> str:
-    """The beginning of the text on one line, as `one_line` makes it."""
+    """Truncate the text, on one line as of `one_line`."""
     line = one_line(text)
     return line if len(line) <= longest else line[:longest] + "…"
 
 
 def shortened(value: str, longest: int = 60) -> str:
-    """A value for use inside a message, in quotes."""
+    """Truncate and quote a value for use in a message."""
     return repr(value if len(value) <= longest else value[:longest] + "…")

@@ -1,4 +1,4 @@
-"""Commands that take a database to the revision that this version of the software needs."""
+"""Commands of database migrations: `current`, `upgrade`, `downgrade`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
     """Add `current`, `upgrade` and `downgrade` to a group of commands.
 
     Args:
-        program: what is typed before the names of these commands.
-        database: as in DIRACX_DB_URL_<NAME>.
-        missing: said where it is not configured.
+        program: the command line up to these commands, for their examples.
+        database: name as in DIRACX_DB_URL_<NAME>.
+        missing: error message where the database is not configured.
     """
 
     def run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
@@ -41,7 +41,7 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
             echo_json({"database": database, **asdict(move)}, indent=2)
             return
         if move.recognised:
-            echo(f"{database} had no version, and was recognised as {move.before}")
+            echo(f"{database} had no revision; its tables are those of {move.before}")
         for step in move.steps:
             echo(f"  done: {step.revision} {step.what}")
         echo(f"{database} is at {move.after or 'base: it has no tables'}")
@@ -50,7 +50,7 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         check: Annotated[bool, typer.Option("--check", help="Exit with 1 when an upgrade is needed.")] = False,
         as_json: JsonOption = False,
     ) -> None:
-        """Show which revision the database is at, and what an upgrade would do. Changes nothing."""
+        """Show the revision of the database and the pending migrations. Changes nothing."""
         state = run(lambda migrations, url: migrations.current(url))
         if as_json:
             echo_json({"database": database, **asdict(state)}, indent=2)
@@ -66,11 +66,11 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         revision: Annotated[str, typer.Argument(metavar="[REVISION]", help="Up to this one.")] = "head",
         as_json: JsonOption = False,
     ) -> None:
-        """Take the database to the newest revision, or to REVISION. All rows are kept; repeating it does no harm.
+        """Upgrade the database to the newest revision, or to REVISION. All rows are kept; it can be repeated.
 
-        An empty database gets its tables. One that has tables but no revision, as by `python -m diracx.db
-        init-sql`, is recognised. Several of these at once wait for each other. Stop workers and API before: they
-        would wait for locks, or miss what is being added.
+        An empty database gets its tables. The revision of a database without one, as made by `python -m diracx.db
+        init-sql`, is detected from its tables. Concurrent upgrades wait for each other. Stop workers and API
+        first: they would wait for locks, or lack the columns that are being added.
         """
         report(run(lambda migrations, url: migrations.upgrade(url, revision)), as_json)
 
@@ -79,12 +79,12 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         yes: YesOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        """Take the database back to REVISION, for an older version of the software.
+        """Downgrade the database to REVISION, for an older version of the software.
 
-        What that does not know is lost.
+        Columns and tables that REVISION does not have are dropped with their data.
         """
-        what = "drop its tables with all rows" if revision == "base" else f"lose what {revision} does not know"
-        confirm(f"Take {database} back to {revision}, and {what}?", yes)
+        what = "drop its tables with all rows" if revision == "base" else f"drop what {revision} does not have"
+        confirm(f"Downgrade {database} to {revision}, and {what}?", yes)
         report(run(lambda migrations, url: migrations.downgrade(url, revision)), as_json)
 
     for command, example in (

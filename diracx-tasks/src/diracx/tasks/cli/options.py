@@ -6,67 +6,32 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from enum import StrEnum
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Registry name of the task: category:ClassName.")
-]
-ArgsOption = Annotated[
-    str, typer.Option("--args", metavar="JSON", help="Positional arguments, a JSON list: '\\[1, \"x\"]'.")
-]
-KwargsOption = Annotated[
-    str, typer.Option("--kwargs", metavar="JSON", help='Named arguments, a JSON object: \'{"vo": "lhcb"}\'.')
-]
 ModuleOption = Annotated[
     list[str] | None,
     typer.Option(
         "--module",
         metavar="FILE.py|PACKAGE.MODULE",
-        help="Register the tasks of a plain module, under the category of its last name. May be repeated.",
-    ),
-]
-RedisUrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--redis-url",
-        metavar="URL",
-        help="Redis or Valkey server; else DIRACX_TASKS_REDIS_URL, else redis://localhost. "
-        "A password in it can be seen by every user of the host: rather use the variable, or a file.",
-    ),
-]
-RedisUrlFileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--redis-url-file",
-        metavar="FILE",
-        help="File that holds the URL of the server, for one with a password; else DIRACX_TASKS_REDIS_URL_FILE.",
+        help="Register the tasks of a module; its name is their category. May be repeated.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="At most this many.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Maximum number of rows.")]
 AfterOption = Annotated[
-    str | None, typer.Option("--after", metavar="CURSOR", help="Read on: the `after` of the page before (--json).")
+    str | None, typer.Option("--after", metavar="CURSOR", help="Next page: `after` of the previous one (--json).")
 ]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
-class LogLevel(StrEnum):
-    """Lowest severity that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
+LogLevel = Literal["debug", "info", "warning", "error"]
 LogLevelOption = Annotated[
     LogLevel | None,
     typer.Option(
         "--log-level",
-        help="Least level of what DiracX and tasks log; else DIRACX_LOG_LEVEL. That of libraries is "
+        help="Log level of DiracX and tasks; else DIRACX_LOG_LEVEL. That of libraries is "
         "DIRACX_LOG_LIBRARIES_LEVEL; DIRACX_LOG_FORMAT=json logs JSON.",
         show_default=False,
     ),
@@ -74,9 +39,7 @@ LogLevelOption = Annotated[
 
 
 class Commands(typer.Typer):
-    """A Typer application whose commands may share groups of options: of each parameter that is a dataclass, the
-    fields are the options, and the command gets the dataclass.
-    """
+    """Typer application whose commands share groups of options: the fields of dataclass parameters."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """As of `typer.Typer`."""
@@ -85,11 +48,7 @@ class Commands(typer.Typer):
 
 
 def command_group(name: str, help_text: str, **settings: Any) -> Commands:
-    """Commands below a common name, which alone shows their help and exits with 2.
-
-    Args:
-        settings: as of `typer.Typer`.
-    """
+    """Make a command group. Without a command it prints its help and exits with 2."""
     group = Commands(name=name, help=help_text, **{"rich_markup_mode": "rich", **settings})
 
     @group.callback(invoke_without_command=True)
@@ -102,7 +61,7 @@ def command_group(name: str, help_text: str, **settings: Any) -> Commands:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Make the fields of each parameter that is a dataclass options of a command."""
+    """Replace each dataclass parameter of a command by one option per field."""
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

@@ -1,6 +1,4 @@
-"""Terminal output. All that commands print goes through here: text from outside neither steers the terminal nor is
-taken for Rich markup, and no password of a URL is shown. JSON is lossless: it escapes what is not ASCII.
-"""
+"""Terminal output of all commands: text without control sequences, Rich markup and passwords of URLs; and JSON."""
 
 from __future__ import annotations
 
@@ -27,9 +25,9 @@ _WIDTH_WITHOUT_TERMINAL = 220
 _LABEL_WIDTH = 11
 
 
-def echo(text: str, *, err: bool = False) -> None:
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text, which may have several lines."""
-    typer.echo(printable(mask(text)), err=err)
+    typer.echo(printable(mask(text)), err=err, nl=nl)
 
 
 def echo_json(value: Any, *, indent: int | None = None) -> None:
@@ -38,25 +36,23 @@ def echo_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print read models as JSON, passwords of URLs masked."""
+    """Print read models as JSON, with passwords of URLs masked."""
     echo_json(masked_json(as_json(value)), indent=indent)
 
 
 def console() -> Console:
-    """A console as wide as the terminal, or wide enough for a table where there is none."""
+    """Make a console as wide as the terminal, or wide enough for a table where there is none."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def styled(text: str, style: str = "") -> Text:
-    """One line of text with a style."""
+    """Make one line of text with a style."""
     return Text(one_line(text), style=style)
 
 
 def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> None:
-    """Print read models: as JSON, or as the table of the view (on stderr that there is nothing, and where to read
-    on after a page).
-    """
+    """Print read models as JSON or as a table; notes on empty lists and further pages go to stderr."""
     if as_json:
         print_json(rows)
         return
@@ -70,7 +66,7 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
 
 
 def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
-    """The table of a view, its first column in colour."""
+    """Make the table of a view."""
     made = Table(box=None, header_style="bold", pad_edge=False)
     for column in view.columns:
         made.add_column(
@@ -92,24 +88,16 @@ def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
 
 
 def show_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print one thing: a line for each field, its name first."""
+    """Print one record: a line per field, `name value`."""
     for name, value in fields:
         echo(f"{name:<{_LABEL_WIDTH}} {one_line(value)}")
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask on the terminal before something that cannot be undone.
-
-    Args:
-        yes: it was answered on the command line.
-
-    Raises:
-        UsageProblem: there is no terminal.
-        CliError: the answer is no.
-    """
+    """Ask for confirmation on the terminal unless `yes`; raise a CliError if it is denied."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageProblem(f"{question} There is no terminal to ask on; add --yes")
+        raise UsageProblem(f"{question} Cannot ask without a terminal; add --yes")
     if not typer.confirm(question, err=True):
         raise CliError("nothing was changed")

@@ -1,4 +1,4 @@
-"""Runs a command line, and reports its errors in one line each."""
+"""Runs a command line and reports its errors in one line each."""
 
 from __future__ import annotations
 
@@ -11,28 +11,26 @@ import typer
 
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
-from .errors import CliError, one_line
+from ..plumbing.exceptions import TaskConfigError
+from ..plumbing.task_names import AmbiguousTaskNameError
+from .errors import CliError, UsageProblem, one_line
 from .options import Commands
 
-#: Typer brings a copy of click with it; this is its `click.UsageError`, by a public name.
+#: `click.UsageError` of the copy of click inside Typer, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def run_program(app: Commands, prefix: str = "error") -> None:
-    """Run a command line. Exits with 0, with 2 when the command line is wrong, and with 1 for all the rest.
-
-    Args:
-        prefix: what the line of an error begins with.
-    """
+    """Run a command line. Exits with 0, with 2 after a usage error, and with 1 after any other error."""
     threading.excepthook = _report_unless_late
     try:
         code = app(standalone_mode=False)
     except CliError as error:
-        code = error.exit_code
-        if error.detail:
-            _print(error.detail)
-        for line in error.lines:
-            typer.secho(f"{prefix}: {one_line(line)}", fg="red", err=True)
+        code = _report(error, prefix)
+    except TaskConfigError as error:
+        code = _report(CliError(str(error)), prefix)
+    except AmbiguousTaskNameError as error:
+        code = _report(UsageProblem(str(error)), prefix)
     except _UsageError as error:
         code = 2
         if problem := _usage_problem(error):
@@ -40,10 +38,18 @@ def run_program(app: Commands, prefix: str = "error") -> None:
     except (BrokenPipeError, typer.Abort):  # as in `… | head`; Ctrl-C
         code = 1
     except Exception:
-        # A bug of ours: its report needs the traceback, without passwords.
-        code = 1
+        code = 1  # a bug: its report needs the traceback
         _print(traceback.format_exc())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: CliError, prefix: str) -> int:
+    """Print an error, and return the exit code."""
+    if error.detail:
+        _print(error.detail)
+    for line in error.lines:
+        typer.secho(f"{prefix}: {one_line(line)}", fg="red", err=True)
+    return error.exit_code
 
 
 def _print(text: str) -> None:
@@ -51,15 +57,15 @@ def _print(text: str) -> None:
 
 
 def _report_unless_late(error: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, but for one of aiosqlite that ends after the event loop of a failed command."""
+    """Report the error of a thread, except that of an aiosqlite thread that outlives the event loop."""
     if str(error.exc_value) != "Event loop is closed":
         threading.__excepthook__(error)
 
 
 def _usage_problem(error: Any) -> str:
-    """Message of a usage error of Typer, with the value, which it does not always name, and where to read on.
+    """Format a usage error of Typer with the value, which Typer does not always name, and a hint to --help.
 
-    Nothing where no command of a group was named: Typer has shown its help.
+    Empty if a command group was called without a command: Typer has printed its help.
     """
     problem = error.format_message().replace("Value error, ", "").rstrip(".?")
     if not problem:

@@ -1,4 +1,4 @@
-"""The background tasks of the DiracX job system: thin wrappers over `diracx.logic.jobs`."""
+"""Background tasks of the DiracX job system: thin wrappers over `diracx.logic.jobs`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Free the sandbox store of what no job needs any more."""
+"""Task that deletes unused sandboxes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from ..plumbing._util.lazy import lazy_names
 from ..plumbing.base_task import PeriodicBaseTask
 from ..plumbing.depends import NoTransaction
 from ..plumbing.enums import Priority, Size
+from ..plumbing.lazy import lazy_names
 from ..plumbing.retry_policies import ExponentialBackoff
 from ..plumbing.schedules import CronSchedule
 
@@ -23,9 +23,9 @@ else:
 
 @dataclass
 class CleanSandboxStoreTask(PeriodicBaseTask):
-    """Every morning at six: delete sandboxes that belong to no job. Returns how many went.
+    """Delete sandboxes that belong to no job, daily at 6:00 UTC. Returns their number.
 
-    The logic opens a short transaction for each batch, so none is held while objects are deleted.
+    The logic opens a short transaction per batch, so that none is open while objects are deleted.
     """
 
     priority = Priority.BACKGROUND

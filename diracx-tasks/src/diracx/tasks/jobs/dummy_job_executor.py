@@ -1,4 +1,4 @@
-"""Jobs that run without a site: for demonstrations, where the life of a job is to be seen from end to end."""
+"""Tasks that simulate the execution of jobs, for demonstrations without a site."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, Field
 
-from ..plumbing._util.lazy import lazy_names
 from ..plumbing.base_task import BaseTask, PeriodicBaseTask
 from ..plumbing.enums import Priority, Size
+from ..plumbing.lazy import lazy_names
 from ..plumbing.lock_registry import JOB
 from ..plumbing.locks import BaseLock, MutexLock
 from ..plumbing.retry_policies import ExponentialBackoff
@@ -28,28 +28,27 @@ else:
     )
 
 _SOURCE = "DummyJobExecutor"
-#: Jobs taken up by one run of the monitor.
+#: Maximum number of jobs of one run of the monitor.
 _BATCH = 1000
 
 
 class DummyJobExecutorSettings(BaseModel):
-    """Settings of the pretended execution of jobs: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
+    """Settings of the simulated execution: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
 
-    The schedule below is made of them when this module is imported, and they are read without the settings of
-    DiracX, whose import takes longer than that of all the rest.
+    They are read when this module is imported, without the settings classes of DiracX, which are slow to import.
     """
 
     enabled: bool = False
-    """Take up received jobs by themselves."""
+    """Schedule the monitor."""
     interval_seconds: int = Field(default=10, gt=0)
     """Interval between polls for received jobs (s)."""
 
     @classmethod
-    def of_environment(cls) -> Self:
-        """As they are set.
+    def from_environment(cls) -> Self:
+        """Read the settings from the environment.
 
         Raises:
-            pydantic.ValidationError: when one of them cannot be used.
+            pydantic.ValidationError: one of them is invalid.
         """
         variables = {name: f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name.upper()}" for name in cls.model_fields}
         return cls.model_validate({name: os.environ[key] for name, key in variables.items() if key in os.environ})
@@ -61,12 +60,12 @@ def _update(status: JobStatus) -> JobStatusUpdate:
     return JobStatusUpdate(Status=status, MinorStatus=None, ApplicationStatus=None, Source=_SOURCE)
 
 
-_settings = DummyJobExecutorSettings.of_environment()
+_settings = DummyJobExecutorSettings.from_environment()
 
 
 @dataclass
 class DummyJobExecutorMonitorTask(PeriodicBaseTask):
-    """Takes up the jobs that were received: each becomes Waiting and gets an executor. Returns how many.
+    """Set received jobs to Waiting and submit an executor for each. Returns their number.
 
     Scheduled only with DIRACX_TASKS_DUMMY_JOB_EXECUTOR_ENABLED=true.
     """
@@ -100,7 +99,7 @@ class DummyJobExecutorMonitorTask(PeriodicBaseTask):
 
 @dataclass
 class DummyJobExecutorTask(BaseTask):
-    """Leads one job through Matched and Running to Done. Returns the job's id."""
+    """Set one job to Matched, Running and Done. Returns its id."""
 
     job_id: int
 
@@ -118,7 +117,7 @@ class DummyJobExecutorTask(BaseTask):
         from diracx.core.models import JobStatus
         from diracx.logic.jobs.status import set_job_statuses
 
-        # The state machine of jobs refuses leaps, so every state is passed, a moment apart.
+        # The state machine of jobs allows no skipped states; updates need different times.
         now = datetime.now(UTC)
         states = (JobStatus.WAITING, JobStatus.MATCHED, JobStatus.RUNNING, JobStatus.DONE)
         updates = {now + timedelta(milliseconds=step): _update(state) for step, state in enumerate(states)}

@@ -1,12 +1,18 @@
-"""Views and actions of operators: read models, health checks, audited actions and metrics."""
+"""Read models, health checks, audited actions and metrics for operators.
+
+Lists are paginated: pass `after` of a page to get the next one. Functions raise `ValueError` for an invalid cursor
+and for an unknown queue, lock, window or reason, `RedisError` if the server fails, and `UnreadableKeyError` for
+keys that were not written by this version. A `registry` provides the names of arguments and which of them are
+secret.
+"""
 
 from __future__ import annotations
 
 from ..plumbing._util.secrets import MASK
 from ..plumbing.broker.groups import list_groups as groups
-from .actions import purge, release_lock
+from ..plumbing.broker.requests import LockKind
 from .dead_letters import waiting_dead_letters
-from .locks import lock, locks
+from .locks import lock, locks, release_lock
 from .masking import masked_arguments
 from .models import (
     DELAY_REASONS,
@@ -17,7 +23,6 @@ from .models import (
     Failure,
     Holder,
     Lock,
-    LockKind,
     Page,
     Point,
     Queue,
@@ -32,7 +37,7 @@ from .models import (
     as_json,
 )
 from .processes import running, workers
-from .queued import delayed, peek, queues, snapshot
+from .queued import delayed, peek, purge, queues, snapshot
 from .statistics import failed_task_names, failures, history, stats
 
 __all__ = [

@@ -1,8 +1,7 @@
-"""The audit log: capped streams that every action is written to before it is done.
+"""The audit log: capped Redis streams to which each action is written before it is performed.
 
-Administrators' actions have one stream; what the members of a VO do has a stream of that VO. So nothing that
-users do can push an administrator's action, or another VO's, out of the log. The actions on tasks are in
-`diracx.tasks.operations.audited_actions`.
+Administrators share a stream, and each VO has one for its members, so that actions of one VO cannot displace those
+of administrators or other VOs. See `diracx.tasks.operations.audited_actions` for the actions on tasks.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from ..plumbing.broker import audit_stream
-from .cursors import place_in_stream
+from ..plumbing.broker.stored import moment_of, text_of
+from .cursors import check_stream_cursor, entry_parts
 from .models import Page
 
 logger = logging.getLogger(__name__)
 
-#: Entries of a stream that are kept, an action being two of them.
-_KEPT = 20_000
-#: The log of an installation where nobody acts any more goes after a year.
+#: Maximum length of a stream; an action takes two entries.
+KEPT_ENTRIES = 20_000
+#: Time to live of a stream after its last action.
 _TTL_SECONDS = 365 * 86400
-#: Characters of who acts, in any stream.
+#: Maximum lengths in characters; a target of administrators may be a thousand task ids.
 _LONGEST_WHO = 200
-#: Characters of a target: a thousand task ids. What users do is about one thing.
 _LONGEST_TARGET, _LONGEST_TARGET_OF_VO = 40_000, 300
 _LONGEST_OUTCOME, _LONGEST_OUTCOME_OF_VO = 2000, 300
 
@@ -40,7 +39,7 @@ _Outcome = TypeVar("_Outcome")
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One action."""
+    """One audited action."""
 
     id: str
     at: datetime
@@ -48,13 +47,13 @@ class AuditEntry:
     via: str
     """`dashboard`, `api` or `cli`."""
     action: str
-    """As `retry dead letters`."""
+    """Such as `retry dead letters`."""
     target: str
     """Object of the action, such as a task, queue or lock."""
     outcome: str | None
-    """Result; None: not known, as it is not over, its process died, or this could not be written."""
+    """Result; None if unknown: it is in progress, its process crashed, or the result could not be written."""
     ok: bool | None
-    """True if it was done."""
+    """True if it succeeded."""
 
 
 async def audited(
@@ -68,40 +67,54 @@ async def audited(
     *,
     vo: str | None = None,
 ) -> _Outcome:
-    """Do an action, and write it to the audit log: before, and what came of it after.
+    """Perform an action; write it to the audit log before, and its outcome after.
 
-    Where the latter cannot be written, it was done all the same: the log does not know what came of it, and a
-    warning says so.
+    If the outcome cannot be written, a warning is logged.
 
     Args:
-        target: what it is done to; `listed` where these are several.
-        do: does it.
-        summary: what came of it, in a few words.
-        vo: whose log has it, for what a member of a VO does; None: that of the administrators. It must be known to
-            be one of the installation: each has a stream of its own.
+        target: the object of the action; use `listed` for several.
+        do: performs the action.
+        summary: formats its outcome in a few words.
+        vo: the VO of the user, whose log is used; None: the log of administrators. Must exist: each VO has
+            its own stream.
 
     Raises:
-        redis.exceptions.RedisError: when it cannot be written down; it is not done then.
-        Exception: whatever `do` raises.
+        redis.exceptions.RedisError: the action cannot be written to the log, and is not performed.
+        Exception: raised by `do`.
     """
-    log = _Log(redis, vo)
-    written = await log.begin(who, via, action, target)
+
+    async def write(**fields: str) -> str:
+        data = json.dumps(fields, ensure_ascii=False)
+        written = await audit_stream.append(redis, vo, data, kept=KEPT_ENTRIES, ttl_seconds=_TTL_SECONDS)
+        return text_of(written)
+
+    async def end(text: str, ok: bool) -> None:
+        shown = _cut(text, _LONGEST_OUTCOME if vo is None else _LONGEST_OUTCOME_OF_VO)
+        try:
+            await write(of=entry, ok=str(int(ok)), outcome=shown)
+        except RedisError as error:
+            logger.warning(
+                "the outcome of entry %s (%s) cannot be written to the audit log: %s", entry, text, error
+            )
+
+    shown = _cut(target, _LONGEST_TARGET if vo is None else _LONGEST_TARGET_OF_VO)
+    entry = await write(who=_cut(who, _LONGEST_WHO), target=shown, via=via, action=action)
     try:
         outcome = await do()
     except BaseException as error:
-        await log.end(written, f"{type(error).__name__}: {error}", ok=False)
+        await end(f"{type(error).__name__}: {error}", False)
         raise
-    await log.end(written, summary(outcome), ok=True)
+    await end(summary(outcome), True)
     return outcome
 
 
 def listed(names: Sequence[str]) -> str:
-    """All of them, and how many they are where that is not one."""
+    """Join names, after their number if there are several."""
     return names[0] if len(names) == 1 else f"{len(names)}: {', '.join(names)}"
 
 
 def user_at_host() -> str:
-    """User of a command line, as `wilma@head.example.org`: by the user id, whatever the environment says."""
+    """Return user (by the user id, not the environment) and host of this process: `wilma@head.example.org`."""
     import pwd
 
     try:
@@ -115,52 +128,20 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]}… (the first {longest} of {len(text)} characters)"
 
 
-class _Log:
-    """The stream of a VO, or (None) of the administrators."""
-
-    def __init__(self, redis: Redis, vo: str | None) -> None:
-        self._redis = redis
-        self._vo = vo
-        self._longest_target = _LONGEST_TARGET if vo is None else _LONGEST_TARGET_OF_VO
-        self._longest_outcome = _LONGEST_OUTCOME if vo is None else _LONGEST_OUTCOME_OF_VO
-
-    async def begin(self, who: str, via: str, action: str, target: str) -> str:
-        """Write what is about to be done. Returns the entry's id."""
-        shown = {"who": _cut(who, _LONGEST_WHO), "target": _cut(target, self._longest_target)}
-        return await self._write({**shown, "via": via, "action": action})
-
-    async def end(self, entry: str, outcome: str, *, ok: bool) -> None:
-        """Write what came of an entry, or warn that this could not be written."""
-        try:
-            await self._write({"of": entry, "ok": str(int(ok)), "outcome": _cut(outcome, self._longest_outcome)})
-        except RedisError as error:
-            logger.warning(
-                "the outcome of entry %s (%s) cannot be written to the audit log: %s", entry, outcome, error
-            )
-
-    async def _write(self, fields: dict[str, str]) -> str:
-        data = json.dumps(fields, ensure_ascii=False)
-        return _text(await audit_stream.append(self._redis, self._vo, data, kept=_KEPT, ttl_seconds=_TTL_SECONDS))
-
-
 async def read_audit(
     redis: Redis, limit: int = 100, before: str | None = None, *, vo: str | None = None
 ) -> list[AuditEntry]:
-    """The last actions, newest first.
+    """Read audited actions, newest first.
 
     Args:
-        before: only entries older than the one of this id.
-        vo: what the members of this VO did; None: what administrators did.
-
-    Raises:
-        redis.exceptions.RedisError: when the server does not answer, or `before` is no id.
+        before: only actions older than that of this id.
+        vo: actions of this VO's members; None: of administrators.
     """
     newest = f"({before}" if before else "+"
-    ends: dict[str, dict[str, str]] = {}
     found: list[AuditEntry] = []
-    if before:
-        # Of an action that took its time, what came of it is newer than actions of the page before.
-        ends.update(await _ends(redis, vo, before))
+    # The outcome of a slow action is newer than actions of the previous page.
+    newer = await audit_stream.entries(redis, vo, before, 1000) if before else []
+    ends = {data["of"]: data for _, data in _decoded(newer) if "of" in data}
     while len(found) < limit:
         rows = await audit_stream.entries(redis, vo, newest, 2 * limit, backwards=True)
         for entry, data in _decoded(rows):
@@ -177,36 +158,27 @@ async def read_audit(
 async def audit_page(
     redis: Redis, limit: int = 100, after: str | None = None, *, vo: str | None = None
 ) -> Page[AuditEntry]:
-    """A page of the last actions, newest first. Arguments and errors as of `read_audit`.
-
-    Raises:
-        ValueError: when `after` is not from a page before.
-    """
-    found = await read_audit(redis, limit + 1, None if after is None else place_in_stream(after), vo=vo)
+    """Read a page of audited actions, newest first. Arguments and errors as of `read_audit`."""
+    found = await read_audit(redis, limit + 1, None if after is None else check_stream_cursor(after), vo=vo)
     return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)
 
 
-async def _ends(redis: Redis, vo: str | None, since: str) -> dict[str, dict[str, str]]:
-    rows = await audit_stream.entries(redis, vo, since, 1000)
-    return {data["of"]: data for _, data in _decoded(rows) if "of" in data}
-
-
 def _decoded(rows: Sequence[Any]) -> list[tuple[str, dict[str, str]]]:
-    # Other processes write here, and of other versions: what cannot be read is left out.
+    # Entries of other versions may be unreadable, and are skipped.
     found = []
     for entry, fields in rows:
         try:
             data = json.loads(fields[b"data"])
         except (KeyError, ValueError):
             continue
-        found.append((_text(entry), {str(name): str(value) for name, value in data.items()}))
+        found.append((text_of(entry), {str(name): str(value) for name, value in data.items()}))
     return found
 
 
 def _entry(entry: str, data: dict[str, str], end: dict[str, str]) -> AuditEntry:
     return AuditEntry(
         id=entry,
-        at=datetime.fromtimestamp(int(entry.split("-", maxsplit=1)[0]) / 1000, UTC),
+        at=moment_of(entry_parts(entry)[0] / 1000),
         who=data.get("who", "?"),
         via=data.get("via", "?"),
         action=data.get("action", "?"),
@@ -214,7 +186,3 @@ def _entry(entry: str, data: dict[str, str], end: dict[str, str]) -> AuditEntry:
         outcome=end.get("outcome"),
         ok={"1": True, "0": False}.get(end.get("ok", "")),
     )
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value

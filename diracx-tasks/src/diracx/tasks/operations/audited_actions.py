@@ -1,4 +1,4 @@
-"""Audited actions on tasks, for dashboard, HTTP and command line alike."""
+"""Audited actions on tasks, used by dashboard, HTTP API and command line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 from ..plumbing.scheduler import admin
 from ..plumbing.scheduler.occurrences import ScheduledTask
 from ..plumbing.submission.client import Binding
-from .actions import purge, release_lock
 from .audit import audited, listed, user_at_host
 from .dead_letters import Decided
+from .locks import release_lock
 from .models import Released
+from .queued import purge
 
 if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
@@ -25,25 +26,17 @@ if TYPE_CHECKING:
 
 _Outcome = TypeVar("_Outcome")
 #: Dead letters that are discarded in one transaction.
-_LETTERS = 200
-
-
-class AlreadyQueuedError(Exception):
-    """The last occurrence of a schedule, task `task_id`, still waits for a worker: another was not submitted."""
-
-    def __init__(self, task_id: str) -> None:
-        super().__init__(f"the last occurrence, task {task_id}, still waits for a worker")
-        self.task_id = task_id
+_DISCARD_BATCH = 200
 
 
 class AuditedActions:
-    """Actions of one user. They raise what `audited` raises, beside what is said.
+    """Actions of one user, written to the audit log. All raise the errors of `audited`, too.
 
     Args:
-        redis: the server of the tasks, where the audit log is.
-        who: as the audit log has it.
+        redis: the server of the tasks, which has the audit log.
+        who: the user, as written to the audit log.
         via: `dashboard`, `api` or `cli`.
-        vo: whose audit log has it, for a member of a VO; None: that of the administrators.
+        vo: the VO of the user, whose audit log is used; None: that of administrators.
     """
 
     def __init__(self, redis: Redis, who: str, via: str, vo: str | None = None) -> None:
@@ -53,8 +46,8 @@ class AuditedActions:
         self.vo = vo
 
     @classmethod
-    def at_command_line(cls, redis: Redis) -> AuditedActions:
-        """Return the actions of the user at this terminal."""
+    def for_command_line(cls, redis: Redis) -> AuditedActions:
+        """Return the actions of the user of this process."""
         return cls(redis, user_at_host(), "cli")
 
     async def perform(
@@ -64,11 +57,11 @@ class AuditedActions:
         do: Callable[[], Awaitable[_Outcome]],
         summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Do another action. Arguments as of `audited`."""
+        """Perform an action. Arguments as of `audited`."""
         return await audited(self.redis, self.who, self.via, action, target, do, summary, vo=self.vo)
 
     async def cancel(self, broker: RedisStreamBroker, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
-        """Cancel tasks wherever they are. Returns where each was found."""
+        """Cancel tasks in any state. Returns the state in which each was found."""
 
         def summary(found: dict[str, TaskPlace]) -> str:
             places = [str(place) for place in found.values()]
@@ -77,21 +70,13 @@ class AuditedActions:
         return await self.perform("cancel tasks", listed(task_ids), lambda: broker.cancel(list(task_ids)), summary)
 
     async def purge(self, queue: str) -> int:
-        """Remove everything that waits in a queue. Returns how many tasks that were.
-
-        Raises:
-            ValueError: there is no such queue.
-        """
+        """Cancel all tasks that wait in a queue. Returns their number."""
         return await self.perform(
             "purge queue", queue, lambda: purge(self.redis, queue), "{} tasks removed".format
         )
 
     async def release_lock(self, key: str, owners: Sequence[str] | None = None) -> Released:
-        """Take a lock away from its holders; see `diracx.tasks.operations.release_lock`.
-
-        Raises:
-            ValueError: the key is not that of a lock.
-        """
+        """Take a lock from its holders; see `diracx.tasks.operations.release_lock`."""
 
         def summary(done: Released) -> str:
             hit = [holder.task_id or holder.owner for holder in done.hit]
@@ -100,28 +85,23 @@ class AuditedActions:
         return await self.perform("release lock", key, lambda: release_lock(self.redis, key, owners), summary)
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
-        """Submit no more occurrences of these schedules. Returns those that were not paused before."""
+        """Pause schedules. Returns those that were not paused before."""
         return await self.perform("pause schedules", listed(ids), lambda: admin.pause(self.redis, ids), _changed)
 
     async def resume(self, ids: Sequence[str]) -> list[str]:
-        """Let these schedules go on. Returns those that had been paused."""
+        """Resume schedules. Returns those that were paused."""
         return await self.perform("resume schedules", listed(ids), lambda: admin.resume(self.redis, ids), _changed)
 
     async def run_now(self, binding: Binding, scheduled: ScheduledTask) -> str:
-        """Submit a schedule's task at once. Returns its task id.
+        """Submit the task of a schedule now. Returns its task id.
 
         Raises:
-            AlreadyQueuedError: the last one has not begun.
+            AlreadyQueuedError: the last occurrence is still queued.
             TaskArgumentsError, TypeError, ValueError: the class does not accept the arguments of the instance.
         """
-
-        async def do() -> str:
-            done = await admin.run_now(binding, scheduled)
-            if not done.submitted:
-                raise AlreadyQueuedError(done.task_id)
-            return done.task_id
-
-        return await self.perform("run schedule now", scheduled.id, do, "task {}".format)
+        return await self.perform(
+            "run schedule now", scheduled.id, lambda: admin.run_now(binding, scheduled), "task {}".format
+        )
 
     async def retry_dead_letters(
         self,
@@ -130,15 +110,15 @@ class AuditedActions:
         where: DeadLetterFilter,
         limit: int | None = None,
     ) -> Decided:
-        """Submit dead letters again, each once however often it is asked for. Returns what became of each.
+        """Submit dead letters again, each once even if called repeatedly. Returns the result for each.
 
         Args:
-            dead_letters: which; None: those that the filter lets through.
-            limit: at most so many by filter.
+            dead_letters: the dead letters; None: those that match the filter.
+            limit: maximum number of those that match.
 
         Raises:
-            SendTaskError: the broker does not answer; see `Resubmitter.resubmit`.
-            diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not.
+            SendTaskError: the broker does not respond; see `Resubmitter.resubmit`.
+            diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not respond.
         """
 
         async def do() -> Decided:
@@ -165,20 +145,16 @@ class AuditedActions:
     async def discard_dead_letters(
         self, db: TaskDB, dead_letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None = None
     ) -> Decided:
-        """Decide that dead letters will not run again. Returns what became of each.
-
-        Args:
-            where: the filter they were found by; None: they were named.
-        """
+        """Discard dead letters; `where` is the filter that selected them. Returns the result for each."""
 
         async def do() -> Decided:
-            gone: set[int] = set()
-            for first in range(0, len(dead_letters), _LETTERS):
-                part = dead_letters[first : first + _LETTERS]
-                gone |= await db.discard([(each["id"], each["delivery_id"]) for each in part])
-            done = [each for each in dead_letters if each["id"] in gone]
-            left = [(each, _why_not_discarded(each)) for each in dead_letters if each["id"] not in gone]
-            return Decided(done=done, already=[], refused=left)
+            discarded: set[int] = set()
+            for first in range(0, len(dead_letters), _DISCARD_BATCH):
+                batch = dead_letters[first : first + _DISCARD_BATCH]
+                discarded |= await db.discard([(each["id"], each["delivery_id"]) for each in batch])
+            done = [each for each in dead_letters if each["id"] in discarded]
+            refused = [(each, _refusal_reason(each)) for each in dead_letters if each["id"] not in discarded]
+            return Decided(done=done, already=[], refused=refused)
 
         def summary(decided: Decided) -> str:
             return f"{len(decided.done)} discarded, {len(decided.refused)} refused"
@@ -187,10 +163,10 @@ class AuditedActions:
         return await self.perform("discard dead letters", target, do, summary)
 
 
-def _why_not_discarded(dead_letter: Mapping[str, Any]) -> str:
+def _refusal_reason(dead_letter: Mapping[str, Any]) -> str:
     match dead_letter["status"]:
         case DeadLetterStatus.RESUBMITTED:
-            return "it was submitted again, and is no longer here to be discarded"
+            return "it was submitted again"
         case DeadLetterStatus.RESUBMITTING:
             return "its re-submission has begun; finish that with `diracx-task-run dlq retry`"
     return "its status has changed meanwhile; list it again"
@@ -203,5 +179,5 @@ def _changed(ids: Sequence[str]) -> str:
 def _which(dead_letters: Sequence[Mapping[str, Any]] | None, where: DeadLetterFilter) -> str:
     if dead_letters is not None:
         return listed([str(dead_letter["id"]) for dead_letter in dead_letters])
-    said = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]
-    return "all" + (f" with {', '.join(said)}" if said else "")
+    filters = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]
+    return "all" + (f" with {', '.join(filters)}" if filters else "")

@@ -1,4 +1,4 @@
-"""Collects metrics that cost a database query: dead letters, and those of other distributions."""
+"""Collects metrics that need database queries: dead letters, and metrics of other distributions."""
 
 from __future__ import annotations
 
@@ -20,31 +20,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_metrics"
+#: How long metrics are cached, and timeout of each collector.
+_MAX_AGE_SECONDS, _TIMEOUT_SECONDS = 30.0, 3.0
 
 Collect = Callable[[], Awaitable[Sequence["Metric"]]]
 
 
 class Collectors:
-    """Runs all collectors side by side. One that fails is left out, and logged once.
+    """Runs all collectors concurrently. The metrics of a failing one are omitted, and its error is logged once."""
 
-    Args:
-        collectors: by name.
-        max_age_seconds: how long their metrics are kept.
-        timeout_seconds: how long each may take; Prometheus does not wait long either.
-    """
-
-    def __init__(
-        self, collectors: Mapping[str, Collect], max_age_seconds: float = 30.0, timeout_seconds: float = 3.0
-    ) -> None:
+    def __init__(self, collectors: Mapping[str, Collect]) -> None:
         self._collectors = collectors
-        self._max_age_seconds = max_age_seconds
-        self._timeout_seconds = timeout_seconds
         self._failing: set[str] = set()
         self._cache = SingleFlightCache()
 
     async def metrics(self) -> list[Metric]:
-        """Return their metrics, `max_age_seconds` old at most."""
-        return await self._cache.get("metrics", self._collect, self._max_age_seconds) if self._collectors else []
+        """Return all metrics, at most 30 s old."""
+        return await self._cache.get("metrics", self._collect, _MAX_AGE_SECONDS) if self._collectors else []
 
     async def _collect(self) -> list[Metric]:
         collected = await asyncio.gather(*(self._run(name) for name in self._collectors))
@@ -56,7 +48,7 @@ class Collectors:
 
     async def _run(self, name: str) -> Sequence[Metric]:
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
                 metrics = await self._collectors[name]()
         except Exception as error:
             if name not in self._failing:
@@ -64,18 +56,14 @@ class Collectors:
             self._failing.add(name)
             return []
         if name in self._failing:
-            logger.warning("metrics of %s again", name)
+            logger.warning("metrics of %s are available again", name)
         self._failing.discard(name)
         return metrics
 
 
 @asynccontextmanager
 async def open_collectors(task_db: TaskDB | None) -> AsyncIterator[Collectors]:
-    """Open all collectors. One that cannot be opened is left out, and logged.
-
-    Args:
-        task_db: the database of dead letters, open.
-    """
+    """Open all collectors, including that of `task_db`; log a warning for each that cannot be opened."""
     collectors: dict[str, Collect] = {}
     if task_db is not None:
         collectors["dead_letters"] = _dead_letters_of(task_db)

@@ -1,4 +1,4 @@
-"""Dead letters: those that wait in Redis for a worker with a database, and the records of all."""
+"""Read models of dead letters, in Redis and in the database."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from redis.asyncio import Redis
 from ..plumbing._util.passwords import mask
 from ..plumbing.broker.dead_letter_stream import dead_letter_heads
 from ..plumbing.broker.models import TaskMessage
-from ..plumbing.broker.stored import UNDECODABLE
+from ..plumbing.broker.stored import UNDECODABLE, moment_of
 from ..plumbing.messages.codec import leading_fields
-from .cursors import HEAD_BYTES, Registry, moment, place_in_stream
+from ..plumbing.persistence.dead_letter import OPEN, DeadLetterStatus
+from .cursors import HEAD_BYTES, Registry, check_stream_cursor
 from .masking import has_secrets, masked, masked_arguments, shown_labels
 from .models import Page, WaitingDeadLetter, as_json
 from .visibility import Viewer
@@ -26,17 +27,19 @@ if TYPE_CHECKING:
     from ..plumbing.persistence.db import DeadLetterFilter
 
 _PAGE = 200
+#: Status as given by users -> statuses in the database; None: any.
+STATUSES: dict[str, tuple[DeadLetterStatus, ...] | None] = {
+    "open": OPEN,
+    **{status.lower(): (status,) for status in DeadLetterStatus},
+    "any": None,
+}
 
 
 async def waiting_dead_letters(
     redis: Redis, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
 ) -> Page[WaitingDeadLetter]:
-    """Return the dead letters that wait in Redis, oldest first.
-
-    Raises:
-        ValueError: when `after` is not from a page of them.
-    """
-    first = "-" if after is None else f"({place_in_stream(after)}"
+    """Return the dead letters that wait in Redis, oldest first."""
+    first = "-" if after is None else f"({check_stream_cursor(after)}"
     entries = await dead_letter_heads(redis, first, limit + 1, HEAD_BYTES)
     dead_letters = [_waiting(*entry, registry) for entry in entries[:limit]]
     return Page(items=dead_letters, after=dead_letters[-1].entry if len(entries) > limit else None)
@@ -54,7 +57,7 @@ def _waiting(
     attempts = fields_read.get("attempts")
     return WaitingDeadLetter(
         entry=entry,
-        buried=moment(int(entry.partition("-")[0]) / 1000),
+        buried=moment_of(int(entry.partition("-")[0]) / 1000),
         task_id=_text(fields_read.get("task_id") or fields.get(b"task")),
         task_name=name,
         reason=_text(fields_read.get("reason") or fields.get(b"reason")),
@@ -67,7 +70,7 @@ def _waiting(
 
 
 async def find_dead_letter(db: TaskDB, key: str, viewer: Viewer) -> dict[str, Any] | None:
-    """The dead letter of this task id or number; None where there is none that the viewer sees."""
+    """Find a dead letter by task id or number; None if there is none that the viewer may see."""
     dead_letter = await db.find(key)
     return dead_letter if dead_letter is not None and viewer.sees(dead_letter["vo"]) else None
 
@@ -79,7 +82,7 @@ class Decided:
     done: list[Mapping[str, Any]]
     """Dead letters that were submitted again, or discarded."""
     already: list[Mapping[str, Any]]
-    """Dead letters for which another user had done so."""
+    """Dead letters that were submitted again before."""
     refused: list[tuple[Mapping[str, Any], str]]
     """The others, and why."""
 
@@ -87,7 +90,7 @@ class Decided:
 async def dead_letter_summaries(
     db: TaskDB, where: DeadLetterFilter, limit: int | None = None
 ) -> AsyncIterator[dict[str, Any]]:
-    """The dead letters that a filter lets through, oldest first, without their contents; read page by page."""
+    """Iterate over the dead letters that match a filter, oldest first, without messages and tracebacks."""
     after_id, left = 0, limit
     while left is None or left > 0:
         page = await db.summaries(**where, limit=_PAGE if left is None else min(_PAGE, left), after_id=after_id)
@@ -100,7 +103,7 @@ async def dead_letter_summaries(
 
 
 def _text(value: Any) -> str:
-    """A field of a dead letter that anybody may have written."""
+    """Convert a field of a dead letter of unknown type to text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
 
@@ -112,7 +115,7 @@ def _message(data: Any) -> TaskMessage | None:
 
 
 def dead_letter_summary(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
-    """A dead letter of `TaskDB.summaries` as `dlq list --json` has it: without its message and its tracebacks."""
+    """Convert a dead letter of `TaskDB.summaries` to a record without message and tracebacks."""
     return {
         **_about(dead_letter),
         "failed_attempts": dead_letter["failed_attempts"],
@@ -136,7 +139,7 @@ def _about(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dead_letter_record(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a dead letter. `message` is None where it cannot be read, `raw` where there are secrets in it."""
+    """Convert a dead letter to a record. `message` is None if it cannot be decoded, `raw` if it has secrets."""
     return {
         **_about(dead_letter),
         "burial": dead_letter["delivery_id"],
@@ -153,15 +156,15 @@ def _message_record(data: bytes) -> dict[str, Any]:
     except ValueError:
         return {"message": None, "raw": raw}
     args, kwargs = masked(None, message)
-    # Its failed attempts are in `attempts`, once.
+    # Without its failed attempts, which are in `attempts`.
     shown = {**asdict(message), "task_args": args, "task_kwargs": kwargs, "labels": shown_labels(message)}
-    with suppress(Exception):  # as for text that is no UTF-8: as_json takes everything
+    with suppress(Exception):  # such as text that is not UTF-8, which as_json accepts
         shown = to_jsonable_python(shown, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
     message_shown = as_json(shown)
     return {"message": message_shown, "raw": None if has_secrets(message) else raw}
 
 
 def dead_letter_arguments(dead_letter: Mapping[str, Any], registry: Registry) -> dict[str, Any] | None:
-    """The arguments in the message of a dead letter, as anybody may see them; None where it cannot be read."""
+    """Return the masked arguments of a dead letter; None if its message cannot be decoded."""
     message = _message(dead_letter["message"])
     return None if message is None else masked_arguments(registry.get(message.task_name), message)

@@ -1,6 +1,6 @@
-"""Metrics in the data model of `prometheus_client`, which writes them for Prometheus.
+"""Makes metrics of `prometheus_client`, and their text format.
 
-Importing this module imports `prometheus_client` (70 ms, 3 MB): only where metrics are asked for.
+Imports `prometheus_client` (70 ms, 3 MB): import this module only where metrics are collected.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from contextlib import AbstractAsyncContextManager
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.registry import Collector
 
-from ..plumbing._util.histogram import end_of_bucket
+from ..plumbing.broker.telemetry import end_of_bucket
 
-#: Of what `as_text` returns.
+#: Content type of `as_text`.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Samples: TypeAlias = Iterable[tuple[Mapping[str, str], float]]
-"""Labels and value; each set of labels once."""
-#: Every fourth of our buckets, from 8 ms to 70 min: each is twice as long as the one before.
+"""Labels and value; labels are unique."""
+#: Every fourth of our buckets, from 8 ms to 70 min, each twice as long as the previous one.
 _LAST_OF_BUCKETS = range(12, 92, 4)
 #: Upper ends of those buckets, in s.
 BOUNDARIES = tuple(end_of_bucket(last) for last in _LAST_OF_BUCKETS)
 
-#: Metrics that another distribution adds, by an entry point in the group `diracx.tasks_metrics`. It names a
-#: function without arguments: its context opens what is needed and yields what collects the metrics, or None where
-#: that is not possible. They are collected every 30 s at most, by the scheduler that leads.
+#: Function without arguments, an entry point in the group `diracx.tasks_metrics` of another distribution. Its
+#: context opens resources and yields a function that collects metrics, or None if not configured. The leading
+#: scheduler collects at most every 30 s.
 MetricsSource: TypeAlias = Callable[
     [], AbstractAsyncContextManager[Callable[[], Awaitable[Sequence[Metric]]] | None]
 ]
@@ -48,11 +47,7 @@ def _filled(metric: Metric, name: str, samples: Samples) -> Metric:
 
 
 def histogram(name: str, about: str, samples: Iterable[tuple[Mapping[str, str], Sequence[int], float]]) -> Metric:
-    """Return a histogram from counts in our buckets.
-
-    Args:
-        samples: labels, counts and sum (s).
-    """
+    """Return a histogram of samples: labels, counts in our buckets and sum (s)."""
     metric = Metric(name, about, "histogram")
     for labels, counts, total in samples:
         for last, end in zip(_LAST_OF_BUCKETS, BOUNDARIES, strict=True):
@@ -63,8 +58,9 @@ def histogram(name: str, about: str, samples: Iterable[tuple[Mapping[str, str], 
     return metric
 
 
-class _Collected(Collector):
+class _Collected(CollectorRegistry):
     def __init__(self, metrics: Iterable[Metric]) -> None:
+        super().__init__()
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
@@ -73,6 +69,4 @@ class _Collected(Collector):
 
 def as_text(metrics: Iterable[Metric]) -> bytes:
     """Write metrics in the text format of Prometheus."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(list(metrics)))
-    return generate_latest(registry)
+    return generate_latest(_Collected(metrics))

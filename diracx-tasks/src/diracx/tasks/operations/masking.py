@@ -1,4 +1,4 @@
-"""Arguments and texts as anybody may see them: without what a task declares to be secret, or a URL holds."""
+"""Masks secret arguments of tasks and passwords in URLs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from ..plumbing.broker.models import TaskMessage
 from ..plumbing.messages.arguments import field_names, is_made_for, secret_names, secret_positions
 from .models import as_json
 
-#: Labels that are the task system's own, and shown in other ways.
+#: Labels of the task system, which are not shown as labels.
 _OWN_LABELS = frozenset({"attempts", LABEL_SECRET})
 
 
 def masked_arguments(task_class: type[BaseTask] | None, message: TaskMessage) -> dict[str, Any]:
-    """The arguments by name, secret ones as `•••`.
+    """Return the arguments by name, secret ones as `•••`.
 
-    By position, from `0`, where the class is not known or has other fields now.
-    Secret is what the class names in `secret_fields`, or what the message says, which was submitted where the
-    class was known.
+    The names are positions, from `0`, if the class is unknown or its fields have changed. Secret are the
+    `secret_fields` of the class, and the arguments that the submitter has declared secret in the message.
     """
     positional, named = masked(task_class, message)
     known = task_class is not None and is_made_for(task_class, message.sig, len(message.task_args))
@@ -35,15 +34,15 @@ def masked_arguments(task_class: type[BaseTask] | None, message: TaskMessage) ->
 
 
 def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and named arguments, secret ones as `•••`."""
-    said = message.labels.get(LABEL_SECRET)
-    positions = {each for each in said if type(each) is int} if isinstance(said, list | tuple) else set()
+    """Return positional and named arguments, secret ones as `•••`."""
+    label = message.labels.get(LABEL_SECRET)
+    positions = {each for each in label if type(each) is int} if isinstance(label, list | tuple) else set()
     names: frozenset[str] = frozenset()
     if task_class is not None:
         positions.update(secret_positions(task_class))
         names = secret_names(task_class)
     positional = [MASK if position in positions else value for position, value in enumerate(message.task_args)]
-    # Named arguments are rare (`submit_task` takes them). Where the class is not known and has secrets, all are.
+    # Named arguments (of `submit_task`) are all masked if the class is unknown and has secrets.
     all_named = task_class is None and bool(positions)
     return positional, {
         str(name): MASK if all_named or name in names else value for name, value in message.task_kwargs.items()
@@ -51,7 +50,7 @@ def masked(task_class: type[BaseTask] | None, message: TaskMessage) -> tuple[lis
 
 
 def has_secrets(message: TaskMessage) -> bool:
-    """True if the message says that some of its arguments are secret, or has secrets among them."""
+    """True if the message declares arguments as secret, or has secrets among them."""
     return LABEL_SECRET in message.labels or _holds_secret([message.task_args, message.task_kwargs])
 
 
@@ -64,12 +63,12 @@ def _holds_secret(value: Any) -> bool:
 
 
 def shown_labels(message: TaskMessage) -> dict[str, Any]:
-    """The labels that were given to the task."""
+    """Return the labels that the submitter has set."""
     return {name: value for name, value in message.labels.items() if name not in _OWN_LABELS}
 
 
 def masked_json(value: Any) -> Any:
-    """JSON without the passwords of URLs."""
+    """Mask passwords of URLs in JSON."""
     if isinstance(value, dict):
         return {name: masked_json(each) for name, each in value.items()}
     if isinstance(value, list):

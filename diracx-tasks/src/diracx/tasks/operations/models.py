@@ -1,4 +1,4 @@
-"""Read models for operators: plain values, each with its unit, and each of them as JSON."""
+"""Read models for operators: data classes that convert to JSON."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from datetime import datetime
 from math import isfinite
 from typing import Any, Generic, Literal, TypeVar
 
+from ..plumbing.broker.requests import LOCK_KINDS, LockKind
 from ..plumbing.broker.stored import printable
 
 _Item = TypeVar("_Item")
 
-#: Why a task is not in its queue.
+#: Reason for which a task is delayed.
 DelayReason = Literal["at_time", "retry", "lock", "rate"]
 DELAY_REASONS: tuple[DelayReason, ...] = ("at_time", "retry", "lock", "rate")
-LockKind = Literal["mutex", "exclusive", "shared", "concurrency", "rate"]
 Window = Literal["hour", "day"]
 
 
-#: Python refuses to write longer numbers in decimal digits, for that takes long.
+#: Python refuses to convert longer integers to decimal text.
 _MOST_BITS = 10_000
 
 
 def as_json(value: Any) -> Any:
-    """A value of this package as JSON has it: moments are ISO 8601, what JSON does not know is text."""
+    """Convert a value to JSON types: times to ISO 8601, other values without a JSON type to text."""
     shown: Any
     if value is None or isinstance(value, bool) or (isinstance(value, float) and isfinite(value)):
         shown = value
@@ -44,28 +44,28 @@ def as_json(value: Any) -> Any:
     return shown
 
 
-class Shown:
+class ReadModel:
     """Base of all read models."""
 
     __slots__ = ()
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, for `json.dumps`."""
+        """Return all fields for `json.dumps`."""
         shown: dict[str, Any] = as_json(self)
         return shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Page(Shown, Generic[_Item]):
-    """A part of a list."""
+class Page(ReadModel, Generic[_Item]):
+    """One page of a list."""
 
     items: list[_Item]
     after: str | None = None
-    """To be given for the next page; None: this was the last one. A page may be empty and not the last."""
+    """Cursor of the next page; None: this is the last one. A page may be empty and not the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queue(Shown):
+class Queue(ReadModel):
     """One of the nine queues."""
 
     name: str
@@ -73,39 +73,39 @@ class Queue(Shown):
     priority: str
     size: str
     backlog: int
-    """Tasks that could run and wait for a worker."""
+    """Tasks that wait for a worker."""
     running: int
-    """Tasks in the hands of workers."""
+    """Tasks delivered to workers."""
     oldest_waiting_seconds: float | None
-    """For how long the first of the backlog has been waiting; None without a backlog."""
+    """Waiting time of the first task; None without a backlog."""
     in_per_second: float | None
-    """New tasks, retries and tasks that became due, over the last minutes; None when no worker reports."""
+    """Rate of new tasks, retries and tasks that became due, over the last minutes; None if no worker reports."""
     out_per_second: float | None
-    """Executions that ended, likewise."""
+    """Rate of executions that ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockedLoop(Shown):
-    """An event loop that a task blocks: nothing else of its worker goes on."""
+class BlockedLoop(ReadModel):
+    """Event loop of a worker that is blocked by a task."""
 
     since: datetime
     task_id: str | None
-    """None where it is not known which of several tasks it is; the stack says where it is."""
+    """None if it is not known which of several tasks blocks."""
     task_name: str | None
     stack: str
-    """Of the blocked thread, its end: as in a traceback."""
+    """Innermost frames of the blocked thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker(Shown):
-    """A worker process. What only a report can tell is None before the first one."""
+class Worker(ReadModel):
+    """A worker process. Fields with a default come from its reports, and are None before the first one."""
 
     name: str
     """`{host}:{pid}:{random}`."""
     host: str
     pid: int
     alive: bool
-    """True if its lease holds."""
+    """True if its lease has not expired."""
     lease_until: datetime | None
     size: str | None = None
     slots: int | None = None
@@ -116,14 +116,14 @@ class Worker(Shown):
     version: str | None = None
     """Of diracx-tasks."""
     seen: datetime | None = None
-    """Its last report; workers report every 5 s."""
+    """Time of its last report; workers report every 5 s."""
     blocked: BlockedLoop | None = None
-    """Code that blocks its event loop; None: nothing."""
+    """None unless its event loop is blocked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunningTask(Shown):
-    """An execution, as its worker reported it within the last seconds."""
+class RunningTask(ReadModel):
+    """A running task, as last reported by its worker."""
 
     task_id: str
     task_name: str
@@ -133,7 +133,7 @@ class RunningTask(Shown):
     attempt: int
     """1 for the first."""
     deliveries: int
-    """Number of deliveries: more than one means that a worker died with it."""
+    """Number of deliveries; more than one means that a worker crashed with it."""
     since: datetime
     worker: str
     blocks_worker: bool = False
@@ -141,100 +141,102 @@ class RunningTask(Shown):
     locks: list[str] = field(default_factory=list)
     """Redis keys of the locks it holds."""
     arguments: dict[str, Any] | None = None
-    """Masked; None when the task has ended meanwhile, or its message has more than 64 KiB."""
+    """Masked; None if the task has ended meanwhile, or its message has more than 64 KiB."""
     message_bytes: int | None = None
-    """Size of its message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DelayedTask(Shown):
-    """A task that is delayed: until a time, for a retry, or because a lock is not to be had."""
+class DelayedTask(ReadModel):
+    """A task that waits for a time, a retry, a lock or quota."""
 
     task_id: str
     task_name: str
     queue: str
     reason: DelayReason
     due: datetime
-    """Time when it is looked at again, or the line of its lock; a lock that is given back brings it sooner."""
+    """Time of its promotion, or of the next poll of the lock that it waits for; a release grants it earlier."""
     waiting_since: datetime | None
-    """Time when it was first refused by a lock."""
+    """Time at which it was first refused a lock."""
     lock: str | None
-    """The lock that refused it (Redis key), for the reasons `lock` and `rate`."""
+    """Redis key of the lock that it waits for, for the reasons `lock` and `rate`."""
     failed_attempts: int | None = 0
-    """None when its labels alone have more than 64 KiB."""
+    """None if its labels have more than 64 KiB."""
     last_error: str | None = None
     """Type and message of the last failed attempt."""
     arguments: dict[str, Any] | None = None
-    """Masked; None when its message has more than 64 KiB, or is none."""
+    """Masked; None if its message has more than 64 KiB, or cannot be decoded."""
     message_bytes: int = 0
-    """Size of its message."""
     vo: str | None = None
-    """None where its message has more than 64 KiB, too."""
+    """None if its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedTask(Shown):
+class QueuedTask(ReadModel):
     """A task that waits for a worker."""
 
     task_id: str
-    """Empty for an entry that is no task."""
+    """Empty if the message cannot be decoded."""
     task_name: str
     queue: str
     stream: str
-    """The Redis stream: that of new tasks, or that of those whose turn has come."""
+    """The Redis stream: that of new tasks, or the resumed queue."""
     entry: str
     """Id of its stream entry."""
     waiting_since: datetime
     attempt: int | None = 1
-    """None when its labels alone have more than 64 KiB."""
+    """None if its labels have more than 64 KiB."""
     arguments: dict[str, Any] | None = None
-    """Masked; None when its message has more than 64 KiB, or is none."""
+    """Masked; None if its message has more than 64 KiB, or cannot be decoded."""
     message_bytes: int = 0
-    """Size of its message."""
     vo: str | None = None
-    """None where its message has more than 64 KiB, too."""
+    """None if its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder(Shown):
+class Holder(ReadModel):
     """Holder of a lock."""
 
     owner: str
-    """The name under which it is held."""
+    """Owner id in Redis."""
     until: datetime | None = None
-    """Time when it ends unless it is renewed; None for a reader, and with a mutex: see `Lock.expires`."""
+    """Expiry unless renewed; None for readers and mutexes (see `Lock.expires`)."""
     worker: str | None = None
-    """None for a lock that is held outside the task system."""
+    """None if the lock is held outside the task system."""
     task_id: str | None = None
     """None as well until its worker has reported the task (5 s)."""
     task_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lock(Shown):
-    """A lock or limiter, and who has to do with it."""
+class Lock(ReadModel):
+    """A lock or limiter with its holders and waiters."""
 
     key: str
     """The Redis key."""
     kind: LockKind
-    """`shared` for a readers-writer lock that is read, `exclusive` for one that is written."""
+    """`shared` or `exclusive`: a readers-writer lock that is held by readers or a writer."""
     held: int
-    """Number of holders; with a rate limiter, units of quota spent within the window."""
+    """Number of holders; of a rate limiter, units of quota used within the window."""
     waiters: int
-    """Tasks in line for it."""
+    """Number of tasks that wait for it."""
     holders: list[Holder] = field(default_factory=list)
-    """At most 100 of them; none for a rate limiter, whose quota nobody holds."""
+    """At most 100 holders; empty for a rate limiter."""
     limit: int | None = None
-    """Of a limiter, as the last task that asked for it knew it; None when none did lately."""
+    """Limit of a limiter, as of the last task that used it; None if not used lately."""
     window_seconds: float | None = None
-    """Of a rate limiter."""
+    """Window of a rate limiter."""
     expires: datetime | None = None
-    """Time when it ends by itself unless it is renewed; None: never, or it is not held."""
+    """Expiry unless renewed; None: never, or it is not held."""
+
+    @property
+    def is_quota(self) -> bool:
+        """True if it has no holders, and what was used can only be reset."""
+        return LOCK_KINDS[self.kind].is_quota
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Distribution(Shown):
-    """Times, from a histogram of logarithmic buckets: a percentile is at most 19 % too high."""
+class Distribution(ReadModel):
+    """Distribution of times, from a logarithmic histogram: percentiles are at most 19 % too high."""
 
     count: int
     mean_seconds: float | None
@@ -244,8 +246,8 @@ class Distribution(Shown):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskStats(Shown):
-    """Statistics of a class of tasks over the last hour or day."""
+class TaskStats(ReadModel):
+    """Statistics of a task class over the last hour or day."""
 
     task_name: str
     done: int
@@ -253,23 +255,23 @@ class TaskStats(Shown):
     failed: int
     """Attempts that failed."""
     retried: int
-    """Failed attempts that are followed by another one."""
+    """Failed attempts that were retried."""
     dead: int
-    """Tasks that were put with the dead letters."""
+    """Tasks that became dead letters."""
     failure_rate: float | None
-    """Failed attempts by all attempts, 0 to 1; None without an attempt."""
+    """Share of failed attempts, 0 to 1; None without an attempt."""
     run: Distribution
     """Run time of attempts."""
     queue: Distribution
-    """Time from submission (or from when it was due) to the beginning of the attempt."""
+    """Time from submission or due time to the start of the attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure(Shown):
+class Failure(ReadModel):
     """A failed attempt."""
 
     id: str
-    """Also the place to read on from."""
+    """Also the cursor after it."""
     at: datetime
     task_id: str
     task_name: str
@@ -277,51 +279,51 @@ class Failure(Shown):
     type: str
     message: str
     traceback: str
-    """Its end, shortened."""
+    """Innermost frames of the traceback."""
     attempt: int
     worker: str
     outcome: Literal["retried", "dead", "dropped", "cancelled"]
-    """Outcome for the task: `dead` is with the dead letters, `dropped` is gone."""
+    """Outcome for the task: `dead` is a dead letter, `dropped` was discarded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingDeadLetter(Shown):
-    """A dead letter that waits in Redis until a worker with a database takes it."""
+class WaitingDeadLetter(ReadModel):
+    """A dead letter in Redis that no worker has stored in the database yet."""
 
     entry: str
-    """Also the place to read on from."""
+    """Id of its stream entry, also the cursor after it."""
     buried: datetime
     task_id: str
     task_name: str
-    """Empty when the message could not be read."""
+    """Empty if the message cannot be decoded."""
     reason: str
     detail: str
     """One line about the last error."""
     failed_attempts: int | None
-    """None when the dead letter has more than 64 KiB."""
+    """None if the dead letter has more than 64 KiB."""
     arguments: dict[str, Any] | None
-    """By name, secret ones as `•••`; None when the message could not be read, or has more than 64 KiB."""
+    """Masked, by name; None if the message cannot be decoded, or has more than 64 KiB."""
     message_bytes: int = 0
     """Size of the dead letter."""
     vo: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point(Shown):
-    """A minute of the past hour, over all queues."""
+class Point(ReadModel):
+    """Counters of one minute of the past hour, over all queues."""
 
     at: datetime
-    """Its beginning."""
+    """Start of the minute."""
     submitted: int | None
-    """Entries into queues; None when nobody reported at its beginning and at its end."""
+    """Tasks submitted to queues; None if no worker reported at its start and end."""
     done: int
     failed: int
     backlog: int | None
-    """Queued and running at its beginning."""
+    """Tasks queued and running at its start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot(Shown):
+class Snapshot(ReadModel):
     """The whole system at one moment."""
 
     at: datetime
@@ -332,40 +334,39 @@ class Snapshot(Shown):
     delayed: dict[str, int]
     """Number of tasks by reason: `at_time`, `retry`, `lock`, `rate`."""
     overdue: int
-    """Delayed tasks that should have been moved to their queue more than 10 s ago: nobody does it."""
+    """Delayed tasks whose promotion is more than 10 s overdue."""
     schedules: int
     """Schedules with a next run."""
     schedules_late: int
-    """Schedules whose next run is more than 10 s overdue, and that are not paused: no scheduler works."""
+    """Schedules that are not paused and whose next run is more than 10 s overdue."""
     schedule_lateness_seconds: float
-    """Delay of the run of the schedule that is most overdue at the moment."""
+    """Maximum delay of a schedule."""
     delayed_lateness_seconds: float
-    """The same of delayed tasks."""
+    """Maximum delay of a delayed task."""
     scheduler_leads: bool
     """True if there is a leading scheduler."""
     groups: int
-    """Callback groups that have not called back."""
+    """Number of pending callback groups."""
     groups_stuck: int
-    """Groups of which no child has ended for a day, or that have failed without a callback for that."""
+    """Groups without progress for a day, or failed without an `on_failure` callback."""
     dead_letters_waiting: int
-    """Dead letters in Redis, that wait for a worker with a database."""
+    """Dead letters in Redis that no worker has stored in the database yet."""
     dead_letters_waiting_since: datetime | None
-    """Time when the first of them came."""
+    """Time of the first of them."""
     memory_bytes: int | None
-    """Used by the server; None where its user may not ask."""
+    """Memory used by the server; None if the Redis user may not read it."""
     memory_limit_bytes: int | None
     """None: no limit is set."""
     memory_policy: str | None = None
-    """`maxmemory-policy` of the server; any but `noeviction` loses tasks. None where its user may not ask."""
+    """`maxmemory-policy`; any but `noeviction` may lose tasks. None if the Redis user may not read it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Released(Shown):
+class Released(ReadModel):
     """Result of `release_lock`."""
 
     key: str
     released: int
-    """Holds that were given back; with a rate limiter, units of quota."""
+    """Number of released holders; of a rate limiter, units of quota."""
     hit: list[Holder] = field(default_factory=list)
-    """Holders that lost it. A task among them is cancelled when its worker next renews its locks, and counts as
-    failed."""
+    """Holders that lost the lock. Tasks among them are cancelled at the next renewal, and count as failed."""

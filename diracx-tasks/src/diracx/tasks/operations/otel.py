@@ -1,4 +1,4 @@
-"""Exports the metrics through OpenTelemetry as well, in a process where its SDK is set up."""
+"""Exports the metrics through OpenTelemetry, in a process where its SDK is set up."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Figures are never older than this, nor than half the time between two exports.
+#: Bounds of the refresh interval, which is half of the export interval.
 _LONGEST_PAUSE_SECONDS, _SHORTEST_PAUSE_SECONDS = 15.0, 0.2
-#: Gauges of Prometheus that make sense when they are added up: OpenTelemetry tells them apart.
+#: Gauges that can be added up, which OpenTelemetry calls up-down counters.
 _UP_DOWN_COUNTERS = {"tasks_in_progress"}
 _UNITS = {"_seconds": "s", "_bytes": "By"}
 
@@ -32,11 +32,11 @@ _UNITS = {"_seconds": "s", "_bytes": "By"}
 async def exported(
     collect: Callable[[], Awaitable[Sequence[Metric]]], reporter: Reporter | None = None
 ) -> AsyncIterator[None]:
-    """Export to OpenTelemetry what is collected, inside the block.
+    """Export the collected metrics to OpenTelemetry inside the block.
 
     Args:
-        collect: the metrics, as of now. It runs in this event loop, for the SDK calls from threads of its own.
-        reporter: of a worker: records the times of executions one by one, as OpenTelemetry needs them.
+        collect: collects the metrics. It is called in this event loop, not in the threads of the SDK.
+        reporter: reporter of a worker, whose execution times are recorded one by one.
     """
     bridge = _Bridge()
     if reporter is not None:
@@ -46,7 +46,7 @@ async def exported(
         yield
     finally:
         await cancel_and_wait(refreshing)
-        with suppress(Exception):  # the last of what was counted, if it can still be had
+        with suppress(Exception):  # the last values, if the server responds
             bridge.show(await collect())
 
 
@@ -72,7 +72,7 @@ def _name_of(metric: Metric) -> str:
 
 
 class _Bridge:
-    """An instrument for each metric, made when the metric is first seen."""
+    """Keeps one OpenTelemetry instrument per metric, made at its first export."""
 
     def __init__(self) -> None:
         from opentelemetry import metrics
@@ -88,7 +88,7 @@ class _Bridge:
         shown = {
             _name_of(metric): [Observation(sample.value, sample.labels) for sample in metric.samples]
             for metric in metrics
-            # Times are recorded one by one, submissions where they are made.
+            # Times and submissions are recorded one by one.
             if metric.type != "histogram" and _name_of(metric) != TASKS_SUBMITTED
         }
         self._shown = shown
@@ -112,14 +112,14 @@ class _Bridge:
         create(name, callbacks=[observe], unit=unit, description=metric.documentation)
 
     def recorder(self) -> Callable[[str, str, float, float], None]:
-        """Return what records the run time and the time in the queue of an execution."""
+        """Return a function that records run time and time in the queue of an execution."""
         run_times, queue_times = (
             self._meter.create_histogram(
                 name, unit="s", description=about, explicit_bucket_boundaries_advisory=BOUNDARIES
             )
             for name, about in (
-                ("task_duration_seconds", "Time that executions took."),
-                ("task_queue_wait_seconds", "Time from the queue to the beginning."),
+                ("task_duration_seconds", "Run time of executions."),
+                ("task_queue_wait_seconds", "Time from submission or due time to the start."),
             )
         )
 

@@ -1,4 +1,4 @@
-"""Workers and what they run, from their reports."""
+"""Read models of workers and running tasks, from the reports of workers."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from redis.asyncio import Redis
 
 from ..plumbing.broker import worker_state
 from ..plumbing.broker.inspection import server_time, stream_heads
-from ..plumbing.broker.stored import reading
+from ..plumbing.broker.stored import moment_of, reading
 from ..plumbing.messages.codec import loads
-from .cursors import HEAD_BYTES, Registry, moment, place_in_order, queue_of, read_head
+from .cursors import HEAD_BYTES, Registry, parse_cursor, queue_of, read_head
 from .models import BlockedLoop, Page, RunningTask, Worker
 
-#: A worker whose lease has ended is listed for so long after its last report.
-_HEARD_SECONDS = 180.0
-#: What is below zero in the list of workers, by which: see lua/reclaim.lua.
+#: How long a dead worker is listed after its last report.
+_DEAD_WORKER_SECONDS = 180.0
+#: Offset of scores in the set of leases by size, see lua/reclaim.lua.
 _SIZE_MS = 1e13
 _SIZES = {"small": 0, "medium": 1, "large": 2}
 
 
 async def alive_workers(redis: Redis) -> list[str]:
-    """Names of the workers whose lease has not been ended."""
+    """Return the names of workers whose lease has not been removed."""
     return sorted(await worker_state.leases(redis))
 
 
 async def workers(redis: Redis) -> list[Worker]:
-    """All workers that live or were heard of within the last three minutes, by size and name."""
+    """Return the live workers, and those that reported within the last three minutes, by size and name."""
     lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await worker_state.leases(redis)).items()}
     seen = {name: at_ms / 1000 for name, at_ms in (await worker_state.report_times(redis)).items()}
     now = await server_time(redis)
-    names = sorted({*lease, *(name for name, at in seen.items() if at > now - _HEARD_SECONDS)})
+    names = sorted({*lease, *(name for name, at in seen.items() if at > now - _DEAD_WORKER_SECONDS)})
     reports = await worker_state.reports(redis, names, "line", "blocked")
     found = []
     for name in names:
@@ -39,29 +39,29 @@ async def workers(redis: Redis) -> list[Worker]:
         host, _, rest = name.partition(":")
         pid = rest.partition(":")[0]
         with reading(worker_state.report_key(name)):
-            said: dict[str, Any] = loads(line) if line else {}
-            started = said.pop("started", None)
+            report: dict[str, Any] = loads(line) if line else {}
+            started = report.pop("started", None)
             found.append(
                 Worker(
                     name=name,
                     host=host,
                     pid=int(pid) if pid.isdecimal() and pid.isascii() else 0,
                     alive=lease.get(name, 0.0) > now,
-                    lease_until=moment(lease[name]) if lease.get(name) else None,
-                    started=None if started is None else moment(started),
-                    seen=moment(seen[name]) if name in seen else None,
+                    lease_until=moment_of(lease[name]) if lease.get(name) else None,
+                    started=None if started is None else moment_of(started),
+                    seen=moment_of(seen[name]) if name in seen else None,
                     blocked=_blocked(blocked),
-                    **{field: value for field, value in said.items() if field in Worker.__slots__},
+                    **{field: value for field, value in report.items() if field in Worker.__slots__},
                 )
             )
     return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
 
 
-def _blocked(said: bytes | None) -> BlockedLoop | None:
-    if not said:
+def _blocked(report: bytes | None) -> BlockedLoop | None:
+    if not report:
         return None
-    fields = loads(said)
-    return BlockedLoop(**fields | {"since": moment(fields["since"])})
+    fields = loads(report)
+    return BlockedLoop(**fields | {"since": moment_of(fields["since"])})
 
 
 async def reported_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -73,14 +73,7 @@ async def reported_running(redis: Redis, names: Sequence[str]) -> dict[str, list
 async def running(
     redis: Redis, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
 ) -> Page[RunningTask]:
-    """Return the running tasks, longest first. Each worker reports at most 200 tasks.
-
-    Args:
-        registry: to name the arguments and to know which are secret.
-
-    Raises:
-        ValueError: when `after` is not from a page.
-    """
+    """Return the running tasks, longest first. Each worker reports at most 200 tasks."""
     reports = await worker_state.reports(redis, await alive_workers(redis), "running", "blocked")
     reported, blocking = [], set()
     for name, (tasks, blocked) in reports.items():
@@ -90,7 +83,7 @@ async def running(
                 blocking.add(loop.task_id)
     reported.sort(key=lambda one: one[:3])
     if after is not None:
-        place = place_in_order(after)
+        place = parse_cursor(after)
         reported = [one for one in reported if one[:2] > place]
     page, more = reported[:limit], len(reported) > limit
     ranges = [(task["stream"], task["entry"], task["entry"], 1) for *_, task in page]
@@ -106,7 +99,7 @@ async def running(
                 queue=queue_of(task["stream"]),
                 attempt=task["attempt"],
                 deliveries=task["deliveries"],
-                since=moment(since),
+                since=moment_of(since),
                 worker=name,
                 blocks_worker=task["task_id"] in blocking,
                 locks=[key for key, _ in task["locks"]],

@@ -1,4 +1,4 @@
-"""The queues, what waits in them, and the delayed tasks."""
+"""Read models of queues, queued and delayed tasks, and the purge of queues."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from ..plumbing.broker import inspection
+from ..plumbing.broker.cancel import cancel_waiting
 from ..plumbing.broker.server_check import read_memory
-from ..plumbing.broker.stored import number_of
+from ..plumbing.broker.stored import moment_of, number_of, text_of
 from ..plumbing.broker.streams import ALL_STREAM_NAMES
 from .cursors import (
     HEAD_BYTES,
     PAGE,
     Registry,
+    check_stream_cursor,
     entry_parts,
-    moment,
-    place_in_order,
-    place_in_stream,
+    parse_cursor,
     queue_of,
     read_head,
     scored,
     streams_of_queue,
-    text,
     waiting_heads,
 )
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
 
-#: Delayed tasks that one call of `delayed` looks at, if it looks for one reason.
+#: Maximum number of delayed tasks read by one call of `delayed`.
 _DELAYED_READ = 2_000
 _LONGEST_ERROR = 300
 _DELAYED_FIELDS = 5
 
 
 async def snapshot(redis: Redis) -> Snapshot:
-    """Everything that can be counted. It takes no longer when more is queued."""
+    """Read the state of the whole system, in a time that does not depend on the number of queued tasks."""
     found = await inspection.snapshot(redis)
     memory = await read_memory(redis)
     counted = dict(zip(found["delayed"][::2], found["delayed"][1::2], strict=True))
     return Snapshot(
-        at=moment(found["now"] / 1000),
+        at=moment_of(found["now"] / 1000),
         queues=_queues(found),
         workers=await workers(redis),
         delayed={reason: int(counted.get(reason, 0)) for reason in DELAY_REASONS},
@@ -55,7 +54,7 @@ async def snapshot(redis: Redis) -> Snapshot:
         groups=found["groups"],
         groups_stuck=found["groups_stuck"],
         dead_letters_waiting=found["dead"],
-        dead_letters_waiting_since=moment(found["dead_since"] / 1000) if "dead_since" in found else None,
+        dead_letters_waiting_since=moment_of(found["dead_since"] / 1000) if "dead_since" in found else None,
         memory_bytes=memory.used_bytes,
         memory_limit_bytes=memory.limit_bytes,
         memory_policy=memory.policy,
@@ -63,7 +62,7 @@ async def snapshot(redis: Redis) -> Snapshot:
 
 
 async def queues(redis: Redis) -> list[Queue]:
-    """The nine queues, most urgent first."""
+    """Return the nine queues by priority."""
     return _queues(await inspection.snapshot(redis))
 
 
@@ -100,18 +99,14 @@ def _queues(found: dict[str, Any]) -> list[Queue]:
 async def peek(
     redis: Redis, queue: str, limit: int = 100, after: str | None = None, *, registry: Registry | None = None
 ) -> Page[QueuedTask]:
-    """The backlog of a queue (`{priority}:{size}`) in the order in which workers will take it.
-
-    Raises:
-        ValueError: when there is no such queue, or `after` is not from a page of it.
-    """
+    """Return the tasks that wait in a queue (`{priority}:{size}`), in the order of delivery."""
     found: list[QueuedTask] = []
     streams = streams_of_queue(queue)
     where, _, entry = (after or "").rpartition(" ")
     if after is not None:
         if where not in streams:
             raise ValueError(f"{after!r} is not from a page of {queue}")
-        place_in_stream(entry)
+        check_stream_cursor(entry)
         streams = streams[streams.index(where) :]
     for stream in streams:
         begin = entry if stream == where else None
@@ -139,12 +134,43 @@ def _queued(
         queue=queue_of(stream),
         stream=stream,
         entry=entry,
-        waiting_since=moment(waiting_since),
+        waiting_since=moment_of(waiting_since),
         attempt=None if failed is None else failed + 1,
         arguments=head.arguments(registry),
         vo=head.vo(registry),
         message_bytes=length,
     )
+
+
+async def purge(redis: Redis, queue: str) -> int:
+    """Cancel the tasks that wait in a queue (`{priority}:{size}`), but not those submitted meanwhile.
+
+    Their groups, and clients that wait for their results, are notified. Returns the number of tasks.
+    """
+    number = 0
+    for stream in streams_of_queue(queue):
+        newest = await inspection.last_entry(redis, stream)
+        if newest is None:
+            continue
+        last, after = entry_parts(newest), None
+        while entries := [
+            (entry, await _without_arguments(redis, stream, entry, fields.get(b"data", b""), length))
+            for entry, fields, length in await waiting_heads(redis, stream, after, PAGE)
+            if entry_parts(entry) <= last
+        ]:
+            number += await cancel_waiting(redis, stream, entries)
+            after = entries[-1][0]
+    return number
+
+
+async def _without_arguments(redis: Redis, stream: str, entry: str, data: bytes, length: int) -> bytes:
+    """Return a message up to its labels if it is large."""
+    head = read_head(data, length)
+    if head.message is None or head.whole:
+        return data
+    if head.labels_known:
+        return head.message.dumpb()
+    return await inspection.entry_data(redis, stream, entry) or data
 
 
 async def delayed(
@@ -155,31 +181,28 @@ async def delayed(
     *,
     registry: Registry | None = None,
 ) -> Page[DelayedTask]:
-    """Delayed tasks, in the order in which it is due.
+    """Return delayed tasks by due time.
 
-    Looking for one reason, a call looks at 2,000 tasks at most: a page with few items need not be the last.
-
-    Raises:
-        ValueError: when there is no such reason, or `after` is not from a page.
+    With a reason, a call reads at most 2,000 tasks: a page with few items need not be the last.
     """
     if reason is not None and reason not in DELAY_REASONS:
-        raise ValueError(f"there is no reason {reason!r}; there are {', '.join(DELAY_REASONS)}")
-    after_score, after_task = (-math.inf, "") if after is None else place_in_order(after)
-    begin, passed, looked = ("-inf" if after is None else repr(after_score)), after is None, 0
+        raise ValueError(f"no reason {reason!r}; the reasons are {', '.join(DELAY_REASONS)}")
+    after_score, after_task = (-math.inf, "") if after is None else parse_cursor(after)
+    begin, passed, read = ("-inf" if after is None else repr(after_score)), after is None, 0
     found: list[DelayedTask] = []
     last = after
     offset = 0
-    while len(found) < limit and looked < _DELAYED_READ:
+    while len(found) < limit and read < _DELAYED_READ:
         page = scored(await inspection.delayed_page(redis, begin, offset, PAGE))
         if not page:
             return Page(items=await _with_lines(redis, found))
         offset += len(page)
-        looked += len(page)
-        ids = [text(task) for task, _ in page]
+        read += len(page)
+        ids = [text_of(task) for task, _ in page]
         stored = await inspection.delayed_heads(redis, ids, HEAD_BYTES)
         for task, (_, score), data in zip(ids, page, stored, strict=True):
             if not passed:
-                # Members of one score come in the order of their names.
+                # Members with the same score are sorted by name.
                 if score == after_score and task <= after_task:
                     continue
                 passed = True
@@ -199,18 +222,18 @@ async def _with_lines(redis: Redis, tasks: list[DelayedTask]) -> list[DelayedTas
     locks = sorted({task.lock for task in tasks if task.lock})
     if not locks:
         return tasks
-    looks = await inspection.line_times(redis, locks)
+    polls = await inspection.line_times(redis, locks)
     return [
-        task if (due := looks.get(task.lock or "")) is None else replace(task, due=moment(float(due) / 1000))
+        task if (due := polls.get(task.lock or "")) is None else replace(task, due=moment_of(float(due) / 1000))
         for task in tasks
     ]
 
 
 def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Registry | None) -> DelayedTask:
     header, _, data = stored.partition(b"\n")
-    parts = text(header).split(" ", _DELAYED_FIELDS - 1)
+    parts = text_of(header).split(" ", _DELAYED_FIELDS - 1)
     stream, reason, since = [*parts, "", "", ""][:3]
-    waiting_since_us = number_of(since.partition("@")[0])  # behind it: which occurrence of a schedule it is
+    waiting_since_us = number_of(since.partition("@")[0])  # followed by the occurrence of a schedule
     head = read_head(data, length - len(header) - 1)
     attempts = head.message.attempts if head.failed_attempts and head.message is not None else []
     error = f"{attempts[-1].get('type', '?')}: {attempts[-1].get('message', '')}" if attempts else None
@@ -219,8 +242,8 @@ def _delayed(task: str, due_ms: float, stored: bytes, length: int, registry: Reg
         task_name=head.task_name,
         queue=queue_of(stream),
         reason=cast("DelayReason", reason),
-        due=moment(due_ms / 1000),
-        waiting_since=moment(waiting_since_us / 1e6) if waiting_since_us else None,
+        due=moment_of(due_ms / 1000),
+        waiting_since=moment_of(waiting_since_us / 1e6) if waiting_since_us else None,
         lock=parts[_DELAYED_FIELDS - 1] if len(parts) == _DELAYED_FIELDS else None,
         failed_attempts=head.failed_attempts,
         last_error=None if error is None else error[:_LONGEST_ERROR],

@@ -1,4 +1,4 @@
-"""The value of every setting of every task that holds in the end, and where it was written."""
+"""Resolved values of all settings of tasks, and where they are set."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..plumbing.config import (
     owner,
     task_settings,
 )
-from ..plumbing.messages.arguments import knows_vo
+from ..plumbing.messages.arguments import may_have_vo
 
 
 def settings_records(
     config: TasksConfig, registry: Mapping[str, type[BaseTask]], names: Sequence[str], vo: str | None, limits: bool
 ) -> dict[str, Any]:
-    """`tasks` and `limits` as `config show --json` has them.
+    """Return `tasks` and `limits` of `config show --json`.
 
     Args:
-        names: of the tasks.
-        vo: as they hold for this one; None: for everybody, and for each VO that has something of its own.
-        limits: whether the limits of objects are wanted.
+        names: names of the tasks.
+        vo: values for this VO; None: the general values, and those of each VO with its own settings.
+        limits: include the limits of objects.
     """
     return {
         "tasks": [record for name in names for record in task_records(config, name, registry[name], vo)],
@@ -37,7 +37,7 @@ def settings_records(
 def task_records(
     config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The settings of a task as `config show --json` has them: for everybody and some VOs, or for one VO."""
+    """Iterate over the settings of a task as in `config show --json`: general and by VO, or of one VO."""
     for for_vo in [vo] if vo is not None else [None, *_vos_of(config, name, task_class)]:
         instances: dict[str, Any] = {}
         if issubclass(task_class, PeriodicBaseTask):
@@ -52,8 +52,8 @@ def task_records(
 
 
 def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[str]:
-    """The VOs for which something about the task may be different."""
-    if not knows_vo(task_class):
+    """Return the VOs that may have their own settings of the task."""
+    if not may_have_vo(task_class):
         return []
     names = {name, name.rpartition(":")[2]}
     found = {vo for vo, tasks in config.vo_overrides.items() if not names.isdisjoint(tasks)}
@@ -63,7 +63,7 @@ def _vos_of(config: TasksConfig, name: str, task_class: type[BaseTask]) -> list[
 
 
 def limit_records(config: TasksConfig, vo: str | None) -> list[dict[str, Any]]:
-    """The limits of objects as `config show --json` has them."""
+    """Return the limits of objects as in `config show --json`."""
     return [
         {"object": obj, "key": key, "vo": for_vo, "settings": _records(settings, config.source)}
         for for_vo in ([vo] if vo is not None else [None, *sorted(config.vo_limits)])

@@ -1,4 +1,4 @@
-"""A cache in which equal requests at about the same time share one answer."""
+"""Cache in which concurrent requests for the same key share one computation."""
 
 from __future__ import annotations
 
@@ -12,48 +12,47 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(slots=True)
-class _Answer:
-    asked: asyncio.Future[Any]
-    seconds: float
-    """Time for which it is kept."""
-    at: float | None = None
-    """Time when it came, by the monotonic clock; None: it is being computed."""
+class _Entry:
+    future: asyncio.Future[Any]
+    ttl_seconds: float
+    done_at: float | None = None
+    """By the monotonic clock; None: it is being computed."""
 
-    def is_over(self) -> bool:
-        return self.at is not None and time.monotonic() - self.at > self.seconds
+    def is_expired(self) -> bool:
+        return self.done_at is not None and time.monotonic() - self.done_at > self.ttl_seconds
 
 
 class SingleFlightCache:
-    """Keeps answers by key. Each is computed once at a time, and no key waits for another."""
+    """Caches values by key; computes each key once at a time, and different keys concurrently."""
 
     def __init__(self) -> None:
-        self._answers: dict[Hashable, _Answer] = {}
+        self._entries: dict[Hashable, _Entry] = {}
 
-    async def get(self, key: Hashable, ask: Callable[[], Awaitable[_Value]], seconds: float) -> _Value:
-        """Return the answer of the last so many seconds or the one that is on its way, else compute it.
+    async def get(self, key: Hashable, compute: Callable[[], Awaitable[_Value]], ttl_seconds: float) -> _Value:
+        """Return the cached value, or wait for the running computation, else compute it.
 
-        An exception of `ask` is raised by all that wait for it; the next call computes again. A computation
-        goes on when its callers are cancelled.
+        An exception of `compute` is raised by all waiting calls, and not cached. The computation continues if its
+        callers are cancelled.
         """
-        answer = self._answers.get(key)
-        if answer is None or answer.is_over():
-            answer = self._keep(key, asyncio.ensure_future(ask()), seconds)
-        return cast("_Value", await asyncio.shield(answer.asked))
+        entry = self._entries.get(key)
+        if entry is None or entry.is_expired():
+            entry = self._add(key, asyncio.ensure_future(compute()), ttl_seconds)
+        return cast("_Value", await asyncio.shield(entry.future))
 
-    def put(self, key: Hashable, value: object, seconds: float) -> None:
-        """Set the answer."""
-        known: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        known.set_result(value)
-        self._keep(key, known, seconds)
+    def put(self, key: Hashable, value: object, ttl_seconds: float) -> None:
+        """Set a value."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(value)
+        self._add(key, future, ttl_seconds)
 
-    def _keep(self, key: Hashable, asked: asyncio.Future[Any], seconds: float) -> _Answer:
-        self._answers = {other: kept for other, kept in self._answers.items() if not kept.is_over()}
-        answer = self._answers[key] = _Answer(asked, seconds)
+    def _add(self, key: Hashable, future: asyncio.Future[Any], ttl_seconds: float) -> _Entry:
+        self._entries = {other: entry for other, entry in self._entries.items() if not entry.is_expired()}
+        added = self._entries[key] = _Entry(future, ttl_seconds)
 
-        def came(_: object) -> None:
-            answer.at = time.monotonic()
-            if (asked.cancelled() or asked.exception() is not None) and self._answers.get(key) is answer:
-                del self._answers[key]
+        def on_done(_: object) -> None:
+            added.done_at = time.monotonic()
+            if (future.cancelled() or future.exception() is not None) and self._entries.get(key) is added:
+                del self._entries[key]
 
-        asked.add_done_callback(came)
-        return answer
+        future.add_done_callback(on_done)
+        return added

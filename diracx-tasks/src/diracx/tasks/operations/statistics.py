@@ -1,4 +1,4 @@
-"""Task statistics by class, minute and hour, and the failed attempts."""
+"""Read models of task statistics and failed attempts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 import msgpack
 from redis.asyncio import Redis
 
-from ..plumbing._util.histogram import end_of_bucket
 from ..plumbing.broker import inspection
 from ..plumbing.broker.inspection import server_time
-from ..plumbing.broker.stored import reading
+from ..plumbing.broker.stored import moment_of, reading, text_of
+from ..plumbing.broker.telemetry import end_of_bucket
 from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
-from .cursors import as_mapping, moment, place_in_stream, text
+from .cursors import as_mapping, check_stream_cursor
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
 
-#: Period, length of a bucket (s), number of full buckets before the present one.
+#: Period, length of a bucket (s), number of full buckets before the current one.
 _WINDOWS: dict[str, tuple[str, int, int]] = {
     "hour": ("minute", 60, 60),
     "day": ("hour", 3600, 24),
@@ -25,24 +25,20 @@ _FAILURES_READ = 100
 
 
 async def stats(redis: Redis, window: Window = "hour") -> list[TaskStats]:
-    """Statistics of each class of tasks for the last hour (by the minute) or day (by the hour), by name.
-
-    Raises:
-        ValueError: when there is no such window.
-    """
-    sums: dict[str, dict[str, float]] = {}
+    """Return statistics of each task class over the last hour or day, by name."""
+    totals: dict[str, dict[str, float]] = {}
     for bucket in (await _buckets(redis, window)).values():
         for name, counters in bucket.items():
-            total = sums.setdefault(name, {})
+            total = totals.setdefault(name, {})
             for counter, number in counters.items():
                 total[counter] = total.get(counter, 0) + number
-    return [_stats(name, sums[name]) for name in sorted(sums)]
+    return [_stats(name, totals[name]) for name in sorted(totals)]
 
 
 async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, float]]]:
-    """Number of the bucket -> task -> counter -> number."""
+    """Return bucket number -> task -> counter -> value."""
     if window not in _WINDOWS:
-        raise ValueError(f"there is no window {window!r}; there are {' and '.join(_WINDOWS)}")
+        raise ValueError(f"no window {window!r}; the windows are {' and '.join(_WINDOWS)}")
     period, seconds, number = _WINDOWS[window]
     present = int(await server_time(redis)) // seconds
     buckets = list(range(present - number, present + 1))
@@ -51,30 +47,30 @@ async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, f
     for bucket, reply in zip(buckets, replies, strict=True):
         with reading(inspection.counter_key(period, bucket)):
             found[bucket] = {
-                text(name): dict(msgpack.unpackb(packed)) for name, packed in as_mapping(reply).items()
+                text_of(name): dict(msgpack.unpackb(packed)) for name, packed in as_mapping(reply).items()
             }
     return found
 
 
-def _stats(name: str, sums: Mapping[str, float]) -> TaskStats:
-    done, failed = int(sums.get("done", 0)), int(sums.get("failed", 0))
+def _stats(name: str, counters: Mapping[str, float]) -> TaskStats:
+    done, failed = int(counters.get("done", 0)), int(counters.get("failed", 0))
     attempts = done + failed
     return TaskStats(
         task_name=name,
         done=done,
         failed=failed,
-        retried=int(sums.get("retried", 0)),
-        dead=int(sums.get("dead", 0)),
+        retried=int(counters.get("retried", 0)),
+        dead=int(counters.get("dead", 0)),
         failure_rate=failed / attempts if attempts else None,
-        run=_distribution(sums, "r", "run"),
-        queue=_distribution(sums, "q", "queue"),
+        run=_distribution(counters, "r", "run"),
+        queue=_distribution(counters, "q", "queue"),
     )
 
 
-def _distribution(sums: Mapping[str, float], prefix: str, total: str) -> Distribution:
+def _distribution(counters: Mapping[str, float], prefix: str, total: str) -> Distribution:
     histogram = sorted(
         (int(counter[1:]), int(number))
-        for counter, number in sums.items()
+        for counter, number in counters.items()
         if counter[0] == prefix and counter[1:].isdigit()
     )
     count = sum(number for _, number in histogram)
@@ -89,7 +85,7 @@ def _distribution(sums: Mapping[str, float], prefix: str, total: str) -> Distrib
 
     return Distribution(
         count=count,
-        mean_seconds=sums.get(total, 0.0) / count if count else None,  # counters of 0 are left out
+        mean_seconds=counters.get(total, 0.0) / count if count else None,  # counters of 0 are not stored
         p50_seconds=percentile(0.5),
         p95_seconds=percentile(0.95),
         p99_seconds=percentile(0.99),
@@ -97,11 +93,11 @@ def _distribution(sums: Mapping[str, float], prefix: str, total: str) -> Distrib
 
 
 async def history(redis: Redis) -> list[Point]:
-    """The past hour, minute by minute, oldest first: for charts."""
+    """Return counters of the past hour by minute, oldest first."""
     ended = await _buckets(redis, "hour")
     minutes = list(ended)
     replies = await inspection.throughput(redis, minutes)
-    flows = [{text(name): int(value) for name, value in as_mapping(reply).items()} for reply in replies]
+    flows = [{text_of(name): int(value) for name, value in as_mapping(reply).items()} for reply in replies]
     points = []
     for position, minute in enumerate(minutes):
         flow, following = flows[position], flows[position + 1] if position + 1 < len(flows) else {}
@@ -110,7 +106,7 @@ async def history(redis: Redis) -> list[Point]:
             submitted = max(0, _sum(following, " added") - _sum(flow, " added"))
         points.append(
             Point(
-                at=moment(60 * minute),
+                at=moment_of(60 * minute),
                 submitted=submitted,
                 done=int(sum(counters.get("done", 0) for counters in ended[minute].values())),
                 failed=int(sum(counters.get("failed", 0) for counters in ended[minute].values())),
@@ -125,7 +121,7 @@ def _sum(flow: Mapping[str, int], suffix: str) -> int:
 
 
 async def failed_task_names(redis: Redis) -> list[str]:
-    """Registry names of the tasks of which failures are kept."""
+    """Return the registry names of tasks with stored failures."""
     names: set[str] = set()
     begin = "+"
     while True:
@@ -134,32 +130,29 @@ async def failed_task_names(redis: Redis) -> list[str]:
             names.update(str(loads(fields[b"data"])["task_name"]) for _, fields in entries)
         if len(entries) < _FAILURES_READ:
             return sorted(names)
-        begin = f"({text(entries[-1][0])}"
+        begin = f"({text_of(entries[-1][0])}"
 
 
 async def failures(
     redis: Redis, limit: int = 100, after: str | None = None, *, task_name: str | None = None
 ) -> Page[Failure]:
-    """Failed attempts, newest first. The last 500 or so are kept, for a week.
+    """Return failed attempts, newest first. About 500 are kept, for a week.
 
     Args:
         task_name: only of this task: `category:ClassName`, or the class name alone.
-
-    Raises:
-        ValueError: when `after` is not from a page, or several tasks have that class name.
     """
     if task_name is not None and ":" not in task_name:
         task_name = resolve_task_name(task_name, await failed_task_names(redis)) or task_name
     found: list[Failure] = []
-    begin = "+" if after is None else f"({place_in_stream(after)}"
+    begin = "+" if after is None else f"({check_stream_cursor(after)}"
     while len(found) <= limit:
         entries = await inspection.failed_attempts(redis, begin, _FAILURES_READ)
         for entry, fields in entries:
             with reading(inspection.FAILURES):
                 failure = loads(fields[b"data"])
                 if task_name is None or failure["task_name"] == task_name:
-                    found.append(Failure(**{**failure, "id": text(entry), "at": moment(failure["at"])}))
-            begin = f"({text(entry)}"
+                    found.append(Failure(**{**failure, "id": text_of(entry), "at": moment_of(failure["at"])}))
+            begin = f"({text_of(entry)}"
         if len(entries) < _FAILURES_READ:
             break
     return Page(items=found[:limit], after=found[limit - 1].id if len(found) > limit else None)

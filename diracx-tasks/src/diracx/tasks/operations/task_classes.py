@@ -1,4 +1,4 @@
-"""Task classes as `list` shows them: kind, queue, schedule, retries, arguments."""
+"""Read model of task classes: kind, queue, schedule, retry policy, arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..plumbing.retry_policies import ExponentialBackoff, NoRetry, RetryPolicyBa
 
 
 def task_classes(registry: Mapping[str, type[BaseTask]]) -> list[dict[str, Any]]:
-    """A record for each task of a registry, by name."""
+    """Return a record for each task class of a registry, by name."""
     return [_describe(name, task_class) for name, task_class in sorted(registry.items())]
 
 
@@ -33,13 +33,13 @@ def _describe(name: str, task_class: type[BaseTask]) -> dict[str, Any]:
         "enabled": bool(getattr(task_class, "_enabled", True)),
         "retry": _retry(task_class.retry_policy),
         "dlq_eligible": task_class.dlq_eligible,
-        "arguments": _arguments(task_class),
+        "arguments": shown_signature(task_class),
         "module": task_class.__module__,
     }
 
 
-def _arguments(task_class: type[BaseTask]) -> str:
-    """The signature of the class, as its author wrote it."""
+def shown_signature(task_class: type[BaseTask]) -> str:
+    """Format the signature of a task class, with secret defaults masked."""
     try:
         parameters = inspect.signature(task_class).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Columns of the tables that show read models, declared once for terminal and dashboard: title, value, kind."""
+"""Views of read models: columns of tables, for terminal and dashboard."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Kind: TypeAlias = Literal[
     "holders",
     "locks",
 ]
-#: What a table shows where there is no value.
+#: Text of a cell without a value.
 NONE = "-"
 _LONGEST_ARGUMENTS = 60
 _LONGEST_TEXT = 80
@@ -43,7 +43,7 @@ _LONGEST_TEXT = 80
 
 
 def plain(value: Any) -> str:
-    """A value as a table shows it by default."""
+    """Format a value of a table by its type."""
     if value is None or value in ("", [], ()):
         return NONE
     if isinstance(value, bool):
@@ -54,12 +54,12 @@ def plain(value: Any) -> str:
 
 
 def count(number: int | None) -> str:
-    """A number with its thousands apart: `12,345`."""
+    """Format a number with thousands separators: `12,345`."""
     return NONE if number is None else f"{number:,}"
 
 
 def age(seconds: float | None) -> str:
-    """A duration: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
+    """Format a duration: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
     if seconds is None:
         return NONE
     seconds = max(0.0, seconds)
@@ -84,17 +84,17 @@ def remaining(moment: datetime | None) -> str:
 
 
 def mebibytes(number: int | None) -> str:
-    """An amount of memory: `120 MiB`."""
+    """Format an amount of memory: `120 MiB`."""
     return NONE if number is None else f"{number / (1 << 20):,.0f} MiB"
 
 
 def rate(per_second: float | None) -> str:
-    """A rate: `0.25`, `1,200`."""
+    """Format a rate: `0.25`, `1,200`."""
     return NONE if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """A share between 0 and 1: `12.5%`."""
+    """Format a share between 0 and 1: `12.5%`."""
     return NONE if share is None else f"{share:.1%}"
 
 
@@ -107,25 +107,25 @@ class Column(Generic[_Row]):
 
     title: str
     value: str | Callable[[_Row], Any]
-    """Name of the attribute (or key) of a row, or what makes the value from a row."""
+    """Attribute or key of a row, or a function that returns the value of a row."""
     form: Callable[[Any], str] = plain
-    """Makes text from the value."""
+    """Formats the value as text."""
     right: bool = False
-    """True if it is aligned to the right, and never broken into lines."""
+    """Align to the right, and do not wrap."""
     whole: bool = False
-    """True if it is never broken into lines."""
+    """Do not wrap."""
     longest: int | None = None
-    """Characters after which the text is cut off."""
+    """Maximum number of characters."""
     style: Callable[[_Row], str] | None = None
-    """The style (of Rich) of a row's text; the dashboard has a class for each."""
+    """Style of Rich; the dashboard has a CSS class for each."""
     kind: Kind = "text"
-    """Format of the value on the dashboard; `text`: as on the terminal."""
+    """Format on the dashboard; `text`: as on the terminal."""
     link: Callable[[_Row], str | None] | None = None
-    """The page of the dashboard about the value."""
+    """Path of the dashboard page about the value."""
     detail: Callable[[_Row], str | None] | None = None
-    """A longer text, such as a stack, that the dashboard can unfold."""
+    """Longer text, such as a stack, that the dashboard can unfold."""
     meter: Callable[[_Row], tuple[float, float | None]] | None = None
-    """A value and its maximum (None: the largest of the rows), for a bar in the dashboard."""
+    """Value and maximum (None: that of all rows) of a bar on the dashboard."""
 
     def raw(self, row: _Row) -> Any:
         """Return the value of a row."""
@@ -134,13 +134,13 @@ class Column(Generic[_Row]):
         return row[self.value] if isinstance(row, Mapping) else getattr(row, self.value)
 
     def text(self, row: _Row) -> str:
-        """Return what a terminal shows of a row."""
+        """Return the text of a row for the terminal."""
         return self.form(self.raw(row))
 
 
 @dataclass(frozen=True)
 class View(Generic[_Row]):
-    """A table: its columns, and what is said where there are no rows."""
+    """A table: its columns, and the text in place of an empty one."""
 
     empty: str
     columns: tuple[Column[_Row], ...]
@@ -235,7 +235,7 @@ QUEUED: View[QueuedTask] = View(
     (
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
         Column("task id", lambda task: task.task_id or task.entry, kind="id"),
-        Column("waits for", "waiting_since", since, right=True, kind="age"),
+        Column("waiting for", "waiting_since", since, right=True, kind="age"),
         Column("attempt", "attempt"),
         _ARGUMENTS,
     ),
@@ -251,7 +251,7 @@ DELAYED: View[DelayedTask] = View(
     (
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
         Column("task id", "task_id", kind="id"),
-        Column("why", "reason"),
+        Column("reason", "reason"),
         Column("due (UTC)", "due", right=True, kind="age"),
         Column("queue", "queue"),
         _ARGUMENTS,
@@ -338,13 +338,13 @@ AUDIT: View[AuditEntry] = View(
     "no action is recorded yet",
     (
         Column("at (UTC)", "at", whole=True, kind="clock"),
-        Column("who", "who"),
+        Column("user", "who"),
         Column("via", "via"),
-        Column("what", "action"),
-        Column("to", "target", longest=_LONGEST_TEXT),
+        Column("action", "action"),
+        Column("target", "target", longest=_LONGEST_TEXT),
         Column(
             "outcome",
-            lambda entry: ("failed: " if entry.ok is False else "") + (entry.outcome or "not known"),
+            lambda entry: ("failed: " if entry.ok is False else "") + (entry.outcome or "unknown"),
             longest=_LONGEST_TEXT,
             style=lambda entry: "red" if entry.ok is False else "",
         ),
@@ -360,7 +360,7 @@ def quota(lock: Lock) -> str:
 
 
 def holder(who: Holder) -> str:
-    """The task that holds a lock, as far as it is known."""
+    """Format the holder of a lock: its task if known."""
     if who.task_id is not None:
         return f"{who.task_name} {who.task_id}"
     return f"a task of {who.worker}" if who.worker is not None else "a holder outside the task system"
@@ -385,7 +385,7 @@ LOCKS: View[Lock] = View(
         Column(
             "waiting", "waiters", right=True, kind="number", style=lambda lock: "yellow" if lock.waiters else ""
         ),
-        Column("ends, unless renewed", "expires", remaining, kind="age"),
+        Column("expires, unless renewed", "expires", remaining, kind="age"),
         Column("held by", _holders, kind="holders"),
     ),
 )
@@ -447,7 +447,7 @@ def _config_state(entry: ActiveConfig) -> str:
         problems_since = (
             None if entry.problems_since is None else datetime.fromtimestamp(entry.problems_since, UTC)
         )
-        return f"last good one, for {since(problems_since)}"
+        return f"last valid one, for {since(problems_since)}"
     return "in force, with warnings" if entry.warnings else "in force"
 
 
@@ -475,9 +475,9 @@ def _setting(value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, dict | list) else plain(value)
 
 
-#: Rows: task, setting, value, from (`code`, or who wrote it and where).
+#: Rows: task, setting, value, from (`code`, or the source).
 SETTINGS: View[Mapping[str, Any]] = View(
-    "no tasks are installed; load a file's with --module",
+    "no tasks are installed; load those of a file with --module",
     (
         Column("task", "task", str),
         Column("setting", "setting"),
@@ -488,7 +488,7 @@ SETTINGS: View[Mapping[str, Any]] = View(
 
 #: Rows as of `operations.task_classes`.
 TASK_CLASSES: View[Mapping[str, Any]] = View(
-    "no tasks are installed; load a file's with --module",
+    "no tasks are installed; load those of a file with --module",
     (
         Column("name", "name", whole=True),
         *(Column[Any](title, title) for title in ("kind", "priority", "size")),

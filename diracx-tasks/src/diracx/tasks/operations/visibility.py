@@ -1,7 +1,4 @@
-"""Visibility of tasks: a viewer sees those of a VO, or those of the whole installation.
-
-docs/reference/who-may-see-what.md is the table that this enforces.
-"""
+"""Visibility of tasks: a viewer sees those of one VO, or all. Enforces docs/reference/who-may-see-what.md."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from .models import Page, Snapshot, Worker
 
-#: Pages that are read to fill one page of a VO: a small VO must not make the server read a long queue to its end.
+#: Maximum number of pages read to fill one page of a VO, so that a small VO does not read a long queue to its end.
 _PAGES_READ = 20
 
 
@@ -25,27 +22,23 @@ _Item = TypeVar("_Item", bound=_OfVO)
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """A user who looks at tasks, as far as the user's role lets them be seen."""
+    """Visibility of tasks for a user."""
 
     vo: str | None
-    """The VO whose things are shown; None: those of all VOs, and those of none."""
+    """The visible VO; None: all tasks, also those without a VO."""
 
     def sees(self, vo: str | None) -> bool:
-        """True if things of this VO (None: of no VO) are shown."""
+        """True if tasks of this VO (None: of no VO) are visible."""
         return self.vo is None or vo == self.vo
 
     def chosen(self, vo: str | None) -> str | None:
-        """The VO to show, where one was asked for.
-
-        Raises:
-            ValueError: it is another than the viewer's; the words are those for a VO that there is not.
-        """
+        """Return the VO to show if `vo` was requested; raise ValueError if it is not visible."""
         if vo is not None and not self.sees(vo):
             raise no_such_vo(vo)
         return self.vo if vo is None else vo
 
     def workers(self, workers: Sequence[Worker]) -> list[Worker]:
-        """Workers; to the viewer of one VO without the task that blocks one."""
+        """Return the workers; for a viewer of one VO without the tasks that block them."""
         if self.vo is None:
             return list(workers)
         return [
@@ -56,23 +49,23 @@ class Viewer:
         ]
 
     def snapshot(self, seen: Snapshot) -> Snapshot:
-        """The numbers of the installation, with its workers likewise."""
+        """Return the snapshot with `workers` of it."""
         return replace(seen, workers=self.workers(seen.workers))
 
     async def page(
-        self, look: Callable[[int, str | None], Awaitable[Page[_Item]]], limit: int, after: str | None
+        self, read: Callable[[int, str | None], Awaitable[Page[_Item]]], limit: int, after: str | None
     ) -> Page[_Item]:
-        """The part of a list that the viewer sees.
+        """Return the visible items of a page.
 
         Args:
-            look: reads a page of the whole list: at most how many items, and after which place.
-            limit: at most so many. A page of a VO may have fewer, or none, and not be the last.
+            read: reads a page of the whole list, given limit and cursor.
+            limit: maximum number of items. A page of a VO may have fewer, or none, and not be the last.
         """
         if self.vo is None:
-            return await look(limit, after)
+            return await read(limit, after)
         found: list[_Item] = []
         for _ in range(_PAGES_READ):
-            page = await look(limit - len(found), after)
+            page = await read(limit - len(found), after)
             found += [item for item in page.items if self.sees(item.vo)]
             after = page.after
             if after is None or len(found) == limit:
@@ -81,5 +74,5 @@ class Viewer:
 
 
 def no_such_vo(vo: str) -> ValueError:
-    """One answer for a VO that there is not, and for one that is not to be seen."""
-    return ValueError(f"there is no VO {vo[:40]!r}")
+    """Make the error for a VO that does not exist or is not visible, which viewers must not distinguish."""
+    return ValueError(f"no VO {vo[:40]!r}")

@@ -1,9 +1,10 @@
-"""Public names for authors of tasks, loaded at their first use."""
+"""Public names for authors of tasks, imported at their first use."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .annotated import ChildResults
@@ -103,7 +104,7 @@ _MODULES = {
     "retry_policies": ("ExponentialBackoff", "NoRetry", "RetryPolicyBase"),
     "schedules": ("CronSchedule", "IntervalSeconds", "RRuleSchedule", "TaskScheduleBase"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = lazy_names(__name__, {f".{module}": names for module, names in _MODULES.items()})
 
 __all__ = [
     "AvailableSecurityProperties",
@@ -167,14 +168,6 @@ __all__ = [
     "validate_registry",
     "wrap_task",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,4 @@
-"""Annotations that carry their dependency. `depends` and `child_results` import them when asked:
-FastAPI and the schema of the DiracX configuration take a quarter of a second.
-"""
+"""Annotations with dependencies, imported lazily: FastAPI and the schema of DiracX take a quarter of a second."""
 
 from __future__ import annotations
 
@@ -17,16 +15,16 @@ from .child_results import child_results
 
 __all__ = ["AvailableSecurityProperties", "CallbackSpawner", "ChildResults", "Config"]
 
-# `fastapi.params.Depends` is the class behind `fastapi.Depends`, with the same arguments and a type.
+# `fastapi.params.Depends` is the class of the results of `fastapi.Depends`.
 Config = Annotated[_Config, Depends(ConfigSource.create)]
 AvailableSecurityProperties = Annotated[set[SecurityProperty], Depends(SecurityProperty.available_properties)]
 CallbackSpawner = Annotated[SpawnCallback, Depends(callback_spawner)]
 ChildResults = Annotated[dict[str, TaskResult[Any]], Depends(child_results)]
-"""In the `execute` of a callback or an `on_failure`: task id -> result, for each child in their order.
+"""Results of the children of a group, in order, by task id; for `execute` of its callback or `on_failure`.
 
     async def execute(self, results: ChildResults) -> int:
         return sum(result.return_value for result in results.values())
 
-Results are kept only for callbacks that ask like this, until the callback has ended (retries included). A child
-that failed has `is_err` and `error` set. Where a child returned what cannot be stored, its result is that error.
+Results are stored only if a callback has this parameter, until the callback has ended, including its retries.
+Failed children have `is_err` and `error`; so have those whose return value cannot be stored.
 """

@@ -1,4 +1,4 @@
-"""Base classes of tasks, and the context in which they run: the task, its locks, and the broker that is bound."""
+"""Base classes of tasks, and the context of an execution: message, locks and bound broker."""
 
 from __future__ import annotations
 
@@ -25,70 +25,65 @@ current_locks: ContextVar[Sequence[BaseLock]] = ContextVar("diracx_tasks_locks",
 
 
 def held_locks() -> Sequence[BaseLock]:
-    """Return the locks that this execution holds, in the order of `execution_locks`; no limiters without a limit.
+    """Return the locks that this execution holds, in the order of `execution_locks`, without disabled limiters.
 
-    Each has the fencing token of its grant: `lock.token`.
+    `lock.token` is the fencing token of its grant.
     """
     return current_locks.get()
 
 
 class Submitter(Protocol):
-    """Protocol: a broker, and the making of messages for it."""
+    """Protocol: makes messages for a broker."""
 
     @property
     def broker(self) -> RedisStreamBroker:
         """Broker to which the messages are submitted."""
 
     def submission(
-        self,
-        task: BaseTask,
-        *,
-        at_time: datetime | None = None,
-        labels: Mapping[str, Any] | None = None,
-        task_id: str | None = None,
+        self, task: BaseTask, *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
     ) -> Submission:
         """Make the message of a task for its queue. Raises as `BaseTask.schedule`."""
 
 
 class SubmitterSource(Protocol):
-    """Protocol: a submitter whose settings may change."""
+    """Protocol: provides a submitter with current settings."""
 
     @property
     def broker(self) -> RedisStreamBroker:
         """Broker to which the messages are submitted."""
 
     async def latest(self) -> Submitter:
-        """Return the submitter with the present settings.
+        """Return the submitter with the current settings.
 
         Raises:
-            TaskConfigError: when they are wrong and no others were read before.
+            TaskConfigError: the configuration is wrong, and there is no earlier one.
         """
 
 
-_bound: ContextVar[Callable[[], SubmitterSource] | None] = ContextVar("diracx_tasks_binding", default=None)
+BINDING: ContextVar[Callable[[], SubmitterSource] | None] = ContextVar("diracx_tasks_binding", default=None)
 
 
 def is_bound() -> bool:
     """Return whether a broker is bound to this context."""
-    return _bound.get() is not None
+    return BINDING.get() is not None
 
 
 def _source() -> SubmitterSource:
-    bound = _bound.get()
+    bound = BINDING.get()
     if bound is None:
         raise RuntimeError(
-            "tasks are not bound to a broker here: run this in a worker, a DiracX route or `diracx-task-run call` "
+            "tasks are not bound to a broker here: run this in a worker, a DiracX route, `diracx-task-run call`, "
             "or in `async with diracx.tasks.plumbing.task_broker():`"
         )
     return bound()
 
 
 async def current_submitter() -> Submitter:
-    """Return the submitter of this context, with the present settings.
+    """Return the submitter of this context, with the current settings.
 
     Raises:
-        RuntimeError: when no broker is bound.
-        TaskConfigError: when the settings are wrong and no others were read before.
+        RuntimeError: no broker is bound.
+        TaskConfigError: the configuration is wrong, and there is no earlier one.
     """
     return await _source().latest()
 
@@ -97,23 +92,23 @@ def current_broker() -> RedisStreamBroker:
     """Return the broker of this context.
 
     Raises:
-        RuntimeError: when none is bound.
+        RuntimeError: no broker is bound.
     """
     return _source().broker
 
 
 @contextmanager
 def use_broker(find: Callable[[], SubmitterSource]) -> Iterator[None]:
-    """Bind the broker that `find` returns, for everything that is called inside the block."""
-    token = _bound.set(find)
+    """Bind the broker that `find` returns, inside the block."""
+    token = BINDING.set(find)
     try:
         yield
     finally:
-        _bound.reset(token)
+        BINDING.reset(token)
 
 
 class BaseTask:
-    """A unit of background work. Its fields are its arguments; `execute` does it.
+    """Base class of tasks. The fields are the arguments of a task; `execute` runs it.
 
     A plain class, a dataclass or a pydantic model (`class T(BaseTask, BaseModel)`, whose overrides of the
     class variables below need their `ClassVar` annotation):
@@ -132,24 +127,24 @@ class BaseTask:
     size: ClassVar[Size] = Size.MEDIUM
     retry_policy: ClassVar[RetryPolicyBase] = NoRetry()
     dlq_eligible: ClassVar[bool] = False
-    """True if the task is kept in the dead-letter queue when it finally failed."""
+    """Store the task as a dead letter when it has failed permanently."""
     time_limit_seconds: ClassVar[float | None] = None
     """An execution that takes longer is cancelled and counts as failed. None: no limit."""
     at_most_once: ClassVar[bool] = False
-    """True if it must not begin twice: it has no retries, and fails if its lease, a lock or its worker is lost."""
+    """Never start it twice: no retries, and it fails if its lease, a lock or its worker is lost."""
     secret_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields whose values are shown to nobody: command line, dashboard and failures have `•••` in their place."""
+    """Fields whose values are shown as `•••` in command line, dashboard and failures."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         secret: Any = cls.secret_fields
         if not isinstance(secret, list | tuple | set | frozenset) or not all(isinstance(n, str) for n in secret):
             raise TypeError(
-                f"{cls.__module__}.{cls.__qualname__}: secret_fields is {secret!r}, and no set of names; write "
+                f"{cls.__module__}.{cls.__qualname__}: secret_fields is {secret!r}, not a set of names; write "
                 'frozenset({"password"})'
             )
         type.__setattr__(cls, "secret_fields", frozenset(secret))
-        # A pydantic task takes its fields by keyword even where a base of ours brings an __init__.
+        # A pydantic task must not inherit the __init__ of a dataclass base.
         for base in cls.__mro__:
             if "__pydantic_base_init__" in dir(vars(base).get("__init__")) and "__init__" not in vars(cls):
                 type.__setattr__(cls, "__init__", vars(base)["__init__"])
@@ -157,30 +152,30 @@ class BaseTask:
 
     @classmethod
     def bind_broker(cls, task_bindings: Mapping[type[BaseTask], Any]) -> None:
-        """Bind what `create_task_bindings` returns to this context; `task_broker` does it for a block.
+        """Bind the result of `create_task_bindings` to this context; `task_broker` binds inside a block.
 
         Raises:
-            RuntimeError: when a broker is bound here.
-            TypeError: when it was made in another way.
+            RuntimeError: a broker is bound already.
+            TypeError: it is not a result of `create_task_bindings`.
         """
         if is_bound():
             raise RuntimeError("Tasks are already bound to a broker in this context")
         source: SubmitterSource | None = getattr(task_bindings, "source", None)
         if source is None:
-            raise TypeError("bind_broker takes what create_task_bindings returns; in tests use TaskSystem")
-        _bound.set(lambda: source)
+            raise TypeError("bind_broker needs a result of create_task_bindings; in tests use TaskSystem")
+        BINDING.set(lambda: source)
 
     @property
     def execution_locks(self) -> list[BaseLock]:
-        """Return the locks of one execution: all or none are taken, and released after its transaction.
+        """Return the locks of one execution, which are acquired together, and released after its transaction.
 
-        By default a rate and a concurrency limiter without limits, which configuration can set.
+        By default a rate limiter and a concurrency limiter, disabled unless the configuration sets limits.
         """
         name = type(self).__name__
         return [RateLimiter(TASK, name), ConcurrencyLimiter(TASK, name)]
 
     async def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """Do the work. Parameters are injected by their type when the task runs."""
+        """Run the task. Parameters are injected by their type."""
         raise NotImplementedError(f"{type(self).__name__} does not define execute()")
 
     def serialize(self) -> tuple[Any, ...]:
@@ -191,18 +186,18 @@ class BaseTask:
         """Submit the task to the queue of its class's priority and size.
 
         Args:
-            at_time: not before this moment; a naive datetime is taken as UTC.
-            labels: kept with the message. `result_ttl_seconds` asks for the result to be stored.
+            at_time: earliest start; a naive datetime is in UTC.
+            labels: labels of the message. With `result_ttl_seconds` the result is stored.
 
         Returns:
-            The task's id.
+            The task id.
 
         Raises:
-            RuntimeError: when no broker is bound here; the message says how to bind one.
-            SendTaskError: when the broker cannot be reached.
-            TypeError: when an argument would not arrive equal and of the same type; names it.
-            TaskTooLargeError: when its message is too large; a SendTaskError.
-            ValueError: when its locks could never be granted or are too many, or a label means nothing.
+            RuntimeError: no broker is bound; the message explains how to bind one.
+            SendTaskError: the broker cannot be reached.
+            TypeError: names an argument that would not arrive equal and of the same type.
+            TaskTooLargeError: the message is too large; a SendTaskError.
+            ValueError: its locks could never be granted or are too many, or a label is invalid.
         """
         return (await schedule_many([self], at_time=at_time, labels=labels))[0]
 
@@ -213,9 +208,9 @@ async def schedule_many(
     at_time: datetime | None = None,
     labels: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Submit many tasks, 500 in a round trip. Arguments, returns and errors as in `BaseTask.schedule`.
+    """Submit many tasks, 500 per round trip. Arguments, returns and errors as in `BaseTask.schedule`.
 
-    `labels` are for all, or a list of those of each.
+    `labels` are for all tasks, or a list with those of each.
     """
     submitter = await current_submitter()
     each = labels if isinstance(labels, Sequence) else [labels] * len(tasks)
@@ -226,16 +221,13 @@ async def schedule_many(
 
 
 class PeriodicBaseTask(BaseTask):
-    """A task that the scheduler submits by its schedule. It takes no arguments of its own.
-
-    Its default lock is a mutex: never two executions at a time.
-    """
+    """A task without arguments that the scheduler submits by its schedule. Its default lock is a mutex."""
 
     default_schedule: ClassVar[TaskScheduleBase]
     _enabled: ClassVar[bool] = True
-    """True if it is scheduled at all, unless configuration says otherwise."""
+    """False: it is not scheduled."""
     missed: ClassVar[Literal["once", "skip"]] = "once"
-    """Handling of runs that were missed while no scheduler ran: one late run for all of them, or none."""
+    """Runs that were missed while no scheduler ran: one late run for all of them, or none."""
 
     @property
     def execution_locks(self) -> list[BaseLock]:
@@ -244,7 +236,7 @@ class PeriodicBaseTask(BaseTask):
 
 @dataclass
 class PeriodicVoAwareBaseTask(PeriodicBaseTask):
-    """A periodic task of which there is one instance for each VO, with a mutex of its own."""
+    """A periodic task with one schedule and one mutex per VO."""
 
     vo: str
 

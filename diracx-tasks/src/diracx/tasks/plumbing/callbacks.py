@@ -1,8 +1,8 @@
 """Callback groups: a callback task is submitted when all children have ended.
 
-The group is a set of child ids, so a child that is delivered twice is subtracted once, and the callback is
-submitted by the same script that settles the last child: exactly once, whatever dies in between. A child ends
-when it has succeeded, or failed permanently: a retry, or waiting for a lock, is no end.
+A group is a set of child ids, so that a child that is delivered twice counts once. The script that settles the
+last child submits the callback, exactly once. A child ends when it has succeeded or failed permanently, not when
+it is retried or waits for a lock.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from uuid import uuid4
 from .base_task import Submitter, current_submitter
 from .broker.groups import GroupStatus, fire, list_groups, read_group
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
-from .broker.spans import submission_spans
-from .child_results import asks_for_results
+from .broker.telemetry import submission_spans
+from .child_results import needs_results
 from .submission.client import bound_from_environment
 
 if TYPE_CHECKING:
@@ -39,24 +39,23 @@ async def spawn_with_callback(
 ) -> str:
     """Submit the children, and the callback when all of them have succeeded.
 
-    A callback (or `on_failure`) that takes `ChildResults` gets what the children returned.
+    A callback (or `on_failure`) with a parameter `ChildResults` gets the return values of the children.
 
     Args:
-        redis: kept for callers of the published interface; the broker of the context is used.
-        ttl_seconds: how long a failed group is kept to be seen. One whose children have not all ended
-            lives on, for at least 7 days after the last sign of life of a child.
-        on_failure: submitted instead of the callback when all children have ended and one of them has
-            failed permanently. Without it the group stays, marked as failed, for `ttl_seconds`.
+        redis: ignored; for compatibility with the published interface.
+        ttl_seconds: how long a failed group is kept. A group with pending children is kept for at least 7 days
+            after the last activity of a child.
+        on_failure: submitted instead of the callback if a child has failed permanently, when all have ended.
+            Without it the group is kept for `ttl_seconds`, marked as failed.
 
     Returns:
-        The group's id. A group without children fires its callback at once.
+        The group id. The callback of a group without children is submitted immediately.
 
     Raises:
-        RuntimeError: when no broker is bound here.
-        SendTaskError: when the broker cannot be reached. Nothing was submitted then, unless it was only the
-            last answer that got lost.
-        TypeError: when an argument of one of the tasks cannot travel; nothing was submitted.
-        TaskTooLargeError: when the message of one of them is too large; nothing was submitted.
+        RuntimeError: no broker is bound.
+        SendTaskError: the broker cannot be reached. Nothing was submitted, unless only the last reply was lost.
+        TypeError: an argument of one of the tasks would not arrive equal; nothing was submitted.
+        TaskTooLargeError: the message of one of the tasks is too large; nothing was submitted.
     """
     if ttl_seconds <= 0:
         raise ValueError(f"ttl_seconds must be positive, not {ttl_seconds!r}")
@@ -77,9 +76,9 @@ async def spawn_with_callback(
 
 
 def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
-    """Task that a script submits later: its message, stream and options."""
-    asks = asks_for_results(type(task))
-    labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if asks else {}
+    """Return the fields of a task that a script submits later: message, name, stream and options."""
+    with_results = needs_results(type(task))
+    labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if with_results else {}
     submission = submitter.submission(task, labels=labels)
     with submission_spans([submission]):
         stored: dict[str, Any] = {
@@ -87,19 +86,16 @@ def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, tota
             f"{role}_name": submission.message.task_name,
             f"{role}_stream": submission.stream,
         }
-    return stored | ({f"{role}_results": 1} if asks else {})
+    return stored | ({f"{role}_results": 1} if with_results else {})
 
 
 async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker | None = None) -> bool:
-    """Submit a group's callback now, without waiting for its children. Only the first call has an effect.
-
-    When a child has failed it is `on_failure` that is submitted, if there is one.
-    """
+    """Submit the callback of a group now, or `on_failure` if a child has failed. Later calls have no effect."""
     return await fire(redis if broker is None else broker.redis, group_id)
 
 
 class SpawnCallback:
-    """Spawns a group of tasks whose callback runs when the last of them is done."""
+    """Dependency that spawns a group of tasks with a callback."""
 
     async def __call__(
         self,
@@ -109,20 +105,14 @@ class SpawnCallback:
         ttl_seconds: int = DAY_SECONDS,
         on_failure: BaseTask | None = None,
     ) -> str:
-        """Submit `children`, and `callback` after all of them have succeeded; return the group's id.
+        """Submit a group as `spawn_with_callback` does, and return its id.
 
-        `ttl_seconds` is how long the group is remembered, `on_failure` what is submitted in place of the
-        callback when a child finally failed. The broker is the one bound where the call is made;
-        where none is bound, it is made from ``DIRACX_TASKS_REDIS_URL``.
+        Uses the bound broker, else that of ``DIRACX_TASKS_REDIS_URL``.
         """
         with bound_from_environment():
             return await spawn_with_callback(children, callback, ttl_seconds=ttl_seconds, on_failure=on_failure)
 
 
 def callback_spawner() -> SpawnCallback:
-    """Provide the spawner.
-
-    It looks for its broker when it is called, not here: FastAPI resolves dependencies before the body of a
-    route runs, and only the body has a broker bound.
-    """
+    """Provide the spawner, which looks up its broker when it is called, in the body of a route."""
     return SpawnCallback()

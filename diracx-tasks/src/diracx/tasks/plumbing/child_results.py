@@ -9,26 +9,26 @@ from .broker.groups import read_results
 from .broker.labels import LABEL_CHILD_RESULTS
 from .broker.models import TaskResult
 
-__all__ = ["asks_for_results", "child_results"]
+__all__ = ["child_results", "needs_results"]
 
 
 async def child_results() -> dict[str, TaskResult[Any]]:
     """Return the results of the children of the group whose callback is executed.
 
     Raises:
-        RuntimeError: when what is being executed is not the callback of a group.
-        ResultIsMissingError: when they have expired.
+        RuntimeError: the task is not the callback of a group.
+        ResultIsMissingError: they have expired.
     """
     message = current_message.get()
-    asked = None if message is None else message.labels.get(LABEL_CHILD_RESULTS)
-    if asked is None:
+    group = None if message is None else message.labels.get(LABEL_CHILD_RESULTS)
+    if group is None:
         raise RuntimeError(
-            "ChildResults are there for the callback of a group only: submit the task with spawn_with_callback"
+            "ChildResults are available only in the callback of a group: submit the task with spawn_with_callback"
         )
-    return await read_results(current_broker().redis, asked["group"], asked["total"])
+    return await read_results(current_broker().redis, group["group"], group["total"])
 
 
-def asks_for_results(task_class: type[BaseTask]) -> bool:
+def needs_results(task_class: type[BaseTask]) -> bool:
     """Return whether `execute` (or a dependency of it) takes `ChildResults`."""
     from .injection.placeholders import calls_below
     from .injection.plan import compile_plan

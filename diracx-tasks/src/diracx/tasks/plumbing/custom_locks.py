@@ -1,4 +1,4 @@
-"""Locks whose class has an `acquire`, `release` or `extend` of its own: asked one by one, after the others."""
+"""Locks with custom `acquire`, `release` or `extend`: acquired one by one, after the others."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _EXTEND_SECONDS = 10.0
 async def acquire_custom(
     stack: AsyncExitStack, locks: Sequence[BaseLock], redis: Redis, on_lost: Callable[[str], None]
 ) -> str | None:
-    """Take the locks in their order, until one refuses; extended and, in reverse order, released by the stack.
+    """Acquire locks in order, until one refuses. The stack extends them, and releases them in reverse order.
 
     Args:
-        on_lost: called once, when a lock can no longer be extended that could be before.
+        on_lost: called once, when a lock can no longer be extended.
 
     Returns:
-        What has refused, in words; None when all are held. A server that is away refuses.
+        None if all are held, else a message with the lock that refused, or whose server does not respond.
     """
     for lock in locks:
         try:
@@ -37,7 +37,7 @@ async def acquire_custom(
         except Exception as error:
             if not is_transient(error):
                 raise
-            return f"{lock!r} cannot be asked: {error}"
+            return f"{lock!r} does not respond: {error}"
         if not granted:
             return f"held by another owner: {lock!r}"
         stack.push_async_callback(_release, lock, redis)
@@ -48,12 +48,12 @@ async def acquire_custom(
 async def _release(lock: BaseLock, redis: Redis) -> None:
     try:
         await lock.release(redis)
-    except Exception as error:  # what ran under it is done all the same
+    except Exception as error:
         logger.error("cannot release %r: %s", lock, error)
 
 
 async def _extend(locks: Sequence[BaseLock], redis: Redis, on_lost: Callable[[str], None]) -> None:
-    """Extend the locks three times in the shortest `ttl_ms`. False counts as lost after a True only."""
+    """Extend the locks every third of the shortest `ttl_ms`. False means lost only after a True."""
     seconds = min([_EXTEND_SECONDS, *(lock.ttl_ms / 3000 for lock in locks if hasattr(lock, "ttl_ms"))])
     extended = [False] * len(locks)
     while True:

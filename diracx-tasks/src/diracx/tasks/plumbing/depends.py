@@ -1,7 +1,4 @@
-"""Annotations for dependency injection in FastAPI routes and tasks.
-
-How the types of parameters are understood is written in `injection.signatures`.
-"""
+"""Annotations for dependency injection in FastAPI routes and tasks; see `injection.signatures`."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ._util.lazy import lazy_names
 from .injection.placeholders import innermost
 from .injection.signatures import NoTransaction, auto_inject_depends, resolved_signature
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .annotated import AvailableSecurityProperties, CallbackSpawner, Config
@@ -38,11 +35,11 @@ __all__ = [
 def auto_inject(func: Callable[P, R]) -> Callable[P, R]:
     """Give `func` a signature with resolved annotations and the dependencies of `auto_inject_depends`.
 
-    A coroutine function comes back wrapped, so that ``schedule()`` finds a broker in every DiracX route; the
-    wrapper shares its attributes with `func`. Anything else comes back itself.
+    Coroutine functions are wrapped, so that ``schedule()`` finds a broker in every DiracX route; the wrapper
+    shares its attributes with `func`. Other functions are returned unchanged.
 
     Raises:
-        NameError: an annotation names something that does not exist at run time.
+        NameError: an annotation cannot be resolved at run time.
     """
     signature = resolved_signature(func)
     injected = signature.replace(parameters=auto_inject_depends(list(signature.parameters.values())))
@@ -50,7 +47,7 @@ def auto_inject(func: Callable[P, R]) -> Callable[P, R]:
     if inspect.iscoroutinefunction(innermost(func)):
         target = _with_bound_broker(func)
     elif inspect.ismethod(func):
-        # Takes no attributes of its own. What it is (generator or not) is still seen through __wrapped__.
+        # A method takes no attributes. Its kind (generator or not) is found through __wrapped__.
         target = functools.wraps(func)(functools.partial(func))
     target.__signature__ = injected
     result: Callable[P, R] = target
@@ -66,15 +63,14 @@ def _with_bound_broker(func: Callable[..., Any]) -> Callable[..., Any]:
             return await func(*args, **kwargs)
 
     if isinstance(func, FunctionType):
-        # `@open_access` stands above `@router.get(...)`, which hands back the original function: its mark is
-        # set on that one, after the wrapper was registered as the endpoint. One dictionary for both makes
-        # it visible on the endpoint. `__wrapped__` is then shared as well and must not be `func`, which
-        # would wrap itself; an attribute-less twin takes that place.
+        # `@open_access`, above `@router.get(...)`, marks the original function after the wrapper was registered as
+        # the endpoint. With a shared `__dict__` the endpoint has the mark, too. `__wrapped__` is then shared as
+        # well, and must be a copy of `func`, which else would wrap itself.
         if "__wrapped__" not in func.__dict__:
-            twin = FunctionType(
+            copy = FunctionType(
                 func.__code__, func.__globals__, func.__name__, func.__defaults__, func.__closure__
             )
-            twin.__kwdefaults__ = func.__kwdefaults__
-            func.__dict__["__wrapped__"] = twin
+            copy.__kwdefaults__ = func.__kwdefaults__
+            func.__dict__["__wrapped__"] = copy
         with_bound_broker.__dict__ = func.__dict__
     return with_bound_broker

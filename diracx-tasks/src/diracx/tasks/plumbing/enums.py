@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Priority(StrEnum):
-    """Priority of a task. A worker drains a higher priority before it looks at a lower one."""
+    """Priority of a task. Workers take tasks of the highest priority first."""
 
     REALTIME = "realtime"
     NORMAL = "normal"
@@ -14,7 +14,7 @@ class Priority(StrEnum):
 
 
 class Size(StrEnum):
-    """Size of the worker that a task needs. A worker has one size and takes only tasks of that size."""
+    """Size of the workers that execute a task."""
 
     SMALL = "small"
     MEDIUM = "medium"

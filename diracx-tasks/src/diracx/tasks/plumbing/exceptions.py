@@ -1,4 +1,4 @@
-"""Exceptions of tasks. Every message names the thing, the value and the remedy."""
+"""Exceptions of tasks. Messages name the object, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ class UnableToAcquireLockError(Exception):
 
 
 class LockLostError(Exception):
-    """A lock or the lease of a running task could not be renewed: another owner may hold it now.
+    """A lock or the lease of a running task could not be renewed, and may have another owner.
 
-    Raised inside the execution, which is cancelled; the task's retry policy decides what follows.
+    Raised inside the execution, which is cancelled; the retry policy decides whether it is retried.
     """
 
 
 class TimeLimitExceededError(Exception):
-    """The execution ran for longer than its `time_limit_seconds` and was cancelled."""
+    """The execution exceeded its `time_limit_seconds` and was cancelled."""
 
 
 class TaskCancelledError(Exception):
-    """The task was cancelled by a user. It is not retried, it is no dead letter, and for its group it has failed.
+    """The task was cancelled by a user. It is not retried, not a dead letter, and for its group it has failed.
 
-    Its execution is cancelled as any asyncio task is, by a `CancelledError` at its next `await`.
+    Its execution gets a `CancelledError` at its next `await`.
     """
 
 
 class WorkerStoppedError(Exception):
-    """The worker was stopped and its grace period ended before the task did."""
+    """The worker was stopped, and its grace period ended before the task."""
 
 
 class TaskRejectedError(Exception):
-    """The task could not be executed at all and was put with the dead letters: the result says why."""
+    """The task could not be executed and became a dead letter; the message has the reason."""
 
 
 class NewerMessageError(ValueError):
-    """A message has a format that only a later version of this software knows."""
+    """A message has the format of a newer version of this software."""
 
 
 class StopRetryingError(Exception):
-    """Raise it (or a subclass) in a task to end its retries at once."""
+    """Raise it (or a subclass) in a task to fail without further retries."""
 
 
 class TooManyRetriesError(StopRetryingError):
@@ -46,36 +46,36 @@ class TooManyRetriesError(StopRetryingError):
 
 
 class UnretryableError(StopRetryingError):
-    """The failure is of a kind that no retry can mend."""
+    """The failure is permanent."""
 
 
 class TaskRetryRequestedError(Exception):
-    """Raise it in a task to be run again, whatever the retry policy makes of other exceptions."""
+    """Raise it in a task to retry it, independently of its retry policy."""
 
 
 class SendTaskError(Exception):
-    """A task could not be handed to the broker."""
+    """A task could not be submitted."""
 
 
 class DuplicateTaskIdError(SendTaskError):
-    """A task was given an id that belongs to another one."""
+    """The id of a task is used by another one."""
 
 
 class TaskTooLargeError(SendTaskError):
-    """The message of a task is larger than may be submitted: pass where its data are instead."""
+    """The message of a task is too large: pass a reference to its data instead."""
 
 
 class ResultTooLargeError(Exception):
-    """The return value of a task is too large to be kept: its result says so. The task itself has succeeded."""
+    """The return value of a task is too large to be stored. The task has succeeded."""
 
 
 class ResultIsMissingError(Exception):
-    """The result was never kept, or its time to live has passed."""
+    """The result was not stored, or has expired."""
 
 
 class TaskArgumentsError(ValueError):
-    """The arguments do not fit the task class."""
+    """The task class does not accept the arguments."""
 
 
 class TaskConfigError(ValueError):
-    """The operator's configuration of tasks is wrong; the message has one line per problem."""
+    """The configuration of tasks is wrong; the message has one line per problem."""

@@ -1,4 +1,4 @@
-"""The registry of tasks, their bindings and their execution without a worker, under the published module name."""
+"""Task registry, bindings, and execution without a worker, under the published module name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class TaskBindings(dict[type[BaseTask], TaskBinding]):
-    """Task class -> its name at a broker; what `BaseTask.bind_broker` takes."""
+    """Mapping of task classes to their bindings, for `BaseTask.bind_broker`."""
 
     source: Binding
 
@@ -35,7 +35,7 @@ class TaskBindings(dict[type[BaseTask], TaskBinding]):
 def create_task_bindings(
     broker: RedisStreamBroker, task_registry: Mapping[str, type[BaseTask]]
 ) -> tuple[TaskBindings, dict[str, Callable[..., Any]]]:
-    """Return what binds the tasks to a broker, and by name the functions that execute them without a worker."""
+    """Return the bindings of tasks to a broker, and functions by name that execute them without a worker."""
     bindings = TaskBindings((cls, TaskBinding(broker, name)) for name, cls in task_registry.items())
     bindings.source = Binding(broker, TaskRegistry.of(task_registry))
     return bindings, {name: wrap_task(cls) for name, cls in task_registry.items()}

@@ -1,8 +1,8 @@
-"""Registry of the kinds of lockable objects. Extensions add theirs at import time.
+"""Registry of the kinds of lockable objects.
 
-A kind must be registered before it is used, so that a typing error in a lock key is refused at once
-and does not silently create a second, useless lock. An extension names a module in the entry-point
-group `diracx.lock_object_types`; importing it registers its kinds.
+A kind must be registered before it is used, so that a misspelt one is refused instead of making another lock. The
+modules of extensions in the entry-point group `diracx.lock_object_types` register their kinds when they are
+imported.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _registered: set[str] = set()
 
 
 class LockedObjectType(str):
-    """A registered kind of lockable object, usable wherever a `str` is.
+    """A registered kind of lockable object; a `str`.
 
     Raises:
-        ValueError: when the kind was never registered; the message lists those that were.
+        ValueError: the kind is not registered; lists the registered ones.
     """
 
     __slots__ = ()
@@ -33,10 +33,10 @@ class LockedObjectType(str):
 
 
 def register_locked_object_type(name: str) -> LockedObjectType:
-    """Register a kind of lockable object and return it. Registering twice is harmless.
+    """Register a kind of lockable object, and return it. Idempotent.
 
     Raises:
-        ValueError: when the name is empty or has a colon, which separates the parts of a Redis key.
+        ValueError: the name is empty or has a colon, which separates the parts of a Redis key.
     """
     if not name or ":" in name:
         raise ValueError(f"a lock object type must be a non-empty name without ':', not {name!r}")
@@ -55,10 +55,10 @@ TRANSFORMATION = register_locked_object_type("transformation")
 
 
 def validate_registry() -> None:
-    """Import every module named in `diracx.lock_object_types`, so that all kinds are known.
+    """Import all modules of the entry-point group `diracx.lock_object_types`.
 
     Raises:
-        RuntimeError: when a module cannot be imported, naming the entry point.
+        RuntimeError: names the entry point of a module that cannot be imported.
     """
     from importlib.metadata import entry_points
 

@@ -1,8 +1,8 @@
-"""Locks and limiters in Redis, usable alone on a bare connection or declared by a task.
+"""Locks and limiters in Redis, declared by a task or used directly on a connection.
 
-Every decision is made in one script on the server, by the server's clock. Each instance is one owner: a
-release by anybody else changes nothing. `ttl_ms` is in milliseconds, everything else in seconds.
-Contract: the seed's lock reference.
+Each decision is made by one script, with the clock of the server. Each instance is one owner: a release by another
+owner has no effect. `ttl_ms` is in milliseconds, all other times in seconds. Contract: the lock reference of the
+seed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 from os import urandom
 from typing import TYPE_CHECKING, ClassVar
 
+from .broker.requests import LOCK_KINDS
 from .lock_registry import LockedObjectType
 
 if TYPE_CHECKING:
@@ -20,35 +21,34 @@ if TYPE_CHECKING:
 
     from .broker.requests import LockNumbers, LockSpec
 
-#: The part of a lease, or of a lock's time to live, that is left for a cancellation to take effect.
+#: Share of a lease, or of the time to live of a lock, reserved for a cancellation to take effect.
 SAFETY_MARGIN = 0.1
 DEFAULT_LOCK_TTL_MS = 30_000
-#: Locks of one task. Each is taken, renewed and given back in one step on the server.
+#: Maximum number of locks of one task, which scripts acquire, renew and release together.
 MAX_LOCKS = 100
-#: Ten years: no lock lives longer, and no window is wider.
+#: Maximum time to live and window: ten years.
 _LONGEST_MS = 315_576_000_000
-#: The server counts in doubles.
+#: Largest integer that the server represents exactly as a double.
 _LARGEST = 2**53
-_KINDS = frozenset({"mutex", "exclusive", "shared", "rate", "concurrency"})
 
 
-class BaseLock(ABC):  # noqa: B024  # classes derived from it may have abstract methods
-    """A lock on one object, known by the object's kind and key.
+class BaseLock(ABC):  # noqa: B024  # subclasses may have abstract methods
+    """A lock on one object, identified by kind and key.
 
-    A class of yours may bring its own `acquire` and `release`, and `extend`: see `is_custom`.
+    Subclasses may define their own `acquire`, `release` and `extend`: see `is_custom`.
     """
 
     _kind: ClassVar[str] = ""
     _prefix: ClassVar[str] = ""
 
     def __init__(self, obj: LockedObjectType, key: int | str, *extra_keys: int | str) -> None:
-        self.obj = LockedObjectType(obj)
+        self.obj = obj if type(obj) is LockedObjectType else LockedObjectType(obj)
         self.key = key
         self.extra_keys = extra_keys
         self._owner_id = urandom(16).hex()
         self.token: int | None = None
-        """The fencing token of the last grant; None before. Of two grants of anything, the later has the greater
-        token, so that whatever a lock protects can refuse a holder that has lost it: see `held_locks`.
+        """Fencing token of the last grant, None before it. Tokens increase with each grant of any lock, so that a
+        protected resource can refuse a former holder: see `held_locks`.
         """
 
     @property
@@ -59,19 +59,19 @@ class BaseLock(ABC):  # noqa: B024  # classes derived from it may have abstract 
 
     @property
     def enabled(self) -> bool:
-        """False for a limiter without a limit: it grants everything without asking the server."""
+        """False for a limiter without a limit, which is always granted without a round trip."""
         return True
 
     def spec(self) -> LockSpec:
-        """Return this lock as the scripts take it."""
+        """Return the lock as an argument of scripts."""
         return {"kind": self._kind, "key": self.redis_key, "owner": self._owner_id, **self._numbers()}
 
     def _numbers(self) -> LockNumbers:
-        """Return the numbers that the scripts need for this kind of lock."""
+        """Return the numbers of this kind of lock for scripts."""
         return {}
 
     async def acquire(self, redis: Redis) -> bool:
-        """Take the lock if it is free now. True when it was granted."""
+        """Acquire the lock if it is free. Returns whether it was granted."""
         from .broker import locking
 
         if not self.enabled:
@@ -82,14 +82,14 @@ class BaseLock(ABC):  # noqa: B024  # classes derived from it may have abstract 
         return token is not None
 
     async def release(self, redis: Redis) -> None:
-        """Release the lock. No effect when it is not held by this instance."""
+        """Release the lock. No effect if this instance does not hold it."""
         from .broker import locking
 
         if self.enabled:
             await locking.release(redis, [self.spec()])
 
     async def extend(self, redis: Redis) -> bool:
-        """Renew the lock to its full time to live. False when it is lost, or has none."""
+        """Renew the lock to its full time to live. Returns False if it is lost, or has no time to live."""
         from .broker import locking
 
         if not self._kind:
@@ -101,7 +101,7 @@ class BaseLock(ABC):  # noqa: B024  # classes derived from it may have abstract 
 
 
 class _ExpiringLock(BaseLock):
-    """A lock that the server drops `ttl_ms` after its last acquire or extend: the safety net for crashes."""
+    """A lock that expires `ttl_ms` after its last acquire or extend."""
 
     def __init__(
         self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, ttl_ms: int = DEFAULT_LOCK_TTL_MS
@@ -116,62 +116,59 @@ class _ExpiringLock(BaseLock):
 
 
 class MutexLock(_ExpiringLock):
-    """At most one owner at a time. Not re-entrant: a second acquire by its owner is refused, too."""
+    """Lock with at most one owner. Not re-entrant: a second acquire by its owner is refused."""
 
     _kind = "mutex"
-    _prefix = "lock:mutex"
+    _prefix = LOCK_KINDS[_kind].prefix
 
 
 class ExclusiveRWLock(_ExpiringLock):
-    """The writer's side of a readers-writer lock: granted only with no readers and no writer."""
+    """Writer's side of a readers-writer lock: granted if there are neither readers nor a writer."""
 
     _kind = "exclusive"
-    _prefix = "lock:rw"
+    _prefix = LOCK_KINDS[_kind].prefix
 
 
 class SharedRWLock(BaseLock):
-    """The readers' side: granted whenever there is no writer, to any number of readers.
+    """Readers' side of a readers-writer lock: granted to any number of readers if there is no writer.
 
-    Readers are counted, without a time to live. A reader that is a task gives its count back even when
-    its worker dies; a reader on a bare connection must release.
+    It has no time to live. That of a task is released even if its worker crashes; other readers must release it.
     """
 
     _kind = "shared"
-    _prefix = "lock:rw"
+    _prefix = LOCK_KINDS[_kind].prefix
 
     async def extend(self, redis: Redis) -> bool:
-        """Always False: a shared lock has no time to live that could be extended."""
+        """Return False: a shared lock has no time to live."""
         return False
 
 
 def _check_whole(lock: BaseLock, name: str, number: float) -> None:
-    """Refuse parts of a unit, which the server would round, and numbers that it cannot count up to."""
+    """Refuse fractions, which the server would round, and numbers that are too large for it."""
     if not (abs(number) <= _LARGEST and number == int(number)):
         raise ValueError(f"{lock.redis_key}: {name} must be a whole number up to {_LARGEST}, not {number!r}")
 
 
 class BaseLimiter(BaseLock):
-    """A lock that limits instead of excluding. Limiters are skipped in interactive mode (`call`)."""
+    """Base class of limiters, which are skipped in interactive mode (`call`)."""
 
 
 class RateLimiter(BaseLimiter):
-    """Limiter: at most `limit` units in any window of `window_seconds`.
+    """Limiter of units in a sliding window: at most `limit` units in any window of `window_seconds`.
 
-    Both ends belong to a window: a unit granted exactly `window_seconds` ago still counts.
-    `release()` gives no quota back.
+    A unit that was granted exactly `window_seconds` ago still counts. `release()` does not return quota.
 
     Args:
-        n_items: units of quota that one acquire spends.
+        n_items: units of quota of one acquire.
 
     Raises:
-        ValueError: on acquire, when `n_items` is more than `limit`, so that it could never be granted, or one of
-            them is no whole number.
+        ValueError: on acquire, `n_items` is more than `limit`, or one of them is not a whole number.
     """
 
     limit: int | None = None
     window_seconds: float | None = None
     _kind = "rate"
-    _prefix = "limiter:rate"
+    _prefix = LOCK_KINDS[_kind].prefix
 
     def __init__(self, obj: LockedObjectType, key: int | str, *extra_keys: int | str, n_items: int = 1) -> None:
         super().__init__(obj, key, *extra_keys)
@@ -191,7 +188,7 @@ class RateLimiter(BaseLimiter):
         _check_whole(self, "limit", self.limit)
         if self.n_items > self.limit:
             raise ValueError(
-                f"{self.redis_key} asks for n_items={self.n_items} at once but its limit is {self.limit}: "
+                f"{self.redis_key} has n_items={self.n_items}, more than its limit of {self.limit}: "
                 "it could never be granted"
             )
         return {
@@ -201,23 +198,23 @@ class RateLimiter(BaseLimiter):
         }
 
     async def release(self, redis: Redis) -> None:
-        """No effect: spent quota is not returned."""
+        """No effect: used quota is not returned."""
 
     async def extend(self, redis: Redis) -> bool:
-        """Always False: there is nothing to extend."""
+        """Return False: a rate limiter has no time to live."""
         return False
 
 
 class ConcurrencyLimiter(BaseLimiter, _ExpiringLock):
-    """At most `limit` holders at a time. A holder's slot ends `ttl_ms` after its last acquire or extend.
+    """Limiter of concurrent holders: at most `limit`. A slot expires `ttl_ms` after its last acquire or extend.
 
     Raises:
-        ValueError: on acquire, when `limit` is less than 1, so that it could never be granted, or no whole number.
+        ValueError: on acquire, `limit` is less than 1, or not a whole number.
     """
 
     limit: int | None = None
     _kind = "concurrency"
-    _prefix = "limiter:conc"
+    _prefix = LOCK_KINDS[_kind].prefix
 
     @property
     def enabled(self) -> bool:
@@ -234,28 +231,28 @@ class ConcurrencyLimiter(BaseLimiter, _ExpiringLock):
 
 @cache
 def is_custom(lock_class: type[BaseLock]) -> bool:
-    """Return whether a class brings an `acquire`, `release` or `extend` that the scripts cannot run.
+    """Return whether a class has its own `acquire`, `release` or `extend`.
 
-    Such locks are taken one by one after the others are granted, and asked again after a while when one refuses.
+    Such locks are acquired one by one after the others are granted, and polled while one refuses.
     """
     bases = [vars(base) for base in lock_class.__mro__ if base.__module__ != __name__]
     return any(name in base for base in bases for name in ("acquire", "release", "extend"))
 
 
 def needed(locks: Iterable[BaseLock]) -> list[BaseLock]:
-    """Return the locks that have to be asked: not limiters without a limit, but for those of custom classes."""
+    """Return the locks to acquire: without disabled limiters, except those of custom classes."""
     return [lock for lock in locks if lock.enabled or is_custom(type(lock))]
 
 
 def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
-    """Return the enabled locks of a task as the scripts take them, each key once; without custom ones.
+    """Return the enabled locks of a task as arguments of scripts, without duplicate keys and custom locks.
 
-    Of two locks of one kind on one key, the longer time to live and the lower limit count, and the units of
-    both are spent. A writer's lock is a reader's as well.
+    Two locks of one kind on one key are merged, with the longer time to live, the lower limit, and the sum of
+    units. An exclusive lock includes a shared one.
 
     Raises:
-        TypeError: when the class of a lock makes nothing that the scripts understand.
-        ValueError: when they could never be granted together, or are more than `MAX_LOCKS`; names the key.
+        TypeError: the `spec()` of a lock is invalid.
+        ValueError: they could never be granted together, or are more than `MAX_LOCKS`; names the key.
     """
     specs: dict[str, LockSpec] = {}
     for lock in locks:
@@ -265,17 +262,17 @@ def lock_specs(locks: Iterable[BaseLock]) -> list[LockSpec]:
         key = spec["key"]
         specs[key] = _merged(specs[key], spec) if key in specs else spec
         if len(specs) > MAX_LOCKS:
-            raise ValueError(f"more than {MAX_LOCKS} locks: lock something larger, or split the task")
+            raise ValueError(f"more than {MAX_LOCKS} locks: lock a larger object, or split the task")
     return list(specs.values())
 
 
 def _checked_spec(lock: BaseLock) -> LockSpec:
-    """Return the lock as the scripts take it, also for classes outside this package."""
+    """Return the lock as an argument of scripts, validated for classes outside this package."""
     spec = lock.spec()
     texts = isinstance(spec["key"], str) and isinstance(spec["owner"], str)
     ttl_ms, window_us = spec.get("ttl_ms", 1), spec.get("window_us", 1)
-    if not (texts and spec["kind"] in _KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
-        raise TypeError(f"the lock {type(lock).__name__} has no meaningful spec(): {spec!r:.200}")
+    if not (texts and spec["kind"] in LOCK_KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
+        raise TypeError(f"the lock {type(lock).__name__} has an invalid spec(): {spec!r:.200}")
     if not (ttl_ms <= _LONGEST_MS and ttl_ms == int(ttl_ms)):
         raise ValueError(f"{spec['key']}: ttl_ms must be whole milliseconds up to {_LONGEST_MS}, not {ttl_ms!r}")
     if not 0 < window_us <= _LONGEST_MS * 1000:
@@ -286,13 +283,14 @@ def _checked_spec(lock: BaseLock) -> LockSpec:
 def _merged(one: LockSpec, other: LockSpec) -> LockSpec:
     """Merge two locks of one task on one key."""
     key, kinds = one["key"], {one["kind"], other["kind"]}
-    if kinds == {"shared", "exclusive"}:
-        return one if one["kind"] == "exclusive" else other
+    for spec, included in ((one, other), (other, one)):
+        if LOCK_KINDS[spec["kind"]].includes == included["kind"]:
+            return spec
     if len(kinds) > 1:
         raise ValueError(
             f"{key} is declared as {' and as '.join(sorted(kinds))}: give one of the locks another key"
         )
-    if kinds == {"rate"} and (one["limit"], one["window_us"]) != (other["limit"], other["window_us"]):
+    if "window_us" in one and (one["limit"], one["window_us"]) != (other["limit"], other["window_us"]):
         raise ValueError(f"{key} is declared with two rates: give one of the limiters another key")
     merged = one.copy()
     if "ttl_ms" in one:

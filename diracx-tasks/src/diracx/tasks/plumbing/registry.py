@@ -1,4 +1,4 @@
-"""Registry of task classes, filled from the entry points of installed packages."""
+"""Registry of task classes, loaded from the entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from .exceptions import SendTaskError
 
-if TYPE_CHECKING:
-    pass
-
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_PREFIX = "diracx.tasks."
-#: Classes that are there to derive from.
 _BASES = {BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask}
 
 
 class TaskRegistry(dict[str, type[BaseTask]]):
     """Mapping of registry names (`category:ClassName`) to task classes, and back.
 
-    Several classes may go by one name: an extension that overrides a task of DiracX takes its place for
-    everybody, also for code that schedules the original class.
+    Several classes may have one name: the class of an extension that overrides a task of DiracX is executed even
+    if the original class is submitted.
     """
 
     def __init__(self, classes: Mapping[str, type[BaseTask]] | None = None) -> None:
@@ -37,14 +33,14 @@ class TaskRegistry(dict[str, type[BaseTask]]):
 
     @classmethod
     def of(cls, classes: Mapping[str, type[BaseTask]]) -> TaskRegistry:
-        """Return the mapping as a registry, itself when it is one."""
+        """Convert a mapping to a registry, unless it is one."""
         return classes if isinstance(classes, TaskRegistry) else cls(classes)
 
     def add(self, name: str, task_class: type[BaseTask]) -> None:
-        """Register a class. The first class of a name is the one that runs.
+        """Register a class. The first class of a name is executed.
 
         Raises:
-            TypeError: the class declares a secret field that it does not have.
+            TypeError: `secret_fields` of the class has a field that does not exist.
         """
         if task_class.secret_fields:
             from .messages.arguments import check_secret_fields
@@ -54,33 +50,33 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         self._names.setdefault(task_class, name)
 
     def name_of(self, task_class: type[BaseTask]) -> str:
-        """Return the name that a class is submitted under.
+        """Return the registry name of a class.
 
         Raises:
-            SendTaskError: when it is not registered; the message says how to register it.
+            SendTaskError: it is not registered; the message explains how to register it.
         """
         try:
             return self._names[task_class]
         except KeyError:
             raise SendTaskError(
-                f"{task_class.__module__}.{task_class.__qualname__} is not a registered task: name it in the "
-                f"entry points of a group {ENTRY_POINT_PREFIX}<category>, or load its file with --module"
+                f"{task_class.__module__}.{task_class.__qualname__} is not a registered task: add an entry point "
+                f"in a group {ENTRY_POINT_PREFIX}<category>, or load its file with --module"
             ) from None
 
     def ambiguous_names(self) -> list[str]:
-        """Name each class name that two categories share: their default locks have the same key."""
+        """Return a warning for each class name in several categories, whose default locks have the same key."""
         by_class_name = defaultdict(list)
         for name, task_class in self.items():
             by_class_name[name.partition(":")[2]].append(f"{name} ({task_class.__module__})")
         return [
             f"the class name {class_name} is used by {' and '.join(sorted(origins))}: "
-            "they share their default locks; rename one, or give it locks of its own"
+            "they share their default locks; rename one, or override its execution_locks"
             for class_name, origins in sorted(by_class_name.items())
             if len(origins) > 1
         ]
 
     def merged_with(self, other: Mapping[str, type[BaseTask]]) -> Self:
-        """Return a registry of both, this one's classes first."""
+        """Return a registry of both; classes of this one take precedence."""
         merged = type(self)(self)
         merged._names |= self._names
         for name, task_class in other.items():
@@ -92,10 +88,10 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
     """Load all installed tasks, from the entry points of the groups `diracx.tasks.{category}`.
 
     Args:
-        groups: entry-point groups to look at; by default every one with that prefix.
+        groups: entry-point groups; by default all with that prefix.
 
     Raises:
-        RuntimeError: when a task cannot be loaded, or is none; the message names the entry point.
+        RuntimeError: names the entry point of a task that cannot be loaded, or is not a task class.
     """
     from importlib.metadata import entry_points
 
@@ -122,7 +118,7 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
 
 
 def unselected_tasks() -> list[str]:
-    """Name each installed distribution whose tasks are left out, because it is no extension of DiracX."""
+    """Return a warning for each distribution whose tasks are ignored because it is not an extension of DiracX."""
     from importlib.metadata import entry_points
 
     from diracx.core.extensions import select_from_extension
@@ -137,15 +133,15 @@ def unselected_tasks() -> list[str]:
                 origin = f"{distribution} (module {entry_point.module.partition('.')[0]})"
                 left_out[origin].append(f"{group.removeprefix(ENTRY_POINT_PREFIX)}:{entry_point.name}")
     return [
-        f"{origin}: {', '.join(sorted(names))} left out: DiracX takes entry points of itself and of one "
-        "extension, which names its module in the entry point `extension` of the group `diracx`; add that to the "
-        "distribution, or load the module with --module"
+        f"{origin}: {', '.join(sorted(names))} ignored: DiracX loads entry points of itself and of one extension, "
+        "whose module is the entry point `extension` of the group `diracx`; add that to the distribution, or load "
+        "the module with --module"
         for origin, names in sorted(left_out.items())
     ]
 
 
 def tasks_of_module(module: ModuleType) -> TaskRegistry:
-    """Return the tasks defined in a plain module, under the category of its last name."""
+    """Return the tasks defined in a module; the last part of its name is their category."""
     category = module.__name__.rpartition(".")[2]
     return TaskRegistry(
         {

@@ -1,7 +1,6 @@
-"""Retry policies: whether a failed task runs again, and when.
+"""Retry policies decide whether a failed task runs again, and when.
 
-A policy sees the exception that was raised. What it does not decide: `StopRetryingError` ends the retries
-and `TaskRetryRequestedError` asks for one before any policy is consulted; that is the worker's part.
+The worker handles `StopRetryingError` and `TaskRetryRequestedError` without calling the policy.
 """
 
 from __future__ import annotations
@@ -12,27 +11,25 @@ from math import ldexp
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: No retry waits longer than this; past some dozens of doublings a delay would leave the calendar.
+#: Maximum delay of a retry; without it, delays would overflow the calendar after some doublings.
 MAX_DELAY = timedelta(days=3650)
 
 
 class RetryPolicyBase(BaseModel, ABC):
-    """Derive from it to write a policy of your own; its fields are its settings."""
+    """Base class of retry policies. The fields of a policy are its settings."""
 
     model_config = ConfigDict(extra="forbid")
 
     @abstractmethod
     def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:
-        """Return when to run again (aware, UTC), or None to give up.
+        """Return the time of the next attempt (aware, UTC, by the clock of this host), or None for no retry.
 
-        Work it out from this machine's clock: what is left until then counts as a delay by the server's clock.
-        `attempt` is the number of retries already made: 0 at the first failure. `exception` is what the
-        task raised.
+        `attempt` is the number of earlier retries, 0 at the first failure; `exception` is that of the task.
         """
 
 
 class NoRetry(RetryPolicyBase):
-    """Never run again. The default."""
+    """No retries. The default."""
 
     def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:
         """Return None."""
@@ -40,11 +37,11 @@ class NoRetry(RetryPolicyBase):
 
 
 class ExponentialBackoff(RetryPolicyBase):
-    """Run again after `base_delay_seconds`, then after twice as long each time, `max_retries` times."""
+    """Retries after `base_delay_seconds`, doubled for each further one, at most `max_retries` times."""
 
-    #: Seconds before the first retry.
+    #: Delay of the first retry.
     base_delay_seconds: float = Field(default=10, ge=0, allow_inf_nan=False)
-    #: How many retries are made before the task is given up.
+    #: Maximum number of retries.
     max_retries: int = Field(default=5, ge=0)
 
     def schedule_retry(self, attempt: int, exception: Exception) -> datetime | None:

@@ -1,8 +1,6 @@
 """Schedules of periodic tasks: intervals, cron expressions and recurrence rules.
 
-A schedule is a pure function from a moment to the next occurrence after it. It keeps no state, so the
-scheduler may ask it again after a restart, or ask for the occurrence that follows a missed one, and always
-gets the same answer.
+A schedule is a pure function from a time to the next occurrence after it, without state.
 """
 
 from __future__ import annotations
@@ -23,33 +21,32 @@ if TYPE_CHECKING:
 class TaskScheduleBase(ABC):
     """Base class of schedules.
 
-    Subclasses must define `next_occurrence`. One that also defines `next_after` keeps its phase when the
-    scheduler is late; without it the scheduler falls back to `next_occurrence`.
+    Subclasses must define `next_occurrence`. With `next_after` they also keep their phase if the scheduler is
+    late.
     """
 
     @abstractmethod
     def next_occurrence(self) -> datetime:
         """Return the first occurrence after now, as an aware datetime in UTC.
 
-        Raises `ValueError` when nothing is left in the future.
+        Raises `ValueError` if there is none.
         """
 
     def next_after(self, moment: datetime) -> datetime:
         """Return the first occurrence strictly after `moment` (aware), in UTC.
 
-        Raises `ValueError` when nothing is left after `moment`.
+        Raises `ValueError` if there is none.
         """
         return self.next_occurrence()
 
     @property
     def fingerprint(self) -> str:
-        """Return a string that is the same in every process and changes when the schedule does.
+        """Return a string that identifies the schedule in all processes.
 
-        The scheduler stores it beside the next run: a changed fingerprint means that the stored run belongs
-        to a schedule that is no longer in force.
+        The scheduler stores it with the next run, to detect that the schedule has changed.
         """
         fields = ",".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
-        # An object without a repr of its own shows its address, which differs from process to process.
+        # The default repr has the address of the object, which differs between processes.
         fields = re.sub(r" at 0x[0-9a-fA-F]+", "", fields)
         return f"{type(self).__module__}.{type(self).__qualname__}:{fields}"
 
@@ -66,7 +63,7 @@ _LONGEST_SECONDS = 36_525 * 86_400
 
 
 class IntervalSeconds(TaskScheduleBase):
-    """Interval of `seconds` seconds (fractions allowed), counted from the occurrence before."""
+    """Interval in seconds (fractions allowed), counted from the previous occurrence."""
 
     def __init__(self, seconds: float) -> None:
         """Raise `ValueError` unless `seconds` is a number above zero and at most a century."""
@@ -74,7 +71,7 @@ class IntervalSeconds(TaskScheduleBase):
             raise ValueError(f"IntervalSeconds({seconds!r}): seconds must be a number")
         if not 0 < seconds <= _LONGEST_SECONDS:  # refuses nan and infinity too
             raise ValueError(f"IntervalSeconds({seconds!r}): seconds must be above 0 and at most a century")
-        if seconds < 0.001:  # what is due is known to the millisecond
+        if seconds < 0.001:  # due times are in milliseconds
             raise ValueError(f"IntervalSeconds({seconds!r}): seconds cannot be less than a millisecond")
         self.seconds = seconds
 
@@ -88,7 +85,7 @@ class IntervalSeconds(TaskScheduleBase):
 
     @property
     def fingerprint(self) -> str:
-        """`interval:` and the seconds."""
+        """Return `interval:` and the seconds."""
         seconds = int(self.seconds) if self.seconds == int(self.seconds) else self.seconds
         return f"interval:{seconds!r}"
 
@@ -96,35 +93,34 @@ class IntervalSeconds(TaskScheduleBase):
         return f"IntervalSeconds({self.seconds!r})"
 
 
-#: The years that croniter knows, from 1970: a year far ahead is found.
+#: Maximum number of years to the next occurrence.
 _CRON_YEARS = 130
 
 
 class CronSchedule(TaskScheduleBase):
-    """A cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
+    """Cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
 
-    When both day of month and day of week are given, either will do, as in Vixie cron.
+    If both day of month and day of week are given, one of them must match, as in Vixie cron.
 
-    It is read in UTC, or in the IANA zone given as `timezone`. When the clocks are set back there, an expression
-    with a rhythm goes on through the doubled time: one with a `*`, a range or a step as hours, or a `*` as
-    minutes. One that names its hours runs once. A time that the clocks skip runs as much later as they are set
-    forward.
+    It is in UTC, or in the IANA zone `timezone`. In a repeated hour at the end of daylight-saving time, an
+    expression with a rhythm continues: one with a `*`, a range or a step as hours, or a `*` as minutes. One with
+    fixed hours runs once. A skipped time runs later by the length of the change.
     """
 
     def __init__(self, expression: str, *, timezone: str | None = None) -> None:
-        """Raise `ValueError` naming the expression or the zone if it is not valid or never fires."""
+        """Raise `ValueError` naming the expression or the zone if it is invalid or never fires."""
         from croniter import croniter
 
         if not isinstance(expression, str):
             raise ValueError(f"bad cron expression {expression!r}: it must be a string")
         if re.search(r"(^|\s)[RrHh]\b", expression):
-            # croniter knows random fields; each restart would draw another time.
-            raise ValueError(f"bad cron expression {expression!r}: no random or hashed fields, please")
+            # Random fields of croniter would have another value after each restart.
+            raise ValueError(f"bad cron expression {expression!r}: random or hashed fields are not supported")
         self.expression = expression
         self.timezone = timezone
         self._zone = None if timezone is None else _zone(timezone)
         try:
-            # The first year croniter knows: an expression bound to past years is exhausted, not wrong.
+            # From the first year of croniter: an expression for past years is exhausted, not invalid.
             fields = croniter(expression, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
             fields.get_next(datetime)
         except Exception as exc:
@@ -160,7 +156,7 @@ class CronSchedule(TaskScheduleBase):
 
     @property
     def fingerprint(self) -> str:
-        """`cron:` and the expression, with the zone where one was given."""
+        """Return `cron:` and the expression, with the zone if given."""
         zone = f"@{self.timezone}" if self.timezone is not None else ""
         return f"cron{zone}:{' '.join(self.expression.split())}"
 
@@ -170,18 +166,18 @@ class CronSchedule(TaskScheduleBase):
 
 
 def _hours_of_rhythm(fields: list[str], hours: list[Any]) -> Collection[int]:
-    """Return the hours in which it continues when the clocks are set back; none when it names its hours."""
+    """Return the hours in which it continues when clocks are set back; none if it has fixed hours."""
     minute_field, hour_field = fields[:2]
     if not (minute_field.startswith("*") or {"*", "-", "/"} & set(hour_field)):
         return ()
     named = list(range(24)) if hours == ["*"] else sorted(hours)
     steps = {(later - hour) % 24 for hour, later in zip(named, [*named[1:], named[0]], strict=True)}
-    # Every so many hours, round the clock: there is no hour of the day in which a run would be out of place.
+    # A constant step in hours, round the clock: it may run in any hour.
     return range(24) if len(named) > 1 and len(steps) == 1 else named
 
 
-#: Where a rule without DTSTART starts: midnight UTC on a Monday, the first day of a leap year, so that a rule
-#: which leaves out its hour, weekday or day gets the round one. Fixed, because INTERVAL counts from it.
+#: Fixed start of rules without DTSTART: midnight UTC, a Monday, the first day of a leap year, so that omitted
+#: hours, weekdays or days have round values. INTERVAL counts from it.
 RRULE_ANCHOR = datetime(1996, 1, 1)
 
 _FIXED_STEPS = {
@@ -196,18 +192,17 @@ _DTSTART = re.compile(r"(?:^|\s)DTSTART((?:;[^:;\s]+)*):(\S+)", re.IGNORECASE)
 
 
 class RRuleSchedule(TaskScheduleBase):
-    """A recurrence rule of RFC 5545 (RFC 2445 before it), optionally with DTSTART, EXDATE and RDATE lines.
+    """Recurrence rule of RFC 5545 (formerly RFC 2445), optionally with DTSTART, EXDATE and RDATE lines.
 
-    A rule without DTSTART starts at `RRULE_ANCHOR`, so `INTERVAL=2` means the same days in every process.
-    COUNT counts from DTSTART, as the RFC says: without a DTSTART it has been used up long ago. Times are in
-    UTC unless DTSTART carries a TZID, or an IANA zone is given as `timezone`; UNTIL is in UTC then, as the RFC
-    says. There, HOURLY, MINUTELY and SECONDLY count real time, whatever is done to the clocks, unless the rule
-    names hours, minutes or seconds. All other rules follow the clock; a time that comes twice runs once, and one
-    that the clocks skip as much later as they are set forward.
+    A rule without DTSTART starts at `RRULE_ANCHOR`, so that `INTERVAL=2` means the same days in every process.
+    COUNT counts from DTSTART, as in the RFC: without it, all occurrences are in the past. Times are in UTC unless
+    DTSTART has a TZID, or an IANA zone is given as `timezone`; UNTIL is then in UTC, as in the RFC. With a zone,
+    HOURLY, MINUTELY and SECONDLY count elapsed time, unless the rule has hours, minutes or seconds. Other rules
+    are in local time: a repeated time runs once, and a skipped one later by the length of the change.
     """
 
     def __init__(self, rule: str, *, timezone: str | None = None) -> None:
-        """Raise `ValueError` naming the rule or the zone if it is not valid or can never fire."""
+        """Raise `ValueError` naming the rule or the zone if it is invalid or never fires."""
         if not isinstance(rule, str):
             raise ValueError(f"bad recurrence rule {rule!r}: it must be a string")
         self.rule = rule
@@ -221,16 +216,16 @@ class RRuleSchedule(TaskScheduleBase):
             first = next(iter(self._parse(self._start)), None)
         except Exception as exc:
             reason = str(exc)
-            if isinstance(exc, TypeError):  # what dateutil meets with is not made for readers
+            if isinstance(exc, TypeError):  # its message in dateutil is not for users
                 missing = "FREQ" not in self._parameters
                 reason = "FREQ is missing" if missing else "give all its dates a time zone, or none"
             raise ValueError(f"bad recurrence rule {rule!r}: {reason}") from exc
         if first is None and "UNTIL" not in self._parameters and "EXDATE" not in rule.upper():
-            raise ValueError(f"bad recurrence rule {rule!r}: no date fits it")
+            raise ValueError(f"bad recurrence rule {rule!r}: no date matches it")
 
     @property
-    def counts_from_nowhere(self) -> bool:
-        """Return whether the rule has a COUNT and no DTSTART to count from."""
+    def lacks_dtstart(self) -> bool:
+        """Return whether the rule has a COUNT, but no DTSTART to count from."""
         return "COUNT" in self._parameters and not _DTSTART.search(self.rule)
 
     def _parse(self, start: datetime) -> rrule | rruleset:
@@ -252,37 +247,34 @@ class RRuleSchedule(TaskScheduleBase):
         else:
             found = next_in_zone(self._after_at_offset, self._start.tzinfo, moment, self._rhythm_hours)
         if found is None:
-            hint = ": COUNT counts from DTSTART, and the rule has none" if self.counts_from_nowhere else ""
+            hint = ": COUNT counts from DTSTART, and the rule has none" if self.lacks_dtstart else ""
             raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}{hint}")
         return found.replace(tzinfo=UTC)
 
     def _after_at_offset(self, moment: datetime, offset: timedelta) -> datetime | None:
         zone = timezone(offset)
-        # What names no times is the same series of moments at each offset; anything else, the same wall times.
+        # A rule without times of day is the same series at each offset; others have the same wall times.
         real_time = self._rhythm_hours and not any(name in self._parameters for name in _TIMES_OF_DAY)
         start = self._start.astimezone(zone) if real_time else self._start.replace(tzinfo=zone)
         found = self._after(moment.astimezone(zone), start)
         return None if found is None else found.astimezone(UTC)
 
     def _after(self, moment: datetime, start: datetime) -> datetime | None:
-        """Return the first occurrence after a moment, both at the UTC offset of the start."""
+        """Return the first occurrence after a time, both with the UTC offset of the start."""
         return self._parse(self._start_near(moment, start)).after(moment)
 
     def _start_near(self, moment: datetime, start: datetime) -> datetime:
-        """Return a start of the same phase shortly before `moment`.
-
-        dateutil walks through every occurrence since DTSTART; for a rule by the minute that is millions.
-        """
+        """Return a start of the same phase shortly before `moment`, as dateutil iterates over all occurrences."""
         step = _FIXED_STEPS.get(self._parameters.get("FREQ", ""))
         if step is None or "COUNT" in self._parameters or self._body.upper().count("FREQ=") != 1:
             return start
         step *= int(self._parameters.get("INTERVAL", "1"))
-        # One step back, because BYSETPOS may see only a part of the period that holds the start.
+        # One step earlier, as BYSETPOS needs the whole period of the start.
         return start + max(0, (moment - start) // step - 1) * step
 
     @property
     def _rhythm_hours(self) -> Collection[int]:
-        """Return the hours in which it continues when the clocks are set back; none when it names its times."""
+        """Return the hours in which it continues when clocks are set back; none if it has fixed times."""
         if self._parameters.get("FREQ") not in _TIMES_OF_DAY.values():
             return ()
         hours = self._parameters.get("BYHOUR")
@@ -290,7 +282,7 @@ class RRuleSchedule(TaskScheduleBase):
 
     @property
     def fingerprint(self) -> str:
-        """`rrule:` and the rule on one line, with the zone where one was given."""
+        """Return `rrule:` and the rule on one line, with the zone if given."""
         zone = f"@{self.timezone}" if self.timezone is not None else ""
         return f"rrule{zone}:{' '.join(self.rule.split())}"
 
@@ -300,7 +292,7 @@ class RRuleSchedule(TaskScheduleBase):
 
 
 def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
-    """Return the start (naive means UTC) and the rule without its DTSTART; `zone` is for one that has none."""
+    """Return the start (naive: UTC) and the rule without its DTSTART; `zone` is that of a start without one."""
     found = _DTSTART.search(rule)
     if found is None:
         return RRULE_ANCHOR.replace(tzinfo=zone), rule.strip()
@@ -309,9 +301,9 @@ def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
     parameters = dict(part.split("=", 1) for part in found[1].upper().split(";") if "=" in part)
     start = isoparse(found[2])
     if zone is not None and ("TZID" in parameters or start.tzinfo is not None):
-        raise ValueError("its DTSTART has a time zone already: leave out the other one")
+        raise ValueError("its DTSTART has a time zone: omit the other one")
     if "TZID" in parameters:
-        # Zone names are case sensitive: take it from the text as it was written.
+        # Names of zones are case-sensitive, and must not be in upper case.
         name = re.split(r"TZID=", found[1], flags=re.IGNORECASE)[1].split(";")[0]
         own = _zone(name)
         start = start.astimezone(own) if start.tzinfo else start.replace(tzinfo=own)
@@ -323,7 +315,7 @@ def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
 
 
 def _parameters(body: str) -> dict[str, str]:
-    """Return the parts that are looked at here, by name."""
+    """Return the parameters that this module uses, by name."""
     parts = r"(FREQ|INTERVAL|COUNT|UNTIL|BYHOUR|BYMINUTE|BYSECOND)=([^;\s]*)"
     return dict(re.findall(parts, body.upper()))
 

@@ -1,4 +1,4 @@
-"""Execute a task under its locks without a worker, and hold locks in any code."""
+"""Executes tasks under their locks without a worker, and holds locks in any code."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None]:
-    """Hold all the locks inside the block, renewing them; for code outside a worker.
+    """Hold and renew locks inside the block, for code outside a worker.
 
     Raises:
-        UnableToAcquireLockError: when one of them is held by another owner; none is taken then.
-        LockLostError: raised in the block (which is cancelled) when one is lost meanwhile.
+        UnableToAcquireLockError: one of them is held by another owner; none is acquired.
+        LockLostError: one was lost; the block is cancelled.
     """
-    wanted = needed(locks)
-    custom = [lock for lock in wanted if is_custom(type(lock))]
-    specs = lock_specs(wanted)
+    enabled = needed(locks)
+    custom = [lock for lock in enabled if is_custom(type(lock))]
+    specs = lock_specs(enabled)
     reserved_after = asyncio.get_running_loop().time()
     token = await locking.acquire(redis, specs) if specs else None
     if specs and token is None:
         names = ", ".join(spec["key"] for spec in specs)
         raise UnableToAcquireLockError(f"held by another owner: {names}")
-    for lock in wanted:
+    for lock in enabled:
         lock.token = token
     before = current_locks.get()
-    current_locks.set(wanted)
+    current_locks.set(enabled)
     try:
         async with _keep_renewed(redis, specs, reserved_after), AsyncExitStack() as stack:
             if custom and (refused := await acquire_custom(stack, custom, redis, logger.error)):
@@ -59,7 +59,7 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
             try:
                 await locking.release(redis, specs)
             except RedisError as error:
-                logger.warning("cannot give locks back (%s): they end by themselves", error)
+                logger.warning("cannot release locks, which will expire: %s", error)
 
 
 async def task_wrapper(
@@ -68,13 +68,13 @@ async def task_wrapper(
     """Build a task from its arguments and execute it under its locks.
 
     Args:
-        args: the task's arguments, as they come out of a message.
-        _redis: where the locks are.
+        args: arguments of the task, as decoded from a message.
+        _redis: server of the locks.
         _interactive: skip limiters (`diracx-task-run call`).
-        kwargs: the dependencies of `execute`.
+        kwargs: dependencies of `execute`.
 
     Raises:
-        UnableToAcquireLockError: when a lock is held by another owner.
+        UnableToAcquireLockError: a lock is held by another owner.
     """
     task = rebuild(cls, args, {})
     locks = [lock for lock in task.execution_locks if not (_interactive and isinstance(lock, BaseLimiter))]
@@ -83,7 +83,7 @@ async def task_wrapper(
 
 
 def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
-    """`task_wrapper` for one class, with the signature of its `execute`, for dependency injection."""
+    """Make `task_wrapper` for one class, with the signature of its `execute` for dependency injection."""
 
     @functools.wraps(cls.execute)
     async def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -97,13 +97,13 @@ def wrap_task(cls: type[BaseTask]) -> Callable[..., Any]:
 
 @asynccontextmanager
 async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], reserved_after: float) -> AsyncIterator[None]:
-    """Renew locks inside the block, for code outside a worker. The block is cancelled when one is lost.
+    """Renew locks inside the block, which is cancelled when one is lost.
 
     Args:
-        reserved_after: a moment (of the event loop's clock) before the server granted them.
+        reserved_after: time of the event loop before the server granted them.
 
     Raises:
-        LockLostError: when a lock could not be renewed.
+        LockLostError: a lock could not be renewed.
     """
     expiring = [lock for lock in locks if "ttl_ms" in lock]
     if not expiring:
@@ -122,7 +122,7 @@ async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], reserved_after:
         while not lost:
             await asyncio.sleep(min(shortest_seconds / 3, expires_at - loop.time()))
             try:
-                async with asyncio.timeout_at(expires_at):  # an answer that does not come must not hold it back
+                async with asyncio.timeout_at(expires_at):
                     started = loop.time()
                     kept = await locking.extend(redis, expiring)
             except (RedisError, TimeoutError) as error:
@@ -130,15 +130,15 @@ async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], reserved_after:
                 kept = [loop.time() < expires_at] * len(expiring)
             else:
                 expires_at = started + term_seconds
-            lost.extend(lock["key"] for lock, ours in zip(expiring, kept, strict=True) if not ours)
+            lost.extend(lock["key"] for lock, extended in zip(expiring, kept, strict=True) if not extended)
         block.cancel()
 
     renewal = asyncio.create_task(renew())
     try:
         yield
-        if loop.time() >= expires_at:  # the event loop was blocked, and nothing could cancel the block
+        if loop.time() >= expires_at:  # the event loop was blocked, so that the block was not cancelled
             names = ", ".join(lock["key"] for lock in expiring)
-            raise LockLostError(f"could not be renewed in time, and may be another's: {names}")
+            raise LockLostError(f"could not be renewed in time, and may have another owner: {names}")
     except asyncio.CancelledError:
         if not lost:
             raise

@@ -1,4 +1,4 @@
-"""Resolve task names: the full registry name, or the class name alone."""
+"""Resolves task names: full registry names, or class names alone."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ class AmbiguousTaskNameError(ValueError):
 
 
 def resolve_task_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the registry name (`category:ClassName`) of a full name or a class name alone.
+    """Return the registry name (`category:ClassName`) of a full name or a class name; None if unknown.
 
-    Ids of schedules, which begin with such a name, are resolved likewise.
+    Resolves ids of schedules, which begin with such a name, too.
 
     Args:
-        name: as it was typed.
-        known: registry names to choose from.
-
-    Returns:
-        None when none of them fits.
+        name: as entered by a user.
+        known: registry names.
 
     Raises:
-        AmbiguousTaskNameError: when a class name fits several.
+        AmbiguousTaskNameError: a class name matches several.
     """
     names = set(known)
     if name in names:
         return name
     found = sorted(each for each in names if each.partition(":")[2] == name)
     if len(found) > 1:
-        raise AmbiguousTaskNameError(f"{name!r} names several tasks; write {' or '.join(found)}")
+        raise AmbiguousTaskNameError(f"{name!r} is ambiguous; write {' or '.join(found)}")
     return found[0] if found else None

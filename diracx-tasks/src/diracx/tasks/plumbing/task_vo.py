@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None:
-    """Return the VO of a message, as far as it is known without making the task.
+    """Return the VO of a message without making the task, if known.
 
     Args:
-        task_class: None where it is not installed: then only the label can be read.
+        task_class: None if it is not installed: only the label is read.
     """
     return _text(None if task_class is None else _argument(task_class, message)) or _text(
         message.labels.get(LABEL_VO)
@@ -24,16 +24,16 @@ def vo_of(task_class: type[BaseTask] | None, message: TaskMessage) -> str | None
 
 
 def vo_of_task(task: BaseTask, message: TaskMessage) -> str | None:
-    """Return the VO of a task that was made from a message."""
+    """Return the VO of a task made from a message."""
     return _text(own_vo(task)) or _text(message.labels.get(LABEL_VO))
 
 
 def own_vo(task: BaseTask) -> str | None:
-    """Return the VO that a task declares. Never raises."""
+    """Return the attribute `vo` of a task. Never raises."""
     try:
         vo = getattr(task, "vo", None)
         return str.__str__(vo) if isinstance(vo, str) else None
-    except BaseException:  # a property of the task's own
+    except BaseException:  # raised by a property
         return None
 
 
@@ -42,11 +42,11 @@ def _argument(task_class: type[BaseTask], message: TaskMessage) -> Any:
         return message.task_kwargs["vo"]
     try:
         names = field_names(task_class)
-    except Exception:  # the class does not say what its arguments are: no task is made of it
+    except Exception:  # the arguments of the class are unknown
         return None
     if "vo" not in names:
-        return getattr(task_class, "vo", None)  # all of the class are of one VO
-    # A class that makes its arguments itself does not say which is which, nor do those of another version.
+        return getattr(task_class, "vo", None)  # all tasks of the class are of one VO
+    # Positions are unknown if the class overrides `serialize`, or has other fields now.
     unknown = own_serialize(task_class) or not is_made_for(task_class, message.sig, len(message.task_args))
     given = () if unknown else message.task_args
     position = names.index("vo")

@@ -1,4 +1,4 @@
-"""A whole task system in one process, on a real server, for tests.
+"""Task system in one process, with a real server, for tests.
 
 with embedded_redis() as redis_url: ...
 

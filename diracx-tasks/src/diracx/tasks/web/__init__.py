@@ -1,1 +1,1 @@
-"""HTTP: the dashboard (`dashboard`) and the interface `/api/tasks` of a DiracX application (`api`)."""
+"""Web interfaces: the dashboard (`dashboard`) and the HTTP API `/api/tasks` of a DiracX application (`api`)."""

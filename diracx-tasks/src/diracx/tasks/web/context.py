@@ -1,4 +1,4 @@
-"""Data source of dashboard and HTTP interface: one broker, its tasks, their settings, and the dead letters."""
+"""Data source of dashboard and HTTP API: broker, registry, settings, database of dead letters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .. import operations as monitor
 from ..operations import Point, Snapshot
 from ..operations.health import Health, HealthChecks, health_checks
 from ..operations.single_flight import SingleFlightCache
-from ..plumbing.base_task import BaseTask
 from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.config import TasksConfig
 from ..plumbing.config.sources import ConfigReader, ConfigSnapshot, in_thread
@@ -24,29 +23,29 @@ from ..plumbing.registry import TaskRegistry
 if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
 
-#: How long a snapshot is shared.
+#: How long a snapshot is cached.
 _SHARED_SECONDS = 1.0
-#: What changes slowly, or costs more.
+#: How long health checks and history are cached.
 _SLOW_SECONDS = 5.0
-#: How often the settings are read again, at most.
+#: Minimum interval between reads of the settings.
 _READ_SECONDS = 5.0
-#: Looks that are kept for the chart of the load.
-_KEPT_LOOKS = 900
+#: Number of points in the chart of the load.
+_KEPT_LOADS = 900
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings that the operator has written, as of some seconds ago."""
+    """Current settings of tasks."""
 
     tasks: TasksConfig
-    """The last good ones."""
+    """The last valid settings."""
     vos: tuple[str, ...]
     problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load at one moment."""
+    """Number of waiting and running tasks at one moment."""
 
     at: float
     """Seconds since the epoch, by the server's clock."""
@@ -55,14 +54,14 @@ class Load:
 
 
 class AppContext:
-    """One task system.
+    """Data source of one task system.
 
     Args:
-        broker: the way to its server.
-        registry: the tasks that are installed here; others are seen as well, but not all about them is known.
-        reader: reads what the operator has written.
-        task_db: the database of dead letters, open; None where there is none.
-        label: what it is called on the pages.
+        broker: the broker, open.
+        registry: the installed tasks. Less is known of other tasks: positions in place of names of arguments.
+        reader: reads the configuration.
+        task_db: the database of dead letters, open; None if not configured.
+        label: name of the system on the pages.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class AppContext:
         self.registry = registry
         self.task_db = task_db
         self.label = label
-        self.loads: deque[Load] = deque(maxlen=_KEPT_LOOKS)
+        self.loads: deque[Load] = deque(maxlen=_KEPT_LOADS)
         """The load of the last snapshots."""
         self._reader = reader
         self._read_at = 0.0
@@ -87,11 +86,11 @@ class AppContext:
         self._checks: HealthChecks | None = None
         self._stack = AsyncExitStack()
         self.answers = SingleFlightCache()
-        """Answers that equal requests share."""
+        """Responses that equal requests share."""
 
     @property
     def redis(self) -> Redis:
-        """The server."""
+        """Client of the server."""
         return self.broker.redis
 
     @property
@@ -99,12 +98,8 @@ class AppContext:
         """Source of the settings."""
         return self._reader.source
 
-    def task_class(self, name: str) -> type[BaseTask] | None:
-        """The class of a registry name; None when it is not installed here."""
-        return self.registry.get(name)
-
     async def settings(self) -> Settings:
-        """The settings as they are written, the last good ones while they are wrong."""
+        """Return the current settings, the last valid ones while the configuration is wrong."""
         async with self._reading:
             if not self._read_at or (self._reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
                 reading = await in_thread(self._reader.read, "dashboard-configuration")
@@ -113,10 +108,10 @@ class AppContext:
             return self._settings
 
     async def health(self) -> Health:
-        """Results of the health checks, of some seconds ago at most; nothing is raised when a server is away.
+        """Return the cached results of the health checks; a server that does not respond is an alert.
 
         Raises:
-            TaskConfigError: a threshold in the environment is wrong.
+            TaskConfigError: a threshold in the environment is invalid.
         """
         async with self._opening:
             if self._checks is None:
@@ -124,31 +119,23 @@ class AppContext:
         return await self.answers.get("health", self._checks.run, _SLOW_SECONDS)
 
     async def aclose(self) -> None:
-        """Close what the health checks have opened."""
+        """Close the resources of the health checks."""
         await self._stack.aclose()
 
     async def snapshot(self) -> Snapshot:
-        """The whole system, as it was at most a second ago.
+        """Return a snapshot of the system, at most a second old."""
 
-        Raises:
-            redis.exceptions.RedisError: when the server does not answer.
-        """
-
-        async def look() -> Snapshot:
+        async def read() -> Snapshot:
             found = await monitor.snapshot(self.redis)
             waiting = sum(queue.backlog for queue in found.queues)
             running = sum(queue.running for queue in found.queues)
             self.loads.append(Load(found.at.timestamp(), waiting, running))
             return found
 
-        return await self.answers.get("snapshot", look, _SHARED_SECONDS)
+        return await self.answers.get("snapshot", read, _SHARED_SECONDS)
 
     async def history(self) -> list[Point]:
-        """The past hour by the minute.
-
-        Raises:
-            redis.exceptions.RedisError: when the server does not answer.
-        """
+        """Return counters of the past hour by minute."""
         return await self.answers.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""Pilots at an ARC CE, through the REST interface of its A-REX (1.0)."""
+"""Back end `arc`: jobs of an ARC CE, through the REST interface of A-REX (1.0)."""
 
 from __future__ import annotations
 

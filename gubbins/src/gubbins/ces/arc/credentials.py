@@ -1,6 +1,6 @@
-"""Credentials for an ARC CE: a certificate, a proxy or a token, in files that others renew.
+"""Credentials for an ARC CE: a certificate, a proxy or a token, in files that are renewed externally.
 
-Everything here reads files and may take some milliseconds; the back end calls it in a thread.
+All functions read files; the back end calls them in a thread.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .settings import ArcSettings
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """TLS context and token that requests are made with."""
+    """TLS context and token of requests."""
 
     context: ssl.SSLContext
     token: str | None
-    expires_at: datetime | None  # None: it does not say
+    expires_at: datetime | None  # None: not known
 
 
 def fingerprint(settings: ArcSettings) -> tuple[object, ...]:
-    """A value that changes as soon as one of the files is replaced or written to, or the token is renewed.
+    """Compute a value that changes when one of the files or the token is replaced.
 
     Raises:
         CredentialsError: the identity provider gives no token.
@@ -50,7 +50,7 @@ def read_identity(settings: ArcSettings) -> Identity:
     """Read the files.
 
     Raises:
-        CredentialsError: one of them is missing or of no use, or what it holds has expired.
+        CredentialsError: one of them is missing, invalid or expired.
     """
     context = _trust(settings.ca)
     if settings.certificate is not None:
@@ -76,26 +76,26 @@ def _trust(ca: Path | None) -> ssl.SSLContext:
         else:
             context = ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
-        raise CredentialsError(f"cannot read the CA certificates in {ca}: {_words(error)}") from error
-    # Python 3.13 began to ask for all that RFC 5280 wants, which CAs of grids do not have.
+        raise CredentialsError(f"cannot read the CA certificates in {ca}: {_error_text(error)}") from error
+    # Grid CAs do not comply with RFC 5280, which Python 3.13 enforces by default.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
 def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path | None) -> datetime:
-    """Returns when the first of the chain expires."""
+    """Load a certificate, and return the earliest expiry time of its chain."""
     try:
         chain = x509.load_pem_x509_certificates(certificate.read_bytes())
-        # Without an answer to the question for a password, OpenSSL would ask at the terminal.
+        # An empty password, since OpenSSL would ask for one at the terminal.
         context.load_cert_chain(certificate, key, password=lambda: b"")
     except (OSError, ssl.SSLError, ValueError) as error:
         which = f"{certificate} with the key in {key}" if key is not None else str(certificate)
-        raise CredentialsError(f"cannot use the certificate {which}: {_words(error)}") from error
+        raise CredentialsError(f"cannot use the certificate {which}: {_error_text(error)}") from error
     return min(each.not_valid_after_utc for each in _presented(chain))
 
 
 def _presented(chain: Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
-    """The certificate and its issuers, as far as they follow each other; what else a file holds is not used."""
+    """The certificate and its chain of issuers, without other certificates of the file."""
     used = [chain[0]]
     for each in chain[1:]:
         if each.subject == used[-1].issuer:
@@ -103,7 +103,7 @@ def _presented(chain: Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
     return used
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ssl.SSLError):
         return error.strerror
     return one_line(error)

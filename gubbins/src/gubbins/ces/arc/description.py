@@ -1,4 +1,4 @@
-"""The xRSL description of one pilot."""
+"""Description of a pilot in xRSL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STDERR = "stderr"
 def describe(
     settings: ArcSettings, script: str, stamp: str, environment: Mapping[str, str], secret: str | None = None
 ) -> str:
-    """The description of one pilot."""
+    """Make the description of one pilot."""
     relations: list[tuple[str, AttributeValue | None]] = [
         ("executable", "/bin/sh"),
         ("arguments", ["-c", UNPACK_AND_RUN]),
@@ -22,7 +22,7 @@ def describe(
         ("environment", [[VARIABLE, pack(script, environment, secret)]]),
         ("stdout", STDOUT),
         ("stderr", STDERR),
-        # What is not named here is removed before anybody can fetch it.
+        # Other files are removed at the end of the job.
         ("outputfiles", [[STDOUT, ""], [STDERR, ""]]),
         ("queue", settings.queue),
         ("count", settings.cpus),

@@ -12,7 +12,7 @@ from gubbins.ces.transports.tokens import TokenSource
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
 
-# A stamp, a VO and the name of a CE come to a script's environment, and may be this long.
+# Longest variables that are added to the environment of a script.
 _ROOM = {"PILOT_STAMP": "x" * 64, "PILOT_VO": "x" * 256, "PILOT_CE": "x" * 256, "PILOT_API_URL": "x" * 256}
 _SECRET = "x" * 64
 
@@ -20,42 +20,42 @@ _SECRET = "x" * 64
 class ArcSettings(PilotSettings):
     """Settings of an ARC CE."""
 
-    url: str = Field(description="Where A-REX is: https://ce.example.org/arex (a port may follow the host).")
+    url: str = Field(description="URL of A-REX: https://ce.example.org/arex, or with a port.")
     certificate: AbsolutePath | None = Field(
         default=None, description="File (PEM) of a client certificate, or of a proxy with its key and chain."
     )
     key: AbsolutePath | None = Field(
-        default=None, description="File of the private key, without a password; default: in the certificate's."
+        default=None, description="File of the private key, without a password; default: the certificate's file."
     )
     token: TokenSource | None = Field(
         default=None,
-        description="File of a bearer token, in place of a certificate; or the identity provider that gives one.",
+        description="File of a bearer token, instead of a certificate; or the identity provider that issues one.",
     )
     ca: AbsolutePath | None = Field(
         default=None,
-        description="File (PEM) or hashed directory of the CAs that the server may be of; default: the system's.",
+        description="File (PEM) or hashed directory with trusted CAs of the server; default: those of the system.",
     )
-    queue: str | None = Field(default=None, description="Queue of the CE; default: as the CE chooses.")
-    cpus: int = Field(default=1, ge=1, description="CPUs for each pilot, on one node.")
-    memory_mb: int | None = Field(default=None, ge=1, description="Memory for each CPU, MB.")
-    wall_time_minutes: int | None = Field(default=None, ge=1, description="Longest run of a pilot.")
-    cpu_time_minutes: int | None = Field(default=None, ge=1, description="Longest CPU time of a pilot.")
+    queue: str | None = Field(default=None, description="Queue of the CE; default: chosen by the CE.")
+    cpus: int = Field(default=1, ge=1, description="CPUs of a pilot, on one node.")
+    memory_mb: int | None = Field(default=None, ge=1, description="Memory per CPU, MB.")
+    wall_time_minutes: int | None = Field(default=None, ge=1, description="Limit of the wall time of a pilot.")
+    cpu_time_minutes: int | None = Field(default=None, ge=1, description="Limit of the CPU time of a pilot.")
     attributes: dict[str, AttributeValue] = Field(
         default={},
-        description="More xRSL attributes: a text, a number, a list of texts, or a list of such lists.",
+        description="Additional xRSL attributes: a text, a number, a list of texts, or a list of such lists.",
     )
     default_script: Script | None = Field(
-        default=None, description="For VOs that have no script of their own; without it they get no pilots."
+        default=None, description="Script for VOs without their own; default: they get no pilots."
     )
     timeout_seconds: float = Field(
-        default=30, gt=0, le=300, allow_inf_nan=False, description="No single request is waited for any longer."
+        default=30, gt=0, le=300, allow_inf_nan=False, description="Time limit of one request."
     )
     list_again_seconds: float = Field(
         default=0.3,
         ge=0,
         le=60,
         allow_inf_nan=False,
-        description="Before jobs not found in the CE's list are looked for again.",
+        description="Time before the second search of jobs that are missing in the CE's list.",
     )
 
     @field_validator("url")
@@ -87,7 +87,7 @@ class ArcSettings(PilotSettings):
         if (self.certificate is None) == (self.token is None):
             raise ValueError("give either a certificate or a token")
         if self.key is not None and self.certificate is None:
-            raise ValueError("key is of no use without certificate")
+            raise ValueError("key requires certificate")
         for script in (*self.scripts.values(), *([self.default_script] if self.default_script else [])):
             pack(script, self.environment | _ROOM, _SECRET)
         for payload in self.payloads.values():

@@ -1,8 +1,7 @@
-"""Job descriptions in xRSL, safe for any content of scripts and names.
+"""Job descriptions in xRSL, for any content of scripts and names.
 
-A-REX drops line ends from the values of a description and puts `arguments` into a shell script of its own where
-`$` and backquotes still mean something. So the pilot travels as base64 in the environment, and the command that
-unpacks it needs no character that means anything to any of them.
+A-REX removes line ends from values, and puts `arguments` into a shell script where `$` and backquotes are
+expanded. So the pilot is passed as base64 in the environment, and unpacked by a command without such characters.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ AttributeValue = str | int | list[str] | list[list[str]]
 VARIABLE = "GUBBINS_PILOT"
 _FILE = ".gubbins-pilot"
 UNPACK_AND_RUN = f"printenv {VARIABLE} | base64 -d >{_FILE} && exec /bin/sh {_FILE}"
-# Linux passes no single variable of more than 128 KiB to a program.
+# The limit of Linux is 128 KiB per variable.
 _MAX_PACKED_BYTES = 120 * 1024
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
 _JOBNAME = re.compile(r'\(\s*jobname\s*=\s*"([^"]*)"\s*\)')
-_OURS = frozenset(
+_RESERVED = frozenset(
     {
         "arguments", "count", "countpernode", "cputime", "environment", "executable", "jobname", "join", "memory",
         "outputfiles", "queue", "stderr", "stdout", "walltime",
@@ -32,19 +31,19 @@ _OURS = frozenset(
 
 
 def _quote(value: str | int) -> str:
-    """A value of an attribute.
+    """Quote a value of an attribute.
 
     Raises:
-        ValueError: it holds a control character, which A-REX would drop or stumble over.
+        ValueError: it contains a control character, which A-REX does not support.
     """
     return '"' + check_text(str(value)).replace('"', '""') + '"'
 
 
 def check_text(text: str) -> str:
-    """The text itself.
+    """Return the text unchanged.
 
     Raises:
-        ValueError: it holds a control character.
+        ValueError: it contains a control character.
     """
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ValueError("must not contain control characters")
@@ -52,15 +51,15 @@ def check_text(text: str) -> str:
 
 
 def check_attribute(name: str, value: AttributeValue) -> None:
-    """Check that an attribute can be added to a description.
+    """Check an additional attribute.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it is invalid, or derived from other settings.
     """
     if _NAME.match(name) is None:
-        raise ValueError(f"{name!r} is no name of an xRSL attribute")
-    if name.lower() in _OURS:
-        raise ValueError(f"{name} is made from other settings")
+        raise ValueError(f"{name!r} is not a name of an xRSL attribute")
+    if name.lower() in _RESERVED:
+        raise ValueError(f"{name} is derived from other settings")
     try:
         relation(name, value)
     except ValueError as error:
@@ -68,23 +67,23 @@ def check_attribute(name: str, value: AttributeValue) -> None:
 
 
 def join(descriptions: Sequence[str]) -> str:
-    """One request for several jobs."""
+    """Combine descriptions into one request."""
     return descriptions[0] if len(descriptions) == 1 else "+" + "".join(f"({each})" for each in descriptions)
 
 
 def name_in(description: str) -> str | None:
-    """The name in a description of ours, as written here or by A-REX; None: there is none."""
+    """Read the job name from a description; None: there is none."""
     found = _JOBNAME.search(description)
     return found[1] if found else None
 
 
 def pack(script: str, environment: Mapping[str, str], secret: str | None = None) -> str:
-    """A pilot with its environment and its secret, as the one variable that it travels in.
+    """Encode a pilot with its environment and secret in one environment variable.
 
-    A CE shows the description of a job to its owner alone, and the batch system the environment likewise.
+    The CE and the batch system show it only to the owner of the job.
 
     Raises:
-        ValueError: it is too long for that.
+        ValueError: it is too long.
     """
     packed = base64.b64encode(_wrap(script, environment, secret).encode()).decode()
     if len(packed) > _MAX_PACKED_BYTES:
@@ -95,10 +94,10 @@ def pack(script: str, environment: Mapping[str, str], secret: str | None = None)
 
 
 def relation(name: str, value: AttributeValue) -> str:
-    """One attribute with its value.
+    """Format one attribute with its value.
 
     Raises:
-        ValueError: the value is empty, or holds a control character.
+        ValueError: the value is empty, or contains a control character.
     """
     if isinstance(value, str | int):
         return f"({name}={_quote(value)})"
@@ -111,7 +110,7 @@ def relation(name: str, value: AttributeValue) -> str:
 
 
 def _wrap(script: str, environment: Mapping[str, str], secret: str | None) -> str:
-    """A shell script that sets the environment and becomes the pilot."""
+    """Make a shell script that sets the environment and executes the pilot."""
     lines = [f"unset {VARIABLE}", f"rm -f {_FILE}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     if secret is not None:

@@ -1,4 +1,4 @@
-"""Pilots as jobs of Grid Engine, PBS or LSF, through the commands of a submit host."""
+"""Back end `batch`: jobs of Grid Engine, PBS or LSF, through the commands of a submit host."""
 
 from __future__ import annotations
 

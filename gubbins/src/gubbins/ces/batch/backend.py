@@ -1,4 +1,4 @@
-"""The back end `batch`: jobs of Grid Engine, PBS or LSF, on the host of the worker or through SSH."""
+"""Back end `batch`: jobs of Grid Engine, PBS or LSF, on the host of the worker or through SSH."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MAX_IDS = 500  # in one command
 
 
 class BatchBackend(SubmitHostBackend[BatchSettings]):
-    """A job that has left the queue has ended as the exit code in its directory says.
+    """Back end of a batch system without accounting: the end of a job is read from its directory.
 
-    One without an exit code that was seen in the queue and was to be cancelled is cancelled; any other is unknown.
+    A job that has left the queue without an exit code is cancelled if that was requested, and unknown otherwise.
     """
 
     Settings = BatchSettings
@@ -33,7 +33,8 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
 
     @classmethod
     def grid_type_of(cls, settings: Mapping[str, Any]) -> str:
-        return {"gridengine": "GE", "pbs": "Torque", "lsf": "LSF"}.get(str(settings.get("system")), "")
+        names = {"gridengine": "GE", "pbs": "Torque", "torque": "Torque", "lsf": "LSF"}
+        return names.get(str(settings.get("system")), "")
 
     def __init__(self, ce: CEDescription, settings: BatchSettings, shell: Shell | None = None) -> None:
         super().__init__(ce, settings, shell, settings.command_environment)
@@ -64,13 +65,14 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         lines = error_lines(done)
         if is_unreachable(done) or any("has been submitted" in line for line in lines):
             return None
-        outcomes = (self._system.words.outcome(line, lines, name=self.settings.system) for line in lines)
+        outcomes = (self._system.errors.outcome(line, lines, name=self.settings.system) for line in lines)
         return next((outcome for outcome in outcomes if outcome is not None), None)
 
     async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
         command, *options = self._system.queue
         done = await self.run_command(self.command(command, *options))
-        if done.returncode != 0 and re.search(self._system.nothing, error_line(done), re.IGNORECASE):
+        nothing = any(re.search(self._system.nothing, line, re.IGNORECASE) for line in error_lines(done))
+        if done.returncode != 0 and nothing and not is_unreachable(done):
             return {}
         return self._system.parse(text_of(done, command))
 
@@ -87,12 +89,13 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         return found, True
 
     async def cancel_jobs(self, jobs: Iterable[Job]) -> None:
-        waiting = (job.number for job in jobs)
-        while some := list(islice(waiting, _MAX_IDS)):
-            done = await self.run_command(self.command(self._system.cancel, *some))
+        numbers = (job.number for job in jobs)
+        while batch := list(islice(numbers, _MAX_IDS)):
+            done = await self.run_command(self.command(self._system.cancel, *batch))
             if done.returncode == 0:
                 continue
-            if is_unreachable(done):
+            about_a_job = re.search(rf"\b({'|'.join(batch)})\b", "; ".join(error_lines(done)))
+            if is_unreachable(done) and not about_a_job:  # else, its node is
                 raise CEUnavailableError(f"{self._system.cancel}: {error_line(done)}")
-            if not all(re.search(self._system.gone, line, re.IGNORECASE) for line in error_lines(done)):
+            if not all(re.search(self._system.unknown_job, line, re.IGNORECASE) for line in error_lines(done)):
                 self.warn(f"{self._system.cancel}: {error_line(done)}")

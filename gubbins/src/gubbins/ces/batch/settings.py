@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gubbins.ces.settings import Text, VariableName
 from gubbins.ces.slurm.settings import SubmitHostSettings, Word
@@ -13,10 +13,10 @@ from gubbins.ces.slurm.settings import SubmitHostSettings, Word
 class BatchSettings(SubmitHostSettings):
     """Settings of a compute element with Grid Engine, PBS or LSF; the nodes must have the directory."""
 
-    system: Literal["gridengine", "pbs", "lsf"] = Field(description="The batch system.")
-    queue: Word | None = Field(default=None, description="Queue; default: as the site chooses.")
+    system: Literal["gridengine", "pbs", "torque", "lsf"] = Field(description="The batch system.")
+    queue: Word | None = Field(default=None, description="Queue; default: chosen by the site.")
     extra_options: list[Annotated[str, Field(pattern=r"^[^\s\x00-\x1f][^\x00-\x1f]*$")]] = Field(
-        default=[], description="More words for qsub or bsub, one each (`-P`, `physics`)."
+        default=[], description="Additional arguments of qsub or bsub, one each (`-P`, `physics`)."
     )
     command_environment: dict[VariableName, Text] = Field(
         default={}, description="Environment of the commands (`SGE_ROOT`, `LSF_ENVDIR`)."
@@ -24,8 +24,17 @@ class BatchSettings(SubmitHostSettings):
 
     @field_validator("extra_options")
     @classmethod
-    def _not_ours(cls, options: list[str]) -> list[str]:
+    def _refuse_reserved(cls, options: list[str]) -> list[str]:
         for option in options:
             if option in ("-J", "-N", "-o", "-e", "-t", "-terse", "-I", "-K", "-sync"):
-                raise ValueError(f"{option} is not for you to set: the back end needs it")
+                raise ValueError(f"{option} is reserved for the back end")
         return options
+
+    @model_validator(mode="after")
+    def _refuse_cpus_of_grid_engine(self) -> Self:
+        if self.system == "gridengine" and self.cpus is not None:
+            raise ValueError(
+                "Grid Engine has no `cpus`: name a parallel environment of the site in `extra_options`: "
+                f"['-pe', 'smp', '{self.cpus}']"
+            )
+        return self

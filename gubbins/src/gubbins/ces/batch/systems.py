@@ -1,6 +1,6 @@
-"""Templates of batch systems: the words of their commands and of their answers.
+"""Definitions of batch systems: their commands, and parsers of their output.
 
-Grid Engine is tested for real; PBS and LSF by answers as their manuals have them.
+Grid Engine is tested with a real installation, PBS and LSF with output from their manuals.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gubbins.ces.judging import SiteWords
 from gubbins.ces.protocol import PilotAtCE
+from gubbins.ces.site_errors import SiteErrors
 from gubbins.ces.slurm.jobs import Job, is_job_number
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -25,38 +25,39 @@ Jobs = dict[str, list[Job]]
 
 
 class BatchSystem(NamedTuple):
-    """Template of a batch system. States of jobs are those of Slurm, which `slurm.jobs.judge` knows."""
+    """Definition of a batch system. States of jobs are mapped to those of Slurm, for `slurm.jobs.observe_jobs`."""
 
     submit: Callable[[BatchSettings, PilotAtCE], list[str]]
-    """The command with its options; the script comes on its standard input, and its output goes to no file."""
+    """Makes the command for submission, which reads the script from stdin and writes no files."""
     number: str
-    """A sed script that prints the job's number of a line that is one."""
+    """Sed script that extracts the job number from the output of `submit`."""
     variable: str
-    """The number of a job, as the shell of the job has it."""
+    """Shell expression with the job number, in the job."""
     find: Callable[[str], str]
-    """Shell text that prints the numbers of the jobs of a stamp."""
+    """Makes a shell command that prints the job numbers of a stamp."""
     queue: list[str]
+    """Command that lists jobs."""
     parse: Callable[[str], Jobs]
-    """The jobs by stamp, from the output of `queue`.
+    """Parses the output of `queue` to jobs by stamp.
 
     Raises:
-        CEUnavailableError: it is cut off.
+        CEUnavailableError: the output is incomplete.
     """
     cancel: str
-    words: SiteWords
+    """Command that cancels jobs, given by number."""
+    errors: SiteErrors
     nothing: str = r"(?!)"
-    """Message of `queue` when there is no job, and it fails."""
-    gone: str = r"does not exist|unknown job|already finished|has finished|not found"
-    """Message of `cancel` about jobs that have ended."""
+    """Pattern of the error of `queue` if there are no jobs."""
+    unknown_job: str = r"does not exist|unknown job|already finished|has finished|not found|no matching job"
+    """Pattern of the error of `cancel` for jobs that have ended."""
 
 
 def name_of(stamp: str) -> str:
-    """The name of a job; it must not begin with a digit."""
+    """Name of a job, which must not begin with a digit."""
     return f"p{stamp}"
 
 
-def _given(**options: object) -> list[str]:
-    """Options with their values, those that have one."""
+def _options(**options: object) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"-{name}", str(value))]
 
 
@@ -65,8 +66,8 @@ def _clock(minutes: int | None) -> str | None:
 
 
 def _limits(**values: object) -> list[str]:
-    given = [f"{name}={value}" for name, value in values.items() if value is not None]
-    return ["-l", ",".join(given)] if given else []
+    limits = ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
+    return ["-l", limits] if limits else []
 
 
 # -- Grid Engine
@@ -76,14 +77,14 @@ def _gridengine(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     memory = settings.memory_mb and f"{settings.memory_mb}M"
     return [
         *("qsub", "-terse", "-r", "n", "-S", "/bin/sh", "-wd", "/"),
-        *_given(N=name_of(pilot.stamp), o="/dev/null", e="/dev/null", q=settings.queue, A=settings.account),
+        *_options(N=name_of(pilot.stamp), o="/dev/null", e="/dev/null", q=settings.queue, A=settings.account),
         *_limits(h_rt=_clock(settings.wall_minutes), h_vmem=memory),
     ]
 
 
 def _gridengine_jobs(text: str) -> Jobs:
     if "</job_info>" not in text[-200:]:
-        raise CEUnavailableError("qstat: its answer is cut off")
+        raise CEUnavailableError("qstat: incomplete output")
     jobs: Jobs = defaultdict(list)
     for row in text.split("<job_list")[1:]:
         fields = dict(re.findall(r"<(JB_job_number|JB_name|state)>([^<]*)<", row))
@@ -99,8 +100,8 @@ def _gridengine_jobs(text: str) -> Jobs:
 
 def _gridengine_find(stamp: str) -> str:
     row = rf"s#.*<JB_job_number>\([0-9]*\)</JB_job_number>.*<JB_name>{name_of(stamp)}</JB_name>.*#\1#p"
-    rows = r"""printf '%s' "$told" | tr -d '\n' | sed 's#</job_list>#&\n#g'"""
-    return f"told=$(qstat -xml) || exit; {rows} | sed -n {shlex.quote(row)}"
+    rows = r"""printf '%s' "$xml" | tr -d '\n' | sed 's#</job_list>#&\n#g'"""
+    return f"xml=$(qstat -xml) || exit; {rows} | sed -n {shlex.quote(row)}"
 
 
 # -- PBS (PBS Professional, OpenPBS; Torque)
@@ -109,30 +110,39 @@ def _gridengine_find(stamp: str) -> str:
 def _pbs(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     chunk = {"ncpus": settings.cpus, "mem": settings.memory_mb and f"{settings.memory_mb}mb"}
     select = "".join(f":{name}={value}" for name, value in chunk.items() if value is not None)
+    return [*_qsub(settings, pilot), *(["-l", f"select=1{select}"] if select else [])]
+
+
+def _torque(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
+    nodes = settings.cpus and f"1:ppn={settings.cpus}"
+    memory = settings.memory_mb and f"{settings.memory_mb}mb"
+    return [*_qsub(settings, pilot), *_limits(nodes=nodes, mem=memory)]
+
+
+def _qsub(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     return [
         *("qsub", "-r", "n", "-S", "/bin/sh", "-v", f"PILOT_STAMP={pilot.stamp}"),
-        # Names of more than 15 characters are refused by some.
-        *_given(N=name_of(pilot.stamp)[:15], o="/dev/null", e="/dev/null", q=settings.queue, A=settings.account),
+        # Some versions refuse names of more than 15 characters.
+        *_options(N=name_of(pilot.stamp)[:15], o="/dev/null", e="/dev/null", q=settings.queue, A=settings.account),
         *_limits(walltime=_clock(settings.wall_minutes)),
-        *(["-l", f"select=1{select}"] if select else []),
     ]
 
 
-_PBS_STATES = {"Q": "PENDING", "H": "PENDING", "W": "PENDING", "T": "PENDING", "M": "REVOKED"}
+_PBS_STATES = {**dict.fromkeys("QHWT", "PENDING"), **dict.fromkeys("RESUB", "RUNNING"), "M": "REVOKED"}
 
 
 def _pbs_jobs(text: str) -> Jobs:
     jobs: Jobs = defaultdict(list)
-    # Long lines go on in the next, after a tab.
+    # Continuation lines begin with a tab.
     for record in f"\n{text}".replace("\n\t", "").split("\nJob Id: ")[1:]:
         number = re.match(r"\d{1,18}", record)
-        fields = dict(re.findall(r"^ {4}([\w.]+) = (.*)$", record, re.M))
+        fields: dict[str, str] = dict(re.findall(r"^ {4}([\w.]+) = (.*)$", record, re.M))
         stamp = re.search(r"\bPILOT_STAMP=([\w.-]+)", fields.get("Variable_List", ""))
         state = fields.get("job_state", "")
-        if number is None or stamp is None or state in ("", "C", "F", "X"):  # ended: its directory knows how
+        if number is None or stamp is None or state in ("", "C", "F", "X"):  # ended: see its directory
             continue
         comment = fields.get("comment", "on hold") if state == "H" else ""
-        known = _PBS_STATES.get(state, "RUNNING")
+        known = _PBS_STATES.get(state, state)
         jobs[stamp[1]].append(Job(number[0], known, "", f"PBS: {comment}" if comment else ""))
     return jobs
 
@@ -141,20 +151,27 @@ def _pbs_jobs(text: str) -> Jobs:
 
 
 def _lsf(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
+    memory = settings.memory_mb and f"{settings.memory_mb}MB"  # without a unit it depends on the site
     return [
         *("bsub", "-rn", "-L", "/bin/sh"),
-        *_given(J=name_of(pilot.stamp), o="/dev/null", e="/dev/null", q=settings.queue, P=settings.account),
-        *_given(n=settings.cpus, M=settings.memory_mb, W=settings.wall_minutes),
+        *_options(J=name_of(pilot.stamp), o="/dev/null", e="/dev/null", q=settings.queue, P=settings.account),
+        *_options(n=settings.cpus, R=settings.cpus and "span[hosts=1]", M=memory, W=settings.wall_minutes),
     ]
 
 
 def _lsf_find(stamp: str) -> str:
-    # It fails for no job, too; any other failure leaves open whether there is one.
-    asked = f"said=$(bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} 2>&1)"
-    return f"""{asked} || case $said in *'not found'*) exit 0 ;; *) exit 1 ;; esac; printf '%s\\n' "$said\""""
+    # bjobs also fails if there is no job.
+    jobs_of_name = f"found=$(bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} 2>&1)"
+    none = "case $found in *'not found'*) exit 0 ;; *) exit 1 ;; esac"
+    return f"""{jobs_of_name} || {none}; printf '%s\\n' "$found\""""
 
 
-_LSF_STATES = {"PEND": "PENDING", "PSUSP": "PENDING", "WAIT": "PENDING", "DONE": "COMPLETED", "EXIT": "FAILED"}
+_LSF_STATES = {
+    **dict.fromkeys(("PEND", "PSUSP", "WAIT", "FWD_PEND"), "PENDING"),
+    **dict.fromkeys(("PROV", "RUN", "SSUSP", "UNKWN", "USUSP", "ZOMBI"), "RUNNING"),
+    "DONE": "COMPLETED",
+    "EXIT": "FAILED",
+}
 _LSF_PLAIN = {"-", "", "New job is waiting for scheduling", "New job is waiting for scheduling;"}
 
 
@@ -165,7 +182,7 @@ def _lsf_jobs(text: str) -> Jobs:
         if len(fields) == 5 and fields[0].isdecimal() and fields[2].startswith("p"):
             number, state, name, code, why = fields
             reason = f"LSF: {why}" if state in ("PEND", "PSUSP") and why not in _LSF_PLAIN else ""
-            known = _LSF_STATES.get(state, "RUNNING")
+            known = _LSF_STATES.get(state, state)
             jobs[name[1:]].append(Job(number, known, code if code.isdecimal() else "", reason))
     return jobs
 
@@ -179,9 +196,9 @@ SYSTEMS = {
         queue=["qstat", "-xml"],
         parse=_gridengine_jobs,
         cancel="qdel",
-        words=SiteWords(
-            quota=r"only \d+ jobs are allowed per user|no more than \d+ jobs|exceed\w* .*(per user|job limit)",
-            # A warning before this is no refusal: such a job has been submitted.
+        errors=SiteErrors(
+            quota=r"only \d+ jobs are allowed|no more than \d+ jobs|exceed\w* .*(per user|job limit)",
+            # Warnings do not match, since such a job was submitted.
             refusal=r"job was rejected|is not a \w+ value|unknown (option|resource)|unable to read script"
             r"|no suitable queues|invalid option|job rejected|denied: |does not exist",
         ),
@@ -194,11 +211,12 @@ SYSTEMS = {
         queue=["qstat", "-f"],
         parse=_pbs_jobs,
         cancel="qdel",
-        words=SiteWords(
+        errors=SiteErrors(
             quota=r"would exceed .*(limit|maximum)|maximum number of jobs",
             refusal=r"unknown (queue|resource)|unauthorized request|violates queue and/or server resource limits"
             r"|illegal (attribute|-\w+ value)|rejected by all possible destinations|invalid account|bad uid"
-            r"|queue is not enabled|access to queue is denied|^usage: qsub|job rejected|would exceed",
+            r"|queue is not enabled|access to queue is denied|^usage: qsub|job rejected|would exceed"
+            r"|exceeds queue resource limits|administratively rejected|filter returned an error|no default queue",
         ),
     ),
     "lsf": BatchSystem(
@@ -209,11 +227,12 @@ SYSTEMS = {
         queue=["bjobs", "-a", "-noheader", "-o", "jobid stat name exit_code pend_reason delimiter='|'"],
         parse=_lsf_jobs,
         cancel="bkill",
-        words=SiteWords(
-            quota=r"(maximum|limit|threshold)\b.*\b(pending )?jobs?\b|pending job threshold|jobs? limit",
+        errors=SiteErrors(
+            quota=r"maximum number of .*jobs|(job|pending) threshold|jobs? limit",
             refusal=r"no such (queue|user|project)|user cannot use the queue|request aborted by esub"
             r"|bad (resource requirement|argument)|illegal (option|job)|job not submitted",
         ),
         nothing=r"^no (unfinished |matching )?job found",
     ),
 }
+SYSTEMS["torque"] = SYSTEMS["pbs"]._replace(submit=_torque)

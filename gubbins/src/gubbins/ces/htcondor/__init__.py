@@ -1,4 +1,4 @@
-"""Pilots as jobs of an HTCondor schedd, spooled to it from anywhere; each call of it is a process."""
+"""Back end `htcondor`: jobs of an HTCondor schedd, local or remote; each call is a process."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The back end `htcondor`: jobs of a schedd, whose files are spooled to it and fetched from it."""
+"""Back end `htcondor`: jobs of a schedd, with files spooled to it and fetched from it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from weakref import WeakValueDictionary
 
-from gubbins.ces.judging import SiteWords
 from gubbins.ces.protocol import (
     OUTPUT_LIMIT_BYTES,
     CEBackend,
@@ -19,15 +19,21 @@ from gubbins.ces.protocol import (
     PilotOutput,
     SubmitOutcome,
 )
+from gubbins.ces.site_errors import SiteErrors
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import submission
-from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own
+from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own, unused_carriers
 from .process import Bindings, BindingsRefusal
 from .settings import HTCondorSettings
 
-WORDS = SiteWords(quota=r"\bMAX_JOBS_(PER_OWNER|SUBMITTED)\b", refusal=r"(?!)")
+SITE_ERRORS = SiteErrors(quota=r"\bMAX_JOBS_(PER_OWNER|PER_SUBMISSION|SUBMITTED)\b", refusal=r"(?!)")
+
+# Errors of a history that we may not read. All others may be temporary.
+_NO_HISTORY = re.compile(r"history has been disabled|undefined in remote configuration|\bdenied\b|authoriz", re.I)
+
+_CONCURRENT_SUBMISSIONS = 4  # each of one VO
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +41,17 @@ _submitting: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDicti
 
 
 class HTCondorBackend(CEBackend[HTCondorSettings]):
-    """The reference of a pilot is its job's number (`12.0`); its stamp is the job's attribute `GubbinsStamp`.
+    """Back end of an HTCondor schedd.
 
-    A schedd takes two jobs of one stamp. So a pilot that may have been submitted before is looked for first, by
-    one instance of this process after the other; that no other process does the same at the same time is for
-    the caller to see to.
+    The reference of a pilot is its job id (`12.0`); its stamp is the attribute `GubbinsStamp` of the job. A schedd
+    accepts several jobs with one stamp: a pilot that may have been submitted before is searched first, by one
+    instance of this process at a time. The caller must prevent concurrent submissions of a stamp by other
+    processes.
     """
 
     Settings = HTCondorSettings
     grid_type = "HTCondorCE"
-    operator_only = True  # the settings name files on our own hosts, and configure what runs there
+    operator_only = True  # the settings name files of our hosts, and configure programs there
 
     def __init__(self, ce: CEDescription, settings: HTCondorSettings, bindings: Bindings | None = None) -> None:
         super().__init__(ce, settings)
@@ -63,9 +70,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             for stamp, job in found.items():
                 outcomes[stamp] = SubmitOutcome(job.reference)
                 del new[stamp]
-            if new:
-                outcomes |= await self._submit(list(new.values()))
-        return outcomes
+            return await self._submit(list(new.values()), outcomes) if new else outcomes
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         found, silent = await self._find(pilots)
@@ -77,7 +82,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             self._note_denied(await self._bindings.call("remove", stamps=[pilot.stamp for pilot in pilots]))
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
-        job = pilots_own(pilot, (await self._queue()).get(pilot.stamp, ()))
+        job = pilots_own(pilot, parse_jobs(await self._queue()).get(pilot.stamp, ()))
         if job is None:
             raise OutputUnavailableError(
                 pilot.stamp, f"the queue of {self.ce.name} has it no longer, or never had it"
@@ -85,7 +90,10 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         if not job.completed:
             raise OutputUnavailableError(pilot.stamp, "there is none of a job that was removed or has not ended")
         texts = await self._bindings.call(
-            "output", job=job.reference, names=["stdout", "stderr"], limit_bytes=OUTPUT_LIMIT_BYTES
+            "output",
+            job=job.reference,
+            names=[f"{pilot.stamp}.out", f"{pilot.stamp}.err"],
+            limit_bytes=OUTPUT_LIMIT_BYTES,
         )
         if not isinstance(texts, list) or not any(isinstance(text, str) for text in texts):
             raise OutputUnavailableError(pilot.stamp, f"{self.ce.name} has sent none")
@@ -100,72 +108,87 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
     def _name(self) -> str:
         return self.settings.schedd or self.settings.address or ""
 
-    async def _submit(self, pilots: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome]:
+    async def _submit(
+        self, pilots: Sequence[PilotAtCE], known: Mapping[str, SubmitOutcome]
+    ) -> Mapping[str, SubmitOutcome]:
         alike: dict[tuple[str, str | None], list[PilotAtCE]] = defaultdict(list)
         for pilot in pilots:
             alike[pilot.vo, None if pilot.identity is None else pilot.identity.url].append(pilot)
-        submissions = [submission(self.settings, self.ce.name, its) for its in alike.values()]
-        answers = await self._bindings.call("submit", submissions=submissions)
-        return {pilot.stamp: self._outcome(answers, pilot.stamp) for pilot in pilots}
 
-    def _outcome(self, answers: object, stamp: str) -> SubmitOutcome:
+        async def send(its: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome | Exception]:
+            answers = await self._bindings.call("submit", **submission(self.settings, self.ce.name, its))
+            return {pilot.stamp: self._outcome(answers, pilot.stamp) for pilot in its}
+
+        return await self.gather_outcomes(send, alike.values(), known=known, at_once=_CONCURRENT_SUBMISSIONS)
+
+    def _outcome(self, answers: object, stamp: str) -> SubmitOutcome | Exception:
         match answers[stamp] if isinstance(answers, Mapping) and stamp in answers else None:
             case {"reference": str(reference)} if reference:
                 return SubmitOutcome(reference)
             case {"error": str(error)}:
-                return WORDS.outcome(error) or SubmitOutcome(error=one_line(error) or "no reason given")
-        raise CEUnavailableError(f"{self.ce.name} did not respond about the pilot {stamp}")
+                return SITE_ERRORS.outcome(error) or SubmitOutcome(error=one_line(error) or "no reason given")
+            case {"unknown": str(error)}:
+                return CEUnavailableError(one_line(error))
+        return CEUnavailableError(f"{self.ce.name} did not respond about the pilot {stamp}")
 
     async def _find(self, pilots: Sequence[PilotAtCE]) -> tuple[dict[str, Job], Collection[str]]:
-        """The jobs of these pilots, from the queue, or of those that have left it from the history.
+        """Find the jobs of pilots by stamp, in the queue or else in the history.
 
-        And the stamps of those of which nothing is known, because the history does not answer.
-
-        An unconfirmed submission may have left two jobs of one stamp. The one that the database knows,
-        or else the first, is the pilot; the other is removed.
+        Also returns the stamps of pilots whose state is unknown because the history is not available. Unconfirmed
+        submissions may leave two jobs of one stamp: the one in the database, or else the first, is the pilot; the
+        other is removed.
         """
         if not pilots:
             return {}, ()
-        jobs = await self._queue()
+        rows = await self._queue()
+        jobs = parse_jobs(rows)
         gone = {pilot.stamp: pilot.reference for pilot in pilots if pilot.stamp not in jobs}
-        told = await self.side_source(self._history(gone)) if gone else {}
-        jobs |= told or {}
+        history = await self.secondary_source(self._history(gone)) if gone else {}
+        jobs |= history or {}
         found = {}
         for pilot in pilots:
             own = pilots_own(pilot, jobs.get(pilot.stamp, ()))
             if own is not None:
                 found[pilot.stamp] = own
+        seconds = 60 * self.settings.spool_minutes
         twins = [job for stamp, own in found.items() for job in jobs[stamp] if job is not own and not job.ended]
-        await self._remove("another job is this pilot", twins)
-        await self._remove(
-            ABANDONED, [job for job in found.values() if job.abandoned(60 * self.settings.spool_minutes)]
+        abandoned = [job for job in found.values() if job.abandoned(seconds)]
+        await asyncio.gather(
+            self._remove("another job is this pilot", [job.reference for job in twins]),
+            self._remove(ABANDONED, [job.reference for job in abandoned]),
+            self._remove("its pilots are gone", unused_carriers(rows, seconds)),
         )
-        return found, gone if told is None else ()
+        return found, gone if history is None else ()
 
-    async def _remove(self, reason: str, jobs: Sequence[Job]) -> None:
+    async def _remove(self, reason: str, jobs: Sequence[str]) -> None:
         if jobs:
-            numbers = [job.reference for job in jobs]
-            logger.warning("%s: removing %s: %s", self.ce.name, ", ".join(numbers), reason)
-            self._note_denied(await self._bindings.call("remove_jobs", jobs=numbers, reason=reason))
+            logger.info("%s: removing %s: %s", self.ce.name, ", ".join(jobs), reason)
+            removal = self._bindings.call("remove_jobs", jobs=jobs, reason=reason)
+            self._note_denied(await self.secondary_source(removal))
 
-    async def _queue(self) -> dict[str, list[Job]]:
-        return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
+    async def _queue(self) -> object:
+        return await self._bindings.call("queue", attributes=ATTRIBUTES)
 
     async def _history(self, references: Mapping[str, str | None]) -> dict[str, list[Job]]:
-        """Jobs that have left the queue, from the history; none where the history may not be read.
+        """Find jobs that have left the queue in the history; none if we may not read it.
 
         Raises:
-            CEUnavailableError: no response, so nothing is known about jobs that are in no queue.
+            CEUnavailableError: no response: the state of jobs that have left the queue is unknown.
         """
         try:
-            told = await self._bindings.call("history", attributes=ATTRIBUTES, stamps=list(references))
+            rows = await self._bindings.call("history", attributes=ATTRIBUTES, stamps=list(references))
         except BindingsRefusal as error:
-            logger.warning("%s does not tell the history of its jobs: %s", self.ce.name, error)
+            if not _NO_HISTORY.search(str(error)):
+                raise
+            logger.warning("Cannot read the history of jobs of %s: %s", self.ce.name, error)
             return {}
-        # The history holds the jobs of all users, who may give them any stamp.
+        # The history has jobs of all users, who can set any stamp. Jobs that were removed by force keep the name
+        # of their node.
         known = {
-            stamp: [job for job in jobs if references.get(stamp) in (None, job.reference)]
-            for stamp, jobs in parse_jobs(told).items()
+            stamp: [
+                job._replace(remote_host=None) for job in jobs if references.get(stamp) in (None, job.reference)
+            ]
+            for stamp, jobs in parse_jobs(rows).items()
         }
         return {stamp: jobs for stamp, jobs in known.items() if jobs}
 

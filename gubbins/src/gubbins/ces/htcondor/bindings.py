@@ -1,8 +1,8 @@
-"""One call of a schedd through HTCondor's bindings: a request on stdin, an answer on stdout.
+"""One call of a schedd through HTCondor's bindings: a request on stdin, a response on stdout.
 
-The bindings let no other thread run while they wait for the network, and know no time-outs: the caller kills this
-process when it takes too long. It is run by its path and imports nothing of ours. Its working directory is empty
-and its own; what is said on stderr is for people.
+The bindings hold the interpreter lock during network calls and have no time-outs: the caller kills this process
+after a time limit. It is run by its path, in an empty directory, and imports no other module of this distribution.
+stderr has messages for administrators.
 """
 
 from __future__ import annotations
@@ -21,25 +21,34 @@ import classad2
 import htcondor2
 
 _AT_ONCE = 500  # stamps in one expression
-# HTCondor's numbers for refusing one more job.
+# Error codes of HTCondor for a job above a limit.
 _LIMITS = {
     "-2": "it has as many jobs as it takes of all users (MAX_JOBS_SUBMITTED)",
     "-3": "we have as many jobs there as we may (MAX_JOBS_PER_OWNER)",
     "-4": "there are more jobs in one submission than it takes (MAX_JOBS_PER_SUBMISSION)",
 }
 _LIMIT = re.compile(r"expected next ProcId to be (\d+), but Schedd says (-\d+)")
-# What is said before anything is in the queue; for the last, the whole submission was undone.
+# Errors of submissions that left no job in the queue.
 _REFUSALS = re.compile(
     r"^((?=Failed to create new cluster)|Failed to create job ad, errmsg="
     r"|Unable to commit transaction, SCHEDD:\d+:)"
 )
 _MAX_FILE_BYTES = 64 << 20
+_FEW = 5  # number of pilots for which spooling one by one is as fast as spooling once
+_MATERIALIZE_SECONDS = 60  # time limit of the schedd for making the jobs
+_NO_MORE_ITEMS = "2"
+_CLUSTER_TOO = htcondor2.TransactionFlag(1 << 7)  # as in condor_qedit: edit the cluster ad
+
+_ERRORS = (htcondor2.HTCondorException, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+Rows = list[dict[str, str]]  # values of each job of a submission, with its stamp
+Outcomes = dict[str, dict[str, str]]  # by stamp: `reference`, `error` (a refusal) or `unknown` (another error)
 
 
 def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
-    # Nothing but the response goes there: what the bindings print goes to stderr.
+    # stdout is for the response only: the bindings print to stderr.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.umask(0o077)
@@ -48,7 +57,7 @@ def main() -> None:
     call: Callable[..., Any] = _CALLS[request["call"]]
     try:
         answer = {"answer": call(_schedd(**request["where"]), **request["arguments"])}
-    except (htcondor2.HTCondorException, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except _ERRORS as error:
         answer = {"error": str(error) or type(error).__name__}
     with os.fdopen(answer_to, "w") as file:
         json.dump(answer, file)
@@ -75,52 +84,124 @@ def _schedd(collector: str | None, name: str | None, address: str | None) -> htc
     return htcondor2.Schedd(ads[0])
 
 
-def submit(schedd: htcondor2.Schedd, submissions: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Submit pilots, and send their files; by stamp a `reference` or an `error`."""
-    outcomes: dict[str, dict[str, str]] = {}
-    for number, each in enumerate(submissions):
-        directory = Path.cwd() / str(number)
-        directory.mkdir()
-        for name, text in each["files"].items():
-            (directory / name).touch(mode=0o600)
-            (directory / name).write_text(text)
-        os.chdir(directory)
-        outcomes |= _submit(schedd, each["commands"], each["stamps"])
-        os.chdir(directory.parent)
+def submit(
+    schedd: htcondor2.Schedd,
+    commands: dict[str, str],
+    carrier: dict[str, str] | None,
+    files: dict[str, str],
+    stamps: list[str],
+) -> Outcomes:
+    """Submit pilots, and send their files."""
+    for name, text in files.items():
+        Path(name).touch(mode=0o600)
+        Path(name).write_text(text)
+    outcomes: Outcomes = {}
+    try:
+        if carrier is None or len(stamps) <= _FEW:
+            _submit(schedd, commands, [{"stamp": stamp} for stamp in stamps], outcomes)
+        else:
+            _submit_together(schedd, commands, carrier, stamps, outcomes)
+    except _ERRORS as error:
+        if not outcomes:
+            raise
+        return {stamp: {"unknown": str(error)} for stamp in stamps} | outcomes
     return outcomes
 
 
-def _submit(schedd: htcondor2.Schedd, commands: dict[str, str], stamps: list[str]) -> dict[str, dict[str, str]]:
-    description = htcondor2.Submit(commands)
+def _submit(
+    schedd: htcondor2.Schedd, commands: dict[str, str], rows: Rows, outcomes: Outcomes, spool: bool = True
+) -> None:
+    """Submit jobs, with a round trip per job, and more if files are spooled; adds their outcomes."""
+    stamps = [row["stamp"] for row in rows]
     try:
-        result = schedd.submit(description, spool=True, itemdata=iter([{"stamp": stamp} for stamp in stamps]))
+        result = schedd.submit(htcondor2.Submit(commands), spool=spool, itemdata=iter(rows))
     except htcondor2.HTCondorException as error:
         words = str(error)
         if (limit := _LIMIT.search(words)) is not None:
             room, code = int(limit[1]), limit[2]
             words = _LIMITS.get(code, f"it takes no more jobs ({code})")
-            refused = {stamp: {"error": words} for stamp in stamps[room:]}
-            # All of them were refused for the sake of these.
-            return refused | (_submit(schedd, commands, stamps[:room]) if 0 < room < len(stamps) else {})
+            outcomes |= {stamp: {"error": words} for stamp in stamps[room:]}
+            if 0 < room < len(rows):  # HTCondor undoes the whole submission
+                _submit(schedd, commands, rows[:room], outcomes, spool)
+            return
         if (refusal := _REFUSALS.match(words)) is not None:
             words = words[refusal.end() :].removeprefix("Submit:-1:")
-            return {stamp: {"error": words} for stamp in stamps}
+            outcomes |= {stamp: {"error": words} for stamp in stamps}
+            return
         raise
     if result.num_procs() != len(stamps):
         raise RuntimeError(f"{result.num_procs()} jobs in place of {len(stamps)}")
-    schedd.spool(result)
+    if spool:
+        schedd.spool(result)
     cluster, first = result.cluster(), result.first_proc()
-    return {stamp: {"reference": f"{cluster}.{first + index}"} for index, stamp in enumerate(stamps)}
+    outcomes |= {stamp: {"reference": f"{cluster}.{first + index}"} for index, stamp in enumerate(stamps)}
+
+
+def _submit_together(
+    schedd: htcondor2.Schedd,
+    commands: dict[str, str],
+    carrier: dict[str, str],
+    stamps: list[str],
+    outcomes: Outcomes,
+) -> None:
+    """Spool the files of all pilots with one job that never runs (carrier); the pilots use its directory."""
+    carried: Outcomes = {}
+    _submit(schedd, commands | carrier, [{"stamp": "carrier"}], carried)
+    if "error" in carried["carrier"]:
+        outcomes |= dict.fromkeys(stamps, carried["carrier"])
+        return
+    cluster = carried["carrier"]["reference"].partition(".")[0]
+    (ad,) = schedd.query(f"ClusterId == {cluster}", ["Iwd", "ServerTime"])
+    directory = ad["Iwd"]
+    commands = commands | {
+        "executable": f"{directory}/{commands['executable']}",
+        # `initialdir` must exist on this host, and jobs made by the schedd do not inherit constants.
+        "+Iwd": '"$(directory)"',
+        "+SUBMIT_Iwd": f'"{commands["initialdir"]}"',  # destination of fetched files
+        "+GubbinsCarrier": cluster,
+    }
+    rows = [{"stamp": stamp, "directory": directory} for stamp in stamps]
+    outcomes |= _materialize(schedd, commands, rows, until=ad["ServerTime"] + _MATERIALIZE_SECONDS)
+    if rest := [row for row in rows if row["stamp"] not in outcomes]:
+        _submit(schedd, commands, rest, outcomes, spool=False)
+    if not any("reference" in outcome for outcome in outcomes.values()):
+        _remove(schedd, f"ClusterId == {cluster}", "no pilot was submitted")
+
+
+def _materialize(schedd: htcondor2.Schedd, commands: dict[str, str], rows: Rows, until: int) -> Outcomes:
+    """Let the schedd make the jobs (late materialization), without a round trip per job.
+
+    It makes jobs up to its limits; the others have no outcome, since it gives no reason.
+    """
+    # Otherwise the schedd would make more jobs later, even if this process dies before it closes the cluster. At
+    # the last row it needs room for one more, or it would keep the cluster without jobs.
+    room = f"ifThenElse(time() < {until} || JobMaterializeNextProcId >= {len(rows)}, {len(rows) + 1}, 0)"
+    factory = {"max_materialize": str(len(rows)), "+JobMaterializeMaxIdle": room}
+    try:
+        result = schedd.submit(htcondor2.Submit(commands | factory), itemdata=iter(rows))
+    except htcondor2.HTCondorException as error:
+        if "(late materialization)" in str(error) or _REFUSALS.match(str(error)):
+            return {}
+        raise
+    wanted, attributes = f"ClusterId == {result.cluster()}", ["GubbinsStamp", "ProcId"]
+    made = schedd.query(wanted, attributes)
+    if len(made) < len(rows):
+        schedd.edit(wanted, "JobMaterializePaused", _NO_MORE_ITEMS, flags=_CLUSTER_TOO)
+        made = schedd.query(wanted, attributes)
+        if not made:
+            _remove(schedd, wanted, "no pilot was submitted")
+    return {str(ad["GubbinsStamp"]): {"reference": f"{result.cluster()}.{ad['ProcId']}"} for ad in made}
 
 
 def queue(schedd: htcondor2.Schedd, attributes: list[str]) -> list[list[Any]]:
-    """All our pilots in the queue."""
-    found = schedd.query("GubbinsStamp =!= undefined", attributes, opts=htcondor2.QueryOpt.DefaultMyJobsOnly)
+    """List all our pilots in the queue, and the carriers of their files."""
+    wanted = "GubbinsStamp =!= undefined || GubbinsCarrier =!= undefined"
+    found = schedd.query(wanted, attributes, opts=htcondor2.QueryOpt.DefaultMyJobsOnly)
     return [_row(ad, attributes) for ad in found]
 
 
 def history(schedd: htcondor2.Schedd, attributes: list[str], stamps: list[str]) -> list[list[Any]]:
-    """Jobs of these pilots that have left the queue, as far as the history has them."""
+    """Search the history for jobs of these pilots that have left the queue."""
     found = []
     for some in _members(stamps):
         found += schedd.history(some, attributes, match=2 * min(len(stamps), _AT_ONCE))
@@ -128,15 +209,16 @@ def history(schedd: htcondor2.Schedd, attributes: list[str], stamps: list[str]) 
 
 
 def remove(schedd: htcondor2.Schedd, stamps: list[str]) -> int:
-    """Have these pilots removed that have not ended; how many we may not."""
+    """Remove the pilots that have not ended; return the number without permission."""
     return sum(_remove(schedd, f"{some} && JobStatus =!= 3 && JobStatus =!= 4") for some in _members(stamps))
 
 
 def remove_jobs(schedd: htcondor2.Schedd, jobs: list[str], reason: str) -> int:
-    """Have these jobs removed, given by their numbers; how many we may not."""
+    """Remove jobs by their ids; return the number without permission."""
     numbers = [tuple(map(int, job.split("."))) for job in jobs]
     wanted = " || ".join(f"(ClusterId == {cluster} && ProcId == {proc})" for cluster, proc in numbers)
-    return _remove(schedd, f"({wanted}) && JobStatus =!= 3 && JobStatus =!= 4", reason)
+    active = "JobStatus =!= 3 && (JobStatus =!= 4 || GubbinsCarrier =?= ClusterId)"
+    return _remove(schedd, f"({wanted}) && {active}", reason)
 
 
 def _remove(schedd: htcondor2.Schedd, constraint: str, reason: str = "by the pilot system") -> int:
@@ -145,16 +227,16 @@ def _remove(schedd: htcondor2.Schedd, constraint: str, reason: str = "by the pil
 
 
 def release(schedd: htcondor2.Schedd, stamps: list[str]) -> None:
-    """Let these pilots go from the queue that have ended."""
+    """Let ended pilots leave the queue."""
     for some in _members(stamps):
         wanted = f"{some} && (JobStatus == 3 || JobStatus == 4)"
-        # To edit no job is an error.
+        # An edit without a matching job is an error.
         if schedd.query(wanted, ["ClusterId"], limit=1, opts=htcondor2.QueryOpt.DefaultMyJobsOnly):
             schedd.edit(wanted, "LeaveJobInQueue", "false")
 
 
 def output(schedd: htcondor2.Schedd, job: str, names: list[str], limit_bytes: int) -> list[str | None]:
-    """The last parts of these files of a job; None where there is none."""
+    """Fetch files of a job, and return the last part of each; None: there is no such file."""
     schedd.retrieve([job])
     return [_tail(Path.cwd() / name, limit_bytes) for name in names]
 
@@ -173,18 +255,18 @@ def _row(ad: classad2.ClassAd, attributes: Iterable[str]) -> list[Any]:
 
 
 def _plain(ad: classad2.ClassAd, name: str) -> str | int | None:
-    """The value of an attribute that is text or a number, else None."""
+    """Get an attribute that is text, a number or a boolean; None: it has another type."""
     try:
         value = ad.get(name)
     except Exception:
         return None
-    # `Value.Undefined` is a number as well.
+    # `Value.Undefined` is a subclass of int.
     return value if type(value) in (str, int, bool) else None
 
 
 def _tail(path: Path, limit_bytes: int) -> str | None:
     try:
-        # A pilot may have put a link or a FIFO in its place.
+        # A pilot may have replaced it by a link or a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None

@@ -1,7 +1,7 @@
-"""Submission of the pilots of one VO: commands of the submit language, and two files.
+"""Description of the pilots of one VO: submit commands and files.
 
-No value of ours but the stamp is in the submit language, which has its own ideas about `$` and quotes: the
-environment is in the shell script that runs the pilot's own.
+Submit commands interpret `$` and quotes. So the only value of a pilot in them is its stamp: the environment is set
+by a shell script that runs the script of the pilot.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ from .settings import HTCondorSettings
 
 _TEMPLATE = Path(__file__).with_name("run.sh")
 _SECONDS_OF_A_DAY = 24 * 3600
+_LONGEST_DAYS = 60  # longest time from the submission of a pilot to its end
 
 
 class Submission(TypedDict):
-    """Pilots that differ in their stamps and secrets only."""
+    """Pilots with the same commands and scripts, but for stamps and secrets."""
 
     commands: dict[str, str]
-    files: dict[str, str]  # by name, all of them sent along
+    carrier: dict[str, str] | None  # additional commands of the carrier; None: each job has its own files
+    files: dict[str, str]  # content by name; all are spooled
     stamps: list[str]
 
 
 def submission(settings: HTCondorSettings, ce_name: str, pilots: Sequence[PilotAtCE]) -> Submission:
-    """The description of these pilots, all of one VO and all with an identity, or all without one."""
+    """Describe pilots of one VO, either all with an identity or all without one."""
     commands, files = _commands(settings), _files(settings, ce_name, pilots[0])
     if pilots[0].identity is not None:
         commands["transfer_input_files"] += ", $(stamp).secret"
         files |= {f"{pilot.stamp}.secret": pilot.identity.secret for pilot in pilots if pilot.identity is not None}
-    return {"commands": commands, "files": files, "stamps": [pilot.stamp for pilot in pilots]}
+    sent_along = [name for name in files if name != commands["executable"]]
+    return {
+        "commands": commands,
+        "carrier": _carrier(settings, sent_along) if settings.spools_together else None,
+        "files": files,
+        "stamps": [pilot.stamp for pilot in pilots],
+    }
 
 
 def _commands(settings: HTCondorSettings) -> dict[str, str]:
@@ -43,12 +51,12 @@ def _commands(settings: HTCondorSettings) -> dict[str, str]:
     commands = {
         "executable": "run",
         "arguments": "$(stamp)",
-        # Wherever the process is that sends or fetches files.
+        # The directory of the process that spools or fetches files.
         "initialdir": "/proc/self/cwd",
         "transfer_input_files": "pilot",
         "transfer_output_files": '""',
-        "output": "stdout",
-        "error": "stderr",
+        "output": "$(stamp).out",
+        "error": "$(stamp).err",
         "should_transfer_files": "YES",
         "when_to_transfer_output": "ON_EXIT",
         "notification": "Never",
@@ -69,11 +77,23 @@ def _commands(settings: HTCondorSettings) -> dict[str, str]:
     return commands | given
 
 
-def _to_be_removed(held_seconds: int) -> str:
-    """Condition by which the schedd itself removes a job that will not run.
+def _carrier(settings: HTCondorSettings, names: Sequence[str]) -> dict[str, str]:
+    """Commands of a job that completes without running, and keeps its files until its pilots are gone."""
+    stay = round((settings.keep_days + _LONGEST_DAYS) * _SECONDS_OF_A_DAY)
+    return {
+        "noop_job": "true",
+        "transfer_input_files": ", ".join(names),
+        "leave_in_queue": f"JobStatus == 4 && time() - EnteredCurrentStatus < {stay}",
+        "+GubbinsStamp": "undefined",
+        "+GubbinsCarrier": "$(Cluster)",
+    }
 
-    Code 16 is the hold until the files have come, 1 that of a person, who may have a reason.
-    A pilot that is started again would be a second one.
+
+def _to_be_removed(held_seconds: int) -> str:
+    """Condition of the schedd for the removal of a job that will not run.
+
+    Hold codes 16 (waits for its files) and 1 (held by a user) are excluded. A restarted job would be a second
+    pilot.
     """
     age = "time() - EnteredCurrentStatus"
     return (
@@ -89,7 +109,7 @@ def _files(settings: HTCondorSettings, ce_name: str, pilot: PilotAtCE) -> dict[s
         "limit": str(OUTPUT_LIMIT_BYTES),
     }
     return {
-        # In one pass: what is put in is not looked at again.
+        # In one pass: inserted text is not searched.
         "run": re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text()),
         "pilot": executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed, PilotAtCE
@@ -13,19 +13,19 @@ from gubbins.domain.text import one_line
 ATTRIBUTES = (
     "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",
     "HoldReason", "HoldReasonCode", "LastHoldReason", "LastHoldReasonCode", "RemoveReason",
-    "EnteredCurrentStatus", "ServerTime", "RemoteHost",
+    "EnteredCurrentStatus", "ServerTime", "RemoteHost", "GubbinsCarrier",
 )  # fmt: skip
-"""Attributes that are asked of each job, in the order of the answer."""
+"""Attributes of a job, in the order of a row."""
 
 ABANDONED = "its files have never come to the schedd"
-"""The reason that is given for the removal of such jobs."""
+"""Reason of the removal of jobs whose files were never spooled."""
 
 _REMOVED, _COMPLETED, _HELD = 3, 4, 5
 _SPOOLING = 16
 
 
 class Job(NamedTuple):
-    """One job, as far as its attributes are what they should be; None where they are not."""
+    """A job; None: an attribute that is missing or invalid."""
 
     cluster: int
     proc: int
@@ -39,37 +39,34 @@ class Job(NamedTuple):
     last_hold_code: int | None
     remove_reason: str | None
     seconds: int | None  # since it is in this state
-    remote_host: str | None  # where it runs, also while its removal is under way
+    remote_host: str | None  # its node, also during its removal
 
     @property
     def reference(self) -> str:
-        """Number of the job as HTCondor's commands write it."""
+        """Job id, as in the commands of HTCondor."""
         return f"{self.cluster}.{self.proc}"
 
     @property
     def ended(self) -> bool:
-        """True if the job has ended; one that was removed may still run."""
+        """True if the job has ended; a removed job may still be running."""
         return self.status == _COMPLETED or (self.status == _REMOVED and self.remote_host is None)
 
     def abandoned(self, spool_seconds: float) -> bool:
-        """True if the files of the job were never spooled because their sender died; it would wait for ever."""
+        """True if the files of the job were not spooled within this time: it would wait forever."""
         return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > spool_seconds
 
     @property
     def completed(self) -> bool:
-        """True if the job has completed, so that its output is there."""
+        """True if the job has completed: its output is available."""
         return self.status == _COMPLETED
 
 
 def parse_jobs(rows: object) -> dict[str, list[Job]]:
-    """The jobs of each stamp, in the order of their numbers; a row that is none of a job is skipped."""
+    """Parse rows to jobs by stamp, sorted by id; rows without a job are skipped."""
     jobs: dict[str, list[Job]] = defaultdict(list)
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, list) or len(row) != len(ATTRIBUTES):
-            continue
-        told = dict(zip(ATTRIBUTES, row, strict=True))
-        numbers = {name: _number(value) for name, value in told.items()}
-        texts = {name: _text(value) for name, value in told.items()}
+    for row in _rows(rows):
+        numbers = {name: _number(value) for name, value in row.items()}
+        texts = {name: _text(value) for name, value in row.items()}
         stamp, cluster, proc = texts["GubbinsStamp"], numbers["ClusterId"], numbers["ProcId"]
         if stamp is None or cluster is None or proc is None:
             continue
@@ -79,7 +76,7 @@ def parse_jobs(rows: object) -> dict[str, list[Job]]:
                 cluster,
                 proc,
                 status=numbers["JobStatus"],
-                by_signal=told["ExitBySignal"] is True,
+                by_signal=row["ExitBySignal"] is True,
                 exit_code=numbers["ExitCode"],
                 exit_signal=numbers["ExitSignal"],
                 hold_reason=texts["HoldReason"],
@@ -94,6 +91,18 @@ def parse_jobs(rows: object) -> dict[str, list[Job]]:
     return {stamp: sorted(each, key=lambda job: (job.cluster, job.proc)) for stamp, each in jobs.items()}
 
 
+def unused_carriers(rows: object, seconds: float) -> list[str]:
+    """Find carriers that have had no pilot in the queue for longer than this."""
+    names = ("GubbinsCarrier", "ClusterId", "EnteredCurrentStatus", "ServerTime")
+    carried = [[_number(row[name]) for name in names] for row in _rows(rows)]
+    used = {carrier for carrier, cluster, *_ in carried if carrier != cluster}
+    return [
+        f"{cluster}.0"
+        for carrier, cluster, since, now in carried
+        if carrier == cluster and carrier not in used and since is not None and (now or 0) - since > seconds
+    ]
+
+
 def pilots_own(pilot: PilotAtCE, jobs: Sequence[Job]) -> Job | None:
     """Choose the job of a pilot; an unconfirmed submission may have left two of one stamp."""
     named = [job for job in jobs if job.reference == pilot.reference]
@@ -101,7 +110,7 @@ def pilots_own(pilot: PilotAtCE, jobs: Sequence[Job]) -> Job | None:
 
 
 def judge(pilot: PilotAtCE, job: Job) -> Observation:
-    """The observed state of a pilot."""
+    """Derive the state of a pilot from its job."""
     state, reason = _judge(pilot, job)
     reference = job.reference if pilot.reference is None else None
     return Observation(state, one_line(reason) if reason else None, reference)
@@ -112,7 +121,7 @@ def _judge(pilot: PilotAtCE, job: Job) -> tuple[Observed, str | None]:
     match job.status:
         case 1:
             seen = Observed.WAITING, None
-        case 2 | 6 | 7:  # 6: it has ended, and sends its output
+        case 2 | 6 | 7:  # 6: ended, transferring its output
             seen = Observed.RUNNING, None
         case 3 if not job.ended:
             seen = Observed.RUNNING, None
@@ -138,7 +147,7 @@ def _of_completed(job: Job) -> tuple[Observed, str | None]:
 
 
 def _why_removed(job: Job) -> str:
-    """The reason of HTCondor, unless the job's own rule removed it, which says nothing about the cause."""
+    """Reason of HTCondor; for a removal by our own rule, the reason of the hold."""
     reason = job.remove_reason or ""
     if reason.startswith(ABANDONED):
         return ABANDONED
@@ -149,6 +158,12 @@ def _why_removed(job: Job) -> str:
     if code is None or code == _SPOOLING or words is None:
         return "interrupted on its node; it is not started a second time"
     return f"put on hold (code {code}): {words}"
+
+
+def _rows(rows: object) -> Iterator[dict[str, Any]]:
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, list) and len(row) == len(ATTRIBUTES):
+            yield dict(zip(ATTRIBUTES, row, strict=True))
 
 
 def _known(value: object) -> Any:

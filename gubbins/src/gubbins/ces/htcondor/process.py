@@ -1,4 +1,4 @@
-"""Calls of HTCondor's bindings, each a process that ends in time."""
+"""Calls of HTCondor's bindings, each in a process with a time limit."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _STAMP_OF_LOG = re.compile(r"^\d\d/\d\d/\d\d \d\d:\d\d:\d\d( \(\S+\))* ")
 
 
 class BindingsRefusal(CEUnavailableError):
-    """The bindings were asked, have come to an end, and say why there is no answer."""
+    """The call failed with an error of the bindings."""
 
 
 class Bindings:
-    """The bindings, for one schedd. Nothing is kept between calls, so a token may change at any time.
+    """Bindings for one schedd. Without state between calls: a token may change at any time.
 
     Args:
-        settings: of the schedd.
-        program: the file that calls the bindings.
-        shell: makes the shell of an environment, to run it.
+        settings: settings of the schedd.
+        program: program that calls the bindings.
+        shell: makes a shell that runs it in an environment.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Bindings:
         }
 
     async def call(self, call: str, **arguments: Any) -> Any:
-        """The answer to one call, as JSON has it.
+        """Make one call, and return its response, decoded from JSON.
 
         Raises:
-            BindingsRefusal: they say why there is none.
-            CEUnavailableError: there is none, within the time-out or at all; why is in the message.
+            BindingsRefusal: an error of the bindings.
+            CEUnavailableError: no response within the time limit, or an invalid one.
         """
         token = (
             None if self._settings.token is None else await asyncio.to_thread(bearer_token, self._settings.token)
         )
-        # Not made by the process itself, which may be killed.
+        # Not in the process, which may be killed.
         with tempfile.TemporaryDirectory(prefix="gubbins-htcondor-", ignore_cleanup_errors=True) as name:
             directory = Path(name)
             await asyncio.to_thread(_prepare, directory, token)
@@ -79,17 +79,17 @@ class Bindings:
 
     def _environment(self, directory: Path) -> dict[str, str]:
         tokens = str(directory / "tokens")
-        ours = {
+        settings = {
             "SEC_TOKEN_DIRECTORY": tokens,
-            # Root would otherwise take what it finds in /etc, and even sign tokens itself.
+            # Otherwise root would use the tokens in /etc, and even sign tokens.
             "SEC_TOKEN_SYSTEM_DIRECTORY": tokens,
             "SEC_PASSWORD_DIRECTORY": str(directory / "none"),
         }
         if isinstance(self._settings.token, TokenIssuer):
-            ours |= {"SEC_CLIENT_AUTHENTICATION_METHODS": "SCITOKENS", "SCITOKENS_FILE": f"{tokens}/token"}
+            settings |= {"SEC_CLIENT_AUTHENTICATION_METHODS": "SCITOKENS", "SCITOKENS_FILE": f"{tokens}/token"}
         elif self._settings.token is not None:
-            ours["SEC_CLIENT_AUTHENTICATION_METHODS"] = "IDTOKENS"
-        configuration = ours | {name.upper(): value for name, value in self._settings.configuration.items()}
+            settings["SEC_CLIENT_AUTHENTICATION_METHODS"] = "IDTOKENS"
+        configuration = settings | {name.upper(): value for name, value in self._settings.configuration.items()}
         return (
             inherited_environment()
             | {"CONDOR_CONFIG": os.devnull, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -123,6 +123,6 @@ def _prepare(directory: Path, token: str | None) -> None:
 
 
 def _error_line(error: str, stderr: str) -> str:
-    """An error in one line, with what the bindings have said besides."""
+    """Format an error with the last messages of the bindings in one line."""
     lines = [_STAMP_OF_LOG.sub("", line) for line in stderr.splitlines() if line.strip()]
     return one_line("; ".join(part for part in map(one_line, [error, *lines[-2:]]) if part))

@@ -8,12 +8,12 @@ if [ -f "$1.secret" ]; then
     chmod 600 "$1.secret"
     export PILOT_SECRET_FILE="$PWD/$1.secret"
 fi
-# HTCondor asks this shell alone to end, which it may do at any time.
-child= asked=
-trap 'asked=1; test -z "$child" || kill -TERM "$child" 2> /dev/null' HUP INT TERM
+# HTCondor sends the signal to this shell only, at any time.
+child= signalled=
+trap 'signalled=1; test -z "$child" || kill -TERM "$child" 2> /dev/null' HUP INT TERM
 ./pilot > pilot.stdout 2> pilot.stderr < /dev/null &
 child=$!
-test -z "$asked" || kill -TERM "$child" 2> /dev/null
+test -z "$signalled" || kill -TERM "$child" 2> /dev/null
 wait "$child"
 code=$?
 # A signal ends the first wait, not the pilot.
@@ -21,6 +21,7 @@ while kill -0 "$child" 2> /dev/null; do
     wait "$child"
     code=$?
 done
+trap '' HUP INT TERM
 tail -c @limit@ pilot.stdout
 tail -c @limit@ pilot.stderr >&2
 exit "$code"

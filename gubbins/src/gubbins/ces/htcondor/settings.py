@@ -9,16 +9,24 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from gubbins.ces.settings import DefaultScript, PilotSettings
 from gubbins.ces.transports.tokens import TokenSource
 
-# What the back end says itself, or what would make something else than one job of a pilot.
-_OURS = frozenset(
+# Commands set by the back end, and commands that would not submit one job per pilot.
+_RESERVED = frozenset(
     {
         "allowed_job_duration", "arguments", "cmd", "env", "environment", "error", "executable", "getenv", "hold",
-        "initialdir", "input", "leave_in_queue", "log", "max_retries", "output", "periodic_remove", "queue",
+        "initialdir", "input", "leave_in_queue", "log", "materialize_max_idle", "max_idle", "max_materialize",
+        "max_retries", "noop_job", "output", "periodic_remove", "queue",
         "should_transfer_files", "stream_error", "stream_output", "transfer_executable", "transfer_input_files",
         "transfer_output_files", "transfer_output_remaps", "when_to_transfer_output",
     }
 )  # fmt: skip
-_OUR_ATTRIBUTE = "gubbinsstamp"
+#: Commands whose values may be files of the worker, which are spooled with each pilot.
+_FILES = frozenset(
+    {
+        "container_image", "jar_files", "public_input_files", "scitokens_file", "tool_daemon_cmd",
+        "tool_daemon_input", "transfer_plugins", "use_x509userproxy", "x509userproxy",
+    }
+)  # fmt: skip
+_OUR_ATTRIBUTES = frozenset({"gubbinscarrier", "gubbinsstamp", "iwd", "jobmaterializemaxidle", "submit_iwd"})
 
 
 def _one_line(value: str) -> str:
@@ -55,6 +63,11 @@ class HTCondorSettings(PilotSettings):
     submit_commands: dict[Annotated[str, Field(pattern=r"^(\+|(?i:MY)\.)?[A-Za-z_][A-Za-z0-9_]*$")], Line] = Field(
         default={}, description="More commands of the submit language (`requirements`, `+Attribute`…)."
     )
+    spool_together: bool = Field(
+        default=True,
+        description="Spool the files of many pilots once, and let the schedd make their jobs. Without, each pilot "
+        "takes two round trips more, as it does where a submit command names a file of the worker.",
+    )
     configuration: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")], Line] = Field(
         default={},
         description="HTCondor configuration of the bindings; files of the host's own configuration are not read.",
@@ -79,12 +92,18 @@ class HTCondorSettings(PilotSettings):
         default=20, gt=0, le=300, allow_inf_nan=False, description="How long one call of the schedd may take."
     )
 
+    @property
+    def spools_together(self) -> bool:
+        """True if the files of many pilots are spooled by one job."""
+        names = {name.lower().removeprefix("+").removeprefix("my.") for name in self.submit_commands}
+        return self.spool_together and names.isdisjoint(_FILES)
+
     @field_validator("submit_commands")
     @classmethod
-    def _not_ours(cls, commands: dict[str, str]) -> dict[str, str]:
+    def _refuse_reserved(cls, commands: dict[str, str]) -> dict[str, str]:
         for command in commands:
             name = command.lower()
-            if name in _OURS or name.removeprefix("+").removeprefix("my.") == _OUR_ATTRIBUTE:
+            if name in _RESERVED or name.removeprefix("+").removeprefix("my.") in _OUR_ATTRIBUTES:
                 raise ValueError(f"{command!r} is not for you to set: the back end needs it")
         return commands
 

@@ -1,4 +1,4 @@
-"""Back end `local`: pilots are processes of this host, each with a directory."""
+"""Back end `local`: processes on this host."""
 
 from __future__ import annotations
 

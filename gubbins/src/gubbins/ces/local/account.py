@@ -1,4 +1,4 @@
-"""The account of this host that pilots run as."""
+"""User account of this host that pilots run as."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A user of this host other than the worker's."""
+    """A user account of this host, other than that of the worker."""
 
     name: str
     uid: int
@@ -19,10 +19,10 @@ class Account:
 
     @classmethod
     def of(cls, name: str) -> Account:
-        """The account of this name.
+        """Look up an account.
 
         Raises:
-            PermissionError, LookupError: pilots cannot run as this user; the message says why.
+            PermissionError, LookupError: pilots cannot run as this user.
         """
         if os.geteuid() != 0:
             raise PermissionError(f"run_as {name!r} needs a worker that runs as root")
@@ -36,19 +36,18 @@ class Account:
 
     @property
     def command(self) -> list[str]:
-        """Prefix of a command that makes it run as this user, with the user's own group and no other."""
+        """Prefix for commands that run as this user, with the user's primary group only."""
         ids = [f"--reuid={self.uid}", f"--regid={self.gid}"]
         return ["setpriv", *ids, "--clear-groups", "--inh-caps=-all", "--"]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of this user."""
         return {"HOME": self.home, "USER": self.name, "LOGNAME": self.name, "TMPDIR": "/tmp"}  # noqa: S108
 
     def prepare(self, job: Path) -> None:
-        """Let the user enter the directory of a pilot, and own the one below it in which the pilot runs.
+        """Make the working directory of a pilot, owned by the user.
 
-        All else there is the worker's: the pilot can neither write nor replace what the worker reads.
+        The pilot can neither write nor replace the other files, which the worker reads.
         """
         work = job / "work"
         work.mkdir(mode=0o700)

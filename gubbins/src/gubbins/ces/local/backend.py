@@ -1,4 +1,4 @@
-"""The back end `local`: real processes on the host of the worker. Linux only (/proc)."""
+"""Back end `local`: processes on the host of the worker. Linux only (/proc)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LocalSettings(PilotSettings):
 
     directory: AbsolutePath | None = Field(
         default=None,
-        description="Where the pilots' directories are, absolute; default ~/.local/state/gubbins/<CE name>.",
+        description="Directory of the pilots' directories, absolute; default ~/.local/state/gubbins/<CE name>.",
     )
     default_script: DefaultScript = None
     run_as: str | None = Field(
@@ -55,7 +55,7 @@ class LocalSettings(PilotSettings):
         "Default: the worker's own, whose files and environment they can read.",
     )
     kill_after_seconds: float = Field(
-        default=10, ge=0, allow_inf_nan=False, description="A cancelled pilot that ignores SIGTERM is killed."
+        default=10, ge=0, allow_inf_nan=False, description="Time from SIGTERM to SIGKILL for a cancelled pilot."
     )
     keep_days: KeepDays = 7
     start_seconds: StartSeconds = 60
@@ -64,58 +64,63 @@ class LocalSettings(PilotSettings):
     def _check(self) -> Self:
         if self.run_as is not None and self.directory is None:
             raise ValueError(
-                "run_as needs a `directory` that this user can enter: the default one is in the worker's home"
+                "run_as needs a `directory` that this user can enter: the default is in the worker's home"
             )
         return self
 
 
 class LocalBackend(CEBackend[LocalSettings]):
-    """Exit code 0 is DONE, everything else FAILED. State is read from the pilots' directories alone, so it
-    survives any restart of the worker."""
+    """Runs pilots as processes of this host. Exit code 0 is DONE, all others are FAILED.
+
+    All state is in the directories of pilots, which survive restarts of the worker.
+    """
 
     Settings = LocalSettings
     grid_type = "Local"
     operator_only = True
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        return await asyncio.to_thread(lambda: {pilot.stamp: self._submit(pilot) for pilot in pilots})
+        async def submit(pilot: PilotAtCE) -> Mapping[str, SubmitOutcome]:
+            return {pilot.stamp: await asyncio.to_thread(self._submit, pilot)}
+
+        return await self.gather_outcomes(submit, pilots)
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         seen: dict[str, Observation] = {}
 
-        def look(pilot: PilotAtCE) -> None:
-            seen[pilot.stamp] = Observation(Observed.NO_NEWS)  # what holds if its directory cannot be read
+        def poll_one(pilot: PilotAtCE) -> None:
+            seen[pilot.stamp] = Observation(Observed.NO_NEWS)  # stays if its directory cannot be read
             if (observation := self._observe(pilot)) is not None:
                 seen[pilot.stamp] = observation
             elif pilot.reference is not None and not self._directory().is_dir():
-                raise FileNotFoundError(f"{self._directory()} is gone, or not mounted")
+                raise FileNotFoundError(f"{self._directory()} does not exist, or is not mounted")
             else:
                 del seen[pilot.stamp]
 
-        await self._each(pilots, look)
+        await self._each(pilots, poll_one)
         return seen
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        def ask(pilot: PilotAtCE) -> None:
+        def cancel_one(pilot: PilotAtCE) -> None:
             if self._is_here(pilot):
                 self._job(pilot.stamp).cancel(kill_after_seconds=self.settings.kill_after_seconds)
 
-        await self._each(pilots, ask)
+        await self._each(pilots, cancel_one)
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self._is_here(pilot):
-            raise OutputUnavailableError(pilot.stamp, f"it is kept on another host ({pilot.reference})")
+            raise OutputUnavailableError(pilot.stamp, f"it is on another host ({pilot.reference})")
         try:
             return await asyncio.to_thread(self._job(pilot.stamp).output)
         except FileNotFoundError as error:
-            raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was") from error
+            raise OutputUnavailableError(pilot.stamp, "its directory does not exist (any more)") from error
         except OSError as error:
             raise CEUnavailableError(str(error)) from error
 
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         def remove(pilot: PilotAtCE) -> None:
             if self.settings.keeps(pilot.status):
-                self._job(pilot.stamp).mark_forgotten()
+                self._job(pilot.stamp).mark_for_sweep()
             else:
                 self._job(pilot.stamp).remove()
 
@@ -124,7 +129,7 @@ class LocalBackend(CEBackend[LocalSettings]):
         await asyncio.to_thread(sweep, self._directory(), keep_seconds=keep_seconds)
 
     async def _each(self, pilots: Sequence[PilotAtCE], do: Callable[[PilotAtCE], None]) -> None:
-        """Do it for each pilot, in a thread; an error of one directory is a warning, and stops no other."""
+        """Call a function for each pilot, in a thread; an OSError becomes a warning."""
 
         def do_all() -> None:
             for pilot in pilots:
@@ -149,7 +154,7 @@ class LocalBackend(CEBackend[LocalSettings]):
 
     @staticmethod
     def _is_here(pilot: PilotAtCE) -> bool:
-        """True if the pilot is a process of this host: its reference is none of another host."""
+        """True unless the pilot is on another host, according to its reference."""
         return pilot.reference is None or pilot.reference.startswith(f"local://{socket.gethostname()}/")
 
     def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:

@@ -1,4 +1,4 @@
-"""Read files that a pilot may have replaced, without following links, blocking or reading for ever."""
+"""Safe reads of files that a pilot may have replaced by links, FIFOs or endless files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import stat
 from pathlib import Path
 
-# The last: a socket.
+# ENXIO: a socket.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 
 
 def read_start(directory: Path, name: str, limit_bytes: int) -> bytes:
-    """The first bytes of a regular file in a directory, neither of them a symbolic link.
+    """Read the first bytes of a regular file; neither the file nor its directory may be a symbolic link.
 
     Raises:
         OSError: there is no such file.
@@ -25,7 +25,7 @@ def read_start(directory: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def read_end(directory: Path, name: str, limit_bytes: int) -> bytes:
-    """The last bytes; else as `read_start`."""
+    """Read the last bytes of a file; see `read_start`."""
     descriptor = _open(directory, name)
     try:
         os.lseek(descriptor, max(0, os.fstat(descriptor).st_size - limit_bytes), os.SEEK_SET)
@@ -35,10 +35,10 @@ def read_end(directory: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def modified_at(path: Path) -> float | None:
-    """Modification time of a file or directory (s since 1970); None: there is none. Follows no link.
+    """Get the modification time of a file or directory (s since 1970); None: it does not exist. Follows no links.
 
     Raises:
-        OSError: it cannot be known.
+        OSError: the file cannot be read.
     """
     try:
         return path.lstat().st_mtime
@@ -48,19 +48,19 @@ def modified_at(path: Path) -> float | None:
 
 
 def raise_unless_absent(error: OSError) -> None:
-    """Raise the error, unless it says that there is no such file, or that something else is in its place.
+    """Raise the error unless it means that there is no such regular file.
 
-    Of a file that cannot be read now (stale handle, lost connection, no permission) nothing is known.
+    Other errors (stale handle, lost connection, no permission) leave the state of the file unknown.
     """
     if error.errno not in _ABSENT:
         raise error
 
 
 def _open(directory: Path, name: str) -> int:
-    # Opened one after the other: the directory may be replaced in between.
+    # Relative to the open directory, which may be replaced meanwhile.
     parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        # A FIFO without a writer is opened at once, and refused below.
+        # Does not block on a FIFO, which is refused below.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)

@@ -1,4 +1,4 @@
-"""One pilot's directory: made, started, read and ended. All of it blocks; the back end calls it in a thread."""
+"""Jobs of the back end `local`: one directory and process group per pilot. Blocking; called in a thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput, observed_end
+from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, Observation, Observed, PilotOutput, observation_of_exit
 from gubbins.ces.settings import SECRET_FILE, executable_script
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 WRAPPER = Path(__file__).with_name("wrapper.sh")
 LAUNCH_TIMEOUT_SECONDS = 30
-_UNHEARD_OF_SECONDS = 30 * 24 * 3600
+_ORPHAN_SECONDS = 30 * 24 * 3600
 _MAX_STDERR_CHARS = 200
 _MAX_STDERR_BYTES = 4096
 _MAX_CODE_BYTES = 16
@@ -41,9 +41,9 @@ class _Process:
     boot_id: str
 
     def belongs_to(self, stamp: str) -> bool:
-        """Check that the process was started for this pilot, by the stamp in its environment.
+        """Check that the process has the stamp of the pilot in its environment.
 
-        A pilot can write into its directory the numbers of any process: no other has its stamp.
+        A pilot could write the pid of any other process to its directory.
         """
         try:
             with Path(f"/proc/{self.pid}/environ").open("rb") as file:
@@ -52,9 +52,9 @@ class _Process:
             return False
 
     def alive(self) -> bool:
-        """Check that the process runs, in this group; another one with the same pid is not taken for it."""
+        """Check that the process is running, and not another one with the same pid."""
         try:
-            # The command, in parentheses, may contain anything; what follows it does not.
+            # The command, in parentheses, may contain anything.
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
@@ -70,26 +70,22 @@ class _Process:
 
 @dataclass(frozen=True, slots=True)
 class LocalJob:
-    """The directory of one pilot, named after its stamp."""
+    """Directory of one pilot, named by its stamp."""
 
     path: Path
-    account: Account | None = None  # of the pilot; None: the worker's own
+    account: Account | None = None  # None: the account of the worker
 
     @property
     def work(self) -> Path:
-        """The directory that the pilot runs in."""
+        """Working directory of the pilot."""
         return self.path / "work"
 
     def create(self, script: str, secret: str | None = None) -> bool:
-        """Make the directory with the pilot script; False when it exists: the pilot was submitted before.
-
-        Args:
-            script: of the pilot.
-            secret: of the pilot, for a file in its own directory that nobody else can read; None: it has none.
+        """Make the directory with the pilot's script and secret; False: it exists, the pilot was submitted before.
 
         Raises:
             OSError: it could not be made.
-            CEUnavailableError: neither made nor looked at: it may have been submitted before.
+            CEUnavailableError: it cannot be accessed: the pilot may have been submitted before.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.account is not None:
@@ -113,10 +109,10 @@ class LocalJob:
         return True
 
     def launch(self, environment: Mapping[str, str]) -> None:
-        """Start the wrapper in a session of its own: it outlives the worker.
+        """Start the wrapper in a session of its own, so that it outlives the worker.
 
         Raises:
-            OSError, subprocess.SubprocessError: it could not be started; the directory is gone again.
+            OSError, subprocess.SubprocessError: it could not be started; the directory was removed.
             CEUnavailableError: it may have been started.
         """
         command = [] if self.account is None else self.account.command
@@ -132,19 +128,19 @@ class LocalJob:
                 timeout=LAUNCH_TIMEOUT_SECONDS,
             )
         except subprocess.TimeoutExpired as error:
-            message = f"pilot {self.path.name}: not known after {LAUNCH_TIMEOUT_SECONDS} s whether it was started"
+            message = f"pilot {self.path.name}: unknown after {LAUNCH_TIMEOUT_SECONDS} s whether it was started"
             raise CEUnavailableError(message) from error
         except (OSError, subprocess.SubprocessError):
             self.remove()
             raise
 
     def observe(self, *, start_seconds: float) -> Observation | None:
-        """The observed state of the pilot; None: there is no such directory.
+        """Observe the state of the pilot; None: there is no such directory.
 
         Raises:
-            OSError: it cannot be read now.
+            OSError: the directory cannot be read.
         """
-        # In this order: it may end meanwhile, and one that writes an exit code while it runs has not ended.
+        # The process first, since it may end meanwhile, and a running pilot could write an exit code.
         process = self._process()
         if process is not None and process.alive():
             return Observation(Observed.RUNNING)
@@ -152,72 +148,72 @@ class LocalJob:
         if code is None and process is None:
             return self._not_started(start_seconds)
         cancelled = modified_at(self.path / "cancelled") is not None
-        return observed_end(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
+        return observation_of_exit(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
 
     def cancel(self, *, kill_after_seconds: float) -> None:
-        """Ask the pilot to end (SIGTERM); asked again after `kill_after_seconds`, make it end (SIGKILL).
+        """Send SIGTERM to the pilot, or SIGKILL if it was cancelled more than `kill_after_seconds` ago.
 
         Raises:
-            OSError: its directory cannot be read now, or not marked, as on a full disk: it was asked all the same.
+            OSError: the directory cannot be read; or the mark could not be written (full disk), the signal was
+                sent.
         """
-        if not self._is_there():
+        if not self._exists():
             return
         process = self._process()
         alive = process is not None and process.alive()
         if not alive and self._exit_code() is not None:
             return
-        mark, unmarked = self.path / "cancelled", None
+        mark, mark_error = self.path / "cancelled", None
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
             pass
         except OSError as error:
-            unmarked = error
-        # Without a process file the wrapper has yet to look for the mark.
+            mark_error = error
+        # If there is no process file yet, the wrapper will find the mark.
         if process is not None and alive:
             if process.belongs_to(self.path.name):
-                cancelled_at = time.time() if unmarked else modified_at(mark) or 0.0
+                cancelled_at = time.time() if mark_error else modified_at(mark) or 0.0
                 kill = time.time() - cancelled_at >= kill_after_seconds
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.group, signal.SIGKILL if kill else signal.SIGTERM)
             else:
-                logger.warning("Process %d is not of the pilot %s, which says so", process.pid, self.path.name)
-        if unmarked is not None:
-            raise unmarked
+                logger.warning("Process %d does not belong to pilot %s", process.pid, self.path.name)
+        if mark_error is not None:
+            raise mark_error
 
     def output(self) -> PilotOutput:
         """Read stdout and stderr of the pilot.
 
         Raises:
             FileNotFoundError: there is no such directory.
-            OSError: they cannot be read now.
+            OSError: they cannot be read.
         """
-        if not self._is_there():
+        if not self._exists():
             raise FileNotFoundError(self.path)
         return PilotOutput(*(self._tail(name, OUTPUT_LIMIT_BYTES) for name in ("stdout", "stderr")))
 
-    def mark_forgotten(self) -> None:
-        """Have the directory swept away when its time is over."""
+    def mark_for_sweep(self) -> None:
+        """Mark the directory for removal by `sweep`."""
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             (self.path / "forgotten").touch(exist_ok=False)
 
     def remove(self) -> None:
-        """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def wrote_before(self, name: str, timestamp: float) -> bool:
-        """True if such a file exists and was written before then (s since 1970)."""
+        """True if the file exists and was written before that time (s since 1970)."""
         written_at = modified_at(self.path / name)
         return written_at is not None and written_at <= timestamp
 
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         return modified_at(self.path) is not None and self.path.is_dir() and not self.path.is_symlink()
 
     def _not_started(self, start_seconds: float) -> Observation | None:
-        made_at = modified_at(self.path)
-        if made_at is None:
+        created_at = modified_at(self.path)
+        if created_at is None:
             return None
-        if time.time() - made_at < start_seconds:
+        if time.time() - created_at < start_seconds:
             return Observation(Observed.WAITING)
         return Observation(Observed.FAILED, "the pilot process was never started")
 
@@ -228,7 +224,7 @@ class LocalJob:
             raise_unless_absent(error)
             return None
         except ValueError:
-            return 1  # a full disk leaves an empty file: it ended, and not well
+            return 1  # an empty file, as on a full disk
 
     def _process(self) -> _Process | None:
         try:
@@ -239,7 +235,7 @@ class LocalJob:
             return None
         except ValueError:
             return None
-        # A signal to the groups 0 and 1 would reach far more than a pilot.
+        # Never signal the groups 0 and 1.
         return process if process.pid > 1 and process.group > 1 else None
 
     def _last_line_of_stderr(self) -> str:
@@ -251,11 +247,11 @@ class LocalJob:
             return read_end(self.path, name, limit_bytes).decode(errors="replace")
         except OSError as error:
             raise_unless_absent(error)
-            return ""  # the pilot has not come so far, or has put something else there
+            return ""  # does not exist yet, or was replaced by the pilot
 
 
 def _write_secret(work: Path, secret: str) -> None:
-    """Write the secret for the owner of this directory, which is not the pilot's to change yet."""
+    """Write the secret to a file of the owner of the directory, before the pilot can change it."""
     work.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(work / SECRET_FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -265,14 +261,13 @@ def _write_secret(work: Path, secret: str) -> None:
 
 
 def sweep(directory: Path, *, keep_seconds: float) -> None:
-    """Delete the jobs below `directory` that were marked as forgotten so long ago, and those that ended a month
-    before that and were never heard of again."""
+    """Delete jobs marked for removal more than `keep_seconds` ago, and jobs that ended 30 days before that."""
     now = time.time()
     for path in directory.glob("*/script"):
         job = LocalJob(path.parent)
         with contextlib.suppress(OSError):
             if not path.parent.is_symlink() and (
                 job.wrote_before("forgotten", now - keep_seconds)
-                or job.wrote_before("rc", now - keep_seconds - _UNHEARD_OF_SECONDS)
+                or job.wrote_before("rc", now - keep_seconds - _ORPHAN_SECONDS)
             ):
                 job.remove()

@@ -1,30 +1,26 @@
-# Runs one pilot and writes down what happens, whether or not anybody is watching.
+# Runs one pilot, and records its process and exit code.
 #
 #   /bin/sh wrapper.sh JOBDIR [COMMAND…]
 #
-# COMMAND precedes the pilot's own: it changes the user. JOBDIR: script (in); pid, stdout, stderr, rc (out); cancelled
-# (in, may appear at any time). Files appear by rename, so a reader sees all of them or nothing. `pid` holds: pid,
-# process group, start time (clock ticks since boot), boot id; the last two tell this process from a later one with
-# the same number.
+# COMMAND is a prefix for the pilot's command that changes the user. Files in JOBDIR: script (input); pid, stdout,
+# stderr, rc (output); cancelled (input, may appear at any time). Files are written atomically, by rename. `pid` has the
+# pid, process group, start time (clock ticks since boot) and boot id, which identify the process uniquely.
 cd "$1" || exit 1
 shift
-[ $# = 0 ] || umask 077 # the other user's files, and what it writes here, are nobody else's
-# A cancellation signals the whole group. The wrapper stays to write the exit code; the pilot gets the default
-# action, for a trap is not inherited.
+[ $# = 0 ] || umask 077 # no access for other users
+# A cancellation signals the whole group. The wrapper survives to write the exit code; the pilot does not inherit the
+# trap.
 trap : HUP INT TERM
 identify() {
     printf '%s %s %s %s\n' "$1" "$5" "${22}" "$(cat /proc/sys/kernel/random/boot_id)"
 }
 # shellcheck disable=SC2046 # the fields are meant to be split
 identify $(cat /proc/$$/stat) > pid.new && mv pid.new pid
-if [ -e cancelled ]; then
-    code=143
-else
-    # Copied here and not made executable by the worker: a worker thread that forks meanwhile would hold it open
-    # for writing, and the kernel refuses to execute such a file.
-    cp script run && chmod 755 run && mkdir -p work
-    (cd work && exec "$@" ../run) > stdout 2> stderr < /dev/null
-    code=$?
-    rm -f work/.pilot-secret # of no use any more
-fi
+# Copied, since a file that a forking thread of the worker holds open for writing cannot be executed.
+cp script run && chmod 755 run && mkdir -p work
+# Checked in the subshell, which a later signal ends.
+([ ! -e cancelled ] || exit 143; cd work && exec "$@" ../run) > stdout 2> stderr < /dev/null
+code=$?
+trap '' HUP INT TERM # a repeated signal must not end these commands
+rm -f work/.pilot-secret
 printf '%s\n' "$code" > rc.new && mv rc.new rc

@@ -1,7 +1,6 @@
-"""Back end `simulated`: pilots start, run and end by the clock and a hash.
+"""Back end `simulated`: pilots whose states depend only on the clock and a hash of their stamps.
 
-Nothing is kept anywhere. Whether a pilot will succeed follows from a hash of the seed and its stamp, so every
-worker, before and after any restart, gives the same answer.
+It stores nothing: all workers compute the same states.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ _CANCELLED = Observation(Observed.FAILED, "cancelled")
 class SimulatedSettings(CESettings):
     """Settings of a simulated compute element."""
 
-    seed: int = Field(default=0, description="Another seed gives every pilot another result.")
+    seed: int = Field(default=0, description="Seed of the pseudo-random results.")
     queue_seconds: float = Field(
-        default=0, ge=0, allow_inf_nan=False, description="How long a pilot waits before it runs."
+        default=0, ge=0, allow_inf_nan=False, description="Time for which a pilot waits before it runs."
     )
-    run_seconds: float = Field(default=0, ge=0, allow_inf_nan=False, description="How long a pilot runs.")
+    run_seconds: float = Field(default=0, ge=0, allow_inf_nan=False, description="Time for which a pilot runs.")
 
 
 class SimulatedBackend(CEBackend[SimulatedSettings]):
-    """Honours `success_rate`; the durations are settable and 0 by default (the next check finds it moved)."""
+    """Simulated compute element with the given `success_rate` and durations."""
 
     Settings = SimulatedSettings
 
@@ -43,7 +42,6 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         now = clock.now()
-        # Pilots from before these moments have moved on.
         started_by = now - timedelta(seconds=self.settings.queue_seconds)
         ended_by = now - timedelta(seconds=self.settings.run_seconds)
         seen = {pilot.stamp: self._observe(pilot, started_by, ended_by) for pilot in pilots}
@@ -53,8 +51,7 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
         return seen
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        # The request itself, which the database keeps, is all that `poll` looks at.
-        pass
+        pass  # `poll` uses the request of the database
 
     def _reference(self, pilot: PilotAtCE) -> str:
         return f"sim://{self.ce.name}/{pilot.stamp}"
@@ -70,6 +67,6 @@ class SimulatedBackend(CEBackend[SimulatedSettings]):
         return _DONE if self.will_succeed(pilot.stamp) else _FAILED
 
     def will_succeed(self, stamp: str) -> bool:
-        """True if the pilot ends as DONE: true for a share of `success_rate` of all stamps."""
+        """True if the pilot ends as DONE: for a fraction `success_rate` of all stamps."""
         digest = hashlib.blake2b(f"{self.settings.seed}:{stamp}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < self.ce.success_rate

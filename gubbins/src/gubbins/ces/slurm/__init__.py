@@ -1,4 +1,4 @@
-"""Pilots as batch jobs of a Slurm site, through its commands; each has a directory on the submit host."""
+"""Back end `slurm`: jobs of a Slurm site, through its commands."""
 
 from __future__ import annotations
 

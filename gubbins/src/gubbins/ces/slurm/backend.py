@@ -1,4 +1,4 @@
-"""The back end `slurm`: sbatch, squeue and scancel, on the host of the worker or through SSH."""
+"""Back end `slurm`: sbatch, squeue and scancel, on the host of the worker or through SSH."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from .submit_host import Submission, SubmitHostBackend, lines_of, text_of
 
 _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
-_NUMBER = (
+NUMBER = (
+    r"s/^\(Submitted batch job [0-9]*\) on cluster /\1;/;"
     r"s/^\(Submitted batch job \)\{0,1\}\([0-9]\{1,18\}\(;[A-Za-z0-9_.-]\{1,64\}\)\{0,1\}\)[[:space:]]*$/\2/p"
 )
 
 
 class SlurmBackend(SubmitHostBackend[SlurmSettings]):
-    """The stamp of a pilot is the name and comment of its job.
+    """Back end of a Slurm site. The stamp of a pilot is the name and comment of its job.
 
-    The end of a job that Slurm has removed may be known to the accounts or the completion log.
+    The accounting database and the completion log are secondary sources for jobs that Slurm has removed.
     """
 
     Settings = SlurmSettings
@@ -55,7 +56,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         find = self.command("squeue", *options, "-n", pilot.stamp, "-o", "%i")
         argv = self.command("sbatch", *sbatch_options(self.settings, pilot))
         return Submission(
-            argv, batch_script(self.settings, self.ce.name, pilot), _NUMBER, f"exec {shlex.join(find)}"
+            argv, batch_script(self.settings, self.ce.name, pilot), NUMBER, f"exec {shlex.join(find)}"
         )
 
     def refusal(self, done: Completed) -> SubmitOutcome | None:
@@ -66,23 +67,26 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         for job in jobs:
             by_cluster[job.cluster].append(job.number)
         for cluster, numbers in by_cluster.items():
-            waiting = iter(numbers)
-            while some := list(islice(waiting, _MAX_IDS)):
-                done = await self.run_command(self.command("scancel", *_of_clusters(cluster), *some))
+            remaining = iter(numbers)
+            while batch := list(islice(remaining, _MAX_IDS)):
+                done = await self.run_command(self.command("scancel", *_of_clusters(cluster), *batch))
                 if done.returncode != 0 and is_unreachable(done):
                     raise CEUnavailableError(f"scancel: {error_line(done)}")
                 if done.stderr.strip() and not has_ended(done):
                     self.warn(f"scancel: {error_line(done)}")
 
     async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
-        """As `SubmitHostBackend.queue`: in these clusters, and those in hidden partitions, too."""
+        """As `SubmitHostBackend.queue`, in the clusters of the settings and of references, and all partitions."""
         elsewhere = ",".join(sorted({name for pilot in pilots if (name := cluster_of(pilot.reference))}))
         found: dict[str, list[Job]] = defaultdict(list)
         for clusters in [self.settings.clusters] if self.settings.clusters else dict.fromkeys(("", elsewhere)):
             options = ("-h", "--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)
             done = await self.run_command(self.command("squeue", *_of_clusters(clusters), *options))
             text = text_of(done, "squeue")
-            if clusters and done.stderr.strip():  # of a cluster that does not answer, it says that it has no jobs
+            # The output has no jobs of an unavailable cluster.
+            if clusters and any(
+                "warning" not in line.lower() for line in done.stderr.splitlines() if line.strip()
+            ):
                 raise CEUnavailableError(f"squeue: {error_line(done)}")
             for stamp, jobs in parse_queue(text, clusters=bool(clusters)).items():
                 found[stamp] += jobs
@@ -91,12 +95,12 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
     async def completions(
         self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]
     ) -> tuple[dict[str, list[Job]], bool]:
-        """As `SubmitHostBackend.completions`, from the log and the accounts."""
+        """As `SubmitHostBackend.completions`, from the completion log and the accounting database."""
         if not pilots:
             return {}, True
         stamps = [pilot.stamp for pilot in pilots]
         sources = [self._accounts(stamps[at : at + _MAX_NAMES]) for at in range(0, len(stamps), _MAX_NAMES)]
-        answers = [await self.side_source(source) for source in (*sources, self._completion_log(stamps))]
+        answers = [await self.secondary_source(source) for source in (*sources, self._completion_log(stamps))]
         found = {stamp: jobs for answer in answers if answer is not None for stamp, jobs in answer.items()}
         wanted = set(stamps)
         return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}, None not in answers
@@ -111,7 +115,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         if not self.settings.accounting:
             return {}
         names = f"--name={','.join(stamps)}"
-        since = ("--starttime=now-30days", "--endtime=now")  # else it looks at this day alone
+        since = ("--starttime=now-30days", "--endtime=now")  # the default is today
         listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
         clusters = _of_clusters(self.settings.clusters)
         done = await self.run_command(self.command("sacct", *clusters, *listed, *since, names))

@@ -1,4 +1,4 @@
-"""Submission of one pilot to sbatch: options, and the script of the job."""
+"""Options of sbatch, and scripts of jobs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TEMPLATE = Path(__file__).with_name("batch.sh")
 
 
 def sbatch_options(settings: SlurmSettings, pilot: PilotAtCE) -> list[str]:
-    """The options of sbatch, each as one string."""
+    """Make the options of sbatch, each as one string."""
     job = settings.directory / pilot.stamp
     see = settings.nodes_see_directory
-    chosen = {
+    options = {
         "job-name": pilot.stamp,
         "comment": pilot.stamp,
         "chdir": "/",
@@ -33,13 +33,13 @@ def sbatch_options(settings: SlurmSettings, pilot: PilotAtCE) -> list[str]:
         "mem": f"{settings.memory_mb}M" if settings.memory_mb else None,
         "time": settings.wall_minutes,
     }
-    given = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
-    # A pilot that is started again would be a second one.
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    # A requeued job would be a second pilot.
     return ["--parsable", "--no-requeue", *given, *settings.extra_options]
 
 
 def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> bytes:
-    """The script of the job, with the pilot's own script in it."""
+    """Make the script of a job of Slurm."""
     id = "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID"
     job = settings.directory / pilot.stamp if settings.nodes_see_directory else None
     return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id, identity=pilot.identity)
@@ -57,16 +57,15 @@ def job_script(
     identity: PilotIdentity | None = None,
     shown_to_others: bool = False,
 ) -> bytes:
-    """The script of a job of any batch system.
+    """Make the script of a job, for any batch system.
 
     Args:
-        settings, ce_name, pilot: as they are.
-        job: the pilot's directory, if the nodes have it.
-        number: the job's number there, as text for a shell.
-        id: what submissions print of it.
-        output: redirections to that directory, where the batch system does not make them.
-        identity: the pilot's.
-        shown_to_others: whether the batch system may show the script: then the secret is a file in that directory.
+        job: directory of the pilot; None: not visible on the nodes.
+        number: shell expression with the job number.
+        id: shell expression with the reference of the pilot.
+        output: redirections to the directory, unless the batch system does that.
+        identity: identity of the pilot.
+        shown_to_others: True: other users may see the script; the secret is read from the directory.
     """
     variables = settings.variables(ce_name, pilot.vo, pilot.stamp, identity)
     script = executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT)
@@ -79,6 +78,5 @@ def job_script(
         "secret": "" if identity is None or shown_to_others else shlex.quote(identity.secret),
         "script": base64.encodebytes(script.encode()).decode().strip(),
     }
-    # In one pass: what is put in is not looked at again.
     text = re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text())
     return text.encode()

@@ -1,18 +1,18 @@
 #!/bin/sh
-# Runs one pilot on a node, and writes down what happens. The words between at signs are put in at the submission.
-# In braces: what was cut off on its way to sbatch runs nothing.
+# Runs one pilot on a node, and records its end. Names between at signs are replaced at the submission.
+# In braces, so that a truncated script runs nothing.
 {
 @exports@
-job=@job@  # its directory; empty if it is not to be had here
+job=@job@  # directory of the pilot; empty if nodes do not have it
 note() {
     [ -z "$job" ] || { printf '%s\n' "$2" > "$job/$1.new" && mv "$job/$1.new" "$job/$1"; }
 }
-# An unconfirmed submission may have left two jobs of one stamp. The first to start is the pilot.
+# Unconfirmed submissions may leave two jobs of one stamp: the first one to start is the pilot.
 if [ -n "$job" ] && ! (set -C; echo "@number@" > "$job/started") 2> /dev/null; then
     [ "$(cat "$job/started")" = "@number@" ] || exit 0
 fi
 [ -z "$job" ] || [ -s "$job/id" ] || note id "@id@"
-# A batch system signals everybody. This shell stays to write the exit code.
+# The batch system signals all processes of the job. This shell survives to write the exit code.
 trap : HUP INT TERM
 work=$(mktemp -d "${TMPDIR:-/tmp}/pilot.XXXXXX") || { note rc 1; exit 1; }
 base64 -d > "$work/run" << 'SCRIPT'
@@ -30,6 +30,7 @@ if [ -f "$work/.pilot-secret" ]; then
 fi
 (cd "$work" && exec ./run) < /dev/null@output@
 code=$?
+trap '' HUP INT TERM # a repeated signal must not end these commands
 rm -rf "$work"
 note rc "$code"
 exit "$code"

@@ -1,4 +1,4 @@
-"""Jobs of Slurm: parse queue, records and accounts, and derive the state of a pilot."""
+"""Jobs of Slurm: parsers of queue, records and accounting, and the resulting states of pilots."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gubbins.ces.protocol import Observation, Observed
 from gubbins.domain.text import one_line
 
 QUEUE_FORMAT = "JobID:|,State:|,exit_code:|,Reason:|,Name:|,Cluster:|"
-"""For `squeue -O`: text, of one shape in all versions of Slurm; its JSON is not."""
+"""Format of `squeue -O`: text, since the JSON output differs between versions of Slurm."""
 
 ACCOUNT_FORMAT = "JobID,State,ExitCode,JobName"
-"""For `sacct`."""
+"""Format of `sacct`."""
 
 _REQUEUED = {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _WAITING = {"CONFIGURING", "PENDING", *_REQUEUED}
@@ -31,40 +31,39 @@ _FAILURES = {
     "RECONFIG_FAIL": "its node could not be configured",
     "TIMEOUT": "it ran longer than it may",
 }
-_ELSEWHERE = "REVOKED"  # what a cluster of a federation keeps of a job that another one has taken
-# Reasons without information, or that cannot be changed.
+_ELSEWHERE = "REVOKED"  # a job of a federation that runs in another cluster
+# Reasons that give no information.
 _PLAIN_REASONS = {"", "(null)", "NodeDown", "NonZeroExitCode", "None", "Priority", "Resources", "TimeLimit"}
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _REFERENCE = re.compile(r"[0-9]{1,18}(;([A-Za-z0-9_.-]{1,64}))?")
 
 
 class Job(NamedTuple):
-    """One batch job."""
+    """A batch job."""
 
     number: str
     state: str
     exit_code: str  # `code`, or `code:signal`
     reason: str
-    cluster: str = ""  # empty: that of the commands
+    cluster: str = ""  # empty: the default cluster
 
     @property
     def ended(self) -> bool:
-        """True if the job has ended."""
         return self.state == "COMPLETED" or self.state in _FAILURES
 
     @property
     def reference(self) -> str:
-        """The job's number, with its cluster where it is not that of the commands."""
+        """Job number, with the cluster unless it is the default one."""
         return f"{self.number};{self.cluster}" if self.cluster else self.number
 
     @property
     def active(self) -> bool:
-        """True if this cluster has the job, and it has not ended."""
+        """True if the job is in this cluster and has not ended."""
         return not self.ended and self.state != _ELSEWHERE
 
 
 class Record(NamedTuple):
-    """Record of a pilot in its directory."""
+    """Record of a job in the directory of its pilot."""
 
     number: str
     exit_code: str  # empty: none yet
@@ -76,7 +75,6 @@ _NO_RECORD = Record("", "", False, "")
 
 
 def is_job_number(text: str) -> bool:
-    """True if the text is a job number of Slurm."""
     return _NUMBER.fullmatch(text) is not None
 
 
@@ -86,42 +84,45 @@ def is_reference(text: str) -> bool:
 
 
 def cluster_of(reference: str | None) -> str | None:
-    """The cluster in a reference `number;cluster`, which sbatch gives where there are several."""
+    """Get the cluster of a reference `number;cluster`; None: it has none."""
     found = _REFERENCE.fullmatch(reference or "")
     return found[2] if found else None
 
 
 def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
-    """The jobs of each name, from `squeue -O QUEUE_FORMAT`; a line of another shape is skipped.
-
-    With `clusters`, each with its own, which `scancel` has to be told.
-    """
+    """Parse the output of `squeue -O QUEUE_FORMAT` to jobs by name; with `clusters`, including their clusters."""
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
         fields = [field.strip() for field in line.split("|")]
         if len(fields) >= 6 and is_job_number(fields[0]):
-            jobs[fields[4]].append(Job(*fields[:4])._replace(cluster=fields[5] if clusters else ""))
+            number, state, status, reason, name, cluster = fields[:6]
+            jobs[name].append(Job(number, state, _exit_code(status), reason, cluster if clusters else ""))
     return jobs
 
 
+def _exit_code(status: str) -> str:
+    """The exit code with the signal, of the status of `wait` that squeue prints."""
+    return f"{int(status) >> 8}:{int(status) & 127}" if is_job_number(status) else status
+
+
 def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
-    """The records of each stamp, and the errors of those that cannot be read now, from `look.sh`."""
+    """Parse the output of `records.sh` to records by stamp, and errors of unreadable directories."""
     records, unreadable = {}, {}
     for line in text.splitlines():
         fields = line.split("|", 4)
         if len(fields) == 5:
-            stamp, number, exit_code, cancelled, words = fields
-            records[stamp] = Record(number, exit_code.strip(), bool(cancelled), words.strip())
+            stamp, number, exit_code, cancelled, message = fields
+            records[stamp] = Record(number, exit_code.strip(), bool(cancelled), message.strip())
         elif len(fields) == 3 and fields[1] == "unreadable":
             unreadable[fields[0]] = fields[2]
     return records, unreadable
 
 
 def parse_completions(text: str) -> dict[str, list[Job]]:
-    """The jobs of each name, from the file of `jobcomp/filetxt`."""
+    """Parse lines of a log of `jobcomp/filetxt` to jobs by name."""
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
-        # Users choose the directory, which may look like fields: the first ones are Slurm's own, and the last one.
+        # Directories are chosen by users and may look like fields, so that only the first and last ones are valid.
         before, _, ended = line.rpartition(" ExitCode=")
         fields = {name: value for name, _, value in (word.partition("=") for word in reversed(before.split(" ")))}
         number, name, state = (fields.get(field, "") for field in ("JobId", "Name", "JobState"))
@@ -139,9 +140,9 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
 
 
 def parse_accounts(text: str) -> dict[str, list[Job]]:
-    """The jobs of each name that have ended, from `sacct --parsable2 --format=ACCOUNT_FORMAT`.
+    """Parse the output of `sacct --parsable2 --format=ACCOUNT_FORMAT` to ended jobs by name.
 
-    Of those that have not, accounts know less than the queue: they may say RUNNING of a job for ever.
+    Other states are not reliable: lost jobs may stay RUNNING in the accounting database.
     """
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.splitlines():
@@ -154,13 +155,13 @@ def parse_accounts(text: str) -> dict[str, list[Job]]:
     return jobs
 
 
-def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) -> Observation | None:
-    """The observed state of a pilot; None: neither Slurm nor a directory knows it.
+def observe_jobs(jobs: Sequence[Job], record: Record | None, *, reference: str | None) -> Observation | None:
+    """Derive the state of a pilot; None: it is unknown.
 
     Args:
-        jobs: those of its stamp; more than one only after an unconfirmed submission.
-        record: of its directory.
-        reference: the job's number as the database knows it; reported if it does not.
+        jobs: jobs of its stamp; several are possible after an unconfirmed submission.
+        record: record of its directory.
+        reference: reference in the database; if None, the observation includes it.
     """
     active = [job for job in jobs if job.active]
     if active:
@@ -169,7 +170,7 @@ def judge(jobs: Sequence[Job], record: Record | None, *, reference: str | None) 
     record = record or _NO_RECORD
     elsewhere, jobs = jobs, [job for job in jobs if job.ended]
     if len(jobs) > 1 and record.exit_code:
-        jobs = []  # one of them was the pilot, which has left its exit code
+        jobs = []  # the exit code is that of the pilot, the others were duplicates
     if jobs:
         job = min(jobs, key=lambda each: int(each.number))
         return _with_reference(_of_ended(job, record), job.reference, reference)
@@ -189,7 +190,7 @@ def _of_active(job: Job) -> Observation:
         )
     if job.state in _RUNNING:
         return Observation(Observed.RUNNING)
-    return Observation(Observed.NO_NEWS, one_line(f"Slurm: unknown state {job.state}"))
+    return Observation(Observed.NO_NEWS, one_line(f"unknown state {job.state}"))
 
 
 def _of_ended(job: Job, record: Record) -> Observation:
@@ -213,8 +214,7 @@ def _of_record(record: Record) -> Observation:
     return _failed(f"exit code {record.exit_code}", "", record.last_line)
 
 
-def _failed(what: str, reason: str, last_line: str) -> Observation:
+def _failed(cause: str, reason: str, last_line: str) -> Observation:
     if reason not in _PLAIN_REASONS:
-        what = f"{what}, Slurm says {reason}"
-    text = f"{what}: {last_line}" if last_line else what
-    return Observation(Observed.FAILED, one_line(text))
+        cause = f"{cause}, reason {reason}"
+    return Observation(Observed.FAILED, one_line(f"{cause}: {last_line}" if last_line else cause))

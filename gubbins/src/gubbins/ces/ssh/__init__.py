@@ -1,4 +1,4 @@
-"""Pilots as processes of any Linux host with a shell, reached through SSH; needs the extra `ssh`."""
+"""Back end `ssh`: processes on a Linux host, through SSH; needs the extra `ssh`."""
 
 from __future__ import annotations
 

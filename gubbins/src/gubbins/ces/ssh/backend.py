@@ -1,8 +1,7 @@
-"""The back end `ssh`: processes on a host that is reached through SSH."""
+"""Back end `ssh`: processes on a remote host, through SSH."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from gubbins.ces.protocol import (
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
-    observed_end,
+    observation_of_exit,
 )
 from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 from gubbins.ces.transports.ssh import SSHShell
@@ -27,23 +26,23 @@ from gubbins.domain.text import one_line
 from .remote import InvalidResponse, Refused, command, is_stamp, parse, quote
 from .settings import SSHSettings
 
+_CONCURRENT_SUBMISSIONS = 4  # commands; sshd has at most 10 sessions of one connection
 WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
 
 
 class SSHBackend(CEBackend[SSHSettings]):
-    """Exit code 0 is DONE, everything else FAILED. All that is known of a pilot is in its directory there.
+    """Runs pilots as processes of a remote host. Exit code 0 is DONE, all others are FAILED.
 
-    One remote command for `pilots_per_command` pilots, all through one connection.
+    All state is in the directories of pilots. A remote command is for up to `pilots_per_command` pilots.
     """
 
     Settings = SSHSettings
     grid_type = "SSH"
-    # The settings name key files of our hosts: who chooses the host chooses what is run with those keys.
-    operator_only = True
+    operator_only = True  # the settings name key files of our hosts
 
-    def __init__(self, ce: CEDescription, settings: SSHSettings) -> None:
+    def __init__(self, ce: CEDescription, settings: SSHSettings, shell: SSHShell | None = None) -> None:
         super().__init__(ce, settings)
-        self._shell = SSHShell(settings)
+        self._shell = shell or SSHShell(settings)
         workdir = settings.workdir or f".local/state/gubbins/{ce.name}"
         self._workdir = quote(workdir if workdir.startswith("/") else f"./{workdir}")
         self._host = f"{settings.host}:{settings.port}"
@@ -53,14 +52,13 @@ class SSHBackend(CEBackend[SSHSettings]):
         by_vo: dict[str, list[PilotAtCE]] = defaultdict(list)
         for pilot in pilots:
             by_vo[pilot.vo].append(pilot)
-        outcomes: dict[str, SubmitOutcome] = {}
-        for each in await asyncio.gather(*(self._submit(vo, its) for vo, its in by_vo.items())):
-            outcomes |= each
-        return outcomes
+        size = self.settings.pilots_per_command
+        parts = [own[at : at + size] for own in by_vo.values() for at in range(0, len(own), size)]
+        return await self.gather_outcomes(self._submit, parts, at_once=_CONCURRENT_SUBMISSIONS)
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         observations = {}
-        with _nothing_there_yet(pilots):
+        with _ignore_missing_workdir(pilots):
             for word, rest in await self._bulk(
                 _stamps(pilots), [self._enter], lambda stamp: f"observe {stamp}", files=True
             ):
@@ -68,28 +66,26 @@ class SSHBackend(CEBackend[SSHSettings]):
                 try:
                     observations[stamp] = self._observation(stamp, word, detail)
                 except (TypeError, ValueError) as error:
-                    raise InvalidResponse(
-                        f"{self._host}: not what a host with a shell says: {one_line(rest)}"
-                    ) from error
+                    raise InvalidResponse(f"{self._host}: invalid response: {one_line(rest)}") from error
         return observations
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         before = [self._enter, f"now=$(date +%s) kill_after={self.settings.kill_after_seconds}"]
-        with _nothing_there_yet(pilots):
+        with _ignore_missing_workdir(pilots):
             await self._bulk(_stamps(pilots), before, lambda stamp: f"cancel {stamp}", files=True)
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         try:
-            asked = await self._bulk(
+            found = await self._bulk(
                 [pilot.stamp], [self._enter], lambda stamp: f"output {stamp} {OUTPUT_LIMIT_BYTES}"
             )
         except Refused as error:
-            if pilot.reference is not None:  # its file system may not be mounted
+            if pilot.reference is not None:  # the file system may not be mounted
                 raise
             raise OutputUnavailableError(pilot.stamp, str(error)) from error
-        records = dict(asked)
+        records = dict(found)
         if set(records) != {"stdout", "stderr"}:
-            raise OutputUnavailableError(pilot.stamp, "its directory is gone, or never was")
+            raise OutputUnavailableError(pilot.stamp, "its directory does not exist (any more)")
         return PilotOutput(records["stdout"], records["stderr"])
 
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
@@ -104,7 +100,9 @@ class SSHBackend(CEBackend[SSHSettings]):
     async def close(self) -> None:
         await self._shell.close()
 
-    async def _submit(self, vo: str, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+    async def _submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
+        """Submit pilots of one VO by one command."""
+        vo = pilots[0].vo
         stamps = [pilot.stamp for pilot in pilots]
         identities = {pilot.stamp: pilot.identity for pilot in pilots if pilot.identity is not None}
         script = executable_script(self.settings.script_of(vo) or PILOT_SCRIPT)
@@ -119,7 +117,6 @@ class SSHBackend(CEBackend[SSHSettings]):
         ]
 
         def line(stamp: str) -> str:
-            # On the standard input of the remote shell, as all of this is.
             secret = identities[stamp].secret if stamp in identities else ""
             return f"secret={quote(secret)}\nsubmit {stamp}"
 
@@ -128,22 +125,22 @@ class SSHBackend(CEBackend[SSHSettings]):
         except Refused as error:
             # Nothing was started by this call; an earlier one may have started the same stamps.
             return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}
-        outcomes = {
-            stamp: SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
+        outcomes: dict[str, SubmitOutcome | Exception] = {
+            stamp: InvalidResponse(f"{self._host}: no outcome of a submission")
+            if is_stamp(stamp)
+            else SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
             for stamp in stamps
-            if not is_stamp(stamp)
         }
         for word, rest in records:
             stamp, _, why = rest.partition(" ")
             if word == "unreadable":
-                raise CEUnavailableError(f"{self._host}: {one_line(why)}")
+                outcomes[stamp] = CEUnavailableError(f"{self._host}: {one_line(why)}")
+                continue
             refused = word == "refused"
             outcomes[stamp] = SubmitOutcome(
                 reference=None if refused else self._reference(stamp),
                 error=(one_line(why) or "the host gives no reason") if refused else None,
             )
-        if missing := set(stamps) - set(outcomes):
-            raise InvalidResponse(f"{self._host}: no word about {len(missing)} of {len(stamps)} submissions")
         return outcomes
 
     async def _bulk(
@@ -154,13 +151,13 @@ class SSHBackend(CEBackend[SSHSettings]):
         *,
         files: bool = False,
     ) -> list[tuple[str, str]]:
-        """The records of remote commands with one line for each stamp; without those that can be no directory.
+        """Run remote commands with one line per stamp, and return their records; invalid stamps are skipped.
 
-        With `files`, the small files of all of them are looked for at first.
+        With `files`, the commands begin with a search of the pilots' small files.
 
         Raises:
-            Refused: nothing at all has been done.
-            CEUnavailableError: no response to a command; what it did is not known.
+            Refused: nothing was done.
+            CEUnavailableError: no response to a command, which may have been run.
         """
         names = [stamp for stamp in stamps if is_stamp(stamp)]
         size = self.settings.pilots_per_command
@@ -168,10 +165,10 @@ class SSHBackend(CEBackend[SSHSettings]):
         records: list[tuple[str, str]] = []
         for batch in batches:
             found = [f"find_files {' '.join(batch)}"] if files else []
-            asked = command([*before, *found, *map(line, batch)])
-            answer = await self._shell.run(["/bin/sh", "-s"], stdin=asked.text)
+            request = command([*before, *found, *map(line, batch)])
+            answer = await self._shell.run(["/bin/sh", "-s"], stdin=request.text)
             try:
-                records += parse(answer, asked.mark, host=self._host)
+                records += parse(answer, request.mark, host=self._host)
             except Refused as error:
                 if batch is batches[0]:
                     raise
@@ -193,13 +190,13 @@ class SSHBackend(CEBackend[SSHSettings]):
             case "unreadable":
                 self.warn(f"{self._host}: {detail}")
             case "elsewhere":
-                reason = f"it runs on {one_line(detail)}, and another host answers as {self.settings.host}"
+                reason = f"it runs on {one_line(detail)}, but {self.settings.host} is another host now"
             case "restarted":
                 state, reason = Observed.FAILED, "the host was restarted while it ran"
             case "ended":
                 code, cancelled, line = detail.split(" ", 2)
                 number = None if code == "-" else int(code)
-                state, reason, _ = observed_end(
+                state, reason, _ = observation_of_exit(
                     number, cancelled=cancelled == "1", last_line=lambda: one_line(line)
                 )
         return Observation(state, reason, self._reference(stamp))
@@ -210,9 +207,8 @@ def _stamps(pilots: Iterable[PilotAtCE]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _nothing_there_yet(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
-    """Ignore a missing working directory: then there are no pilots. With known pilots nothing follows, for its
-    file system may not be mounted."""
+def _ignore_missing_workdir(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
+    """Ignore a missing working directory unless there are confirmed pilots: it may not be mounted then."""
     try:
         yield
     except Refused:

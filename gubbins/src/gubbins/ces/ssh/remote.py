@@ -1,4 +1,4 @@
-"""Build remote commands and parse their responses. Values are quoted here and nowhere else."""
+"""Remote commands: shell text with quoted values, and parser of their responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class InvalidResponse(CEUnavailableError):
-    """The response is incomplete, or not one of a shell."""
+    """The response is incomplete or invalid."""
 
 
 class Refused(CEUnavailableError):
@@ -26,14 +26,14 @@ class Refused(CEUnavailableError):
 
 
 class Command(NamedTuple):
-    """One remote command: the text for the standard input of `sh -s`, and the mark of its answers."""
+    """A remote command: text for the stdin of `sh -s`, and the mark of its records."""
 
     text: bytes
     mark: str
 
 
 def is_stamp(stamp: str) -> bool:
-    """True if the stamp is safe as the name of a directory."""
+    """True if the stamp is a safe name of a directory."""
     return _STAMP.fullmatch(stamp) is not None
 
 
@@ -43,9 +43,9 @@ def quote(value: str) -> str:
 
 
 def command(lines: Iterable[str]) -> Command:
-    """Lines of shell text which use the functions of `jobs.sh`.
+    """Make a command from lines of shell text, which use the functions of `jobs.sh`.
 
-    In braces: a shell reads them to their end before it runs anything, so what is cut off on its way does nothing.
+    In braces, so that truncated text runs nothing.
     """
     mark = secrets.token_hex(12)
     body = "\n".join([f"mark={mark}", _FUNCTIONS, *lines, "say end"])
@@ -53,21 +53,22 @@ def command(lines: Iterable[str]) -> Command:
 
 
 def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
-    """The records of an answer: the first word of each, and the rest, which may have many lines.
+    """Parse the records of a response: the first word, and the rest, which may have many lines.
 
     Raises:
-        InvalidResponse, Refused
+        Refused: the host refused the command.
+        InvalidResponse: the response is incomplete or invalid.
     """
     records = []
     for record in answer.stdout.split(f"\n{mark} ")[1:]:
         found = re.match(r"(\w+)[ \n]?(.*)", record, re.DOTALL)
-        word, rest = found.groups() if found else ("", record)
+        word, content = found.groups() if found else ("", record)
         if word == "failed":
-            raise Refused(f"{host}: {one_line(rest)}")
-        records.append((word, rest))
+            raise Refused(f"{host}: {one_line(content)}")
+        records.append((word, content))
     if not records or records.pop()[0] != "end":
-        said = one_line((answer.stderr.strip() or answer.stdout.strip())[-200:])
+        excerpt = one_line((answer.stderr.strip() or answer.stdout.strip())[-200:])
         raise InvalidResponse(
-            f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}"
+            f"{host}: not the answer of a shell (exit code {answer.returncode}): {excerpt or 'nothing'}"
         )
     return records

@@ -1,4 +1,4 @@
-"""Settings of a host with a shell, and of the pilots that run there."""
+"""Settings of the back end `ssh`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from gubbins.ces.transports.ssh import SSHHost
 
 
 class SSHSettings(SSHHost, PilotSettings):
-    """Settings of a compute element that is a host with a shell."""
+    """Settings of a compute element that is a Linux host."""
 
     workdir: Text = Field(
         default="",
-        description="Where the pilots' directories are, from the home directory if not absolute; "
+        description="Directory of the pilots' directories, relative to the home directory; "
         "default .local/state/gubbins/<CE name>.",
     )
     default_script: DefaultScript = None
     kill_after_seconds: int = Field(
-        default=10, ge=0, description="A cancelled pilot that ignores SIGTERM is killed."
+        default=10, ge=0, description="Time from SIGTERM to SIGKILL for a cancelled pilot."
     )
     keep_days: KeepDays = 7
     start_seconds: StartSeconds = 60

@@ -1,4 +1,4 @@
-"""Frame the answer of a command between marks: what log-in scripts, banners and wrappers print is none of it."""
+"""Framing of remote commands: marks around their output separate it from that of log-in scripts and wrappers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
 SHELL = "/bin/sh -s"
-"""The command line that takes a framed command on its standard input; csh and others take it as it is."""
+"""Command line that reads a framed command from its standard input, in any shell of the user."""
 
 
-def framed(argv: Sequence[str], stdin: bytes, environment: Mapping[str, str], mark: str) -> bytes:
-    """A command with its input, as input of `SHELL`; a line of the input that has no end gets one.
+def frame_command(argv: Sequence[str], stdin: bytes, environment: Mapping[str, str], mark: str) -> bytes:
+    """Make the input of `SHELL` from a command and its input, which gets a final newline.
 
-    In braces: a shell reads them to their end before it runs anything, so what is cut off on its way does nothing.
+    In braces, which a shell reads completely before it runs anything: truncated input runs nothing.
     """
     exports = "".join(f"{name}={shlex.quote(value)} export {name}\n" for name, value in environment.items())
     begin = f"printf '\\n%s\\n' {mark}"
@@ -29,16 +29,16 @@ def framed(argv: Sequence[str], stdin: bytes, environment: Mapping[str, str], ma
     return head.encode(errors="replace") + stdin + line_end + tail.encode()
 
 
-def unframed(answer: Completed, mark: str, *, host: str) -> Completed:
-    """The answer of a framed command alone.
+def extract_response(answer: Completed, mark: str, *, host: str) -> Completed:
+    """Extract the result of a framed command.
 
     Raises:
-        CEUnavailableError: it is not there, or not all of it: the command may or may not have been run.
+        CEUnavailableError: it is missing or incomplete: the command may or may not have been run.
     """
     found = re.search(rf"\n{mark}\n(.*)\n{mark} (\d+)\n", f"\n{answer.stdout}", re.DOTALL)
     if found is None:
-        said = one_line((answer.stderr.strip() or answer.stdout.strip()).replace(mark, "")[-200:])
+        excerpt = one_line((answer.stderr.strip() or answer.stdout.strip()).replace(mark, "")[-200:])
         raise CEUnavailableError(
-            f"{host}: not the answer of a shell (exit code {answer.returncode}): {said or 'nothing'}"
+            f"{host}: not the answer of a shell (exit code {answer.returncode}): {excerpt or 'nothing'}"
         )
     return Completed(int(found[2]), found[1], f"\n{answer.stderr}".rpartition(f"\n{mark}\n")[2])

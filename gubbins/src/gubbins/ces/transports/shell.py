@@ -1,4 +1,4 @@
-"""Run commands on this host, with time-outs; a command that does not end is killed with its children."""
+"""Execution of commands on this host, with time-outs that kill a command with its children."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import IO, NamedTuple, Protocol, Self
 from gubbins.domain.exceptions import CEUnavailableError
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""Limit of the output of a command, on stdout and on stderr."""
+"""Limit of stdout, and of stderr, of a command."""
 
-# Not everything: the worker's environment holds the passwords of its databases.
+# The environment of a worker contains passwords of databases.
 _INHERITED = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER")
 
 
 def inherited_environment() -> dict[str, str]:
-    """The variables of the worker's environment that commands and pilots may see."""
+    """Variables of the worker's environment that are passed to commands and pilots."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ}
 
 
@@ -32,27 +32,26 @@ class Completed(NamedTuple):
 
 
 class Shell(Protocol):
-    """A place where commands can be run."""
+    """Executor of commands, local or remote."""
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
         """Run a command to its end, with any exit code; `timeout` in seconds.
 
         Raises:
-            CEUnavailableError: it could not be started, has not ended in time, or writes more than
-                `MAX_ANSWER_BYTES`.
+            CEUnavailableError: it could not be started, did not end in time, or has too much output.
         """
         ...
 
     async def close(self) -> None:
-        """Give back what it takes to get there."""
+        """Close the connection."""
         ...
 
 
 class LocalShell:
-    """Runs commands on this host, each as the leader of a session of its own.
+    """Runs commands on this host, each in a session of its own.
 
     Args:
-        environment: all that the commands get to see; left out: what `inherited_environment` says.
+        environment: complete environment of the commands; default: `inherited_environment`.
         max_bytes: limit of stdout, and of stderr.
     """
 
@@ -79,8 +78,7 @@ class LocalShell:
                     ended = group.create_task(process.wait())
                     output = [group.create_task(pipe.read()) for pipe in (out, err)]
             except BaseException as error:
-                # With all that it has started. The group is there: its leader has not been waited for, or others
-                # of it hold the pipes.
+                # The whole process group, which exists: its leader was not waited for, or others hold the pipes.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
@@ -96,10 +94,10 @@ class LocalShell:
 
 
 class _Pipe:
-    """Pipe for the output of a command, the same in each event loop.
+    """Pipe for the output of a command, independent of the event loop.
 
-    The pipes of uvloop are sockets: a script could not open /dev/stderr. With pipes of asyncio, waiting for a
-    process includes waiting for them, and a daemon that the command has started may hold them for days.
+    Pipes of uvloop are sockets, so that scripts cannot open /dev/stderr. With pipes of asyncio, waiting for a
+    process includes waiting for its pipes, which a daemon that it started may hold for days.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -144,8 +142,7 @@ class _Pipe:
 
 
 def _input(data: bytes) -> IO[bytes]:
-    """A file in memory for a command to read. With a pipe, a command that closes its input early would fail the
-    write, with an error that differs between event loops."""
+    """Make a file in memory: writing to a pipe would fail if the command closes its input early."""
     file = os.fdopen(os.memfd_create("stdin"), "wb")
     file.write(data)
     file.seek(0)

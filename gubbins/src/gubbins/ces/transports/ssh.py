@@ -1,4 +1,4 @@
-"""Run commands on a host through SSH, on one connection with a verified host key."""
+"""Execution of commands through SSH, on one connection with a verified host key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from gubbins.ces.protocol import CESettings
-from gubbins.ces.transports.framing import SHELL, framed, unframed
+from gubbins.ces.transports.framing import SHELL, extract_response, frame_command
 from gubbins.ces.transports.shell import MAX_ANSWER_BYTES, Completed
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     import asyncssh
 
 _KEEPALIVE_SECONDS = 10
-_SESSION_SECONDS = 0.1  # before a host that had no session left is asked again
+_SESSION_SECONDS = 0.1  # retry interval if all sessions are in use
 
 
-def _our_path(path: Path) -> Path:
+def _absolute_or_home(path: Path) -> Path:
     path = path.expanduser()
-    # Workers are started from anywhere, and must find the same file.
+    # Independent of the working directory of a worker.
     if not path.is_absolute():
         raise ValueError("must be an absolute path, or begin with ~")
     return path
 
 
-OurPath = Annotated[Path, AfterValidator(_our_path)]
+LocalPath = Annotated[Path, AfterValidator(_absolute_or_home)]
 
 
 class SSHHost(CESettings):
-    """A host that is reached through SSH. There is no password here, and no way to give one."""
+    """Settings of an SSH host. Passwords are not supported."""
 
     host: str = Field(
         pattern=r"^[A-Za-z0-9_:][A-Za-z0-9_.:-]*$",
@@ -47,49 +47,51 @@ class SSHHost(CESettings):
     username: str | None = Field(
         default=None, pattern=r"^[^\s\x00-\x1f-][^\s\x00-\x1f]*$", description="Default: the worker's own."
     )
-    known_hosts: OurPath = Field(
+    known_hosts: LocalPath = Field(
         default=Path("~/.ssh/known_hosts"),
         validate_default=True,
-        description="File with the host keys to believe, as OpenSSH has it.",
+        description="File with trusted host keys, in the format of OpenSSH.",
     )
-    client_keys: tuple[OurPath, ...] = Field(
+    client_keys: tuple[LocalPath, ...] = Field(
         default=(),
         description="Private key files without a passphrase; default: the keys of the agent and ~/.ssh/id_*.",
     )
-    agent_socket: OurPath | None = Field(
+    agent_socket: LocalPath | None = Field(
         default=None, description="Socket of an SSH agent; default: SSH_AUTH_SOCK, unless there are `client_keys`."
     )
-    ssh_config: OurPath | None = Field(
+    ssh_config: LocalPath | None = Field(
         default=None,
-        description="File of OpenSSH's client settings, for what is not set here: HostName, Port, User, "
-        "IdentityFile, ProxyJump, ProxyCommand…; default: none is read.",
+        description="Client configuration of OpenSSH, for settings that are not given here: HostName, Port, User, "
+        "IdentityFile, ProxyJump, ProxyCommand…; default: none.",
     )
     jump: SSHHost | None = Field(
         default=None,
-        description="Host to go through, with its own `host`, `username`, `known_hosts`…, and perhaps a `jump`.",
+        description="Jump host, with its own `host`, `username`, `known_hosts`…, and possibly a `jump`.",
     )
     connect_timeout_seconds: float = Field(
-        default=15, gt=0, le=60, description="For the connection and the log-in together."
+        default=15, gt=0, le=60, description="Time limit of connection and log-in together."
     )
-    command_timeout_seconds: float = Field(default=40, gt=0, le=600, description="For one remote command.")
+    command_timeout_seconds: float = Field(
+        default=40, gt=0, le=600, description="Time limit of one remote command."
+    )
     max_sessions: int = Field(
-        default=4, ge=1, le=100, description="Remote commands at once; sshd's MaxSessions is 10 by default."
+        default=4, ge=1, le=100, description="Concurrent remote commands; sshd's MaxSessions is 10 by default."
     )
 
 
 class SSHError(CEUnavailableError):
-    """The command could not be run: no connection, wrong host key, no response in time."""
+    """A remote command failed: no connection, wrong host key, no response in time."""
 
 
 class SSHShell:
-    """Runs commands on one host; the same as a `LocalShell` otherwise.
+    """Runs commands on a remote host; see `Shell`.
 
-    The connection is made by the first command and made anew by the first one after it was lost. A command is
-    never run twice. Needs the extra `ssh` of this distribution.
+    The first command opens the connection; after it was lost, the next command opens a new one. A command is never
+    repeated. Needs the extra `ssh` of this distribution.
 
     Args:
-        host: where, and as whom.
-        environment: added to what the commands see there.
+        host: settings of the host.
+        environment: additional environment variables of the commands.
         max_bytes: limit of stdout, and of stderr.
     """
 
@@ -108,31 +110,31 @@ class SSHShell:
         self._sessions = asyncio.Semaphore(host.max_sessions)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float | None = None) -> Completed:
-        """Run a command by `/bin/sh` there, whatever the user's shell is and prints.
+        """Run a command by `/bin/sh` of the host, independent of the user's shell and its output.
 
-        `timeout` is in seconds, the connection not included; default `command_timeout_seconds`. After it, the
-        command is no longer listened to; whether it goes on is the host's affair.
+        `timeout` is in seconds, without the connection; default `command_timeout_seconds`. The host may continue
+        the command after it.
 
         Raises:
-            SSHError: it may or may not have been run; only a `Completed` says that it was.
+            SSHError: the command may or may not have been run.
         """
         asyncssh = _asyncssh()
         timeout = self._host.command_timeout_seconds if timeout is None else timeout
         mark = secrets.token_hex(12)
-        text = framed(argv, stdin, self._environment, mark)
+        text = frame_command(argv, stdin, self._environment, mark)
         async with self._sessions:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(timeout):
                     answer = await _run(connection, SHELL, text, self._max_bytes)
-                return unframed(answer, mark, host=self._name)
+                return extract_response(answer, mark, host=self._name)
             except TimeoutError as error:
                 raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
                 raise SSHError(f"{self._name}: {one_line(error)} while {argv[0]} was running") from error
 
     async def close(self) -> None:
-        """Give back the connection. It is not waited for a host that does not answer."""
+        """Close the connection, or abort it if the host does not respond."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -149,7 +151,7 @@ class SSHShell:
         return f"{self._host.host}:{self._host.port}"
 
     async def _connected(self) -> asyncssh.SSHClientConnection:
-        async with self._connecting:  # all commands of a bulk call begin together, and there is one connection
+        async with self._connecting:  # concurrent commands share one connection
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
             return self._connection
@@ -181,7 +183,7 @@ class SSHShell:
                 host.host,
                 client_factory=Client,
                 known_hosts=known_hosts,
-                # These settings say everything, and no file that they do not name changes it.
+                # Never the configuration files of the worker's user.
                 config=None if host.ssh_config is None else [str(host.ssh_config)],
                 tunnel=tunnel or (),
                 preferred_auth=["publickey"],
@@ -198,12 +200,12 @@ class SSHShell:
                 except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
                     if not self._known_keys(known_hosts):
                         raise
-                    # The host may have no key of the known kinds: connect once more to learn its key.
+                    # The host may have no key of the known types: connect again to learn its key.
                     return await connect(server_host_key_algs="default")
         except TimeoutError as error:
             raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
         except asyncssh.HostKeyNotVerifiable as error:
-            raise SSHError(self._not_believed(known_hosts, seen, error)) from error
+            raise SSHError(self._host_key_error(known_hosts, seen, error)) from error
         except asyncssh.PermissionDenied as error:
             keys = ", ".join(map(str, host.client_keys)) or "the agent's, ~/.ssh/id_*"
             user = host.username or "the worker's user name"
@@ -223,28 +225,33 @@ class SSHShell:
 
         path = self._host.known_hosts
         try:
-            return asyncssh.read_known_hosts(str(path))
+            lines = path.read_text(errors="replace").splitlines()
         except FileNotFoundError:
-            return asyncssh.import_known_hosts("")  # no host is known; the error will name the file
-        except (OSError, ValueError) as error:
+            lines = []
+        except OSError as error:
             raise SSHError(f"cannot read the known hosts in {path}: {error}") from error
+        known_hosts = asyncssh.SSHKnownHosts()
+        for line in lines:
+            with contextlib.suppress(ValueError):  # OpenSSH also skips an invalid line
+                known_hosts.load(line)
+        return known_hosts
 
     def _known_keys(self, known_hosts: asyncssh.SSHKnownHosts) -> Sequence[asyncssh.SSHKey]:
         port = None if self._host.port == 22 else self._host.port
         return known_hosts.match(self._host.host, "", port)[0]
 
-    def _not_believed(
+    def _host_key_error(
         self, known_hosts: asyncssh.SSHKnownHosts, seen: Sequence[asyncssh.SSHKey], error: Exception
     ) -> str:
         host, path = self._host, self._host.known_hosts
         if not seen:
             name = self._name if host.ssh_config is None else f"{self._name}, or a host on the way to it,"
-            return f"{name} is not who it should be, by {host.ssh_config or path}: {error}"
+            return f"cannot verify the host key of {name} with {host.ssh_config or path}: {error}"
         has = f"{self._name} has the host key {seen[0].get_fingerprint()}"
         entry = host.host if host.port == 22 else f"[{host.host}]:{host.port}"
         if self._known_keys(known_hosts):
             return (
-                f"{has}, which is not the one in {path}: the host was set up anew, or it is another one. "
+                f"{has}, which is not the one in {path}: the host was reinstalled, or it is another one. "
                 f"When its operator confirms the key: ssh-keygen -R '{entry}' -f {path}, and add the new one"
             )
         return (
@@ -259,7 +266,7 @@ def _asyncssh() -> Any:
     except ModuleNotFoundError as error:
         raise SSHError("SSH is not installed here: pip install 'gubbins-pilots[ssh]'") from error
     if (logger := logging.getLogger("asyncssh")).level == logging.NOTSET:
-        logger.setLevel(logging.WARNING)  # it tells of every connection and every command
+        logger.setLevel(logging.WARNING)  # it logs every connection and command
     return asyncssh
 
 
@@ -268,7 +275,7 @@ async def _run(connection: asyncssh.SSHClientConnection, command: str, stdin: by
     try:
 
         async def feed() -> None:
-            # A command that closes its input early may still have a response.
+            # A command may close its input early.
             with contextlib.suppress(BrokenPipeError, ConnectionError):
                 process.stdin.write(stdin)
                 await process.stdin.drain()
@@ -294,7 +301,7 @@ async def _open(connection: asyncssh.SSHClientConnection, command: str) -> async
         except asyncssh.ChannelOpenError:
             if connection.is_closed():
                 raise
-            # All its sessions are in use, or one that has ended is still being cleared away. Nothing was run.
+            # All sessions are in use. Nothing was run.
             await asyncio.sleep(_SESSION_SECONDS)
 
 

@@ -1,6 +1,6 @@
-"""Bearer tokens: from files that others renew, or from an identity provider, fetched and renewed in time.
+"""Bearer tokens, from files that are renewed externally, or from an identity provider with renewal.
 
-Everything here may block; back ends call it in a thread.
+All functions may block; back ends call them in a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator
@@ -28,12 +28,12 @@ from gubbins.domain.text import one_line
 _MAX_TOKEN_BYTES = 64 * 1024
 _FETCH_SECONDS = 20
 _RENEW_AT = 2 / 3
-"""Part of its life after which a token is renewed."""
+"""Fraction of its lifetime after which a token is renewed."""
 _PAUSE_SECONDS = 30
-"""Time before a renewal that failed is tried again, while the token still holds."""
-_UNKNOWN_LIFE_SECONDS = 300
-"""A token is taken to live so long that says nothing of its end."""
-_MOST_TOKENS = 1_000
+"""Retry interval of a failed renewal, while the token is valid."""
+_DEFAULT_LIFETIME_SECONDS = 300
+"""Assumed lifetime of a token without an expiry time."""
+_MAX_TOKENS = 1_000
 
 _Text = Annotated[str, Field(min_length=1, max_length=2_000, pattern=r"^[^\x00-\x1f]+$")]
 
@@ -43,18 +43,13 @@ class CredentialsError(CEUnavailableError):
 
 
 def read_token(path: Path) -> str:
-    """The token in a file.
+    """Read a token from a file.
 
     Raises:
-        CredentialsError: there is none, or it says of itself that it has expired.
+        CredentialsError: there is no token, or it has expired.
     """
-    try:
-        with path.open("rb") as file:
-            token = file.read(_MAX_TOKEN_BYTES + 1).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        words = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
-        raise CredentialsError(f"cannot read the token in {path}: {words}") from error
-    if not token or len(token) > _MAX_TOKEN_BYTES or not token.isprintable() or " " in token:
+    token = _read_text(path, "token")
+    if not _is_token(token):
         raise CredentialsError(f"{path} does not hold a token")
     expires_at = expiry_of_token(token)
     if expires_at is not None and expires_at <= datetime.now(tz=UTC):
@@ -62,8 +57,27 @@ def read_token(path: Path) -> str:
     return token
 
 
+def _read_text(path: Path, kind: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_TOKEN_BYTES + 1).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
+        raise CredentialsError(f"cannot read the {kind} in {path}: {reason}") from error
+
+
+def _is_token(token: object) -> TypeGuard[str]:
+    return (
+        isinstance(token, str)
+        and 0 < len(token) <= _MAX_TOKEN_BYTES
+        and token.isascii()
+        and token.isprintable()
+        and " " not in token
+    )
+
+
 def expiry_of_token(token: str) -> datetime | None:
-    """Expiry time in a JSON web token; only a hint, for the CE verifies the token."""
+    """Read the expiry time of a JSON web token, without verification."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -73,20 +87,20 @@ def expiry_of_token(token: str) -> datetime | None:
 
 
 class TokenIssuer(CESettings):
-    """An identity provider (OpenID Connect) that gives a VO's tokens by the client-credentials grant."""
+    """Identity provider (OpenID Connect) that issues tokens by the client-credentials grant."""
 
-    issuer: str = Field(description="The provider: https://iam.example.org/, as its tokens name it.")
-    client_id: _Text = Field(description="The client that the provider knows.")
-    client_secret: AbsolutePath = Field(description="File of its secret, read for each request of a token.")
+    issuer: str = Field(description="URL of the provider, as in its tokens: https://iam.example.org/.")
+    client_id: _Text = Field(description="Id of the client.")
+    client_secret: AbsolutePath = Field(description="File with the client secret, read for each request.")
     scope: _Text = Field(
         default="compute.read compute.modify compute.create compute.cancel",
-        description="What the token is to allow, in the terms of the WLCG profile.",
+        description="Scopes of the token, of the WLCG profile.",
     )
     audience: _Text | None = Field(
-        default=None, description="For whom the token is: the compute element, as it names itself."
+        default=None, description="Audience of the token: the name of the compute element."
     )
     ca: AbsolutePath | None = Field(
-        default=None, description="File (PEM) of the CAs that the provider may be of; default: the system's."
+        default=None, description="File (PEM) with trusted CAs of the provider; default: those of the system."
     )
 
     @field_validator("issuer")
@@ -100,8 +114,8 @@ class TokenIssuer(CESettings):
 
 TokenSource = Annotated[
     Annotated[AbsolutePath, Tag("file")] | Annotated[TokenIssuer, Tag("issuer")],
-    # One of both is meant, so that a mistake is told once.
-    Discriminator(lambda given: "issuer" if isinstance(given, Mapping | TokenIssuer) else "file"),
+    # So that an error is reported for one of both only.
+    Discriminator(lambda value: "issuer" if isinstance(value, Mapping | TokenIssuer) else "file"),
 ]
 """Source of a token: a file, or an identity provider."""
 
@@ -109,8 +123,8 @@ TokenSource = Annotated[
 @dataclass(frozen=True, slots=True)
 class _Fetched:
     token: str
-    renew_at: float  # by time.monotonic, as the other
-    ends_at: float
+    renew_at: float  # time.monotonic()
+    ends_at: float  # time.monotonic()
 
 
 _fetched: dict[TokenIssuer, _Fetched] = {}
@@ -119,13 +133,13 @@ _guard = threading.Lock()
 
 
 def bearer_token(source: Path | TokenIssuer) -> str:
-    """The token in a file, or one of an identity provider.
+    """Get a token from a file, or a cached one of an identity provider.
 
-    The latter is kept until two thirds of its life have passed, and renewed by one caller while others use it. A
-    provider that is away is noticed when the token has ended.
+    A token is renewed after two thirds of its lifetime by one caller, while others use the old one. An unavailable
+    provider is an error only when the token has expired.
 
     Raises:
-        CredentialsError: there is none.
+        CredentialsError: there is no token.
     """
     if isinstance(source, Path):
         return read_token(source)
@@ -133,14 +147,14 @@ def bearer_token(source: Path | TokenIssuer) -> str:
     if known is not None and time.monotonic() < known.renew_at:
         return known.token
     with _guard:
-        if len(_fetching) > _MOST_TOKENS:
+        if len(_fetching) > _MAX_TOKENS:
             _fetching.clear()
             _fetched.clear()
         lock = _fetching.setdefault(source, threading.Lock())
     usable = known is not None and time.monotonic() < known.ends_at
     if not lock.acquire(blocking=not usable):
         assert known is not None
-        return known.token  # another renews it
+        return known.token  # another caller renews it
     try:
         known = _fetched.get(source)
         now = time.monotonic()
@@ -160,15 +174,11 @@ def bearer_token(source: Path | TokenIssuer) -> str:
 def _fetch(source: TokenIssuer) -> _Fetched:
     import httpx
 
-    try:
-        secret = source.client_secret.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        words = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text"
-        raise CredentialsError(f"cannot read the secret in {source.client_secret}: {words}") from error
+    secret = _read_text(source.client_secret, "secret")
     before = time.monotonic()
     try:
         context = ssl.create_default_context(cafile=None if source.ca is None else str(source.ca))
-        # Nothing is followed or taken from the environment: the secret is for this provider alone.
+        # No redirects and no proxies of the environment: the secret is for this provider only.
         with httpx.Client(verify=context, timeout=_FETCH_SECONDS, trust_env=False) as client:
             found = _json(client, "GET", f"{source.issuer.rstrip('/')}/.well-known/openid-configuration")
             endpoint = found.get("token_endpoint")
@@ -178,32 +188,29 @@ def _fetch(source: TokenIssuer) -> _Fetched:
             if source.audience is not None:
                 form |= {"audience": source.audience}
                 if "://" in source.audience:
-                    form |= {"resource": source.audience}  # RFC 8707: other providers know it by that name
+                    form |= {"resource": source.audience}  # the name in RFC 8707
             answer = _json(client, "POST", endpoint, data=form, auth=httpx.BasicAuth(source.client_id, secret))
     except (OSError, ssl.SSLError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise CredentialsError(
             f"{source.issuer} gives no token: {one_line(error) or type(error).__name__}"
         ) from error
     token = answer.get("access_token")
-    if (
-        not isinstance(token, str)
-        or not 0 < len(token) <= _MAX_TOKEN_BYTES
-        or not token.isprintable()
-        or " " in token
-    ):
+    if not _is_token(token):
         raise CredentialsError(f"{source.issuer} answers without a token")
-    life = answer.get("expires_in")
-    if not isinstance(life, int | float) or not 0 < life < 1e9:
+    lifetime = answer.get("expires_in")
+    if not isinstance(lifetime, int | float) or not 0 < lifetime < 1e9:
         ends_at = expiry_of_token(token)
-        life = _UNKNOWN_LIFE_SECONDS if ends_at is None else (ends_at - datetime.now(tz=UTC)).total_seconds()
-    return _Fetched(token, before + _RENEW_AT * life, before + life)
+        lifetime = _DEFAULT_LIFETIME_SECONDS
+        if ends_at is not None:
+            lifetime = (ends_at - datetime.now(tz=UTC)).total_seconds()
+    return _Fetched(token, before + _RENEW_AT * lifetime, before + lifetime)
 
 
 def _json(client: Any, method: str, url: str, **request: Any) -> dict[str, Any]:
-    """The answer of the provider, an object.
+    """Request a JSON object from the provider.
 
     Raises:
-        CredentialsError: it refuses, or answers with something else. The secret is never in the message.
+        CredentialsError: an error, or another kind of response. The message never contains the secret.
     """
     with client.stream(method, url, **request) as response:
         body = b""
@@ -216,6 +223,8 @@ def _json(client: Any, method: str, url: str, **request: Any) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if response.status_code != 200 or not isinstance(answer, dict):
-        said = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else None
-        raise CredentialsError(f"{url} answers {response.status_code}{f': {one_line(said, 200)}' if said else ''}")
+        message = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else None
+        raise CredentialsError(
+            f"{url} answers {response.status_code}{f': {one_line(message, 200)}' if message else ''}"
+        )
     return answer

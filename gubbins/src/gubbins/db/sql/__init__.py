@@ -1,4 +1,4 @@
-"""The SQL database of the pilot system: compute elements, pilots and every step they made."""
+"""SQL database of the pilot system: compute elements, pilots and their history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circuit breakers of compute elements, shared by all workers."""
+"""Circuit breakers of compute elements, shared by all workers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class CircuitsMixin(PilotSession):
 
     @transaction
     async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
-        """Acquire the right to make such a call now.
+        """Acquire permission for a call; True: granted.
 
-        Of a half-open circuit one caller at a time gets True and makes the probe; the others wait for its result,
-        or for `probe_seconds`, after which the caller is taken for dead.
+        Of a half-open circuit one caller at a time may make the probe, which expires after `probe_seconds`.
         """
         now = clock.now()
         await self.lock_ces([ce_name])
@@ -59,14 +58,14 @@ class CircuitsMixin(PilotSession):
         pause_seconds: float,
         max_pause_seconds: float,
     ) -> Circuit:
-        """Note that a call did not work, and return its circuit.
+        """Record a failed call, and return its circuit.
 
-        After `failures` of them, one after the other, there is a pause, twice as long after each probe that
-        fails. Calls that were under way when the circuit opened say nothing new: they do not prolong it.
+        The circuit opens after `failures` consecutive ones; each failed probe doubles the pause. Failures of calls
+        that were running when the circuit opened do not prolong the pause.
         """
         now = clock.now()
         message = message[:MAX_REASON_CHARS]
-        # One after the other, and for the compute element to exist until this is written.
+        # Locks the compute element.
         known = await self.conn.execute(
             update(ComputeElements)
             .where(ComputeElements.name == ce_name)
@@ -93,14 +92,14 @@ class CircuitsMixin(PilotSession):
 
     @transaction
     async def record_success(self, ce_name: str, call: CECall) -> None:
-        """Note that a call worked: its circuit is closed, and what it complained about is over."""
+        """Record a successful call: close its circuit, and clear its error."""
         await self.lock_ces([ce_name])
         await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call))
         await restore_last_error(self.conn, ce_name)
 
 
 async def read_circuits(conn: AsyncConnection, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
-    """The circuits (of one compute element, or of all) that have seen a failure since the last success."""
+    """Read the circuits (of one compute element, or all) with failures since the last success."""
     statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
     if ce_name is not None:
         statement = statement.where(CECircuits.ce_name == ce_name)
@@ -108,14 +107,14 @@ async def read_circuits(conn: AsyncConnection, ce_name: str | None = None) -> di
 
 
 async def delete_circuits(conn: AsyncConnection, ce_name: str) -> None:
-    """Close all circuits of a compute element, and forget its quota and which of its pilots went missing."""
+    """Close all circuits of a compute element, and reset its quota and count of missing pilots."""
     await conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
-    fresh = update(ComputeElements).where(ComputeElements.name == ce_name)
-    await conn.execute(fresh.values(missing_in_row=None, quota=None, quota_at=None))
+    statement = update(ComputeElements).where(ComputeElements.name == ce_name)
+    await conn.execute(statement.values(never_seen=None, quota=None, quota_at=None))
 
 
 async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:
-    """Take the last error of a compute element from the circuits which still have one."""
+    """Set the last error of a compute element to the latest one of its circuits."""
     latest: Any = (
         await conn.execute(
             select(CECircuits.last_error, CECircuits.last_error_at)

@@ -1,4 +1,4 @@
-"""Compute elements: what exists, and how full it is."""
+"""Compute elements and their occupancy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import case, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from gubbins.domain import clock
@@ -18,7 +18,7 @@ from gubbins.domain.rules import serves
 
 from .circuits import delete_circuits, read_circuits, restore_last_error
 from .downtimes import DowntimesMixin
-from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots
+from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots, count_active_at
 
 _SELECT_CE = SELECT_CE.add_columns(
     select(func.count())
@@ -52,9 +52,9 @@ class ComputeElementsMixin(DowntimesMixin):
             success_rate: reliability, 0.0-1.0.
             enabled: whether it takes new pilots.
             backend: entry point in the group `gubbins.ces`.
-            settings: for that back end; validated by the logic layer, not here.
-            vos: the VOs it serves; None: all.
-            rules: what is not as by default; validated by the logic layer, not here.
+            settings: settings of the back end; the logic layer validates them.
+            vos: VOs that it serves; None: all.
+            rules: rules other than the defaults; the logic layer validates them.
 
         Raises:
             CEExistsError: the name is taken.
@@ -74,7 +74,7 @@ class ComputeElementsMixin(DowntimesMixin):
             "created_at": now,
             "updated_at": now,
         }
-        # An UPDATE first: SQLite would end its transaction with a savepoint that it begins with.
+        # The UPDATE begins the transaction, which SQLite would end with the savepoint otherwise.
         if await self.lock_ces([name]):
             raise CEExistsError(name)
         try:
@@ -96,10 +96,9 @@ class ComputeElementsMixin(DowntimesMixin):
         vos: Sequence[str] | None = None,
         rules: Mapping[str, Any] | None = None,
     ) -> Literal["created", "updated", "unchanged"]:
-        """Make a compute element be like this, whether it exists or not; arguments as for `add_ce`.
+        """Create or update a compute element; arguments as for `add_ce`.
 
-        `enabled=None` leaves an existing one as it is (an operator may have closed it) and opens a new one.
-        One that is changed gets its circuits closed: what was wrong may have been mended.
+        `enabled=None` enables a new one, and does not change an existing one. A change closes its circuits.
         """
         _check_range(capacity, success_rate)
         wanted: dict[str, Any] = {
@@ -129,12 +128,12 @@ class ComputeElementsMixin(DowntimesMixin):
 
     @transaction
     async def set_ce_enabled(self, name: str, enabled: bool) -> bool:
-        """Open or close a compute element for new pilots; True when that changed something.
+        """Enable or disable a compute element for new pilots; False: no change.
 
-        Either lifts a ban. Opening it closes its circuits as well: its next calls are made at once.
+        Both lift a ban. Enabling also closes its circuits. Pilots of a disabled compute element are still polled.
 
         Raises:
-            UnknownCEError: there is none of that name.
+            UnknownCEError: there is no such compute element.
         """
         if not await self.lock_ces([name]):
             raise UnknownCEError(name)
@@ -153,10 +152,10 @@ class ComputeElementsMixin(DowntimesMixin):
 
     @transaction
     async def ban_ce(self, name: str, *, reason: str | None) -> bool:
-        """Leave a compute element alone altogether; True when it was not banned before.
+        """Ban a compute element from submissions and polls; False: it was banned before.
 
         Raises:
-            UnknownCEError: there is none of that name.
+            UnknownCEError: there is no such compute element.
         """
         now = clock.now()
         if not await self.lock_ces([name]):
@@ -175,22 +174,21 @@ class ComputeElementsMixin(DowntimesMixin):
 
     @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
-        """One compute element, all its fields, with its `circuits`, how many pilots are `missing`, and its
-        `downtime`: the one that it is in, or drained for; None: there is none.
+        """Get one compute element with its `circuits`, number of `missing` pilots, and current `downtime`.
 
         Raises:
-            UnknownCEError: there is none of that name.
+            UnknownCEError: there is no such compute element.
         """
         row = (await self.conn.execute(_SELECT_CE.where(ComputeElements.name == name))).one_or_none()
         if row is None:
             raise UnknownCEError(name)
-        name = row.name  # which may be the beginning of the one that was asked for
+        name = row.name  # a too long name matches its beginning
         circuits, downtimes = await read_circuits(self.conn, name), await self._downtimes(name)
         return {**row._mapping, "circuits": _circuits_of(name, circuits), "downtime": downtimes.get(name)}
 
     @transaction
     async def get_ces(self) -> list[dict[str, Any]]:
-        """Every compute element, by name: as `get_ce` has it."""
+        """List all compute elements by name, each as `get_ce`."""
         rows = (await self.conn.execute(_SELECT_CE.order_by(ComputeElements.name))).all()
         circuits, downtimes = await read_circuits(self.conn), await self._downtimes()
         return [
@@ -201,29 +199,21 @@ class ComputeElementsMixin(DowntimesMixin):
     async def _downtimes(self, name: str | None = None) -> dict[str, Downtime]:
         now = clock.now()
         found = await self.get_downtimes(ends_after=now, ce_name=name)
-        # Of several the one that ends last.
-        last = sorted((each for each in found if each.drain_from <= now), key=lambda each: each.ends_at)
-        return {each.ce_name: each for each in last}
+        current = sorted((each for each in found if each.drain_from <= now), key=lambda each: each.ends_at)
+        return {each.ce_name: each for each in current}  # of several the one that ends last
 
     @transaction
     async def list_ces(self, *, vo: str | None) -> list[dict[str, Any]]:
-        """Every compute element that serves the VO (None: every one), by name.
+        """List compute elements (of one VO, or all) by name, as `get_ce`, with `active` and `available_slots`.
 
-        Beside its fields each has `circuits`, `active` (pilots of all VOs that hold a slot) and
-        `available_slots`.
+        `active` is the number of active pilots of all VOs.
         """
-        # One by one, for to count all active pilots at once SQLite reads those that have ended as well.
-        taken = (
-            select(func.count())
-            .select_from(Pilots)
-            .where(Pilots.ce_name == ComputeElements.name, Pilots.status.in_(ACTIVE))
-            .scalar_subquery()
-        )
-        statement = select(ComputeElements.name, taken)
+        # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
+        statement = select(ComputeElements.name, count_active_at(ComputeElements.name).scalar_subquery())
         ces = await self.get_ces()
         active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}
         return [
-            # Never below zero: a capacity may be lowered while more pilots are on their way.
+            # Not negative, although the capacity may have been lowered.
             {
                 **ce,
                 "active": active.get(ce["name"], 0),
@@ -234,39 +224,35 @@ class ComputeElementsMixin(DowntimesMixin):
         ]
 
     @transaction
-    async def holds_pilots(self, name: str, *, lock: bool = False) -> bool:
-        """True if any slot of the compute element is taken, by any VO.
-
-        With `lock`, no other transaction reserves one there until this one ends.
-        """
-        taken = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
+    async def has_active_pilots(self, name: str, *, lock: bool = False) -> bool:
+        """True if the compute element has active pilots of any VO; with `lock`, after locking its row."""
+        active = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
         if lock:
             await self.lock_ces([name])
-        return (await self.conn.execute(taken)).scalar_one_or_none() is not None
+        return (await self.conn.execute(active)).scalar_one_or_none() is not None
 
     @transaction
     async def count_active(self, name: str) -> int:
-        """Count the pilots of all VOs that hold a slot of the compute element."""
-        taken = select(func.count()).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
-        return int((await self.conn.execute(taken)).scalar_one())
+        """Count the active pilots of all VOs at the compute element."""
+        return int((await self.conn.execute(count_active_at(name))).scalar_one())
 
     @transaction
     async def record_quota(self, name: str) -> int:
-        """Note that the site takes no more pilots than it has now, and return their number."""
+        """Set the quota of the site to its present number of active pilots, and return it."""
         quota = await self.count_active(name)
         statement = update(ComputeElements).where(ComputeElements.name == name)
         await self.conn.execute(statement.values(quota=quota, quota_at=clock.now()))
         return quota
 
     @transaction
-    async def count_missing(self, name: str, gone: int, *, any_seen: bool) -> None:
-        """Note how many more confirmed pilots went missing and were never seen, and whether others were seen."""
-        before = 0 if any_seen else func.coalesce(ComputeElements.missing_in_row, 0)
+    async def count_never_seen(self, name: str, number: int) -> None:
+        """Add to the number of confirmed pilots that were never seen; it does not fall below 0."""
+        total = func.coalesce(ComputeElements.never_seen, 0) + number
         statement = update(ComputeElements).where(ComputeElements.name == name)
-        await self.conn.execute(statement.values(missing_in_row=before + gone))
+        await self.conn.execute(statement.values(never_seen=case((total > 0, total), else_=0)))
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
-        """The enabled compute elements that serve the VO and have a free slot.
+        """List the enabled compute elements that serve the VO and have free slots.
 
         Each has `name`, `capacity`, `success_rate`, `available_slots` (> 0) and `vos`.
         """
@@ -277,10 +263,10 @@ class ComputeElementsMixin(DowntimesMixin):
         ]
 
     async def get_ce_success_rate(self, ce_name: str) -> float:
-        """The reliability of a compute element, 0.0-1.0.
+        """Get the reliability of a compute element, 0.0-1.0.
 
         Raises:
-            UnknownCEError: there is none of that name.
+            UnknownCEError: there is no such compute element.
         """
         return float((await self.get_ce(ce_name))["success_rate"])
 
@@ -289,7 +275,6 @@ class ComputeElementsMixin(DowntimesMixin):
         """Record the last error of the compute element; None: clear it."""
         statement = update(ComputeElements).where(ComputeElements.name == name)
         if message is None:
-            # Touches the row only when there is something to clear.
             statement = statement.where(ComputeElements.last_error.is_not(None)).values(
                 last_error=None, last_error_at=None
             )
@@ -299,7 +284,7 @@ class ComputeElementsMixin(DowntimesMixin):
 
 
 def _circuits_of(name: str, circuits: Mapping[tuple[str, CECall], Circuit]) -> dict[str, dict[str, Any]]:
-    """{call: `state`, `failures`, `open_until`, `last_error`, `last_error_at`} of one compute element."""
+    """Describe all circuits of one compute element, by kind of call."""
     now = clock.now()
     return {str(call): circuits.get((name, call), Circuit()).as_dict(now) for call in CECall}
 

@@ -1,4 +1,4 @@
-"""Demand of VOs: pilots that are on their way, and how many more each would take."""
+"""Requests of pilots, and the demand of VOs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .session import PilotSession
 
 
 class Demand(NamedTuple):
-    """Number of further pilots that a VO wanted at a compute element in its last round."""
+    """Demand of a VO at a compute element in its last round."""
 
-    wanted: int
+    wanted: int  # further pilots
     requested_at: datetime
-    granted_at: datetime | None  # when it last got a slot
-    surplus_since: datetime | None = None  # since when more pilots wait than jobs justify
+    granted_at: datetime | None  # time of the last granted slot
+    surplus_since: datetime | None = None  # since when more pilots wait than there are jobs for
 
 
 class DemandMixin(PilotSession):
@@ -31,11 +31,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def add_requests(self, ce_name: str, *, vo: str, count: int) -> list[str]:
-        """Add `count` requests: as many `MyPilotTask`s of the VO are on their way to the compute element.
-
-        Returns:
-            The stamps of their pilots, which those tasks are to have.
-        """
+        """Add requests for which a `MyPilotTask` each is to be spawned; return the stamps of their pilots."""
         row = {"ce_name": ce_name, "vo": vo, "requested_at": clock.now()}
         stamps = [uuid.uuid4().hex for _ in range(count)]
         if stamps:
@@ -44,14 +40,14 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def delete_requests(self, ce_name: str, stamps: Sequence[str]) -> int:
-        """Delete requests, for there is an answer, or there will be none; return the number deleted."""
-        await self.lock_ces([ce_name])  # as all who read them do: on MariaDB two would deadlock
+        """Delete requests; return the number deleted."""
+        await self.lock_ces([ce_name])  # to prevent deadlocks on MariaDB
         deleted = await self.conn.execute(delete(PilotRequests).where(PilotRequests.stamp.in_(stamps)))
         return int(deleted.rowcount)
 
     @transaction
     async def refuse_requests(self, ce_name: str, refusals: Mapping[str, tuple[str, str]]) -> None:
-        """Keep refusals, as stamp → (VO, reason), until the tasks of these requests ask for them."""
+        """Store refusals, as {stamp: (VO, reason)}, until the tasks of these requests read them."""
         if not refusals:
             return
         row = {"ce_name": ce_name, "requested_at": clock.now()}
@@ -64,7 +60,7 @@ class DemandMixin(PilotSession):
     async def waiting_requests(
         self, ce_name: str, *, vo: str | None = None, at_most: int
     ) -> list[tuple[str, str]]:
-        """Stamp and VO of the oldest requests that wait (None: of all VOs); the compute element is locked."""
+        """List stamp and VO of the oldest pending requests (of one VO, or all), and lock the compute element."""
         await self.lock_ces([ce_name])
         waiting = (
             select(PilotRequests.stamp, PilotRequests.vo)
@@ -78,10 +74,9 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def pending_requests(self, *, since: datetime) -> dict[tuple[str, str], int]:
-        """Requests newer than `since`, as {(compute element, VO): number}; older ones are deleted.
+        """Count requests newer than `since`, as {(compute element, VO): number}, and delete older ones.
 
-        Until the transaction ends, no other transaction gets past this line: all requests are counted before
-        any are added.
+        Locks all compute elements, so that rounds of different VOs see each other's requests.
         """
         await self.lock_ces()
         await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
@@ -94,7 +89,7 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def count_slots(self) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
-        """Count held slots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}; absent means none."""
+        """Count active pilots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}, without zeros."""
         statement = (
             select(Pilots.ce_name, Pilots.vo, Pilots.status, func.count())
             .where(Pilots.status.in_(ACTIVE))
@@ -107,14 +102,14 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def get_demand(self) -> dict[tuple[str, str], Demand]:
-        """Demand of each VO in its last round, by (compute element, VO)."""
+        """Read the demand of all VOs in their last round, by (compute element, VO)."""
         rows = await self.conn.execute(
             select(PilotDemand.ce_name, PilotDemand.vo, *columns_of(PilotDemand, *Demand._fields))
         )
         return {(row[0], row[1]): Demand(*row[2:]) for row in rows}
 
     @transaction
-    async def put_demand(self, vo: str, demand: Mapping[str, Demand]) -> None:
+    async def replace_demand(self, vo: str, demand: Mapping[str, Demand]) -> None:
         """Replace the demand of the VO at these compute elements."""
         if not demand:
             return
@@ -126,27 +121,27 @@ class DemandMixin(PilotSession):
 
     @transaction
     async def set_surplus_since(self, ce_name: str, vo: str, since: datetime | None) -> None:
-        """Note since when more pilots of the VO wait there than jobs justify; None: no more than that wait."""
-        mine = (PilotDemand.ce_name == ce_name, PilotDemand.vo == vo)
-        await self.conn.execute(update(PilotDemand).where(*mine).values(surplus_since=since))
+        """Set since when more pilots of the VO wait there than there are jobs for; None: no surplus."""
+        where = (PilotDemand.ce_name == ce_name, PilotDemand.vo == vo)
+        await self.conn.execute(update(PilotDemand).where(*where).values(surplus_since=since))
 
     @transaction
-    async def count_leaving(self, vo: str) -> dict[str, int]:
-        """Count the VO's waiting pilots that are to be cancelled, by compute element; absent means none."""
-        leaving = (
+    async def count_cancelling(self, vo: str) -> dict[str, int]:
+        """Count the VO's waiting pilots that are to be cancelled, by compute element, without zeros."""
+        cancelling = (
             select(Pilots.ce_name, func.count())
             .where(
                 Pilots.vo == vo, Pilots.status == MyPilotStatus.SUBMITTED, Pilots.cancel_requested_at.is_not(None)
             )
             .group_by(Pilots.ce_name)
         )
-        return {row[0]: int(row[1]) for row in await self.conn.execute(leaving)}
+        return {row[0]: int(row[1]) for row in await self.conn.execute(cancelling)}
 
     @transaction
     async def cancel_oldest_waiting(
         self, ce_name: str, vo: str, *, submitted_before: datetime, count: int, reason: str
     ) -> list[int]:
-        """Request to end so many of the VO's pilots that have waited longest; return their ids."""
+        """Request the cancellation of the VO's `count` longest waiting pilots; return their ids."""
         oldest = (
             select(Pilots.id)
             .where(
@@ -160,6 +155,6 @@ class DemandMixin(PilotSession):
             .limit(count)
         )
         ids = [int(id) for id in (await self.conn.execute(oldest)).scalars()]
-        leave = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
-        await self.conn.execute(leave.values(cancel_requested_at=clock.now(), last_error=reason))
+        statement = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
+        await self.conn.execute(statement.values(cancel_requested_at=clock.now(), last_error=reason))
         return ids

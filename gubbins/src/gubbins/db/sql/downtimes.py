@@ -49,17 +49,12 @@ class DowntimesMixin(PilotSession):
             "source": source,
         }
         key = (await self.conn.execute(insert(CEDowntimes).values(values))).inserted_primary_key
-        assert key is not None  # of one row it is known
+        assert key is not None
         return int(key[0])
 
     @transaction
     async def get_downtimes(self, *, ends_after: datetime | None, ce_name: str | None = None) -> list[Downtime]:
-        """Downtimes, the earliest first.
-
-        Args:
-            ends_after: only those that end after that; None: those of the past as well.
-            ce_name: only of this compute element.
-        """
+        """List downtimes (of one compute element, or all) that end after `ends_after` (None: all)."""
         statement = _SELECT
         if ends_after is not None:
             statement = statement.where(CEDowntimes.ends_at > ends_after)
@@ -69,10 +64,10 @@ class DowntimesMixin(PilotSession):
 
     @transaction
     async def get_downtime(self, downtime_id: int) -> Downtime:
-        """One downtime.
+        """Get one downtime.
 
         Raises:
-            DowntimeNotFoundError: there is none of that id.
+            DowntimeNotFoundError: there is no such downtime.
         """
         row = (await self.conn.execute(_SELECT.where(CEDowntimes.id == downtime_id))).one_or_none()
         if row is None:
@@ -81,18 +76,18 @@ class DowntimesMixin(PilotSession):
 
     @transaction
     async def set_downtime_end(self, downtime_ids: Sequence[int], ends_at: datetime) -> None:
-        """Change the end of downtimes."""
+        """Set the end of downtimes."""
         if downtime_ids:
-            these = update(CEDowntimes).where(CEDowntimes.id.in_(downtime_ids))
-            await self.conn.execute(these.values(ends_at=ends_at))
+            statement = update(CEDowntimes).where(CEDowntimes.id.in_(downtime_ids))
+            await self.conn.execute(statement.values(ends_at=ends_at))
 
     @transaction
     async def delete_downtime(self, downtime_id: int) -> None:
         """Delete a downtime.
 
         Raises:
-            DowntimeNotFoundError: there is none of that id.
+            DowntimeNotFoundError: there is no such downtime.
         """
-        gone = await self.conn.execute(delete(CEDowntimes).where(CEDowntimes.id == downtime_id))
-        if not gone.rowcount:
+        deleted = await self.conn.execute(delete(CEDowntimes).where(CEDowntimes.id == downtime_id))
+        if not deleted.rowcount:
             raise DowntimeNotFoundError(downtime_id)

@@ -1,4 +1,4 @@
-"""Identities of pilots: secrets, tokens, heartbeats, and why they end."""
+"""Identities of pilots: secrets, tokens, heartbeats and reported outcomes."""
 
 from __future__ import annotations
 
@@ -29,21 +29,18 @@ class IdentitiesMixin(PilotSession):
 
     @transaction
     async def add_secrets(self, hashes: Mapping[int, str]) -> None:
-        """Store the hashes of the secrets of new pilots, by id."""
+        """Store the secret hashes of new pilots, by id."""
         if hashes:
             these = await self._staged(list(hashes.items()))
             new = select(Pilots.id, Pilots.vo, Pilots.ce_name, these.c.reason, literal(0)).join(
-                these, self._are(these)
+                these, self._is_staged(these)
             )
             columns = ["pilot_id", "vo", "ce_name", "secret_hashes", "starts"]
             await self.conn.execute(insert(PilotIdentities).from_select(columns, new, include_defaults=False))
 
     @transaction
-    async def add_secret_of_repeated(self, pilot_id: int, hash: str) -> None:
-        """Store the hash of another secret of a pilot whose submission is repeated.
-
-        Nobody knows which of the attempts has reached the compute element.
-        """
+    async def add_retry_secret(self, pilot_id: int, hash: str) -> None:
+        """Add the secret hash of a repeated submission, since any attempt may have reached the compute element."""
         added = await self.conn.execute(
             update(PilotIdentities)
             .where(
@@ -58,7 +55,7 @@ class IdentitiesMixin(PilotSession):
 
     @transaction
     async def find_identity(self, stamp: str) -> Row[Any] | None:
-        """The pilot of this stamp with its identity and the rules of its compute element; None: it has none."""
+        """Get a pilot with its identity and the rules of its compute element; None: it has no identity."""
         statement = (
             select(*_COLUMNS)
             .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
@@ -68,10 +65,10 @@ class IdentitiesMixin(PilotSession):
         return (await self.conn.execute(statement)).one_or_none()
 
     @transaction
-    async def begin_start(
+    async def record_exchange(
         self, pilot_id: int, *, starts: int, family_hash: str, refresh_hash: str, address: str | None
     ) -> bool:
-        """Begin the next start of a pilot; False: its secret was exchanged meanwhile, and that token used."""
+        """Record an exchange of the secret; False: a concurrent request was faster, or a token was used."""
         begun = await self.conn.execute(
             update(PilotIdentities)
             .where(
@@ -91,8 +88,8 @@ class IdentitiesMixin(PilotSession):
         return bool(begun.rowcount)
 
     @transaction
-    async def rotate_refresh(self, pilot_id: int, *, old_hash: str, new_hash: str) -> bool:
-        """Replace the refresh token of a pilot; False: another request was faster."""
+    async def rotate_refresh_token(self, pilot_id: int, *, old_hash: str, new_hash: str) -> bool:
+        """Replace the refresh token of a pilot; False: a concurrent request was faster."""
         rotated = await self.conn.execute(
             update(PilotIdentities)
             .where(
@@ -106,7 +103,7 @@ class IdentitiesMixin(PilotSession):
 
     @transaction
     async def revoke_identity(self, pilot_id: int) -> None:
-        """Let no token or secret of this pilot be of any use from now on."""
+        """Revoke the secret and all tokens of a pilot."""
         await self.conn.execute(
             update(PilotIdentities).where(PilotIdentities.pilot_id == pilot_id).values(revoked_at=clock.now())
         )
@@ -115,15 +112,12 @@ class IdentitiesMixin(PilotSession):
     async def record_heartbeat(
         self, pilot_id: int, *, starts: int, stale_after: timedelta, reported: Mapping[str, Any]
     ) -> bool:
-        """Record that a pilot is alive, and what else it reports; False: its token is of no use any more.
-
-        One UPDATE by primary key.
+        """Record a report of a pilot; False: its token was replaced or revoked. One UPDATE by primary key.
 
         Args:
-            pilot_id: which.
-            starts: the start that its token is of.
-            stale_after: it is stale after so long without another.
-            reported: `host`, `cores`, `memory_mb`, `outcome`, `exit_code`, `jobs_done`, `detail`.
+            starts: number of the exchange that its token is from.
+            stale_after: time without a report after which the pilot is stale.
+            reported: any of `host`, `cores`, `memory_mb`, `outcome`, `exit_code`, `jobs_done`, `detail`.
         """
         now = clock.now()
         recorded = await self.conn.execute(
@@ -144,10 +138,7 @@ class IdentitiesMixin(PilotSession):
 
     @transaction
     async def count_reports(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-        """Count stale pilots and outcomes (of one VO, or of all), as {VO: {compute element: {name: number}}}.
-
-        The names are `stale` and the outcomes; absent means none.
-        """
+        """Count `stale` pilots and outcomes (of one VO, or all), as {VO: {compute element: {name: number}}}."""
         of_vo, of_identity = ([], []) if vo is None else ([Pilots.vo == vo], [PilotIdentities.vo == vo])
         stale = (
             select(Pilots.vo, Pilots.ce_name, func.count())
@@ -170,5 +161,5 @@ class IdentitiesMixin(PilotSession):
 
 
 def is_stale(status: MyPilotStatus, stale_at: datetime | None) -> bool:
-    """True if the heartbeats of a running pilot have stopped; one that never sent any is not stale."""
+    """True if a running pilot has stopped sending heartbeats."""
     return status is MyPilotStatus.RUNNING and stale_at is not None and stale_at < clock.now()

@@ -1,4 +1,4 @@
-"""The rules of a compute element, checked in the transaction that reserves a slot."""
+"""Limits of submissions: the rules of a compute element, checked in the transaction that reserves a slot."""
 
 from __future__ import annotations
 
@@ -19,26 +19,23 @@ from .demand import Demand
 from .schema import PilotDemand, PilotRequests, Pilots
 
 CYCLE_SECONDS = 60
-"""The round of `max_per_cycle`, for pilots that no round has asked for."""
+"""Period of `max_per_cycle` for pilots that were not requested by a round."""
 
 
 async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str) -> None:
-    """Refuse a pilot that the rules do not allow. The caller holds the row of the compute element.
-
-    Args:
-        ce: the compute element as it is in this transaction.
-        vo: whose pilot.
+    """Check the rules for one more pilot of the VO. The caller has locked the row of the compute element.
 
     Raises:
-        SubmissionLimitError, NoRoomError: as they say.
+        SubmissionLimitError: a rule refuses it.
+        NoRoomError: no slot is free.
     """
     name, now = ce["name"], clock.now()
     all_rules = rules_of(ce)
     rules = all_rules.of(vo)
-    pilots = await pilots_at(conn, name)
+    pilots = await count_active_by_vo(conn, name)
     requests = await _requests_at(conn, name, now - REQUEST_LIFETIME)
     own_requests = requests.get(vo, 0)
-    check_waiting(name, vo, rules, pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests)
+    check_max_waiting(name, vo, rules, pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests)
     if rules.max_per_cycle is not None:
         await _check_cycle(conn, name, vo, rules.max_per_cycle, own_requests, now)
     held = dict(requests)
@@ -49,27 +46,27 @@ async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str) ->
     if free < 1:
         raise NoRoomError(name, ce["capacity"], promised)
     demand = await _demand_at(conn, name)
-    sharers = _competitors(ce, vo, all_rules, held, demand, now)
+    sharers = _other_sharers(ce, vo, all_rules, held, demand, now)
     if not sharers:
         return
-    mine = Sharer(rules.share, held.get(vo, 0), 1, demand[vo].granted_at if vo in demand else None)
-    if fair_part(free - own_requests, vo, {**sharers, vo: mine}) < 1:
+    own = Sharer(rules.share, held.get(vo, 0), 1, demand[vo].granted_at if vo in demand else None)
+    if fair_part(free - own_requests, vo, {**sharers, vo: own}) < 1:
         parts = rules.share + sum(each.share for each in sharers.values())
         raise SubmissionLimitError(
             name,
             vo,
             "share",
             rules.share,
-            f"with {mine.held} of {ce['capacity']} slots it has its part beside VOs that want the rest "
+            f"with {own.held} of {ce['capacity']} slots it has its share, and other VOs want the rest "
             f"({rules.share:g} of {parts:g})",
         )
 
 
-def check_waiting(name: str, vo: str, rules: CERules, waiting: int) -> None:
-    """Refuse a pilot beyond `max_waiting`.
+def check_max_waiting(name: str, vo: str, rules: CERules, waiting: int) -> None:
+    """Check `max_waiting`.
 
     Raises:
-        SubmissionLimitError: as many pilots of the VO wait.
+        SubmissionLimitError: the limit is reached.
     """
     if rules.max_waiting is not None and waiting >= rules.max_waiting:
         raise SubmissionLimitError(name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested")
@@ -80,12 +77,12 @@ async def _check_cycle(
 ) -> None:
     since = now - timedelta(seconds=CYCLE_SECONDS)
     own = (Pilots.ce_name == name, Pilots.vo == vo, Pilots.submitted_at > since)
-    # Two reads, each with an index: what was submitted lately is active, or has ended lately.
-    lately = union_all(
+    # All recently submitted pilots are active or have recently ended: two reads, each with an index.
+    recent = union_all(
         select(Pilots.submitted_at.label("at")).where(*own, Pilots.status.in_(ACTIVE)),
         select(Pilots.submitted_at.label("at")).where(*own, Pilots.ended_at > since),
     ).subquery()
-    count, first = (await conn.execute(select(func.count(), func.min(lately.c.at)))).one()
+    count, first = (await conn.execute(select(func.count(), func.min(recent.c.at)))).one()
     submitted = int(count) + requested
     if submitted >= limit:
         left = CYCLE_SECONDS if first is None else CYCLE_SECONDS - (now - first).total_seconds()
@@ -99,8 +96,8 @@ async def _check_cycle(
         )
 
 
-async def pilots_at(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
-    """Count the pilots that hold a slot, as {(VO, state): number}."""
+async def count_active_by_vo(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
+    """Count active pilots at a compute element, as {(VO, state): number}."""
     rows = await conn.execute(
         select(Pilots.vo, Pilots.status, func.count())
         .where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
@@ -124,7 +121,7 @@ async def _demand_at(conn: AsyncConnection, name: str) -> dict[str, Demand]:
     return {row[0]: Demand(*row[1:]) for row in rows}
 
 
-def _competitors(
+def _other_sharers(
     ce: Mapping[str, Any],
     vo: str,
     rules: CERules,
@@ -132,7 +129,7 @@ def _competitors(
     demand: Mapping[str, Demand],
     now: datetime,
 ) -> dict[str, Sharer]:
-    """The other VOs that want slots: by their demand, and those named at the compute element that never asked."""
+    """Other VOs that compete for slots: those with demand, and named VOs whose demand is not known."""
     sharers = {}
     for other in {*demand, *(ce["vos"] or ()), *rules.vos} - {vo}:
         own = rules.of(other)

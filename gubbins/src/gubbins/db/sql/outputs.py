@@ -1,4 +1,4 @@
-"""Output of pilots that ended: queued at their end, stored, pruned."""
+"""Output of ended pilots: queue, storage and pruning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots, col
 from .session import PilotSession
 
 _PRUNED_AT_ONCE = 1_000
-_CE_COLUMNS = columns_of(Pilots, "status", "stamp", "reference", "submitted_at", "started_at", "ended_at")
+_CE_COLUMNS = columns_of(Pilots, "vo", "status", "stamp", "reference", "submitted_at", "started_at", "ended_at")
 
 
 class Output(NamedTuple):
@@ -28,7 +28,7 @@ class Output(NamedTuple):
     stdout: str | None = None
     stderr: str | None = None
     error: str | None = None
-    owed: bool = False  # to the pilot registry, as well
+    owed: bool = False  # to be written to the pilot registry
 
 
 class OutputsMixin(PilotSession):
@@ -36,7 +36,7 @@ class OutputsMixin(PilotSession):
 
     @transaction
     async def queue_outputs(self, pilot_ids: Sequence[int]) -> None:
-        """Queue the output of these pilots to be fetched."""
+        """Queue these pilots for the collection of their output."""
         if not pilot_ids:
             return
         these = await self._staged([(id, None) for id in pilot_ids])
@@ -44,22 +44,22 @@ class OutputsMixin(PilotSession):
             insert(PilotOutputs).from_select(
                 ["pilot_id", "vo", "ce_name"],
                 select(Pilots.id, Pilots.vo, Pilots.ce_name)
-                .join(these, self._are(these))
-                .where(~exists().where(self._are(these, PilotOutputs.pilot_id))),
+                .join(these, self._is_staged(these))
+                .where(~exists().where(self._is_staged(these, PilotOutputs.pilot_id))),
             )
         )
 
     @transaction
     async def ces_with_queued_outputs(self, *, vo: str) -> set[str]:
-        """Names of the compute elements where output of the VO's pilots is to be fetched."""
+        """Find the compute elements with queued pilots of the VO."""
         queued = exists().where(_queued(vo, ComputeElements.name))
         return set((await self.conn.execute(select(ComputeElements.name).where(queued))).scalars())
 
     @transaction
     async def queued_outputs(self, *, vo: str, ce_name: str, limit: int) -> Sequence[Any]:
-        """The VO's pilots whose output is to be fetched from a compute element, oldest first.
+        """List the VO's queued pilots of a compute element, oldest first.
 
-        Rows of `pilot_id, status, stamp, reference, submitted_at, started_at, ended_at`.
+        Rows of `pilot_id, vo, status, stamp, reference, submitted_at, started_at, ended_at`.
         """
         statement = (
             select(Pilots.id.label("pilot_id"), *_CE_COLUMNS)
@@ -72,7 +72,7 @@ class OutputsMixin(PilotSession):
 
     async def store_outputs(self, outputs: Collection[Output]) -> None:
         """Store fetched outputs."""
-        # Before the transaction, and beside the event loop: these may be a hundred megabytes.
+        # In a thread and before the transaction: these may be a hundred megabytes.
         rows = await asyncio.to_thread(_rows, outputs)
         if rows:
             await self._store(rows)
@@ -95,7 +95,7 @@ class OutputsMixin(PilotSession):
 
     @transaction
     async def get_output(self, pilot_id: int) -> dict[str, Any] | None:
-        """`stdout`, `stderr`, `error`, `fetched_at`, `expires_at` of a pilot; None: nothing was fetched."""
+        """Get `stdout`, `stderr`, `error`, `fetched_at` and `expires_at` of a pilot; None: not fetched yet."""
         columns = columns_of(PilotOutputs, "out", "err", "error", "fetched_at", "expires_at")
         statement = select(*columns).where(PilotOutputs.pilot_id == pilot_id, PilotOutputs.fetched_at.is_not(None))
         row = (await self.conn.execute(statement)).one_or_none()
@@ -105,12 +105,8 @@ class OutputsMixin(PilotSession):
         return {"stdout": _unpacked(found.pop("out")), "stderr": _unpacked(found.pop("err")), **found}
 
     @transaction
-    async def owed_outputs(self, *, vo: str, limit: int) -> list[tuple[int, int | None, str, str]]:
-        """Outputs of the VO's registered pilots that are owed to the pilot registry, oldest first.
-
-        Returns:
-            Of each the pilot's id, its id in the registry, its stdout and its stderr.
-        """
+    async def unwritten_outputs(self, *, vo: str, limit: int) -> list[tuple[int, int | None, str, str]]:
+        """List outputs to write to the pilot registry, oldest first: id, id in the registry, stdout, stderr."""
         owed = (
             select(PilotOutputs.pilot_id, Pilots.registry_id, PilotOutputs.out, PilotOutputs.err)
             .join(Pilots, Pilots.id == PilotOutputs.pilot_id)
@@ -122,8 +118,8 @@ class OutputsMixin(PilotSession):
         return [(id, there, _unpacked(out) or "", _unpacked(err) or "") for id, there, out, err in rows]
 
     @transaction
-    async def note_outputs_written(self, pilot_ids: Sequence[int]) -> None:
-        """Note that the pilot registry has the outputs of these pilots."""
+    async def mark_outputs_written(self, pilot_ids: Sequence[int]) -> None:
+        """Mark outputs as written to the pilot registry."""
         await self.conn.execute(update(PilotOutputs).where(PilotOutputs.pilot_id.in_(pilot_ids)).values(owed=None))
 
     async def prune_outputs(self) -> int:
@@ -134,7 +130,7 @@ class OutputsMixin(PilotSession):
 
     @transaction
     async def _delete_outputs(self, pilot_ids: Sequence[int], ce_names: Collection[str]) -> int:
-        await self.lock_ces(ce_names)  # before anything else, as checks, which queue outputs, and prune_pilots do
+        await self.lock_ces(ce_names)  # first, as all transactions
         pruned = await self.conn.execute(delete(PilotOutputs).where(PilotOutputs.pilot_id.in_(pilot_ids)))
         return int(pruned.rowcount)
 

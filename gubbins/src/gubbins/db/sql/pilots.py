@@ -1,11 +1,11 @@
-"""Pilots: find, count, cancel, delete."""
+"""Queries and updates of pilots."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import ColumnElement, Row, delete, func, select, update
@@ -16,7 +16,7 @@ from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .identities import is_stale
 from .schema import MAX_REASON_CHARS, PilotHistory, PilotIdentities, Pilots, columns_of
-from .session import PilotSession, portions
+from .session import PilotSession, split_batches
 
 _ID = Pilots.id.label("pilot_id")
 _REPORTED = (
@@ -35,11 +35,25 @@ _SELECT = select(
     *(column for column in columns_of(Pilots) if column.name != "id"),
     *columns_of(PilotIdentities, *_REPORTED, "exchanged_at", "exchanged_from"),
 ).outerjoin(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
-_CHECK_COLUMNS = (
-    _ID,
-    *columns_of(Pilots, "ce_name", "status", "stamp", "reference", "submitted_at", "started_at", "missing_since"),
-    *columns_of(Pilots, "cancel_requested_at", "last_error", "waiting_reason"),
-)
+
+
+class ActivePilot(NamedTuple):
+    """An active pilot with the columns that a check needs."""
+
+    pilot_id: int
+    ce_name: str
+    status: MyPilotStatus
+    stamp: str
+    reference: str | None
+    submitted_at: datetime
+    started_at: datetime | None
+    missing_since: datetime | None
+    cancel_requested_at: datetime | None
+    last_error: str | None
+    waiting_reason: str | None
+
+
+_CHECK_COLUMNS = (_ID, *columns_of(Pilots, *ActivePilot._fields[1:]))
 
 
 def _as_dict(row: Row[Any]) -> dict[str, Any]:
@@ -48,22 +62,23 @@ def _as_dict(row: Row[Any]) -> dict[str, Any]:
 
 
 def _with_reports(steps: list[dict[str, Any]], pilot: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Steps of a pilot with what it has reported itself: where it runs, and why it ends."""
-    where = [
+    """Add reports of the pilot to the reasons of its steps: host and size to RUNNING, outcome to the last step."""
+    size = [
         pilot["host"] and f"on {pilot['host']}",
         pilot["cores"] and f"{pilot['cores']} cores",
         pilot["memory_mb"] and f"{pilot['memory_mb']} MB",
     ]
-    why = [
-        pilot["outcome"] and f"the pilot says: {pilot['outcome']}",
+    outcome = [
+        pilot["outcome"] and f"reported by the pilot: {pilot['outcome']}",
         pilot["exit_code"] and f"exit code {pilot['exit_code']}",
         pilot["jobs_done"] is not None and f"{pilot['jobs_done']} jobs",
         pilot["detail"],
     ]
     for step in steps:
-        said = where if step["status"] is MyPilotStatus.RUNNING else []
-        said = [*said, *why] if step is steps[-1] and step["status"] is not MyPilotStatus.SUBMITTED else said
-        parts = [part for part in (", ".join(filter(None, said)), step["reason"]) if part]
+        details = size if step["status"] is MyPilotStatus.RUNNING else []
+        if step is steps[-1] and step["status"] is not MyPilotStatus.SUBMITTED:
+            details = [*details, *outcome]
+        parts = [part for part in (", ".join(filter(None, details)), step["reason"]) if part]
         step["reason"] = "; ".join(reversed(parts)) or None
     return steps
 
@@ -73,28 +88,27 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def set_pilots_missing(self, pilot_ids: Sequence[int], since: datetime | None) -> None:
-        """Note since when the compute element does not know these pilots; None: it knows them again."""
+        """Set since when the compute element does not know these pilots; None: it knows them."""
         if pilot_ids:
             these = await self._staged([(id, None) for id in pilot_ids])
-            await self.conn.execute(update(Pilots).where(self._are(these)).values(missing_since=since))
+            await self.conn.execute(update(Pilots).where(self._is_staged(these)).values(missing_since=since))
 
     @transaction
     async def set_waiting_reasons(self, reasons: Sequence[tuple[int, str | None]]) -> None:
-        """Note what these pilots (id, reason) wait for; None: for their turn. It is owed to the pilot registry."""
-        for portion in portions(reasons):
-            these = await self._staged(portion)
+        """Set the waiting reasons of pilots (id, reason or None), to be written to the pilot registry."""
+        for batch in split_batches(reasons):
+            these = await self._staged(batch)
             await self.conn.execute(
-                update(Pilots).where(self._are(these)).values(waiting_reason=these.c.reason, registered=None)
+                update(Pilots).where(self._is_staged(these)).values(waiting_reason=these.c.reason, registered=None)
             )
 
     @transaction
     async def count_waiting_reasons(self, ce_names: Collection[str], limit: int = 10) -> dict[str, dict[str, int]]:
-        """Count the waiting pilots of each compute element by what they wait for: the most frequent ones first,
-        and on average `limit` of them."""
+        """Count waiting or held pilots by CE and reason, most frequent first: about `limit` reasons."""
         count = func.count()
         rows = await self.conn.execute(
             select(Pilots.ce_name, Pilots.waiting_reason, count)
-            .where(Pilots.ce_name.in_(ce_names), Pilots.status == MyPilotStatus.SUBMITTED)
+            .where(Pilots.ce_name.in_(ce_names), Pilots.status.in_(ACTIVE))
             .where(Pilots.waiting_reason.is_not(None))
             .group_by(Pilots.ce_name, Pilots.waiting_reason)
             .order_by(count.desc(), Pilots.waiting_reason)
@@ -107,24 +121,24 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def request_cancels(self, pilots: Sequence[tuple[int, str | None]]) -> None:
-        """Note that these pilots (id, reason) are to be ended, if that is not requested already."""
-        for portion in portions(pilots):
-            these = await self._staged(portion)
+        """Request the cancellation of active pilots (id, reason), unless it was requested before."""
+        for batch in split_batches(pilots):
+            these = await self._staged(batch)
             await self.conn.execute(
                 update(Pilots)
-                .where(self._are(these), Pilots.status.in_(ACTIVE), Pilots.cancel_requested_at.is_(None))
+                .where(self._is_staged(these), Pilots.status.in_(ACTIVE), Pilots.cancel_requested_at.is_(None))
                 .values(cancel_requested_at=clock.now(), last_error=these.c.reason)
             )
 
     @transaction
     async def request_cancel(self, pilot_id: int, *, reason: str) -> None:
-        """Note that an active pilot is to be ended; its state changes when the compute element says so.
+        """Request the cancellation of an active pilot; its state changes when the compute element reports the end.
 
         Raises:
             PilotNotFoundError: there is no such pilot, or it has ended.
         """
         now = clock.now()
-        noted = await self.conn.execute(
+        updated = await self.conn.execute(
             update(Pilots)
             .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))
             .values(
@@ -132,23 +146,19 @@ class PilotsMixin(PilotSession):
                 last_error=reason[:MAX_REASON_CHARS],
             )
         )
-        if not noted.rowcount:
+        if not updated.rowcount:
             raise PilotNotFoundError(pilot_id)
 
     @transaction
-    async def get_active_pilots(self, *, vo: str) -> Sequence[Row[Any]]:
-        """All pilots of the VO that hold a slot, in one statement.
-
-        Rows of `pilot_id, ce_name, status, stamp, reference, submitted_at, started_at, missing_since,
-        cancel_requested_at, last_error, waiting_reason`: no more than a check needs, for there may be very many.
-        """
-        return (
-            await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))
-        ).all()
+    async def get_active_pilots(self, *, vo: str) -> list[ActivePilot]:
+        """List the active pilots of the VO, in one statement."""
+        rows = await self.conn.execute(select(*_CHECK_COLUMNS).where(Pilots.vo == vo, Pilots.status.in_(ACTIVE)))
+        # Ten times as fast as attributes of rows.
+        return [ActivePilot._make(row) for row in rows]
 
     @transaction
     async def get_pilots_by_status(self, status: MyPilotStatus, vo: str | None) -> list[dict[str, Any]]:
-        """All pilots in a state, oldest first; `vo=None`: of every VO."""
+        """List pilots (of one VO, or all) in a state, oldest first."""
         where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
         if vo is not None:
             where.append(Pilots.vo == vo)
@@ -167,16 +177,12 @@ class PilotsMixin(PilotSession):
         page: int = 1,
         per_page: int = 100,
     ) -> tuple[int, list[dict[str, Any]]]:
-        """One page of pilots, newest first, with the number of all that match.
+        """Search pilots that match all filters; return their number, and one page, newest first.
 
         Args:
-            vo: only this VO's; None: every VO's.
-            ce_name: only at this compute element.
-            status: only in this state.
-            stamps: only those with one of these stamps.
-            stale: only running ones whose heartbeats have stopped.
-            page: from 1.
-            per_page: pilots on a page.
+            vo: only this VO; None: all VOs.
+            stale: only running pilots whose heartbeats have stopped.
+            page: number of the page, from 1.
         """
         where: list[ColumnElement[bool]] = []
         if vo is not None:
@@ -189,13 +195,13 @@ class PilotsMixin(PilotSession):
             where.append(Pilots.stamp.in_(stamps))
         counted, ids = select(func.count()).select_from(Pilots), select(Pilots.id)
         if stale:
-            its = PilotIdentities.pilot_id == Pilots.id
-            counted, ids = counted.join(PilotIdentities, its), ids.join(PilotIdentities, its)
+            same = PilotIdentities.pilot_id == Pilots.id
+            counted, ids = counted.join(PilotIdentities, same), ids.join(PilotIdentities, same)
             where += [Pilots.status == MyPilotStatus.RUNNING, PilotIdentities.stale_at < clock.now()]
         total = (await self.conn.execute(counted.where(*where))).scalar_one()
         if (page - 1) * per_page >= total:
-            return int(total), []  # else all would be read, to be skipped
-        # Joined to the page alone: PostgreSQL would rather join, in the order of ids, the pilots of all VOs.
+            return int(total), []  # OFFSET would read all
+        # Joined to the page only: PostgreSQL would join the pilots of all VOs in the order of ids.
         newest = (
             ids.where(*where).order_by(Pilots.id.desc()).limit(per_page).offset((page - 1) * per_page).subquery()
         )
@@ -204,7 +210,7 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def get_pilot(self, pilot_id: int) -> dict[str, Any]:
-        """One pilot with its `history`, oldest step first, and in it what the pilot has reported itself.
+        """Get one pilot with its `history`, oldest step first, which includes its own reports.
 
         Raises:
             PilotNotFoundError: there is no such pilot.
@@ -219,7 +225,7 @@ class PilotsMixin(PilotSession):
                 )
             )
         ).all()
-        # States are declared in the order of a life, which also tells apart steps of one instant.
+        # Sorted by state, since several steps may have the same time.
         order = list(MyPilotStatus)
         steps = sorted(steps, key=lambda step: order.index(step[0]))
         history = [{"status": status, "at": at, "reason": reason} for status, at, reason in steps]
@@ -228,7 +234,7 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def count_pilots(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-        """Count pilots, as {VO: {compute element: {state: number}}}; absent means none."""
+        """Count pilots (of one VO, or all), as {VO: {compute element: {state: number}}}, without zeros."""
         statement = (
             select(Pilots.vo, Pilots.ce_name, Pilots.status, func.count())
             .group_by(Pilots.vo, Pilots.ce_name, Pilots.status)
@@ -242,7 +248,7 @@ class PilotsMixin(PilotSession):
         return summary
 
     async def get_pilot_summary(self, vo: str | None = None) -> dict[str, int]:
-        """Count pilots (of one VO, or of all), as {state: number}; absent means none."""
+        """Count pilots (of one VO, or all), as {state: number}, without zeros."""
         totals: Counter[str] = Counter()
         for by_ce in (await self.count_pilots(vo)).values():
             for states in by_ce.values():
@@ -250,18 +256,14 @@ class PilotsMixin(PilotSession):
         return dict(totals)
 
     async def delete_ended_pilots(self, *, ended_before: datetime, limit: int) -> int:
-        """Delete pilots that ended before then, with their history, and return how many were.
-
-        The oldest ends come first, `limit` of them at most: one short transaction. Active pilots have not ended.
-        """
-        # Nothing is decided by what is read, for what has ended stays so.
+        """Delete up to `limit` pilots that ended before then, oldest first, with history; return the number."""
         oldest = select(Pilots.id, Pilots.ce_name).where(Pilots.ended_at < ended_before)
         rows = await self._rows(oldest.order_by(Pilots.ended_at).limit(limit))
         return await self._delete([row[0] for row in rows], {row[1] for row in rows}, ended_before) if rows else 0
 
     @transaction
     async def _delete(self, ids: Sequence[int], ce_names: Collection[str], ended_before: datetime) -> int:
-        await self.lock_ces(ce_names)  # as all who write; else, on MariaDB, it deadlocks with checks
-        # By their ids, for MariaDB reads all pilots to delete those of a subquery.
-        gone = await self.conn.execute(delete(Pilots).where(Pilots.id.in_(ids), Pilots.ended_at < ended_before))
-        return int(gone.rowcount)
+        await self.lock_ces(ce_names)  # prevents deadlocks with checks on MariaDB
+        # By ids, since MariaDB would read all pilots for a subquery.
+        deleted = await self.conn.execute(delete(Pilots).where(Pilots.id.in_(ids), Pilots.ended_at < ended_before))
+        return int(deleted.rowcount)

@@ -1,4 +1,4 @@
-"""Registrations of pilots in DiracX's pilot registry: what is owed, and what was written."""
+"""Synchronization state of pilots with DiracX's pilot registry."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .schema import Pilots, UndoneRegistrations, columns_of
 from .session import PilotSession
 
 OPEN_STATUSES = (PilotStatus.SUBMITTED, PilotStatus.WAITING, PilotStatus.RUNNING)
-"""Statuses in the registry that are followed by another; a pilot with another one is not looked at again."""
+"""Statuses in the registry that are not final."""
 
 
-def _are_to_be(status: PilotStatus) -> ColumnElement[PilotStatus]:
+def _status_literal(status: PilotStatus) -> ColumnElement[PilotStatus]:
     return literal(status, Pilots.registered.type)
 
 
-_status_there = case(
-    (Pilots.status == MyPilotStatus.RUNNING, _are_to_be(PilotStatus.RUNNING)),
-    (Pilots.status == MyPilotStatus.DONE, _are_to_be(PilotStatus.DONE)),
+_registry_status = case(
+    (Pilots.status == MyPilotStatus.RUNNING, _status_literal(PilotStatus.RUNNING)),
+    (Pilots.status == MyPilotStatus.DONE, _status_literal(PilotStatus.DONE)),
     (
         and_(Pilots.status == MyPilotStatus.FAILED, Pilots.cancel_requested_at.is_not(None)),
-        _are_to_be(PilotStatus.ABORTED),
+        _status_literal(PilotStatus.ABORTED),
     ),
-    (Pilots.status == MyPilotStatus.FAILED, _are_to_be(PilotStatus.FAILED)),
-    (Pilots.reference.is_(None), _are_to_be(PilotStatus.SUBMITTED)),
-    else_=_are_to_be(PilotStatus.WAITING),
+    (Pilots.status == MyPilotStatus.FAILED, _status_literal(PilotStatus.FAILED)),
+    (Pilots.reference.is_(None), _status_literal(PilotStatus.SUBMITTED)),
+    else_=_status_literal(PilotStatus.WAITING),
 )
 
 
 class Registration(NamedTuple):
-    """A pilot, as the registry should have it."""
+    """A pilot as it is to be written to the registry."""
 
     pilot_id: int
     stamp: str
@@ -54,17 +54,17 @@ class Registration(NamedTuple):
 _COLUMNS = (
     Pilots.id.label("pilot_id"),
     *columns_of(Pilots, *Registration._fields[1:-1]),
-    _status_there.label("there"),
+    _registry_status.label("there"),
 )
 
 
 class RegistrationsMixin(PilotSession):
-    """Statements about registrations."""
+    """Statements about the synchronization with the pilot registry."""
 
     @transaction
-    async def owed_registrations(self, *, vo: str, limit: int) -> list[Registration]:
-        """Pilots of the VO of which something is owed to the registry: changed ones first, then the newest."""
-        changed = and_(Pilots.registered.in_(OPEN_STATUSES), Pilots.registered != _status_there)
+    async def unwritten_registrations(self, *, vo: str, limit: int) -> list[Registration]:
+        """List the VO's pilots that are to be written to the registry: changed ones first, then the newest."""
+        changed = and_(Pilots.registered.in_(OPEN_STATUSES), Pilots.registered != _registry_status)
         rows = await self._registrations(select(*_COLUMNS).where(Pilots.vo == vo, changed).limit(limit))
         if len(rows) < limit:
             unwritten = select(*_COLUMNS).where(Pilots.vo == vo, Pilots.registered.is_(None))
@@ -73,23 +73,23 @@ class RegistrationsMixin(PilotSession):
 
     @transaction
     async def registrations(self, *, vo: str | None, after: int, limit: int) -> list[Registration]:
-        """Pilots (None: of every VO) with ids above `after`, in their order."""
-        those = select(*_COLUMNS).where(Pilots.id > after).order_by(Pilots.id).limit(limit)
-        return await self._registrations(those if vo is None else those.where(Pilots.vo == vo))
+        """List pilots (of one VO, or all) with ids above `after`, in the order of the ids."""
+        statement = select(*_COLUMNS).where(Pilots.id > after).order_by(Pilots.id).limit(limit)
+        return await self._registrations(statement if vo is None else statement.where(Pilots.vo == vo))
 
     async def _registrations(self, statement: Select[Any]) -> list[Registration]:
         return [Registration(*row) for row in await self.conn.execute(statement)]
 
     @transaction
-    async def note_registry_ids(
+    async def set_registry_ids(
         self, ids: Mapping[str, int], *, ce_names: Collection[str], submitted: Set[str]
     ) -> None:
-        """Note the ids that pilots have in the registry, by their stamps.
+        """Store the ids of pilots in the registry.
 
         Args:
-            ids: stamp → id there.
-            ce_names: the compute elements of the pilots.
-            submitted: stamps of those that had no reference: their submission may have been undone meanwhile.
+            ids: ids in the registry, by stamp.
+            ce_names: compute elements of the pilots.
+            submitted: stamps of unconfirmed pilots, whose submission may have been undone meanwhile.
         """
         if not ids:
             return
@@ -98,9 +98,9 @@ class RegistrationsMixin(PilotSession):
         await self.conn.execute(
             update(Pilots).where(Pilots.stamp == these.c.reason).values(registry_id=these.c.id)
         )
-        gone = (ids.keys() & submitted) - await self.known_stamps(submitted)
-        if gone:
-            undone = [{"registry_id": ids[stamp], "stamp": stamp} for stamp in gone]
+        pruned = (ids.keys() & submitted) - await self.known_stamps(submitted)
+        if pruned:
+            undone = [{"registry_id": ids[stamp], "stamp": stamp} for stamp in pruned]
             await self.conn.execute(insert(UndoneRegistrations), undone)
 
     @transaction
@@ -109,28 +109,28 @@ class RegistrationsMixin(PilotSession):
         return set((await self.conn.execute(select(Pilots.stamp).where(Pilots.stamp.in_(stamps)))).scalars())
 
     @transaction
-    async def note_registered(self, pilots: Sequence[Registration]) -> None:
-        """Note that these pilots were written to the registry so; what has changed since is owed again."""
+    async def mark_registered(self, pilots: Sequence[Registration]) -> None:
+        """Mark pilots as written to the registry, except those that have changed since."""
         await self.lock_ces({pilot.ce_name for pilot in pilots})
         for status in {pilot.status for pilot in pilots}:
             of_status = [(pilot.pilot_id, pilot.waiting_reason) for pilot in pilots if pilot.status is status]
             these = await self._staged(of_status)
             same_reason = Pilots.waiting_reason.is_not_distinct_from(these.c.reason)
-            unchanged = and_(_status_there == status, same_reason, Pilots.registry_id.is_not(None))
+            unchanged = and_(_registry_status == status, same_reason, Pilots.registry_id.is_not(None))
             await self.conn.execute(
                 update(Pilots)
-                .where(self._are(these))
-                .values(registered=case((unchanged, _are_to_be(status)), else_=null()))
+                .where(self._is_staged(these))
+                .values(registered=case((unchanged, _status_literal(status)), else_=null()))
             )
 
     @transaction
     async def undone_registrations(self, limit: int) -> list[tuple[int, int, str]]:
-        """Registered pilots whose submission was undone: number of the row, id in the registry, stamp."""
+        """List registered pilots whose submission was undone: row id, id in the registry, stamp."""
         columns = (UndoneRegistrations.id, UndoneRegistrations.registry_id, UndoneRegistrations.stamp)
         rows = await self.conn.execute(select(*columns).order_by(UndoneRegistrations.id).limit(limit))
         return [(row[0], row[1], row[2]) for row in rows]
 
     @transaction
-    async def forget_undone_registrations(self, numbers: Sequence[int]) -> None:
-        """Delete these rows: the registry was told."""
+    async def delete_undone_registrations(self, numbers: Sequence[int]) -> None:
+        """Delete these rows, after the update of the registry."""
         await self.conn.execute(delete(UndoneRegistrations).where(UndoneRegistrations.id.in_(numbers)))

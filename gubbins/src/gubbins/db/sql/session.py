@@ -1,4 +1,4 @@
-"""Session of the pilot database: locks, and statements about any number of rows, for each dialect."""
+"""Session of the pilot database: row locks, and statements with any number of rows, per SQL dialect."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ from .schema import MAX_REASON_CHARS, ComputeElements, MyPilotDBBase, Pilots
 _Columns = TypeVarTuple("_Columns")
 
 LARGE_BATCH_ROWS = 1_000
-#: Servers refuse packets of 16 MB by default.
-_LARGEST_PAYLOAD_BYTES = 4 << 20
+#: The default packet limit of servers is 16 MB.
+_MAX_PAYLOAD_BYTES = 4 << 20
 _READERS = {
-    # LIMIT -1 keeps SQLite from merging this into the statement around it, where it would read the whole list
-    # again for each pilot.
+    # LIMIT -1 prevents SQLite from flattening this subquery, which would read the whole list for each pilot.
     "sqlite": (
         "SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS reason "
         "FROM json_each(:staged) LIMIT -1"
@@ -50,7 +49,7 @@ _READERS = {
         "SELECT CAST(value ->> 0 AS BIGINT) AS id, value ->> 1 AS reason "
         "FROM json_array_elements(CAST(:staged AS JSON)) AS pair(value)"
     ),
-    # Else its text is in the character set of the database.
+    # Without the character set, text would have that of the database.
     "mysql": (
         "SELECT pair.id, pair.reason FROM JSON_TABLE(:staged, '$[*]' COLUMNS (id BIGINT PATH '$[0]', "
         "reason TEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$[1]')) AS pair"
@@ -62,9 +61,8 @@ _READERS["mariadb"] = _READERS["mysql"]
 class PilotSession(Database):
     """Transactions of the pilot database.
 
-    Every write that decides something starts with a statement that takes a lock (an UPDATE), so that nothing
-    it has read can be stale: on SQLite this takes the write lock before the first read of the transaction,
-    on MySQL and PostgreSQL the row lock.
+    A transaction that writes according to what it reads begins with an UPDATE that takes a lock, so that no read
+    is stale: the write lock on SQLite, row locks on MySQL and PostgreSQL.
     """
 
     metadata = MyPilotDBBase.metadata
@@ -73,91 +71,83 @@ class PilotSession(Database):
 
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
-        """The engine, for as long as the context lasts."""
         async with super().engine_context():
             clock.follow(self.engine)
             yield
 
     async def lock_ces(self, names: Collection[str] | None = None) -> int:
-        """Lock the rows of these compute elements (None: of all) until the transaction ends; return their number.
+        """Lock the rows of compute elements (None: all) until the transaction ends; return their number.
 
-        Every transaction that locks pilots or compute elements begins with this: it locks in the order of the
-        names, so that no two wait for each other. (MySQL locks the compute element of each pilot whose
-        state changes, for its foreign key.) An UPDATE that changes nothing, because SQLite has no SELECT …
-        FOR UPDATE.
+        Each transaction that locks pilots or compute elements begins with this. To prevent deadlocks, rows are
+        locked in the order of their names. (MySQL locks the compute element of each changed pilot, for the foreign
+        key.) It is an UPDATE without changes, for SQLite has no SELECT … FOR UPDATE.
         """
-        those = true() if names is None else ComputeElements.name.in_(names)
+        where = true() if names is None else ComputeElements.name.in_(names)
         if self.conn.dialect.name == "postgresql" and (names is None or len(names) > 1):
-            # It would update the rows as they lie.
+            # Its UPDATE locks rows in no defined order.
             await self.conn.execute(
                 select(ComputeElements.name)
-                .where(those)
+                .where(where)
                 .order_by(collate(ComputeElements.name, "C"))
                 .with_for_update(key_share=True)
             )
         locked = await self.conn.execute(
-            update(ComputeElements).where(those).values(capacity=ComputeElements.capacity)
+            update(ComputeElements).where(where).values(capacity=ComputeElements.capacity)
         )
         return int(locked.rowcount)
 
     @transaction
     async def _rows(self, statement: Select[*_Columns]) -> Sequence[Row[*_Columns]]:
-        """Rows to write about, read before the transaction that does: on SQLite, one that begins by reading may be
-        refused the right to write."""
+        """Read rows before the transaction that changes them: SQLite may refuse to upgrade a read transaction."""
         return (await self.conn.execute(statement)).all()
 
     async def _staged(self, rows: Sequence[tuple[int, str | None]]) -> Subquery:
-        """Make a derived table `id, reason` of these rows, for a statement of the present transaction."""
+        """Make a derived table `id, reason` of the rows, for a statement of the current transaction."""
         if self.conn.dialect.name == "postgresql" and len(rows) > LARGE_BATCH_ROWS:
-            # With no statistics yet (a burst of new pilots) it would read the whole list for each pilot.
+            # Without statistics (after a burst of new pilots) it would read the whole list for each pilot.
             await self.conn.execute(text("SET LOCAL enable_nestloop = off"))
         return _staged_rows(self.conn.dialect.name, rows)
 
-    def _are(self, these: Subquery, id: Any = Pilots.id) -> ColumnElement[bool]:
-        """Condition that a pilot is one of these rows, in a form that the server answers from an index."""
+    def _is_staged(self, staged: Subquery, id: Any = Pilots.id) -> ColumnElement[bool]:
+        """Condition that a pilot is one of the staged rows, in a form that uses an index."""
         if self.conn.dialect.name == "postgresql":
-            # Without nested loops it could look up each only so.
-            ids = func.array(select(these.c.id).scalar_subquery(), type_=ARRAY(BigInteger))
-            return and_(id == these.c.id, id == any_(ids))
-        return cast(ColumnElement[bool], id == these.c.id)
+            # With nested loops off, only `= ANY` uses the index.
+            ids = func.array(select(staged.c.id).scalar_subquery(), type_=ARRAY(BigInteger))
+            return and_(id == staged.c.id, id == any_(ids))
+        return cast(ColumnElement[bool], id == staged.c.id)
 
     async def create_tables(self) -> bool:
-        """Create the tables in a database that has none; True when it had none.
+        """Create the tables in an empty database; False: they exist.
 
         Raises:
-            MigrationError: it is of an older version.
-            DatabaseError: it cannot be used.
+            MigrationError: the tables are of an older version.
+            DatabaseError: the database cannot be used.
         """
         return await self.migrations.create(self.engine)
 
 
-def portions(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
-    """Split rows into lists that fit a packet: all in one, unless 100,000 of them have long reasons."""
-    portion: list[tuple[int, str | None]] = []
+def split_batches(rows: Iterable[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
+    """Split rows into lists that fit a packet; 100,000 rows with short reasons fit one."""
+    batch: list[tuple[int, str | None]] = []
     size = 0
     for row in rows:
         reason = row[1]
-        # In ASCII a character takes 12 bytes at most, and drivers escape each backslash.
+        # A character takes at most 12 bytes as JSON escapes, whose backslashes drivers escape again.
         bytes_ = 24 + (0 if reason is None else len(reason) * (2 if reason.isascii() else 14))
-        if portion and size + bytes_ > _LARGEST_PAYLOAD_BYTES:
-            yield portion
-            portion, size = [], 0
-        portion.append(row)
+        if batch and size + bytes_ > _MAX_PAYLOAD_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
         size += bytes_
-    if portion:
-        yield portion
+    if batch:
+        yield batch
 
 
 def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subquery:
-    """Make a derived table `id, reason` of these rows, to join with; a row without a reason has NULL.
+    """Make a derived table `id, reason` of the rows, from one bound parameter: a JSON array.
 
-    One bound parameter for any number of rows: a list of 100,000 ids is too long for bound parameters (SQLite
-    takes 32,766, PostgreSQL 65,535), and a statement per chunk is not a constant number of statements (P62). All
-    three databases read JSON, each with a function of its own.
-
-    Args:
-        dialect: SQLAlchemy's name of it.
-        rows: pairs of id and reason.
+    Lists of ids are limited to 32,766 bound parameters by SQLite and 65,535 by PostgreSQL, and one statement per
+    chunk would not be a constant number of statements (P62).
     """
     payload = json.dumps(
         [(id,) if reason is None else (id, sanitize(reason, MAX_REASON_CHARS)) for id, reason in rows]

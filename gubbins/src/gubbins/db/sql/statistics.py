@@ -1,4 +1,4 @@
-"""Pilot statistics, counted by the server."""
+"""Pilot statistics, aggregated by the database server."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
+from diracx.tasks.plumbing.sql.types import UTCDateTime
 from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
 
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
-from .schema import PilotIdentities, Pilots, UTCDateTime
+from .schema import PilotIdentities, Pilots
 from .session import PilotSession
 
 QUARTER = timedelta(minutes=15)
 
-# As expressions, by which no index is sorted: SQLite would rather read all pilots in the order of their groups,
-# or all of a VO, than those of a day.
+# Expressions instead of columns, so that SQLite does not prefer the indexes of the groups, which read all pilots.
 _CE = Pilots.ce_name.concat("").label("ce")
 _VO: ColumnElement[str] = Pilots.vo.concat("")
 _COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
 
 
 class StatisticsMixin(PilotSession):
-    """Counts of events since some moment, which read the pilots since then and no others."""
+    """Counts of events since a given time, which read only the pilots of that period."""
 
     @transaction
-    async def count_ended_pilots(self, since: datetime, *, vo: str | None) -> dict[str, dict[str, int]]:
-        """Count pilots that ended since then, as {compute element: {state: number}}; `vo=None`: of every VO."""
-        where = [Pilots.ended_at >= since, *_of(vo)]
+    async def count_ended_pilots(self, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:
+        """Count pilots (of one VO, or all) that ended since then, as {compute element: {state: number}}."""
+        where = [Pilots.ended_at >= since, *_vo_filter(vo)]
         counted: Select[Any] = select(_CE, *_COUNTED).where(*where).group_by(text("ce"), Pilots.status)
         ended: dict[str, dict[str, int]] = {}
         for ce_name, status, count in await self.conn.execute(_by_end(counted)):
@@ -37,12 +37,12 @@ class StatisticsMixin(PilotSession):
         return ended
 
     @transaction
-    async def count_without_work(self, since: datetime, *, vo: str | None) -> dict[str, int]:
-        """Count pilots that ended since then and found no work, by compute element; `vo=None`: of every VO."""
+    async def count_without_work(self, since: datetime, vo: str | None = None) -> dict[str, int]:
+        """Count pilots (of one VO, or all) that ended since then without work, by compute element."""
         counted: Any = (
             select(_CE, func.count())
             .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
-            .where(Pilots.ended_at >= since, PilotIdentities.outcome == PilotOutcome.NO_WORK, *_of(vo))
+            .where(Pilots.ended_at >= since, PilotIdentities.outcome == PilotOutcome.NO_WORK, *_vo_filter(vo))
             .group_by(text("ce"))
         )
         rows = await self.conn.execute(_by_end(counted))
@@ -50,17 +50,12 @@ class StatisticsMixin(PilotSession):
 
     @transaction
     async def count_steps(
-        self, since: datetime, now: datetime, *, vo: str | None
+        self, since: datetime, now: datetime, vo: str | None = None
     ) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
-        """Count pilots in each active state now, and those that entered each state since then.
-
-        Args:
-            since: the beginning.
-            now: the present time.
-            vo: only this VO's; None: every VO's.
+        """Count pilots (of one VO, or all) in each active state, and those that entered each state since then.
 
         Returns:
-            {active state: number} and {state: {whole quarters of an hour ago: number}}.
+            {active state: number} and {state: {whole quarters of an hour before `now`: number}}.
         """
         submitted, started, ended = (
             self._quarters(column, name, since, now)
@@ -74,11 +69,11 @@ class StatisticsMixin(PilotSession):
         counted = _by_end(select(submitted, started, ended, *_COUNTED).group_by(*groups))
         active: Counter[MyPilotStatus] = Counter()
         entered: dict[MyPilotStatus, Counter[int]] = {status: Counter() for status in MyPilotStatus}
-        # A pilot that took a step since then is active, or has ended since then.
-        for alive in (False, True):
-            these = Pilots.ended_at.is_(None) if alive else Pilots.ended_at >= since
-            for *quarters, status, count in await self.conn.execute(counted.where(these, *_of(vo))):
-                if alive:
+        # All pilots that changed state in the period are active, or have ended in it.
+        for is_active in (False, True):
+            pilots = Pilots.ended_at.is_(None) if is_active else Pilots.ended_at >= since
+            for *quarters, status, count in await self.conn.execute(counted.where(pilots, *_vo_filter(vo))):
+                if is_active:
                     active[status] += count
                 steps = (MyPilotStatus.SUBMITTED, MyPilotStatus.RUNNING, status)
                 for step, quarter in zip(steps, quarters, strict=True):
@@ -87,7 +82,7 @@ class StatisticsMixin(PilotSession):
         return active, entered
 
     def _quarters(self, moment: Any, name: str, since: datetime, now: datetime) -> Label[Any]:
-        """Age of a moment in quarters of an hour; NULL: before `since`, or never."""
+        """Age of a time in quarters of an hour; NULL: before `since`, or never."""
         present = literal(now, UTCDateTime)
         quarters: ColumnElement[Any]
         match self.engine.dialect.name:
@@ -104,11 +99,11 @@ class StatisticsMixin(PilotSession):
 
 
 def _by_end(statement: Select[Any]) -> Select[Any]:
-    # MariaDB would rather read all pilots than look up each tenth.
+    # MariaDB would read all pilots if more than about a tenth of them match.
     for dialect in ("mysql", "mariadb"):
         statement = statement.with_hint(Pilots, "FORCE INDEX (idx_pilots_ended)", dialect)
     return statement
 
 
-def _of(vo: str | None) -> list[ColumnElement[bool]]:
+def _vo_filter(vo: str | None) -> list[ColumnElement[bool]]:
     return [] if vo is None else [_VO.in_([vo])]

@@ -1,4 +1,4 @@
-"""Submission of pilots: a slot is reserved, then confirmed, or released again."""
+"""Submission of pilots: reserve a slot, then confirm or release it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import Row, case, delete, func, insert, literal, null, select, update
+from sqlalchemy import Row, case, delete, insert, literal, null, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.exceptions import (
@@ -18,10 +18,10 @@ from gubbins.domain.exceptions import (
     UnknownCEError,
     VONotServedError,
 )
-from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of, serves
 
-from .limits import check_limits, check_waiting, pilots_at
+from .limits import check_limits, check_max_waiting, count_active_by_vo
 from .schema import (
     MAX_REASON_CHARS,
     MAX_VO_CHARS,
@@ -31,10 +31,11 @@ from .schema import (
     PilotRequests,
     Pilots,
     UndoneRegistrations,
+    count_active_at,
 )
-from .session import PilotSession, portions
+from .session import PilotSession, split_batches
 
-#: What is known now that was not; why it is cancelled stays.
+#: Values of a confirmed pilot; a reason for its cancellation stays.
 _CONFIRMED: dict[str, Any] = {
     "missing_since": None,
     "last_error": case((Pilots.cancel_requested_at.is_(None), null()), else_=Pilots.last_error),
@@ -45,16 +46,16 @@ class Submission(NamedTuple):
     """State of the submission of a requested pilot."""
 
     pilot_id: int | None  # None: it has no slot
-    is_known: bool  # the compute element has confirmed it
-    error: str | None  # why it was refused; or, with a slot, why nobody knows
+    is_known: bool  # confirmed by the compute element
+    error: str | None  # reason of the refusal; with a slot: error of a call without a known outcome
 
 
 class SubmissionsMixin(PilotSession):
-    """Statements about submissions, with the capacity gate."""
+    """Statements about submissions, with the checks of capacity and rules."""
 
     @transaction
     async def find_pilot(self, stamp: str) -> int | None:
-        """The id of the pilot with this stamp; None: there is none."""
+        """Find a pilot by stamp, and return its id; None: there is none."""
         return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
 
     @transaction
@@ -65,40 +66,31 @@ class SubmissionsMixin(PilotSession):
             is_known = row[1] is not None or row[2] is not MyPilotStatus.SUBMITTED
             return Submission(row[0], is_known, row[3])
         request = select(PilotRequests.refusal).where(PilotRequests.stamp == stamp)
-        asked = (await self.conn.execute(request)).one_or_none()
-        return None if asked is None else Submission(None, False, asked[0])
+        found = (await self.conn.execute(request)).one_or_none()
+        return None if found is None else Submission(None, False, found[0])
 
     @transaction
     async def submit_pilot(self, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id.
 
-        This is the gate of capacity and rules. The row of the compute element is locked first, so all
-        submissions to one compute element pass here one after the other, and none counts too few (P60).
+        Checks capacity and rules under the lock of the compute element, so that no concurrent submission exceeds
+        them (P60).
 
         Args:
-            ce_name: where.
-            vo: whose.
-            stamp: our unique name for it, 32 hexadecimal digits; None: a new one.
+            stamp: unique name of the pilot, 32 hexadecimal digits; None: a new one.
 
         Raises:
-            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError, SubmissionLimitError: as they say;
-                nothing was created.
+            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError, SubmissionLimitError: nothing was
+                created.
         """
         stamp = stamp or uuid.uuid4().hex
         now = clock.now()
         ce = await self._lock_open_ce(ce_name)
-        # SQLite stores names of any length.
         if not serves(ce["vos"], vo) or not 0 < len(vo) <= MAX_VO_CHARS:
             raise VONotServedError(ce_name, vo)
         await check_limits(self.conn, ce, vo)
-        taken = (
-            select(func.count())
-            .select_from(Pilots)
-            .where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
-            .scalar_subquery()
-        )
-        # Counting and inserting in one statement, although the lock is held: the count is then never
-        # older than the insert, under any isolation level of a transaction the caller has opened.
+        active = count_active_at(ce_name).scalar_subquery()
+        # One statement counts and inserts, so that the count is current under any isolation level of the caller.
         reserved = await self.conn.execute(
             insert(Pilots).from_select(
                 ["vo", "ce_name", "status", "stamp", "submitted_at", "last_update"],
@@ -109,7 +101,7 @@ class SubmissionsMixin(PilotSession):
                     literal(stamp, Pilots.stamp.type),
                     literal(now, Pilots.submitted_at.type),
                     literal(now, Pilots.last_update.type),
-                ).where(ComputeElements.name == ce_name, taken < ComputeElements.capacity),
+                ).where(ComputeElements.name == ce_name, active < ComputeElements.capacity),
                 include_defaults=False,
             )
         )
@@ -133,29 +125,28 @@ class SubmissionsMixin(PilotSession):
     async def submit_requested(
         self, ce_name: str, requests: Sequence[tuple[str, str]]
     ) -> tuple[dict[str, int], dict[str, PilotSubmissionError]]:
-        """Reserve slots for requested pilots, and delete their requests: 8 statements for any number of them.
+        """Reserve slots for requested pilots, and delete their requests, in 8 statements for any number.
 
-        The round that has requested them has dealt out the slots by `share` and `max_per_cycle`: what is granted
-        is not dealt out again. Capacity and `max_waiting` are checked for one after the other, as given.
+        Capacity and `max_waiting` are checked in the order given; the requests already comply with `share` and
+        `max_per_cycle`.
 
         Args:
-            ce_name: where.
             requests: stamp and VO of each.
 
         Returns:
-            The ids of the pilots by stamp, and for the other stamps why there is none.
+            The ids of the pilots, and the errors of the other requests, by stamp.
 
         Raises:
-            UnknownCEError, CEDisabledError: as they say; nothing was changed.
+            UnknownCEError, CEDisabledError: nothing was changed.
         """
         ce, now = await self._lock_open_ce(ce_name), clock.now()
-        rules, held = rules_of(ce), Counter(await pilots_at(self.conn, ce_name))
+        rules, held = rules_of(ce), Counter(await count_active_by_vo(self.conn, ce_name))
         accepted, refused = [], {}
         for stamp, vo in requests:
             try:
                 if held.total() >= ce["capacity"]:
                     raise NoRoomError(ce_name, ce["capacity"])
-                check_waiting(ce_name, vo, rules.of(vo), held[vo, MyPilotStatus.SUBMITTED])
+                check_max_waiting(ce_name, vo, rules.of(vo), held[vo, MyPilotStatus.SUBMITTED])
             except PilotSubmissionError as error:
                 refused[stamp] = error
             else:
@@ -163,16 +154,12 @@ class SubmissionsMixin(PilotSession):
                 accepted.append({"vo": vo, "stamp": stamp})
         ids: dict[str, int] = {}
         if accepted:
-            all_have = {
-                "ce_name": ce_name,
-                "status": MyPilotStatus.SUBMITTED,
-                "submitted_at": now,
-                "last_update": now,
-            }
-            await self.conn.execute(insert(Pilots), [{**all_have, **each} for each in accepted])
+            status = MyPilotStatus.SUBMITTED
+            common = {"ce_name": ce_name, "status": status, "submitted_at": now, "last_update": now}
+            await self.conn.execute(insert(Pilots), [{**common, **each} for each in accepted])
             stamps = [each["stamp"] for each in accepted]
             ids = {row.stamp: row.id for row in await self._submitted(stamps)}
-            step = {"status": MyPilotStatus.SUBMITTED, "at": now}
+            step = {"status": status, "at": now}
             await self.conn.execute(insert(PilotHistory), [{"pilot_id": id, **step} for id in ids.values()])
         await self.conn.execute(
             delete(PilotRequests).where(PilotRequests.stamp.in_([stamp for stamp, _ in requests]))
@@ -185,114 +172,101 @@ class SubmissionsMixin(PilotSession):
 
     @transaction
     async def confirm_submissions(self, references: Mapping[int, tuple[str, str]]) -> set[str]:
-        """Record the references of pilots, given as id → (stamp, reference), that have none.
+        """Record the references of pilots, given as {id: (stamp, reference)}, that have none.
 
         Returns:
-            The stamps of those that have the reference given. Of others a check has undone the reservation, or
-            noted another reference.
+            The stamps of pilots that have this reference now. The slots of the others were released by a check, or
+            they have another reference.
         """
         if not references:
             return set()
         wanted = dict(references.values())
         these = await self._staged([(id, reference) for id, (_, reference) in references.items()])
-        # Where the reservation was undone, the id may be another pilot's.
+        # The id of a released slot may be reused.
         own = (Pilots.stamp.in_(wanted), Pilots.reference.is_(None))
         await self.conn.execute(
-            update(Pilots).where(self._are(these), *own).values(reference=these.c.reason, missing_since=None)
+            update(Pilots).where(self._is_staged(these), *own).values(reference=these.c.reason, missing_since=None)
         )
         return {row.stamp for row in await self._submitted(list(wanted)) if row.reference == wanted[row.stamp]}
 
     @transaction
-    async def note_unconfirmed(self, errors: Mapping[int, str]) -> None:
-        """Note why it is not known whether these reserved pilots were submitted: the checks will find out."""
+    async def set_submission_errors(self, errors: Mapping[int, str]) -> None:
+        """Set the last errors of pilots which may or may not have been submitted, by id."""
         if errors:
             these = await self._staged(list(errors.items()))
             unknown = (Pilots.status == MyPilotStatus.SUBMITTED, Pilots.reference.is_(None))
             await self.conn.execute(
-                update(Pilots).where(self._are(these), *unknown).values(last_error=these.c.reason)
+                update(Pilots).where(self._is_staged(these), *unknown).values(last_error=these.c.reason)
             )
 
     @transaction
     async def confirm_submission(self, pilot_id: int, stamp: str, reference: str) -> tuple[int, str] | None:
-        """Record the compute element's reference of the pilot with this stamp, unless it has one.
+        """Record the reference of the pilot with this stamp, unless it has one.
 
         Args:
-            pilot_id: its id when its slot was reserved; since that was undone, the id may be another pilot's.
-            stamp: our name for it.
-            reference: the compute element's.
+            pilot_id: id of its slot, which may have been released and reused.
 
         Returns:
-            Its id, and the reference it has now; None: there is no such pilot.
+            Its id, and the reference that it has now; None: there is no such pilot.
         """
-        noting = (
+        statement = (
             update(Pilots)
             .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
             .values(reference=reference, missing_since=None)
         )
-        if (await self.conn.execute(noting.where(Pilots.id == pilot_id))).rowcount:
+        if (await self.conn.execute(statement.where(Pilots.id == pilot_id))).rowcount:
             return pilot_id, reference
-        await self.conn.execute(noting)
+        await self.conn.execute(statement)
         found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
         row = (await self.conn.execute(found)).one_or_none()
         return None if row is None else (row[0], str(row[1]))
 
     @transaction
     async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
-        """Record the references of pilots (id, reference), and return the number of pilots found."""
+        """Record the references of pilots (id, reference), and return the number of updated pilots."""
         if not references:
             return 0
-        if len(references) == 1:  # a join may read, and lock, other pilots of a small table
-            [(id, name)] = references
-            one = update(Pilots).where(Pilots.id == id).values(reference=name, **_CONFIRMED)
-            return int((await self.conn.execute(one)).rowcount)
+        if len(references) == 1:  # a join may read and lock other pilots of a small table
+            [(id, reference)] = references
+            statement = update(Pilots).where(Pilots.id == id).values(reference=reference, **_CONFIRMED)
+            return int((await self.conn.execute(statement)).rowcount)
         count = 0
-        for portion in portions(references):
-            these = await self._staged(portion)
+        for batch in split_batches(references):
+            these = await self._staged(batch)
             confirmed = await self.conn.execute(
-                update(Pilots).where(self._are(these)).values(reference=these.c.reason, **_CONFIRMED)
+                update(Pilots).where(self._is_staged(these)).values(reference=these.c.reason, **_CONFIRMED)
             )
             count += int(confirmed.rowcount)
         return count
 
     @transaction
     async def release_pilots(self, pilot_ids: Sequence[int]) -> int:
-        """Undo reservations that never became pilots; return the number undone.
-
-        Only SUBMITTED pilots whose submission was not confirmed: a pilot that existed is never forgotten.
-        """
+        """Release the slots of pilots which are SUBMITTED and not confirmed; return the number released."""
         if not pilot_ids:
             return 0
         these = await self._staged([(id, None) for id in pilot_ids])
         undone = (Pilots.status == MyPilotStatus.SUBMITTED, Pilots.reference.is_(None))
-        registered = select(Pilots.registry_id, Pilots.stamp).join(these, self._are(these))
+        registered = select(Pilots.registry_id, Pilots.stamp).join(these, self._is_staged(these))
         await self.conn.execute(
             insert(UndoneRegistrations).from_select(
                 ["registry_id", "stamp"], registered.where(*undone, Pilots.registry_id.is_not(None))
             )
         )
-        # SQLite cannot delete what is joined; MariaDB reads all pilots to delete those of a subquery.
+        # SQLite has no DELETE with a join; MariaDB would read all pilots for a subquery.
         joins = self.conn.dialect.name != "sqlite"
         released = await self.conn.execute(
-            delete(Pilots).where(self._are(these) if joins else Pilots.id.in_(select(these.c.id)), *undone)
+            delete(Pilots).where(self._is_staged(these) if joins else Pilots.id.in_(select(these.c.id)), *undone)
         )
         return int(released.rowcount)
 
     @transaction
     async def restore_pilot(self, ce_name: str, vo: str, *, stamp: str, reference: str, reason: str) -> int:
-        """Restore a pilot whose reservation was undone but that the compute element accepted, to be cancelled.
+        """Restore a released pilot that the compute element accepted after all, with its cancellation requested.
 
-        It is SUBMITTED, with its cancellation requested. It holds a slot, for it is there: this is the one way
-        past the capacity gate.
-
-        Args:
-            ce_name: where it is.
-            vo: whose it is.
-            stamp: our name for it; no other pilot has it.
-            reference: the compute element's name for it.
-            reason: why, for people.
+        It takes a slot even beyond the capacity.
 
         Returns:
-            How many slots are taken now.
+            The number of active pilots at the compute element.
         """
         now = clock.now()
         reason = reason[:MAX_REASON_CHARS]
@@ -314,5 +288,4 @@ class SubmissionsMixin(PilotSession):
         await self.conn.execute(
             insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now, reason=reason)
         )
-        taken = select(func.count()).where(Pilots.ce_name == ce_name, Pilots.status.in_(ACTIVE))
-        return int((await self.conn.execute(taken)).scalar_one())
+        return int((await self.conn.execute(count_active_at(ce_name))).scalar_one())

@@ -1,4 +1,4 @@
-"""State machine of pilots: every step is a compare-and-set in here."""
+"""State transitions of pilots, each a compare-and-set."""
 
 from __future__ import annotations
 
@@ -14,43 +14,39 @@ from gubbins.domain.exceptions import IllegalTransitionError, PilotNotFoundError
 from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
-from .session import PilotSession, portions
+from .session import PilotSession, split_batches
 
-# Ends before starts: a pilot named in both groups by mistake still makes one step only (P61).
+# Final states first: a pilot given for both still makes one step only (P61).
 _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
 
 
 def _entering(status: MyPilotStatus, now: datetime) -> dict[str, Any]:
-    """Columns to update in a pilot that enters a state, beside its last error."""
+    """Columns to update in a pilot that enters a state, without its last error."""
     if status is MyPilotStatus.RUNNING:
-        # `missing_since` stays: a lost pilot, too, becomes RUNNING before it fails.
+        # `missing_since` stays, for a lost pilot becomes RUNNING before it fails.
         return {"status": status, "started_at": now, "last_update": now, "waiting_reason": None}
-    return {"status": status, "ended_at": now, "last_update": now, "missing_since": None}
+    return {"status": status, "ended_at": now, "last_update": now, "missing_since": None, "waiting_reason": None}
 
 
 class TransitionsMixin(PilotSession):
-    """Steps of pilots, one or very many at a time."""
+    """State transitions of one or many pilots."""
 
     async def update_pilot_status(
         self, pilot_id: int, status: MyPilotStatus, *, vo: str | None = None, reason: str | None = None
     ) -> MyPilotStatus:
-        """Move one pilot one step and return the state it left.
+        """Move a pilot (of the VO, if given) to a state, and return the previous one.
 
-        Args:
-            pilot_id: which.
-            status: the state to enter.
-            vo: when given, the pilot must be of this VO.
-            reason: why, kept as the pilot's last error and in its history.
+        The reason becomes its last error and is kept in its history.
 
         Raises:
-            IllegalTransitionError: there is no arrow from its present state; nothing was changed.
+            IllegalTransitionError: the state cannot be entered from the current one; nothing was changed.
             PilotNotFoundError: there is no such pilot (of this VO).
         """
         status = MyPilotStatus(status)
-        mine = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
+        where = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
         before = PREDECESSOR.get(status)
         reason = None if reason is None else reason[:MAX_REASON_CHARS]
-        ce_names = [row[0] for row in await self._rows(select(Pilots.ce_name).where(*mine))]
+        ce_names = [row[0] for row in await self._rows(select(Pilots.ce_name).where(*where))]
 
         async def move() -> MyPilotStatus:
             now = clock.now()
@@ -60,14 +56,14 @@ class TransitionsMixin(PilotSession):
                 if reason is not None:
                     changes["last_error"] = reason
                 moved = await self.conn.execute(
-                    update(Pilots).where(*mine, Pilots.status == before).values(**changes)
+                    update(Pilots).where(*where, Pilots.status == before).values(**changes)
                 )
                 if moved.rowcount:
                     await self.conn.execute(
                         insert(PilotHistory).values(pilot_id=pilot_id, status=status, at=now, reason=reason)
                     )
                     return before
-            current = (await self.conn.execute(select(Pilots.status).where(*mine))).scalar_one_or_none()
+            current = (await self.conn.execute(select(Pilots.status).where(*where))).scalar_one_or_none()
             if current is None:
                 raise PilotNotFoundError(pilot_id)
             raise IllegalTransitionError(pilot_id, current, status)
@@ -78,15 +74,15 @@ class TransitionsMixin(PilotSession):
     async def advance_pilots(
         self, moves: Mapping[MyPilotStatus, Collection[tuple[int, str | None]]], *, vo: str
     ) -> dict[MyPilotStatus, int]:
-        """Move any number of pilots one step each, in two statements per state entered (P62).
+        """Move any number of pilots of the VO one step each, in two statements per state (P62).
+
+        Pilots of other VOs (P61), and those that are not in the previous state, do not change.
 
         Args:
-            moves: for each state to enter, the pilots (id, reason or None).
-            vo: pilots of other VOs in `moves` are left alone (P61).
+            moves: {state to enter: [(pilot id, reason or None)]}.
 
         Returns:
-            The number that entered each state. A pilot that is not in the state before (another process was
-            faster) is left as it is and not counted.
+            The number of pilots that entered each state.
         """
         now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
@@ -96,8 +92,8 @@ class TransitionsMixin(PilotSession):
             ]
             if rows:
                 counts[status] = 0
-            for portion in portions(rows):
-                counts[status] += await self._advance(portion, status, vo, now)
+            for batch in split_batches(rows):
+                counts[status] += await self._advance(batch, status, vo, now)
         return counts
 
     async def _advance(
@@ -106,11 +102,10 @@ class TransitionsMixin(PilotSession):
         these = await self._staged(rows)
         await self.conn.execute(
             update(Pilots)
-            .where(self._are(these), Pilots.status == PREDECESSOR[status], Pilots.vo == vo)
+            .where(self._is_staged(these), Pilots.status == PREDECESSOR[status], Pilots.vo == vo)
             .values(**_entering(status, now), last_error=func.coalesce(these.c.reason, Pilots.last_error))
         )
-        # Each move writes history in the same transaction. So of the staged pilots in this state, those
-        # without history are the ones that the statement above has moved.
+        # History is written in the same transaction: staged pilots in this state without history were moved above.
         recorded = await self.conn.execute(
             insert(PilotHistory).from_select(
                 ["pilot_id", "status", "at", "reason"],
@@ -120,11 +115,11 @@ class TransitionsMixin(PilotSession):
                     literal(now, PilotHistory.at.type),
                     these.c.reason,
                 )
-                .join(these, self._are(these))
+                .join(these, self._is_staged(these))
                 .where(
                     Pilots.status == status,
                     Pilots.vo == vo,
-                    ~exists().where(self._are(these, PilotHistory.pilot_id), PilotHistory.status == status),
+                    ~exists().where(self._is_staged(these, PilotHistory.pilot_id), PilotHistory.status == status),
                 ),
             )
         )
@@ -132,10 +127,7 @@ class TransitionsMixin(PilotSession):
 
     @transaction
     async def count_illegal_histories(self) -> int:
-        """Count pilots with a history that the state machine does not allow.
-
-        Always 0: every way into a state passes through here.
-        """
+        """Count pilots whose history violates the state machine; 0 unless there is a bug."""
         steps = {status: func.sum(case((PilotHistory.status == status, 1), else_=0)) for status in MyPilotStatus}
         legal = or_(
             *(
@@ -156,7 +148,7 @@ class TransitionsMixin(PilotSession):
 
 
 def _path_to(status: MyPilotStatus) -> set[MyPilotStatus]:
-    """The states that a pilot in this state has entered, one after the other."""
+    """All states that a pilot in this state has entered."""
     path = {status}
     while (status := PREDECESSOR.get(status, status)) not in path:
         path.add(status)

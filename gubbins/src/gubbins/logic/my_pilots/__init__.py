@@ -1,7 +1,7 @@
-"""Pilots and compute elements. Only this layer touches `MyPilotDB`.
+"""Business logic of pilots and compute elements; the only layer that uses `MyPilotDB`.
 
-Every function takes the database either inside a transaction (`async with db:`) or outside one; outside, it
-uses short transactions of its own, and none is open while a compute element is being talked to.
+Each function can be called inside a transaction (`async with db:`) or outside one. Outside, it uses short
+transactions of its own, and none is open during calls to a compute element.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ __all__ = [
     "VORules",
     "add_ce",
     "add_downtime",
-    "as_seen_by",
     "ban_ce",
     "cancel_pilot",
     "ces_in_downtime",
@@ -47,6 +46,7 @@ __all__ = [
     "read_task_queues",
     "reconcile_registry",
     "record_report",
+    "redact_ce",
     "refresh_token",
     "remove_downtime",
     "request_pilots",
@@ -69,12 +69,12 @@ from .ce_file import CE_NAME, CESpec, parse_ce_file
 from .check import transition_pilot_states
 from .compute_elements import (
     add_ce,
-    as_seen_by,
     ban_ce,
     get_available_ces,
     get_ce,
     list_ces,
     load_ces,
+    redact_ce,
     set_ce_enabled,
 )
 from .demand import request_pilots, withdraw_requests

@@ -1,4 +1,4 @@
-"""Open the back end of a compute element, and describe its failures."""
+"""Helpers for calls to a compute element: open its back end, describe its errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def backend_of(ce: Mapping[str, Any], vo: str) -> AsyncIterator[CEBackend[Any]]:
-    """Open the back end of a compute element as the VO uses it; errors while it is closed are only logged.
+    """Open the back end of a compute element with the settings of the VO. Errors of its `close` are only logged.
 
     Raises:
         CESettingsError: the back end is not installed here, or its settings are wrong.
@@ -33,12 +33,9 @@ async def backend_of(ce: Mapping[str, Any], vo: str) -> AsyncIterator[CEBackend[
             async with asyncio.timeout(backend.close_seconds):
                 await backend.close()
         except Exception as error:
-            why = (
-                f"no end within {backend.close_seconds:g} s"
-                if isinstance(error, TimeoutError)
-                else one_line(error)
-            )
-            logger.warning("Cannot give back the connections to %s: %s", ce["name"], why)
+            timed_out = isinstance(error, TimeoutError)
+            reason = f"no end within {backend.close_seconds:g} s" if timed_out else one_line(error)
+            logger.warning("Cannot close the connections to %s: %s", ce["name"], reason)
 
 
 def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
@@ -49,6 +46,6 @@ def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
 
 
 def at_ce(pilot: Mapping[str, Any]) -> PilotAtCE:
-    """A pilot of the database, as it is sent to its compute element."""
+    """Convert a row of the database to the pilot of a call."""
     keys = ("stamp", "vo", "reference", "status", "submitted_at", "started_at")
     return PilotAtCE(*(pilot[key] for key in keys))

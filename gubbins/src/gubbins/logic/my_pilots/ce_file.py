@@ -1,9 +1,9 @@
-"""Parse the file `ces.yaml` of compute elements; every mistake with its path."""
+"""Parser of the YAML file of compute elements; reports all errors with their paths."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,13 +15,16 @@ from gubbins.domain.rules import CERules, VORules
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 """Pattern of the name of a compute element."""
 
-
 _NAMES = "names (in quotes where YAML reads something else)"
 
 
-def _is_of_mappings(given: dict[Any, Any]) -> bool:
-    """There are names, and below each is a mapping, if only `{}`: an empty value may have been forgotten."""
-    return bool(given) and all(isinstance(key, str) and isinstance(own, dict) for key, own in given.items())
+def _is_mapping_of_mappings(value: object) -> TypeGuard[dict[str, dict[str, Any]]]:
+    """True for a non-empty mapping of names to mappings; a missing value, which may be a mistake, is none."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(own, dict) for key, own in value.items())
+    )
 
 
 class CESpec(BaseModel):
@@ -73,38 +76,36 @@ class CESpec(BaseModel):
         ),
     ] = None
     backend: Annotated[
-        str, Field(max_length=64, description="How it is spoken to: an entry point of `gubbins.ces`.")
+        str, Field(max_length=64, description="Back end: an entry point of the group `gubbins.ces`.")
     ] = "simulated"
     settings: Annotated[dict[str, Any], Field(description="For the back end.")] = {}
-    rules: Annotated[
-        CERules, Field(description="How many pilots it gets from whom, and how long it is waited for.")
-    ] = CERules()
+    rules: Annotated[CERules, Field(description="Number of pilots per VO, limits and time-outs.")] = CERules()
 
     @field_validator("vos", mode="before")
     @classmethod
-    def _no_mapping(cls, given: Any) -> Any:
-        if isinstance(given, dict):
+    def _refuse_mapping(cls, value: Any) -> Any:
+        if isinstance(value, dict):
             raise ValueError(f"must be a list, or a mapping of {_NAMES}, each with its settings")
-        return given
+        return value
 
     @model_validator(mode="before")
     @classmethod
-    def _settings_of_vos(cls, given: Any) -> Any:
-        """Put what is given for each VO below the settings, where back ends find it."""
-        if not isinstance(given, dict):
-            return given
-        own, settings = given.get("vos"), given.get("settings", {})
+    def _move_vo_settings(cls, entry: Any) -> Any:
+        """Move the settings of VOs from `vos` to `settings`."""
+        if not isinstance(entry, dict):
+            return entry
+        own, settings = entry.get("vos"), entry.get("settings", {})
         if not isinstance(settings, dict):
-            return given  # refused as no mapping
+            return entry  # the validation of the field refuses it
         if OF_VOS in settings:
             raise ValueError(f"settings that differ for some VOs belong below `{OF_VOS}` of the entry itself")
-        if not isinstance(own, dict) or not _is_of_mappings(own):
-            return given  # refused as no list
-        return {**given, "vos": list(own), "settings": {**settings, OF_VOS: own}}
+        if not _is_mapping_of_mappings(own):
+            return entry  # a list, or refused by `_refuse_mapping`
+        return {**entry, "vos": list(own), "settings": {**settings, OF_VOS: own}}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses what plain YAML silently overwrites: the same key twice."""
+    """YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -118,17 +119,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_ce_file(text: str) -> list[CESpec]:
-    """The compute elements of a file.
+    """Parse a file of compute elements.
 
-    Each of the `queues` of one (name → what is different there) is a compute element of its own, `name:queue`.
+    Each of the `queues` of an entry becomes a compute element `name:queue`, with the fields of both.
 
     Raises:
-        CEFileError: with every mistake, so that all can be mended at once.
+        CEFileError: lists all errors.
     """
     try:
         document = yaml.load(text, Loader=_Loader)  # noqa: S506 # a SafeLoader, by derivation
     except yaml.YAMLError as error:
-        raise CEFileError([_where(error)]) from error
+        raise CEFileError([_yaml_error(error)]) from error
     if not isinstance(document, dict) or not isinstance(document.get("compute_elements"), list):
         raise CEFileError([("", "the file must have one key, `compute_elements`, with a list below it")])
     problems = [
@@ -142,7 +143,7 @@ def parse_ce_file(text: str) -> list[CESpec]:
         try:
             spec = CESpec.model_validate(entry)
         except ValidationError as error:
-            problems += [_problem(at, problem) for problem in error.errors()]
+            problems += [_field_error(at, problem) for problem in error.errors()]
             continue
         if spec.name in first_seen:
             problems.append((f"{at}.name", f"{spec.name!r} is already {first_seen[spec.name]}"))
@@ -158,7 +159,7 @@ def parse_ce_file(text: str) -> list[CESpec]:
 
 
 def _entries(given: list[Any], problems: list[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
-    """The entries with their paths; in place of one with `queues`, one for each of them."""
+    """Yield entries with their paths; an entry with `queues` is replaced by one for each queue."""
     for index, entry in enumerate(given):
         at = f"compute_elements[{index}]"
         if not isinstance(entry, dict) or "queues" not in entry:
@@ -168,7 +169,7 @@ def _entries(given: list[Any], problems: list[tuple[str, str]]) -> Iterator[tupl
         if not isinstance(name, str):
             problems.append((f"{at}.name", "must be text, to which the names of the queues are added"))
             continue
-        if not isinstance(queues, dict) or not _is_of_mappings(queues):
+        if not _is_mapping_of_mappings(queues):
             problems.append((f"{at}.queues", f"must be a mapping of {_NAMES}, each with what is different there"))
             continue
         shared = {field: value for field, value in entry.items() if field != "queues"}
@@ -186,7 +187,7 @@ def _entries(given: list[Any], problems: list[tuple[str, str]]) -> Iterator[tupl
             yield path, merged
 
 
-def _problem(at: str, problem: Any) -> tuple[str, str]:
+def _field_error(at: str, problem: Any) -> tuple[str, str]:
     path = at
     for part in problem["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -196,7 +197,7 @@ def _problem(at: str, problem: Any) -> tuple[str, str]:
     return path, problem_of(problem, model)
 
 
-def _where(error: yaml.YAMLError) -> tuple[str, str]:
+def _yaml_error(error: yaml.YAMLError) -> tuple[str, str]:
     mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error)
-    return (f"line {mark.line + 1}", what) if mark is not None else ("", what)
+    message = getattr(error, "problem", None) or str(error)
+    return "" if mark is None else f"line {mark.line + 1}", message

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
+import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -14,6 +17,7 @@ from typing import Any, TypeAlias
 
 from gubbins.ces import Observation, Observed, PilotAtCE
 from gubbins.db.sql import MyPilotDB
+from gubbins.db.sql.pilots import ActivePilot
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEUnavailableError
@@ -21,20 +25,17 @@ from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
 from gubbins.domain.rules import CERules, rules_of
 
 from .ce_calls import backend_of, describe_failure
-from .circuits import may_call, note_failure, note_success
-from .outputs import ends_with_output
+from .circuits import acquire_call, record_call_failure, record_call_success
+from .outputs import statuses_with_output
 from .response_validation import check_observations
 
 logger = logging.getLogger(__name__)
 
 PROMPT_SECONDS = 2
-"""Responses are recorded after so long, without waiting for slower compute elements.
-
-Cleaning up at compute elements gets so much time after the last response, and no more.
-"""
+"""Interval at which responses are recorded, and time limit of the cleanup after the last response."""
 
 CYCLE_SECONDS = 30
-"""Compute elements that have responded are polled again after that, while others keep the check from ending."""
+"""Interval at which compute elements are polled again while a slower one delays the end of the check."""
 
 _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILED}
 
@@ -44,7 +45,7 @@ class PollResult:
     """Response of one compute element."""
 
     observations: Mapping[str, Observation]
-    warning: str | None  # what did not work beside the poll, which succeeded
+    warning: str | None  # errors beside the poll, which succeeded
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class PollRequest:
 
     ce: Mapping[str, Any]
     vo: str
-    pilots: Sequence[Any]
+    pilots: Sequence[ActivePilot]
 
     @cached_property
-    def ends_with_output(self) -> frozenset[MyPilotStatus]:
-        """The ends at which output is to be fetched; computed once, for many may end at a time."""
-        return ends_with_output(self.ce)
+    def statuses_with_output(self) -> frozenset[MyPilotStatus]:
+        """As the function, computed once: very many pilots may end in one check."""
+        return statuses_with_output(self.ce)
 
-    def described(self, pilot: Any) -> PilotAtCE:
-        """One of the pilots, as it is sent to the compute element."""
+    def at_ce(self, pilot: ActivePilot) -> PilotAtCE:
+        """Convert a pilot of the database to the pilot of a call."""
         return PilotAtCE(
             pilot.stamp,
             self.vo,
@@ -75,7 +76,7 @@ class PollRequest:
 
 @dataclass
 class StatusChanges:
-    """State changes that a check records, for all compute elements that have responded."""
+    """Changes that a check records in one transaction, for all compute elements that have responded."""
 
     moves: dict[MyPilotStatus, list[tuple[int, str | None]]] = field(default_factory=lambda: defaultdict(list))
     confirmed: list[tuple[int, str]] = field(default_factory=list)
@@ -83,23 +84,20 @@ class StatusChanges:
     found_again: list[int] = field(default_factory=list)
     never_submitted: list[int] = field(default_factory=list)
     ended: dict[str, list[PilotAtCE]] = field(default_factory=lambda: defaultdict(list))  # by compute element
-    outputs: list[int] = field(default_factory=list)
-    unseen: Counter[str] = field(default_factory=Counter)  # gone missing before they were seen; by compute element
-    waiting: list[tuple[int, str | None]] = field(default_factory=list)  # with what they wait for now
-    overdue: list[tuple[int, str | None]] = field(
-        default_factory=list
-    )  # to be cancelled, with the rule as the reason
-    alive: set[str] = field(default_factory=set)  # compute elements whose pilots have moved, or were found again
+    outputs: list[int] = field(default_factory=list)  # pilots whose output is to be fetched
+    never_seen: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # changes of `never_seen`
+    waiting: list[tuple[int, str | None]] = field(default_factory=list)  # new waiting reasons
+    overdue: list[tuple[int, str | None]] = field(default_factory=list)  # to be cancelled, with the reason
 
-    def end(self, request: PollRequest, pilot: Any, status: MyPilotStatus, reason: str | None) -> None:
-        """The pilot has ended so."""
+    def end(self, request: PollRequest, pilot: ActivePilot, status: MyPilotStatus, reason: str | None) -> None:
+        """Record the end of a pilot."""
         if status is MyPilotStatus.FAILED and (pilot.last_error or "").startswith(CANCELLED_FOR):
             reason = pilot.last_error
         self.moves[status].append((pilot.pilot_id, reason))
-        if status in request.ends_with_output:
-            self.outputs.append(pilot.pilot_id)  # cleaned up when that is stored
+        if status in request.statuses_with_output:
+            self.outputs.append(pilot.pilot_id)  # cleaned up after its output is stored
         else:
-            self.ended[request.ce["name"]].append(request.described(pilot)._replace(status=status))
+            self.ended[request.ce["name"]].append(request.at_ce(pilot)._replace(status=status))
 
 
 _Polls: TypeAlias = dict[asyncio.Task[PollResult], PollRequest]
@@ -108,46 +106,44 @@ _Polls: TypeAlias = dict[asyncio.Task[PollResult], PollRequest]
 async def transition_pilot_states(
     db: MyPilotDB, vo: str, *, prompt_seconds: float = PROMPT_SECONDS, cycle_seconds: float = CYCLE_SECONDS
 ) -> dict[MyPilotStatus, int]:
-    """Move the VO's pilots on, and return how many entered each state.
+    """Poll the compute elements, update the states of the VO's pilots, and return how many entered each state.
 
-    A constant number of statements (P62), and no transaction while compute elements
-    are being polled: all of them at once, and a slow one does not delay the responses of the others. While
-    it lasts for longer than a cycle, the others are polled again, as if it were not there.
+    Compute elements are polled concurrently, outside transactions; a slow one does not delay the others, which are
+    polled again in each cycle. Responses are recorded by a constant number of statements (P62).
 
-    In each cycle a pilot makes one step towards what its compute element says: one that has already ended
-    when it is first seen is RUNNING then, and at its end in the next. The pilots of a compute element that does
-    not respond stay as they are, and its error is recorded. One that is banned, or paused because it failed too
-    often, is not polled.
+    In each cycle a pilot makes at most one step: one that has already ended when it is first seen becomes RUNNING,
+    and ends in the next cycle. If a compute element does not respond, its error is recorded and its pilots do not
+    change. Banned and paused compute elements are not polled.
     """
     counts: Counter[MyPilotStatus] = Counter()
-    asked = await _ask_all(db, vo, ())
-    first = frozenset(asked)  # the check lasts as long as these do; those polled again do not prolong it
+    polls = await _start_polls(db, vo, ())
+    first = frozenset(polls)  # the check ends with these; repeated polls do not prolong it
     again_at = time.monotonic() + cycle_seconds
-    tidying: list[asyncio.Task[None]] = []
+    cleanups: list[asyncio.Task[None]] = []
     try:
-        while asked:
-            answered, _ = await asyncio.wait(asked, timeout=prompt_seconds)
-            if answered:
-                requests = {task: asked.pop(task) for task in answered}
-                changes, entered = await _note(db, vo, requests)
+        while polls:
+            done, _ = await asyncio.wait(polls, timeout=prompt_seconds)
+            if done:
+                requests = {task: polls.pop(task) for task in done}
+                changes, entered = await _record(db, vo, requests)
                 counts.update(entered)
                 ces = {request.ce["name"]: request.ce for request in requests.values()}
-                tidying += [asyncio.create_task(_cleanup(ces[name], e)) for name, e in changes.ended.items()]
-            if time.monotonic() >= again_at and not first.isdisjoint(asked):
-                asked |= await _ask_all(db, vo, [request.ce["name"] for request in asked.values()])
+                cleanups += [asyncio.create_task(_cleanup(ces[name], e)) for name, e in changes.ended.items()]
+            if time.monotonic() >= again_at and not first.isdisjoint(polls):
+                polls |= await _start_polls(db, vo, [request.ce["name"] for request in polls.values()])
                 again_at = time.monotonic() + cycle_seconds
-        if tidying:
-            await asyncio.wait(tidying, timeout=prompt_seconds)
+        if cleanups:
+            await asyncio.wait(cleanups, timeout=prompt_seconds)
     finally:
-        for task in (*asked, *tidying):
+        for task in (*polls, *cleanups):
             task.cancel()
-        await asyncio.gather(*asked, *tidying, return_exceptions=True)
+        await asyncio.gather(*polls, *cleanups, return_exceptions=True)
     return dict(counts)
 
 
-async def _ask_all(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Polls:
-    """Begin to poll the compute elements that have pilots of the VO, except those of these names."""
-    by_ce: dict[str, list[Any]] = defaultdict(list)
+async def _start_polls(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Polls:
+    """Start polls of the compute elements with active pilots of the VO, except `all_but`."""
+    by_ce: dict[str, list[ActivePilot]] = defaultdict(list)
     for pilot in await db.get_active_pilots(vo=vo):
         if pilot.ce_name not in all_but:
             by_ce[pilot.ce_name].append(pilot)
@@ -156,31 +152,44 @@ async def _ask_all(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Polls:
     requests = [
         PollRequest(ce, vo, by_ce[ce["name"]])
         for ce in await db.get_ces()
-        if ce["name"] in by_ce and await may_call(db, ce, CECall.STATUS)
+        if ce["name"] in by_ce and await acquire_call(db, ce, CECall.STATUS)
     ]
-    return {asyncio.create_task(_ask(request)): request for request in requests}
+    return {asyncio.create_task(_poll(request)): request for request in requests}
 
 
-async def _ask(request: PollRequest) -> PollResult:
+@contextlib.contextmanager
+def _gc_disabled() -> Iterator[None]:
+    """Disable garbage collection while very many live objects are created; nothing may be awaited inside."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+async def _poll(request: PollRequest) -> PollResult:
     ce = request.ce
-    described = [request.described(pilot) for pilot in request.pilots]
+    with _gc_disabled():
+        pilots = [request.at_ce(pilot) for pilot in request.pilots]
     seconds = rules_of(ce).timeout_seconds
     async with backend_of(ce, request.vo) as backend:
-        # A cancellation is repeated until the pilot has ended: the first request may have been lost.
-        if to_cancel := [pilot for pilot in described if pilot.cancel_requested]:
+        # Repeated until the pilot has ended, for an earlier request may have been lost.
+        if to_cancel := [pilot for pilot in pilots if pilot.cancel_requested]:
             try:
                 async with asyncio.timeout(seconds):
                     await backend.cancel(to_cancel)
             except Exception as error:
                 backend.warn(f"cannot cancel {len(to_cancel)} pilots: {describe_failure(ce, error)}")
         async with asyncio.timeout(seconds):
-            answer = await backend.poll(described)
-        checked = check_observations(ce, answer, (pilot.stamp for pilot in described))
+            response = await backend.poll(pilots)
+        checked = check_observations(ce, response, (pilot.stamp for pilot in pilots))
         return PollResult(checked, backend.warning)
 
 
-async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
-    """Record the responses of these compute elements in one transaction.
+async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
+    """Record the results of finished polls in one transaction.
 
     Returns:
         The changes, and the number of pilots that entered each state.
@@ -188,9 +197,9 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
     changes = StatusChanges()
     failures: dict[str, str] = {}
     warnings: dict[str, str | None] = {}
-    ces = {request.ce["name"]: request.ce for request in answered.values()}
+    ces = {request.ce["name"]: request.ce for request in polls.values()}
     now = clock.now()
-    for task, request in answered.items():
+    for task, request in polls.items():
         name = request.ce["name"]
         error = CEUnavailableError("its back end was cancelled") if task.cancelled() else task.exception()
         if isinstance(error, Exception):
@@ -199,9 +208,10 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         elif error is not None:
             raise error
         else:
-            answer = task.result()
-            warnings[name] = answer.warning
-            _evaluate(request, answer.observations, now, changes)
+            result = task.result()
+            warnings[name] = result.warning
+            with _gc_disabled():
+                _evaluate(request, result.observations, now, changes)
 
     async def write() -> tuple[dict[MyPilotStatus, int], int]:
         await db.lock_ces(ces)
@@ -214,21 +224,21 @@ async def _note(db: MyPilotDB, vo: str, answered: _Polls) -> tuple[StatusChanges
         await db.request_cancels(changes.overdue)
         released = await db.release_pilots(changes.never_submitted)
         for name in sorted(warnings):
-            if changes.unseen[name] or (name in changes.alive and ces[name]["missing_in_row"]):
-                await db.count_missing(name, changes.unseen[name], any_seen=name in changes.alive)
+            number = math.floor(changes.never_seen[name])
+            if number > 0 or (number and ces[name]["never_seen"]):
+                await db.count_never_seen(name, number)
         for name in sorted({*failures, *warnings}):
             if name in failures:
-                await note_failure(db, ces[name], CECall.STATUS, failures[name])
+                await record_call_failure(db, ces[name], CECall.STATUS, failures[name])
                 continue
-            # A response to a poll is a success, although not all may have worked there.
-            await note_success(db, ces[name], CECall.STATUS)
+            await record_call_success(db, ces[name], CECall.STATUS)
             if (warning := warnings[name]) is not None:
                 await db.record_ce_error(name, warning)
         return entered, released
 
     entered, released = await db.run(write)
     if released:
-        logger.warning("Undid submissions of %s that were never confirmed: %s", vo, changes.never_submitted)
+        logger.warning("Released slots of unconfirmed submissions of %s: %s", vo, changes.never_submitted)
     return changes, entered
 
 
@@ -236,57 +246,67 @@ def _evaluate(
     request: PollRequest, observations: Mapping[str, Observation], now: datetime, changes: StatusChanges
 ) -> None:
     rules = rules_of(request.ce)
+    has_limits = bool(rules.max_waiting_hours or rules.max_running_hours)
     for pilot in request.pilots:
         seen = observations.get(pilot.stamp)
         if seen is None:
             _evaluate_unknown(request, pilot, now, rules, changes)
             continue
+        check_limits = has_limits and pilot.cancel_requested_at is None
+        if check_limits and (reason := _overdue(pilot, seen, rules, now)) is not None:
+            changes.overdue.append((pilot.pilot_id, reason))
         if seen.state is Observed.NO_NEWS:
             continue
         if pilot.missing_since is not None:
             changes.found_again.append(pilot.pilot_id)
-        if pilot.missing_since is not None or seen.state is not Observed.WAITING:
-            changes.alive.add(request.ce["name"])
+            changes.never_seen[request.ce["name"]] -= _never_seen(pilot, pilot.missing_since)
         if pilot.reference is None and seen.reference is not None:
             changes.confirmed.append((pilot.pilot_id, seen.reference))
-        if pilot.cancel_requested_at is None and (why := _overdue(pilot, seen, rules, now)) is not None:
-            changes.overdue.append((pilot.pilot_id, why))
-        if pilot.status is MyPilotStatus.SUBMITTED:
-            if seen.state is Observed.WAITING:
-                if seen.reason != pilot.waiting_reason:
-                    changes.waiting.append((pilot.pilot_id, seen.reason))
-            else:
-                changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
+        waiting_reason = seen.reason if seen.state is Observed.WAITING else None
+        if pilot.status is MyPilotStatus.SUBMITTED and seen.state is not Observed.WAITING:
+            changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, None))
         elif (end := _ENDS.get(seen.state)) is not None:
+            changes.never_seen[request.ce["name"]] -= rules.max_missing_share
             changes.end(request, pilot, end, seen.reason)
+        elif waiting_reason != pilot.waiting_reason:  # also of a running one: it is held, or requeued
+            changes.waiting.append((pilot.pilot_id, waiting_reason))
 
 
-def _overdue(pilot: Any, seen: Observation, rules: CERules, now: datetime) -> str | None:
-    """The reason to cancel a pilot that has waited, or run, for longer than the rules allow."""
-    hours = rules.max_waiting_hours
-    # The site may be behind what the pilot itself has said.
-    waits = seen.state is Observed.WAITING and pilot.status is MyPilotStatus.SUBMITTED
-    if waits and hours and now - pilot.submitted_at > timedelta(hours=hours):
-        return f"{CANCELLED_FOR}it waited longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
-    hours, since = rules.max_running_hours, pilot.started_at
-    if seen.state is Observed.RUNNING and hours and since and now - since > timedelta(hours=hours):
-        return f"{CANCELLED_FOR}it ran longer than {hours:g} h"
-    return None
+def _never_seen(pilot: ActivePilot, missing_since: datetime) -> bool:
+    """True if the compute element had not listed the pilot before, or hardly: its own report may come first."""
+    if pilot.started_at is None or pilot.started_at > missing_since:
+        return True
+    return missing_since - pilot.submitted_at < timedelta(seconds=2 * CYCLE_SECONDS)
+
+
+def _overdue(pilot: ActivePilot, seen: Observation, rules: CERules, now: datetime) -> str | None:
+    """Describe why a pilot has waited or run for longer than the rules allow; None: it has not."""
+    if seen.state in _ENDS:
+        return None
+    if pilot.started_at is not None:  # may be held or requeued meanwhile, or without news
+        verb, since, hours = "ran", pilot.started_at, rules.max_running_hours
+    elif seen.state is Observed.WAITING:
+        verb, since, hours = "waited", pilot.submitted_at, rules.max_waiting_hours
+    else:
+        return None
+    if hours is None or now - since <= timedelta(hours=hours):
+        return None
+    return f"{CANCELLED_FOR}it {verb} longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
 
 
 def _evaluate_unknown(
-    request: PollRequest, pilot: Any, now: datetime, rules: CERules, changes: StatusChanges
+    request: PollRequest, pilot: ActivePilot, now: datetime, rules: CERules, changes: StatusChanges
 ) -> None:
-    """Handle a pilot that the compute element does not know: that is no end, but it cannot go on for ever."""
+    """Handle a pilot that the compute element does not know: missing first, FAILED after `lost_seconds`."""
     if pilot.status is MyPilotStatus.SUBMITTED and pilot.reference is None:
         if now - pilot.submitted_at > timedelta(seconds=rules.unconfirmed_seconds):
             changes.never_submitted.append(pilot.pilot_id)
     elif pilot.missing_since is None:
         changes.gone_missing.append(pilot.pilot_id)
-        changes.unseen[request.ce["name"]] += pilot.status is MyPilotStatus.SUBMITTED
+        changes.never_seen[request.ce["name"]] += _never_seen(pilot, now)
     elif now - pilot.missing_since > timedelta(seconds=rules.lost_seconds):
         if pilot.status is MyPilotStatus.SUBMITTED:
-            # The only way to an end leads through RUNNING: it stays missing there, and the next check ends it.
+            # FAILED is entered from RUNNING only: the next check does that.
             changes.moves[MyPilotStatus.RUNNING].append((pilot.pilot_id, "unknown to its compute element"))
         else:
             reason = f"unknown to its compute element since {pilot.missing_since:%Y-%m-%d %H:%M:%S} UTC"
@@ -294,7 +314,7 @@ def _evaluate_unknown(
 
 
 async def _cleanup(ce: Mapping[str, Any], ended: Sequence[PilotAtCE]) -> None:
-    """Clean up after ended pilots; a failure is only logged, for the check is already recorded."""
+    """Clean up after ended pilots; errors are only logged."""
     try:
         async with backend_of(ce, ended[0].vo) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
             await backend.cleanup(ended)

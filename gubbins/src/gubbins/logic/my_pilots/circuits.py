@@ -1,4 +1,4 @@
-"""Circuit breakers in use: which calls may be made, and how their results are recorded."""
+"""Use of the circuit breakers: permission for calls to a compute element, and records of their results."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, CircuitState
 from gubbins.domain.rules import rules_error, rules_of
 
-#: After this many time-outs without a result, a probe is taken for dead.
+#: A probe without a result expires after this many time-outs.
 _PROBE_TIMEOUTS = 3
 
 
 class Blocker(NamedTuple):
     """Reason why a compute element gets no pilots."""
 
-    why: str
-    said: str  # error of the site, or in the rules: for administrators
-    way_out: str = ""  # for administrators; none: it is opened
+    reason: str
+    site_error: str  # error of the site, or of the rules; for administrators
+    remedy: str = ""  # for administrators; empty: enable the compute element
 
 
 async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | None:
-    """Find the reason why this compute element gets no pilots: rules or circuits; None: it does.
+    """Find the reason why this compute element gets no pilots: rules, downtime, quota or circuits; None: none.
 
-    One whose status could not be read gets none, from the first failure on: its load is not known. But one
-    without pilots is not polled: after a pause, one pilot gives the checks something to poll.
+    After the first failed poll there are no submissions, for the load is not known. A compute element without
+    pilots is not polled: after a pause it gets one pilot, for the checks to poll.
     """
-    if (blocker := _planned(ce)) is not None:
+    if (blocker := _rules_or_downtime(ce)) is not None:
         return blocker
     limit = quota_limit(ce)
     active = await db.count_active(ce["name"]) if ce["missing"] or limit is not None else 0
@@ -38,7 +38,7 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     if (missing := missing_pilots(ce, active)) is not None:
         return Blocker(missing, "")
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
-    if status["failures"] and (_pauses(ce) or await db.holds_pilots(ce["name"])):
+    if status["failures"] and (_is_backing_off(ce) or await db.has_active_pilots(ce["name"])):
         return Blocker("its status cannot be read", status["last_error"])
     if submit["state"] is CircuitState.OPEN:
         until = f"{submit['open_until']:%H:%M:%S} UTC"
@@ -48,19 +48,19 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     return None
 
 
-def _planned(ce: Mapping[str, Any]) -> Blocker | None:
+def _rules_or_downtime(ce: Mapping[str, Any]) -> Blocker | None:
     if (problem := rules_error(ce)) is not None:
-        return Blocker("its rules in the database are wrong, `gubbins ce load` mends them", problem)
+        return Blocker("its rules in the database are wrong, `gubbins ce load` corrects them", problem)
     if (downtime := ce["downtime"]) is None:
         return None
     return Blocker(downtime.describe(clock.now()), "", f"`gubbins ce downtime remove {downtime.id}` ends it")
 
 
 def quota_limit(ce: Mapping[str, Any]) -> int | None:
-    """Number of pilots that the compute element may have, by the quota of the site; None: by its capacity.
+    """Compute the limit of pilots from the last quota refusal of the site; None: only the capacity limits them.
 
-    None are added for a moment (`breaker_pause_seconds`); then a tenth of the quota each time that moment passes
-    without another refusal, beside what pilots that end leave free.
+    The limit is 0 for `breaker_pause_seconds` after the refusal, then the quota plus a tenth of it for each such
+    period without another refusal.
     """
     if ce["quota"] is None:
         return None
@@ -70,46 +70,47 @@ def quota_limit(ce: Mapping[str, Any]) -> int | None:
 
 
 def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
-    """Say that so many confirmed pilots are missing that submissions stop; None: they go on.
+    """Describe why missing pilots stop submissions; None: they do not.
 
-    A site that answers and does not list our pilots would get new ones in place of those taken for lost, for ever.
+    Else a site that responds but does not list our pilots would get replacements for lost pilots endlessly.
     """
-    rules = rules_of(ce)
-    if (ce["missing_in_row"] or 0) >= rules.max_missing:
+    rules, missing, never_seen = rules_of(ce), ce["missing"], ce["never_seen"] or 0
+    known = active - missing
+    if never_seen >= rules.max_missing and never_seen >= rules.max_missing_share * (known + never_seen):
         return (
-            f"it has accepted {ce['missing_in_row']} pilots in a row that it does not list, "
-            f"and none that was seen: when that is mended, `gubbins ce enable {ce['name']}`"
+            f"it has accepted {never_seen} pilots that it does not list, and lists {known}: "
+            f"when that is corrected, `gubbins ce enable {ce['name']}`"
         )
-    if ce["missing"] >= rules.max_missing and ce["missing"] > rules.max_missing_share * active:
-        return f"{ce['missing']} of its {active} pilots are missing: it answers, and does not list them"
+    if missing >= rules.max_missing and missing >= rules.max_missing_share * active:
+        return f"{missing} of its {active} pilots are missing: it answers, and does not list them"
     return None
 
 
-def _pauses(ce: Mapping[str, Any]) -> bool:
-    """True if the last failed status call is too recent for another try."""
+def _is_backing_off(ce: Mapping[str, Any]) -> bool:
+    """True if the last status call failed less than a pause ago."""
     status = ce["circuits"][CECall.STATUS]
     pause = timedelta(seconds=rules_of(ce).breaker_pause_seconds)
     return bool(clock.now() < (status["open_until"] or status["last_error_at"] + pause))
 
 
 def half_open(ce: Mapping[str, Any]) -> bool:
-    """True if this compute element gets a single pilot, as a probe."""
+    """True if the next submission is a probe: a single pilot."""
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
     return bool(status["failures"]) or submit["state"] is CircuitState.HALF_OPEN
 
 
-async def may_submit(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
-    """Acquire the right to submit a pilot now, in the transaction that reserves its slot: it locks the row.
+async def acquire_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
+    """Acquire permission for a submission, in the transaction that reserves its slot.
 
-    Where the status could not be read, the pilot has to be the only one.
+    After a failed poll it is granted only to a compute element without pilots.
     """
-    if ce["circuits"][CECall.STATUS]["failures"] and await db.holds_pilots(ce["name"], lock=True):
+    if ce["circuits"][CECall.STATUS]["failures"] and await db.has_active_pilots(ce["name"], lock=True):
         return False
-    return await may_call(db, ce, CECall.SUBMIT)
+    return await acquire_call(db, ce, CECall.SUBMIT)
 
 
-async def may_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bool:
-    """Acquire the right to make such a call now; of a half-open circuit, as its probe."""
+async def acquire_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bool:
+    """Acquire permission for a call; of a half-open circuit, for its probe."""
     circuit = ce["circuits"][call]
     if ce["banned_at"] is not None or circuit["state"] is CircuitState.OPEN:
         return False
@@ -119,14 +120,13 @@ async def may_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bool:
     return await db.enter_circuit(ce["name"], call, probe_seconds=probe_seconds)
 
 
-async def note_failure(db: MyPilotDB, ce: Mapping[str, Any], call: CECall, message: str) -> None:
-    """Record a failed call."""
+async def record_call_failure(db: MyPilotDB, ce: Mapping[str, Any], call: CECall, message: str) -> None:
     await db.record_failure(ce["name"], call, message, **rules_of(ce).breaker)
 
 
-async def note_success(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> None:
-    """Record a successful call; writes only where there were failures when `ce` was read."""
+async def record_call_success(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> None:
+    """Record a successful call; writes only if `ce` has failures or an error to clear."""
     others = [circuit for name, circuit in ce["circuits"].items() if name != call]
-    complained = ce["last_error"] is not None and not any(circuit["failures"] for circuit in others)
-    if ce["circuits"][call]["failures"] or complained:
+    stale_error = ce["last_error"] is not None and not any(circuit["failures"] for circuit in others)
+    if ce["circuits"][call]["failures"] or stale_error:
         await db.record_success(ce["name"], call)

@@ -1,4 +1,4 @@
-"""Compute elements: define, open, close, ban, list."""
+"""Compute elements: create, enable, ban, list."""
 
 from __future__ import annotations
 
@@ -16,51 +16,43 @@ from gubbins.domain.text import one_line
 from .ce_file import CESpec
 from .circuits import missing_pilots, quota_limit
 
-
-async def get_available_ces(db: MyPilotDB, vo: str) -> list[dict[str, Any]]:
-    """The enabled compute elements that serve the VO and have a free slot.
-
-    Each has `name`, `capacity`, `success_rate`, `available_slots` (> 0) and `vos`.
-    """
-    return await db.get_available_ces(vo)
+get_available_ces = MyPilotDB.get_available_ces
+set_ce_enabled = MyPilotDB.set_ce_enabled
 
 
 async def list_ces(db: MyPilotDB, vo: str | None = None) -> list[dict[str, Any]]:
-    """Every compute element that serves the VO (None: every one) with its `active` and `available_slots`.
+    """List compute elements (of one VO, or all) with their `active` pilots and `available_slots`.
 
-    All of it, for administrators; `as_seen_by` leaves out what members of a VO may not see.
+    The result is for administrators; `redact_ce` removes what members of a VO may not see.
     """
-    return [_with_trouble(ce) for ce in await db.list_ces(vo=vo)]
+    return [_with_last_error(ce) for ce in await db.list_ces(vo=vo)]
 
 
 async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, Any]:
-    """One compute element with its `active`, its `available_slots` and all its rules.
+    """Get one compute element with `active`, `available_slots`, `rules` and `reports`.
 
-    And with `reports`: how many of its pilots are `stale`, and how many reported each outcome. For administrators
-    also with `waiting`: the number of its pilots by what they wait for.
+    `reports` counts `stale` pilots and reported outcomes. Administrators also get `waiting`: pilots by waiting
+    reason.
 
     Args:
-        db: the database.
-        name: which.
-        vo: for members of this VO, see `as_seen_by`; None: for administrators.
+        vo: VO of the user, see `redact_ce`; None: administrators.
 
     Raises:
-        UnknownCEError: there is none of that name, or none that serves the VO.
+        UnknownCEError: there is no such compute element, or it does not serve the VO.
     """
     ce = next((ce for ce in await db.list_ces(vo=vo) if ce["name"] == name), None)
     if ce is None:
         raise UnknownCEError(name)
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
-    left_out = None if vo is None else {"vos"}
     waiting = {} if vo is not None else {"waiting": (await db.count_waiting_reasons([name]))[name]}
     reports: Counter[str] = Counter()
     for by_ce in (await db.count_reports(vo)).values():
         reports.update(by_ce.get(name, {}))
     return {
-        **as_seen_by(vo, _with_trouble(ce)),
+        **redact_ce(vo, _with_last_error(ce)),
         **waiting,
         "reports": dict(reports),
-        "rules": rules.model_dump(mode="json", exclude=left_out),
+        "rules": rules.model_dump(mode="json", exclude=None if vo is None else {"vos"}),
     }
 
 
@@ -68,14 +60,11 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
     """Create one compute element and return it.
 
     Args:
-        db: the database.
-        spec: what it is.
-        by_operator: whether the request comes from an operator, who may run commands on the workers' hosts.
+        by_operator: True if the caller may run commands on the workers' hosts.
 
     Raises:
         CEExistsError: the name is taken.
-        CESettingsError: unknown back end, or settings it does not understand, or one that only operators may
-            use.
+        CESettingsError: the back end is not installed, or for operators only, or the settings are invalid.
     """
     if load_backend(spec.backend).operator_only and not by_operator:
         raise CESettingsError(
@@ -98,7 +87,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
             backend=spec.backend,
             settings=spec.settings,
             vos=spec.vos,
-            rules=_written(spec),
+            rules=_explicit_rules(spec),
         )
         return await db.get_ce(spec.name)
 
@@ -108,7 +97,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
 async def load_ces(
     db: MyPilotDB, specs: Sequence[CESpec]
 ) -> dict[str, Literal["created", "updated", "unchanged"]]:
-    """Make the compute elements be as specified: all of them or, on any error, none. Others are left alone."""
+    """Create or update the specified compute elements in one transaction. Others do not change."""
 
     async def load() -> dict[str, Literal["created", "updated", "unchanged"]]:
         return {
@@ -120,9 +109,9 @@ async def load_ces(
                 backend=spec.backend,
                 settings=spec.settings,
                 vos=spec.vos,
-                rules=_written(spec),
+                rules=_explicit_rules(spec),
             )
-            # By name, as everybody locks them.
+            # Sorted: the order in which all transactions lock them.
             for spec in sorted(specs, key=lambda spec: spec.name)
         }
 
@@ -130,34 +119,19 @@ async def load_ces(
     return {spec.name: changes[spec.name] for spec in specs}
 
 
-async def set_ce_enabled(db: MyPilotDB, name: str, enabled: bool) -> bool:
-    """Open or close a compute element for new pilots; True when that changed something.
-
-    The pilots that a closed one has are followed to their ends. Either lifts a ban; opening it also ends the
-    pause of one that failed too often.
-
-    Raises:
-        UnknownCEError: there is none of that name.
-    """
-    return await db.set_ce_enabled(name, enabled)
-
-
 async def ban_ce(db: MyPilotDB, name: str, *, reason: str | None = None) -> bool:
-    """Ban a compute element; True when it was not banned before.
-
-    It gets no pilots, and those it has are not polled: they stay as they are, until it is opened or closed again.
+    """Ban a compute element: no submissions and no polls until it is enabled or disabled. False: it was banned.
 
     Raises:
-        UnknownCEError: there is none of that name.
+        UnknownCEError: there is no such compute element.
     """
     return await db.ban_ce(name, reason=None if reason is None else one_line(reason, MAX_REASON_CHARS) or None)
 
 
-def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
-    """A compute element as members of a VO that it serves may see it; `vo=None`: as administrators do.
+def redact_ce(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove what members of the VO may not see: other VOs, their rules, and messages of the site.
 
-    What the site said last may be about pilots of any VO, and rules and the list of VOs name others. A VO sees
-    that there are failures, and since when; and the rules that hold for itself.
+    `vo=None`: administrators see everything.
     """
     if vo is None:
         return dict(ce)
@@ -172,13 +146,14 @@ def as_seen_by(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_trouble(ce: Mapping[str, Any]) -> dict[str, Any]:
-    """The compute element, with our own reason why it gets no pilots, if there is one, as its last error."""
+def _with_last_error(ce: Mapping[str, Any]) -> dict[str, Any]:
+    """Set the last error to invalid rules, missing pilots or the quota, if one of them stops submissions."""
     if (problem := rules_error(ce)) is None:
         quota = None if quota_limit(ce) is None else f"quota of the site: {ce['quota']}"
         return {**ce, "last_error": missing_pilots(ce, ce["active"]) or quota or ce["last_error"]}
-    return {**ce, "last_error": f"its rules in the database are wrong ({problem}), `gubbins ce load` mends them"}
+    error = f"its rules in the database are wrong ({problem}), `gubbins ce load` corrects them"
+    return {**ce, "last_error": error}
 
 
-def _written(spec: CESpec) -> dict[str, Any]:
+def _explicit_rules(spec: CESpec) -> dict[str, Any]:
     return spec.rules.model_dump(mode="json", exclude_unset=True)

@@ -1,8 +1,9 @@
-"""Request pilots: compute a VO's demand and its fair share, and record both."""
+"""Requests of pilots: a VO's demand at each compute element, limited to its fair share."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from .circuits import half_open, quota_limit, submission_blocker
 
 logger = logging.getLogger(__name__)
 
+withdraw_requests = MyPilotDB.delete_requests
+
 
 async def request_pilots(
     db: MyPilotDB,
@@ -31,25 +34,21 @@ async def request_pilots(
     all_but: Collection[str] = (),
     waiting_jobs: Callable[[], Awaitable[int | Sequence[TaskQueue] | None]] | None = None,
 ) -> dict[str, list[str]]:
-    """Request pilots: those that the VO should submit now, by compute element, as the stamps of their requests.
+    """Request pilots for a VO; return the stamps of the requests by compute element.
 
-    Requests are recorded, and those of every VO are subtracted from the room first, so that tasks do not pile up
-    while workers are busy. `submit_requested_pilot` deletes a request.
+    Requests are recorded, and pending ones of all VOs reduce the free slots, so that tasks do not accumulate while
+    workers are busy. `submit_requested_pilot` deletes a request.
 
-    How many a VO wants is a matter of the compute element's rules. Of what is free it gets its fair part,
-    beside the other VOs as they last asked; as long as one of them has never asked, no more than what is
-    missing to its share, or else its share of what is free: the first VO of a round does not leave nothing
-    for the others. With one VO it is one pilot per slot.
+    The rules of a compute element determine the VO's demand. Of the free slots the VO gets its fair share, given
+    the last demand of the other VOs. While the demand of a VO is not known yet, it gets at most what is missing to
+    its share, or its share of the free slots: the first VO of a round leaves slots for the others.
 
     Args:
-        db: the database.
-        vo: for which VO.
-        vos: all VOs there are; those that the compute element serves share it.
-        compute_elements: names of the only ones to look at; None: all.
-        all_but: names of those not to look at.
-        waiting_jobs: finds the waiting jobs of the VO, by what they require, or only their number; called only
-            where rules say `waiting_jobs`. None, and the result None: not known, and only compute elements that
-            are empty get pilots.
+        vos: all VOs; those that a compute element serves share it.
+        compute_elements: restricts the request to these; None: all.
+        all_but: compute elements to exclude.
+        waiting_jobs: reads the VO's waiting jobs, by requirements, or only their number; called if rules need it.
+            None, and the result None: not known; then the policy `waiting_jobs` requests only `trickle`.
     """
     served = {ce["name"]: ce for ce in await db.get_ces() if serves(ce["vos"], vo)}
     ces = {
@@ -67,46 +66,46 @@ async def request_pilots(
     queues = [TaskQueue(jobs)] if isinstance(jobs, int) else jobs or ()
     groups = group_jobs(queues, rules)
 
-    async def ask() -> dict[str, list[str]]:
-        situation = await _look(db, vo, vos, served)
+    async def request() -> dict[str, list[str]]:
+        situation = await _read_situation(db, vo, vos, served)
         without_pilot, without_job = match(groups, situation.waiting)
         wanted = {name: situation.wanted(ces[name], rules[name], jobs_for(name, without_pilot)) for name in ces}
-        asked = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
-        given, left = share_jobs(without_pilot, {name: asked[name] for name in by_jobs})
+        granted = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
+        job_share, left = share_jobs(without_pilot, {name: granted[name] for name in by_jobs})
         for name in by_jobs:
             trickle = rules[name].trickle if situation.held[name, vo] == 0 else 0
-            asked[name] = max(given[name], min(asked[name], trickle))
+            granted[name] = max(job_share[name], min(granted[name], trickle))
         demand = {}
         for name in ces:
-            more = wanted[name] - asked[name]
+            more = wanted[name] - granted[name]
             more = min(more, jobs_for(name, left)) if name in by_jobs else more
-            demand[name] = situation.next_demand(name, more, asked[name])
-        await db.put_demand(vo, demand)
+            demand[name] = situation.next_demand(name, more, granted[name])
+        await db.replace_demand(vo, demand)
         if jobs is not None:
             await _cancel_surplus(db, situation, rules, without_job)
         return {
-            name: await db.add_requests(name, vo=vo, count=count) for name, count in asked.items() if count > 0
+            name: await db.add_requests(name, vo=vo, count=count) for name, count in granted.items() if count > 0
         }
 
-    return await db.run(ask)
+    return await db.run(request)
 
 
 @dataclass(frozen=True)
 class _Situation:
-    """Slots held, requested and wanted, by compute element and VO."""
+    """Pilots, requests and demand of all VOs at all compute elements."""
 
     vo: str
     vos: Collection[str]
     now: datetime
-    held: Counter[tuple[str, str]]  # by (compute element, VO): pilots and requests
-    submitted: Counter[tuple[str, str]]  # pilots that wait, and requests
+    held: Counter[tuple[str, str]]  # active pilots and requests, by (compute element, VO)
+    submitted: Counter[tuple[str, str]]  # SUBMITTED pilots and requests, by (compute element, VO)
     pending: Counter[str]  # requests of all VOs, by compute element
-    active: Counter[str]  # pilots of all VOs, by compute element
+    active: Counter[str]  # active pilots of all VOs, by compute element
     demand: Mapping[tuple[str, str], Demand]
-    waiting: Mapping[str, int]  # the VO's pilots that wait, and its requests, wherever jobs may still reach them
+    waiting: Mapping[str, int]  # the VO's SUBMITTED pilots and requests that jobs can match, by compute element
 
     def wanted(self, ce: Mapping[str, Any], rules: CERules, budget: int) -> int:
-        """Further pilots that the VO wants, without regard to the others."""
+        """Number of further pilots that the VO wants."""
         name = ce["name"]
         limit = UNLIMITED
         if rules.max_waiting is not None:
@@ -117,7 +116,7 @@ class _Situation:
         return min(limit, max(budget, trickle))
 
     def part(self, ce: Mapping[str, Any], rules: CERules, wanted: int) -> int:
-        """Number of them that it gets now."""
+        """Number of wanted pilots that the VO gets now: its part of the free slots."""
         name = ce["name"]
         limit = quota_limit(ce)
         room = (ce["capacity"] if limit is None else limit) - self.active[name] - self.pending[name]
@@ -128,18 +127,18 @@ class _Situation:
         of_all = rules_of(ce)
         served = {self.vo, *(other for other in self.vos if serves(ce["vos"], other))}
         sharers = {self.vo: self._sharer(name, self.vo, rules.share, wanted)}
-        strangers = False
+        demand_unknown = False
         for other in served - {self.vo}:
             known = self.demand.get((name, other))
             if known is None:
-                strangers = True
+                demand_unknown = True
             elif known.requested_at > self.now - REQUEST_LIFETIME:
                 sharers[other] = self._sharer(name, other, of_all.of(other).share, known.wanted)
         part = fair_part(room, self.vo, sharers)
-        if strangers:
+        if demand_unknown:
             fraction = rules.share / sum(of_all.of(other).share for other in served)
-            missing = _rounded_up(ce["capacity"] * fraction) - self.held[name, self.vo]
-            part = min(part, max(missing, _rounded_up(room * fraction)))
+            missing = math.ceil(ce["capacity"] * fraction) - self.held[name, self.vo]
+            part = min(part, max(missing, math.ceil(room * fraction)))
         return max(0, part)
 
     def _sharer(self, name: str, vo: str, share: float, wanted: int) -> Sharer:
@@ -147,13 +146,13 @@ class _Situation:
         return Sharer(share, self.held[name, vo], wanted, None if known is None else known.granted_at)
 
     def next_demand(self, name: str, wanted: int, granted: int) -> Demand:
-        """The VO's demand to record after this round."""
+        """Demand of the VO to record after this round."""
         before = self.demand.get((name, self.vo))
         granted_at = self.now if granted > 0 else None if before is None else before.granted_at
         return Demand(max(0, wanted), self.now, granted_at, None if before is None else before.surplus_since)
 
 
-async def _look(
+async def _read_situation(
     db: MyPilotDB, vo: str, vos: Collection[str], served: Mapping[str, Mapping[str, Any]]
 ) -> _Situation:
     now = clock.now()
@@ -168,9 +167,9 @@ async def _look(
         held[name, owner] += sum(states.values())
         submitted[name, owner] += states.get(MyPilotStatus.SUBMITTED, 0)
         active[name] += sum(states.values())
-    leaving = await db.count_leaving(vo)
+    cancelling = await db.count_cancelling(vo)
     waiting = {
-        name: count - leaving.get(name, 0)
+        name: count - cancelling.get(name, 0)
         for (name, owner), count in submitted.items()
         if owner == vo and name in served and served[name]["banned_at"] is None
     }
@@ -180,7 +179,7 @@ async def _look(
 async def _cancel_surplus(
     db: MyPilotDB, situation: _Situation, rules: Mapping[str, CERules], without_job: Mapping[str, int]
 ) -> None:
-    """Cancel pilots that wait although there has been no job for them for as long as the rules allow."""
+    """Cancel waiting pilots for which there have been no jobs for `max_surplus_seconds`."""
     vo, now = situation.vo, situation.now
     for name, own in rules.items():
         if own.max_surplus_seconds is None or own.policy is not DemandPolicy.WAITING_JOBS:
@@ -197,13 +196,4 @@ async def _cancel_surplus(
             cancelled = await db.cancel_oldest_waiting(
                 name, vo, submitted_before=before, count=surplus, reason=reason
             )
-            logger.info("Cancelled %d pilots of %s at %s: more wait than jobs justify", len(cancelled), vo, name)
-
-
-def _rounded_up(number: float) -> int:
-    return -int(-number // 1)
-
-
-async def withdraw_requests(db: MyPilotDB, ce_name: str, stamps: Sequence[str]) -> None:
-    """Delete requests whose tasks could not be spawned."""
-    await db.delete_requests(ce_name, stamps)
+            logger.info("Cancelled %d waiting pilots of %s at %s: no jobs for them", len(cancelled), vo, name)

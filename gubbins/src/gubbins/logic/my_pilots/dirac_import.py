@@ -1,4 +1,4 @@
-"""Read compute elements from a configuration of DIRAC, as its SiteDirector submits to them."""
+"""Translation of a DIRAC configuration: the compute elements of SiteDirector, as entries for `gubbins ce load`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from .ce_file import CE_NAME, parse_ce_file
 
 MAX_CONFIGURATION_BYTES = 64 * 1024 * 1024
 
-_SITES = "Resources/Sites"
 _DIRAC_SLOTS, _DIRAC_WAITING = 10, 10  # SiteDirector's own limits where none is given
 _SECONDS = 60  # maxCPUTime is in minutes
 
-#: What DIRAC keeps of sites, compute elements and queues that is not about pilots.
+#: Options of sites, compute elements and queues that do not concern pilots.
 _NOT_ABOUT_PILOTS = {"CE", "Coordinates", "Country", "Description", "Mail", "MoUTierLevel", "Name", "OS", "SE"}
 _NOT_ABOUT_PILOTS |= {"SI00", "SubmissionMode", "Tier", "architecture"}
 
 
 class Remark(NamedTuple):
-    """A part of the configuration that was not taken over, or not as it is."""
+    """A part of the configuration that was ignored or changed."""
 
     path: str
     why: str
@@ -35,59 +34,67 @@ class Remark(NamedTuple):
 
 @dataclass
 class DiracImport:
-    """Compute elements of a configuration of DIRAC."""
+    """Result of a translation."""
 
     compute_elements: list[dict[str, Any]] = field(default_factory=list)
     """Entries of a file for `gubbins ce load`."""
     remarks: list[Remark] = field(default_factory=list)
-    """Everything that has no counterpart or needs attention, in the order of the configuration."""
+    """Parts without a counterpart, or that need attention, in the order of the configuration."""
 
 
 class _Section:
-    """A section of the configuration that knows which options were read."""
+    """A section of the configuration; records which options were read, and remarks on them."""
 
     def __init__(self, values: Mapping[str, Any], path: str, outer: _Section | None = None) -> None:
         self.path, self.outer = path, outer
         self.options = {name: str(value) for name, value in values.items() if not isinstance(value, Mapping)}
         self.sections = {name: value for name, value in values.items() if isinstance(value, Mapping)}
         self.read: set[str] = set()
+        self.remarks: list[Remark] = [] if outer is None else outer.remarks
+
+    def remark(self, why: str, option: str = "") -> None:
+        """Add a remark on this section, or on one of its options."""
+        self.remarks.append(Remark(f"{self.path}/{option}" if option else self.path, why))
 
     def section(self, name: str) -> _Section:
-        """A section below this one; an empty one if there is none of that name."""
+        """Get a subsection; an empty one if it does not exist."""
         return _Section(self.sections.get(name, {}), f"{self.path}/{name}", self)
 
     def text(self, *names: str, inherit: bool = False) -> str | None:
-        """The first of these options that is here; with `inherit`, or else in a section around this one."""
+        """Read the first of these options that is set here or, with `inherit`, in an outer section."""
         for name in names:
             if name in self.options:
                 self.read.add(name)
                 return self.options[name].strip() or None
         return self.outer.text(*names, inherit=True) if inherit and self.outer is not None else None
 
-    def words(self, *names: str, inherit: bool = False) -> list[str]:
-        """The option as a list."""
+    def as_list(self, *names: str, inherit: bool = False) -> list[str]:
+        """Read an option as a list."""
         return [word for word in re.split(r"[,\s]+", self.text(*names, inherit=inherit) or "") if word]
 
-    def unread(self) -> Iterator[Remark]:
-        """The options that were not read."""
+    def unused(self, *known: str) -> Iterator[Remark]:
+        """Remarks on options that were not read, and on subsections other than the known ones."""
         for name in self.options:
             if name not in self.read:
                 about = "not about pilots" if name in _NOT_ABOUT_PILOTS else "has no counterpart"
                 yield Remark(f"{self.path}/{name}", about)
+        for name in self.sections:
+            if name not in known:
+                yield Remark(f"{self.path}/{name}", "has no counterpart")
 
 
 def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     """Translate a configuration of DIRAC into entries of a file of compute elements.
 
-    Each compute element of `Resources/Sites` becomes an entry, its queues become `queues`. Whatever has no
-    counterpart is a remark with its path; values are never repeated, for they may be secrets.
+    Each compute element of `Resources/Sites` becomes an entry, and its queues become `queues`. Options without a
+    counterpart are listed as remarks, without their values, which may be secrets.
 
     Args:
         text: the configuration, in DIRAC's format.
-        share: part of the slots, 0.0-1.0, for a start side by side with SiteDirector.
+        share: fraction of the slots, 0.0-1.0, while SiteDirector uses the rest.
 
     Raises:
-        DiracConfigurationError: it cannot be read.
+        DiracConfigurationError: the text cannot be parsed.
     """
     if len(text) > MAX_CONFIGURATION_BYTES:
         raise DiracConfigurationError(f"it is longer than {MAX_CONFIGURATION_BYTES >> 20} MB")
@@ -97,7 +104,7 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     text = _without_stray_lines(text.removeprefix("\ufeff"), result.remarks)
     try:
         tree: Any = CFG().loadFromBuffer(text).getAsDict()
-    except Exception as error:  # the library raises what it meets
+    except Exception as error:  # the library documents no errors
         raise DiracConfigurationError(one_line(error.args[0] if error.args else error, 300)) from error
     if not isinstance(tree.get("Resources", {}), Mapping):
         raise DiracConfigurationError("`Resources` is no section")
@@ -110,20 +117,20 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     ]
     result.remarks += _site_directors(tree.get("Systems", {}), "Systems")
     sites = _Section(resources, "Resources").section("Sites")
-    result.remarks += sites.unread()
+    result.remarks += sites.unused(*sites.sections)
     seen: dict[str, str] = {}
     for grid in sites.sections:
         of_grid = sites.section(grid)
-        result.remarks += of_grid.unread()
+        result.remarks += of_grid.unused(*of_grid.sections)
         for name in of_grid.sections:
             _import_site(of_grid.section(name), name, share, result, seen)
     return result
 
 
 def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
-    """The text without lines that are no option and no section: DIRAC's parser adds them to the next name.
+    """Remove lines that are neither an option nor a section: DIRAC's parser would add them to the next name.
 
-    And remarks on options that it leaves out, or that are given twice, of which it takes the last.
+    Adds remarks on these lines, on options that the parser ignores, and on duplicate options.
     """
     open_sections: list[set[str]] = [set()]
     lines = text.split("\n")
@@ -165,7 +172,7 @@ def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
 
 
 def _site_directors(tree: Any, path: str) -> Iterator[Remark]:
-    """The agents that submit today: their options are ours to know, and yours to stop."""
+    """Remarks on the SiteDirector agents of the configuration."""
     for name, value in tree.items() if isinstance(tree, Mapping) else ():
         if not isinstance(value, Mapping):
             continue
@@ -184,54 +191,41 @@ def _import_site(site: _Section, name: str, share: float, result: DiracImport, s
     if not ces.sections:
         result.remarks.append(Remark(site.path, "has no section `CEs`"))
     found: list[tuple[_Section, dict[str, Any]]] = []
-    remarks: list[Remark] = []
+    site.remarks = ces.remarks = []  # they follow the remarks on the site
     for ce_name in ces.sections:
         ce = ces.section(ce_name)
         if ce_name in seen:
-            remarks.append(Remark(ce.path, f"left out: its name is that of {seen[ce_name]}"))
+            ce.remark(f"left out: its name is that of {seen[ce_name]}")
             continue
         seen[ce_name] = ce.path
         if not re.match(CE_NAME, ce_name):
-            remarks.append(Remark(ce.path, "left out: names have letters, digits and . _ : -"))
+            ce.remark("left out: names have letters, digits and . _ : -")
             continue
-        queues = ce.section("Queues")
-        entry = _entry(ce, ce_name, name, queues, share, remarks)
+        entry = _entry(ce, ce_name, name, share)
         if entry is not None:
             found.append((ce, entry))
-    result.remarks += [*site.unread(), *_other_sections(site, "CEs"), *ces.unread(), *remarks]
+    result.remarks += [*site.unused("CEs"), *ces.unused(*ces.sections), *site.remarks]
     for ce, entry in found:
         result.remarks += _check(ce.path, entry)
         result.compute_elements.append(entry)
 
 
-def _other_sections(section: _Section, *known: str) -> Iterator[Remark]:
-    for name in section.sections:
-        if name not in known:
-            yield Remark(f"{section.path}/{name}", "has no counterpart")
-
-
-def _entry(
-    ce: _Section, name: str, site: str, queues: _Section, share: float, remarks: list[Remark]
-) -> dict[str, Any] | None:
-    """One entry of the file; None: there is no back end for it."""
+def _entry(ce: _Section, name: str, site: str, share: float) -> dict[str, Any] | None:
+    """Translate a compute element to an entry of the file; None: there is no back end for it."""
     kind = ce.text("CEType") or "no CEType"
     batch = (ce.text("BatchSystem") or "Host").lower()
     backend = _BACKENDS.get((kind.lower(), batch)) or _BACKENDS.get((kind.lower(), "host"))
     if backend is None or (batch != "host" and (kind.lower(), batch) not in _BACKENDS):
-        remarks.append(
-            Remark(ce.path, f"left out: no back end for {kind[:40]} with the batch system {batch[:40]}")
-        )
+        ce.remark(f"left out: no back end for {kind[:40]} with the batch system {batch[:40]}")
         return None
     made: dict[str, dict[str, Any]] = {}
+    queues = ce.section("Queues")
     for queue_name in queues.sections or ("",):
         queue = queues.section(queue_name) if queue_name else ce
-        made[queue_name] = _queue(ce, queue, queue_name, name, site, backend, share, remarks)
+        made[queue_name] = _queue(queue, queue_name, name, site, backend, share)
         if queue is not ce:
-            remarks += queue.unread()
-            remarks += _other_sections(queue)
-    remarks += queues.unread()
-    remarks += ce.unread()
-    remarks += _other_sections(ce, "Queues")
+            ce.remarks += queue.unused()
+    ce.remarks += [*queues.unused(*queues.sections), *ce.unused("Queues")]
     if len(made) == 1:
         [entry] = made.values()
         return {"name": name, "backend": backend.name, **entry}
@@ -248,108 +242,96 @@ def _entry(
 
 
 def _queue(
-    ce: _Section,
-    queue: _Section,
-    queue_name: str,
-    name: str,
-    site: str,
-    backend: _Backend,
-    share: float,
-    remarks: list[Remark],
+    queue: _Section, queue_name: str, name: str, site: str, backend: _Backend, share: float
 ) -> dict[str, Any]:
-    def number(name: str) -> int | None:
-        return _number(queue, remarks, name)
-
-    slots = number("MaxTotalJobs")
+    slots = _number(queue, "MaxTotalJobs")
     if slots is None:
-        remarks.append(
-            Remark(f"{queue.path}/MaxTotalJobs", f"not given: {_DIRAC_SLOTS} slots, as SiteDirector has it")
-        )
+        queue.remark(f"not given: {_DIRAC_SLOTS} slots, as SiteDirector has it", "MaxTotalJobs")
         slots = _DIRAC_SLOTS
-    waiting = number("MaxWaitingJobs")
-    minutes, processors, memory = number("maxCPUTime"), number("NumberOfProcessors"), number("MaxRAM")
+    waiting, minutes = _number(queue, "MaxWaitingJobs"), _number(queue, "maxCPUTime")
+    processors, memory = _number(queue, "NumberOfProcessors"), _number(queue, "MaxRAM")
     size = CERules(processors=min(processors or 1, 10_000), max_memory_mb=min(memory or 0, 10**8) or None)
     by_size = tags_of(size)
-    tags = [word for word in queue.words("Tag", inherit=True) if word not in by_size]
+    tags = [word for word in queue.as_list("Tag", inherit=True) if word not in by_size]
     rules: dict[str, Any] = {"policy": str(DemandPolicy.WAITING_JOBS), "site": site}
     rules["max_waiting"] = _DIRAC_WAITING if waiting is None else waiting
     optional: dict[str, Any] = {
         "queue": queue_name,
-        "platform": queue.words("Platform", inherit=True),
+        "platform": queue.as_list("Platform", inherit=True),
         "tags": tags,
-        "required_tags": queue.words("RequiredTag", inherit=True),
+        "required_tags": queue.as_list("RequiredTag", inherit=True),
         "max_cpu_seconds": _SECONDS * minutes if minutes else None,
         "processors": processors if processors and processors > 1 else None,
         "max_memory_mb": memory,
     }
     rules |= {rule: value for rule, value in optional.items() if value}
     entry: dict[str, Any] = {"capacity": round(slots * share) or (1 if slots and share else 0)}
-    if vos := queue.words("VO", inherit=True):
+    if vos := queue.as_list("VO", inherit=True):
         entry["vos"] = vos
     own = {"cpus": processors, "memory_mb": memory, "queue": queue_name}
-    entry["settings"] = backend.settings(queue, name, own, remarks)
+    entry["settings"] = backend.settings(queue, name, own)
     entry["rules"] = rules
     return entry
 
 
-def _number(queue: _Section, remarks: list[Remark], *names: str) -> int | None:
+def _number(queue: _Section, *names: str) -> int | None:
     given = queue.text(*names, inherit=True)
     try:
         if given is None or (number := int(float(given))) >= 0:
             return None if given is None else number
     except (ValueError, OverflowError):
         pass
-    remarks.append(Remark(f"{queue.path}/{names[0]}", "is no number from 0 on: left out"))
+    queue.remark("is no number from 0 on: left out", names[0])
     return None
 
 
 class _Backend(NamedTuple):
     name: str
-    settings: Callable[[_Section, str, Mapping[str, Any], list[Remark]], dict[str, Any]]
+    settings: Callable[[_Section, str, Mapping[str, Any]], dict[str, Any]]
 
 
-def _given(**settings: Any) -> dict[str, Any]:
+def _non_empty(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value not in (None, "", [], {})}
 
 
-def _ssh(queue: _Section, name: str, remarks: list[Remark]) -> dict[str, Any]:
+def _ssh(queue: _Section, name: str) -> dict[str, Any]:
     host = queue.text("SSHHost", inherit=True) or name
     key = queue.text("SSHKey", inherit=True)
-    return _given(
+    return _non_empty(
         host=host.partition("/")[0],
         username=queue.text("SSHUser", inherit=True),
-        port=_number(queue, remarks, "SSHPort", "Port"),
+        port=_number(queue, "SSHPort", "Port"),
         client_keys=[key] if key else None,
     )
 
 
-def _on_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return _given(**_ssh(queue, name, remarks), workdir=queue.text("SharedArea", "WorkArea", inherit=True))
+def _ssh_settings(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    return _non_empty(**_ssh(queue, name), workdir=queue.text("SharedArea", "WorkArea", inherit=True))
 
 
-def _on_this_host(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return _given(directory=queue.text("SharedArea", "WorkArea", inherit=True))
+def _local_settings(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    return _non_empty(directory=queue.text("SharedArea", "WorkArea", inherit=True))
 
 
-def _submit_directory(queue: _Section, remarks: list[Remark]) -> str:
+def _submit_directory(queue: _Section) -> str:
     directory = queue.text("SharedArea", "WorkArea", inherit=True)
     if directory is None or not directory.startswith("/"):
-        remarks.append(Remark(f"{queue.path}/SharedArea", "no absolute directory: check `settings.directory`"))
+        queue.remark("no absolute directory: check `settings.directory`", "SharedArea")
         return "/var/lib/gubbins/pilots"
     return directory
 
 
-def _submit_words(queue: _Section, remarks: list[Remark]) -> list[str]:
+def _submit_options(queue: _Section) -> list[str]:
     try:
         return shlex.split(queue.text("SubmitOptions", inherit=True) or "")
     except ValueError:
-        remarks.append(Remark(f"{queue.path}/SubmitOptions", "cannot be parsed: left out"))
+        queue.remark("cannot be parsed: left out", "SubmitOptions")
         return []
 
 
-def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
+def _slurm(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
     options, account, partition = [], None, own["queue"] or None
-    for word in _submit_words(queue, remarks):
+    for word in _submit_options(queue):
         option, _, value = word.partition("=")
         if option == "--account" and value:
             account = value
@@ -358,11 +340,9 @@ def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Rem
         elif word.startswith("--"):
             options.append(word)
         else:
-            remarks.append(
-                Remark(f"{queue.path}/SubmitOptions", "has words that are no `--option=value`: left out")
-            )
-    return _given(
-        directory=_submit_directory(queue, remarks),
+            queue.remark("has words that are no `--option=value`: left out", "SubmitOptions")
+    return _non_empty(
+        directory=_submit_directory(queue),
         partition=partition,
         account=account,
         cpus=own["cpus"],
@@ -372,31 +352,32 @@ def _slurm(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Rem
 
 
 def _batch(system: str, *, by_ssh: bool) -> Callable[..., dict[str, Any]]:
-    def settings(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-        return _given(
+    def settings(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        cpus = None if system == "gridengine" else own["cpus"]
+        if cpus != own["cpus"]:
+            queue.remark("add a parallel environment of Grid Engine to `extra_options`", "NumberOfProcessors")
+        return _non_empty(
             system=system,
-            ssh=_ssh(queue, name, remarks) if by_ssh else None,
-            directory=_submit_directory(queue, remarks),
+            ssh=_ssh(queue, name) if by_ssh else None,
+            directory=_submit_directory(queue),
             queue=own["queue"],
-            cpus=own["cpus"],
+            cpus=cpus,
             memory_mb=own["memory_mb"],
-            extra_options=_submit_words(queue, remarks),
+            extra_options=_submit_options(queue),
         )
 
     return settings
 
 
-def _slurm_by_ssh(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    return {"ssh": _ssh(queue, name, remarks), **_slurm(queue, name, own, remarks)}
+def _slurm_by_ssh(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    return {"ssh": _ssh(queue, name), **_slurm(queue, name, own)}
 
 
-def _arc(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    port = _number(queue, remarks, "Port")
+def _arc(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    port = _number(queue, "Port")
     host = queue.text("Host", inherit=True) or name
-    remarks.append(
-        Remark(queue.path, f"needs credentials: put a certificate (or a `token`) at /etc/gubbins/{name}.pem")
-    )
-    return _given(
+    queue.remark(f"needs credentials: put a certificate (or a `token`) at /etc/gubbins/{name}.pem")
+    return _non_empty(
         url=f"https://{host}{f':{port}' if port else ''}/arex",
         certificate=f"/etc/gubbins/{name}.pem",
         queue=(own["queue"] or "").rpartition("-")[2],  # nordugrid-SLURM-grid: the queue `grid`
@@ -405,19 +386,17 @@ def _arc(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remar
     )
 
 
-def _htcondor(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[Remark]) -> dict[str, Any]:
-    remarks.append(Remark(queue.path, f"needs credentials: put a token at /etc/gubbins/{name}.token"))
+def _htcondor(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    queue.remark(f"needs credentials: put a token at /etc/gubbins/{name}.token")
     commands = {}
     for line in re.split(r"\\n|\n", queue.text("ExtraSubmitString", inherit=True) or ""):
         command, equals, value = line.partition("=")
         if equals and re.fullmatch(r"(\+|(?i:MY)\.)?[A-Za-z_]\w*", command.strip()):
             commands[command.strip()] = value.strip()
         elif line.strip():
-            remarks.append(
-                Remark(f"{queue.path}/ExtraSubmitString", "has a line that is no `name = value`: left out")
-            )
-    return _given(
-        collector=f"{name}:{_number(queue, remarks, 'Port') or 9619}",
+            queue.remark("has a line that is no `name = value`: left out", "ExtraSubmitString")
+    return _non_empty(
+        collector=f"{name}:{_number(queue, 'Port') or 9619}",
         schedd=name,
         token=f"/etc/gubbins/{name}.token",
         cpus=own["cpus"],
@@ -427,10 +406,10 @@ def _htcondor(queue: _Section, name: str, own: Mapping[str, Any], remarks: list[
 
 
 _BACKENDS = {
-    ("ssh", "host"): _Backend("ssh", _on_host),
+    ("ssh", "host"): _Backend("ssh", _ssh_settings),
     ("ssh", "slurm"): _Backend("slurm", _slurm_by_ssh),
-    ("sshbatch", "host"): _Backend("ssh", _on_host),
-    ("local", "host"): _Backend("local", _on_this_host),
+    ("sshbatch", "host"): _Backend("ssh", _ssh_settings),
+    ("local", "host"): _Backend("local", _local_settings),
     ("local", "slurm"): _Backend("slurm", _slurm),
     ("slurm", "host"): _Backend("slurm", _slurm),
     ("slurm", "slurm"): _Backend("slurm", _slurm),
@@ -441,7 +420,7 @@ _BACKENDS = {
     **{
         (kind, batch): _Backend("batch", _batch(system, by_ssh=kind == "ssh"))
         for kind in ("ssh", "local")
-        for batch, system in (("ge", "gridengine"), ("torque", "pbs"), ("pbs", "pbs"), ("lsf", "lsf"))
+        for batch, system in (("ge", "gridengine"), ("torque", "torque"), ("pbs", "pbs"), ("lsf", "lsf"))
     },
 }
 
@@ -453,5 +432,5 @@ def _check(path: str, entry: Mapping[str, Any]) -> Sequence[Remark]:
     try:
         parse_ce_file(yaml.safe_dump({"compute_elements": [entry]}))
     except CEFileError as error:
-        return [Remark(path, f"to be mended by hand: {where}: {what}") for where, what in error.problems]
+        return [Remark(path, f"to be corrected by hand: {where}: {what}") for where, what in error.problems]
     return ()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain import clock
-from gubbins.domain.downtimes import Downtime, problem_with
+from gubbins.domain.downtimes import Downtime, downtime_error
 from gubbins.domain.exceptions import DowntimeError
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
@@ -26,7 +26,7 @@ RESOURCE_STATUS = "resource status"
 """Source of downtimes that were imported from DiracX."""
 
 IMPORT_LIFETIME = timedelta(hours=1)
-"""Time for which an imported downtime holds when it is not confirmed; each import confirms it."""
+"""Lifetime of an imported downtime; each import renews it."""
 
 _TIMEOUT_SECONDS = 30
 _DOWN = ("Banned", "Error")
@@ -42,26 +42,21 @@ async def add_downtime(
     by: str,
     drain: timedelta = timedelta(),
 ) -> Downtime:
-    """Plan a downtime: no submissions and no alarms from its start to its end.
+    """Plan a downtime: no submissions and no alerts from its start to its end.
 
     Args:
-        db: the database.
-        ce_name: of which compute element.
-        starts_at: when it starts.
-        ends_at: when it ends; the compute element gets pilots again then, by itself.
-        reason: why, for all who may see the compute element.
-        by: who adds it.
-        drain: for how long before its start nothing is submitted, so that pilots end in time.
+        by: user, for the record.
+        drain: time before the start in which nothing is submitted, so that pilots end in time.
 
     Raises:
-        DowntimeError: there can be no such downtime.
+        DowntimeError: invalid times, or no reason.
         UnknownCEError: there is no such compute element.
     """
-    if (problem := problem_with(starts_at, ends_at, drain, clock.now())) is not None:
+    if (problem := downtime_error(starts_at, ends_at, drain, clock.now())) is not None:
         raise DowntimeError(problem)
     reason = one_line(reason, MAX_REASON_CHARS)
     if not reason:
-        raise DowntimeError("a downtime needs a reason: others will ask for it")
+        raise DowntimeError("a downtime needs a reason")
     added = await db.add_downtime(
         ce_name, starts_at=starts_at, ends_at=ends_at, drain_from=starts_at - drain, reason=reason, added_by=by
     )
@@ -71,15 +66,14 @@ async def add_downtime(
 async def list_downtimes(
     db: MyPilotDB, ce_name: str | None = None, vo: str | None = None, *, past: bool = False
 ) -> list[Downtime]:
-    """Downtimes that have not ended (`past`: all), the earliest first.
+    """List downtimes that have not ended (`past`: all), the earliest first.
 
     Args:
-        db: the database.
         ce_name: only of this compute element.
-        vo: only of compute elements that serve this VO; None: of all.
+        vo: only of compute elements that serve this VO.
 
     Raises:
-        UnknownCEError: there is no such compute element (that serves the VO).
+        UnknownCEError: there is no such compute element, or it does not serve the VO.
     """
     if ce_name is not None:
         await get_ce(db, ce_name, vo)
@@ -91,16 +85,16 @@ async def list_downtimes(
 
 
 async def ces_in_downtime(db: MyPilotDB, since: datetime) -> set[str]:
-    """Names of the compute elements that are in downtime, or were since then."""
+    """Names of the compute elements that are in downtime, or were since `since`."""
     now = clock.now()
     return {each.ce_name for each in await db.get_downtimes(ends_after=since) if each.starts_at <= now}
 
 
 async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
-    """Remove a downtime and return it; one that has begun ends at once.
+    """Remove a downtime, which ends it if it has started, and return it.
 
     Raises:
-        DowntimeNotFoundError: there is none of that id.
+        DowntimeNotFoundError: there is no such downtime.
     """
 
     async def remove() -> Downtime:
@@ -112,20 +106,17 @@ async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
 
 
 async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) -> dict[str, str]:
-    """Take over from DiracX's resource status which compute elements are down for all VOs.
+    """Import downtimes from DiracX's resource status: compute elements that are down for all VOs.
 
-    One that is banned there, or whose site is, gets a downtime, which ends when that is no longer so, or is no
-    longer confirmed. Those that users have added are left alone.
-
-    Args:
-        db: the database.
-        resource_status_db: not in a transaction; a short one is opened.
+    A compute element that is banned there, or whose site is, gets a downtime that ends with the ban, or after
+    `IMPORT_LIFETIME` without an import. Downtimes that users have added do not change. Opens a short transaction
+    of `resource_status_db`.
 
     Returns:
-        The reason of each compute element that is down.
+        The reasons, by compute element.
 
     Raises:
-        DowntimeError: the other database does not respond; the downtimes stay as they are until they expire.
+        DowntimeError: the resource status cannot be read; imported downtimes stay until they expire.
     """
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS), resource_status_db:
@@ -133,7 +124,7 @@ async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) 
             resources = await resource_status_db.get_resource_statuses(element_type="ComputeElement")
     except Exception as error:
         raise DowntimeError(f"the resource status of DiracX cannot be read: {one_line(error)}") from error
-    # DIRAC's own tables compare without regard to case, and take no VO for all of them.
+    # As in DIRAC, case is ignored, and no VO means all.
     rows = [
         (name, row, vo) for vo, named in resources.items() for name, own in named.items() for row in own.values()
     ]

@@ -1,7 +1,7 @@
-"""Identities of pilots: a secret for each, exchanged for a token of DiracX; and what pilots report with that.
+"""Identities of pilots: secrets, their exchange for tokens of DiracX, and reports made with these tokens.
 
-A secret is random, and each attempt at a submission has one of its own: nobody knows which attempt has reached the
-compute element. The database has hashes only, and there is no key of ours that makes secrets and could leak.
+Secrets are random, and the database stores hashes only. Each attempt of a submission gets its own secret, since
+any of them may have reached the compute element.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 API_URL_VARIABLE = "GUBBINS_PILOT_API_URL"
 _SECRET_BYTES = 32
-#: A start that was never used may be begun anew: its response was lost on the way.
-_MOST_STARTS = 5
+#: The exchange can be repeated while its token is unused, for the response may have been lost.
+_MAX_EXCHANGES = 5
 
 
 class Grant(NamedTuple):
-    """The pilot that gets a token, and the refresh token that goes with it."""
+    """Data of a new token: its pilot and refresh token."""
 
     stamp: str
     vo: str
@@ -48,18 +48,11 @@ class Grant(NamedTuple):
     heartbeat_seconds: int
 
 
-class Report(NamedTuple):
-    """Answer to the report of a pilot."""
-
-    status: MyPilotStatus
-    heartbeat_seconds: int
-
-
 def pilot_api_url() -> str | None:
-    """The address that pilots reach our routes at; None: none is set, and pilots get no identity.
+    """Read the URL of the API for pilots from the environment; None: not set, pilots get no identity.
 
     Raises:
-        ValueError: it is no such address.
+        ValueError: the URL is invalid.
     """
     url = os.environ.get(API_URL_VARIABLE, "").strip().rstrip("/")
     if not url:
@@ -78,16 +71,16 @@ def pilot_api_url() -> str | None:
 async def with_identities(
     db: MyPilotDB, ce: Mapping[str, Any], ids: Mapping[str, int], pilots: Sequence[PilotAtCE]
 ) -> list[PilotAtCE]:
-    """The pilots, each with a secret of its own where that is configured; its hash is stored.
+    """Add a secret to each pilot, if identities are configured, and store its hash.
 
     Args:
-        db: the database, in the transaction that reserves their slots.
-        ce: their compute element.
-        ids: their ids, by stamp.
-        pilots: those to submit.
+        db: in the transaction that reserves the slots.
+        ce: the compute element.
+        ids: ids of the pilots by stamp.
+        pilots: pilots to submit.
 
     Raises:
-        CERefusedError: it is configured wrongly.
+        CERefusedError: the URL of the API is invalid.
     """
     try:
         url = pilot_api_url() if rules_of(ce).identity else None
@@ -95,59 +88,55 @@ async def with_identities(
         raise CERefusedError(ce["name"], str(error), public="its settings are wrong") from error
     if url is None:
         return list(pilots)
-    made = [pilot._replace(identity=PilotIdentity(url, secrets.token_urlsafe(_SECRET_BYTES))) for pilot in pilots]
-    new = {}
-    for pilot in made:
-        if pilot.identity is not None:
-            hash = _hash(pilot.identity.secret)
-            if pilot.maybe_submitted:
-                await db.add_secret_of_repeated(ids[pilot.stamp], hash)
-            else:
-                new[ids[pilot.stamp]] = hash
+    with_secrets, new = [], {}
+    for pilot in pilots:
+        secret = secrets.token_urlsafe(_SECRET_BYTES)
+        with_secrets.append(pilot._replace(identity=PilotIdentity(url, secret)))
+        if pilot.maybe_submitted:
+            await db.add_retry_secret(ids[pilot.stamp], _hash(secret))
+        else:
+            new[ids[pilot.stamp]] = _hash(secret)
     await db.add_secrets(new)
-    return made
+    return with_secrets
 
 
 async def exchange_secret(db: MyPilotDB, stamp: str, secret: str, *, address: str | None) -> Grant:
-    """Exchange the secret of a pilot, once per start.
+    """Exchange the secret of a pilot for tokens.
 
-    As long as the token that came of it was not used, that may be repeated: the response may have been lost. The
-    earlier token is refused from then on. A pilot that its site starts again has no second start.
+    A repeated exchange is allowed until its token is first used, for the response may have been lost; it
+    invalidates the earlier token. A pilot that its site starts a second time gets no token.
 
     Args:
-        db: the database.
-        stamp: of the pilot, as it says.
-        secret: as it says.
-        address: where it asks from.
+        address: IP address of the client, for the record.
 
     Raises:
-        IdentityMisusedError: the secret was exchanged before, and used.
-        IdentityRefusedError: it is not the secret of this pilot, or that has ended or is being cancelled.
+        IdentityMisusedError: the secret was exchanged before, and the token used.
+        IdentityRefusedError: wrong secret, or the pilot has ended or is being cancelled.
     """
-    found = await _active(db, stamp, lambda row: _is_one_of(secret, row.secret_hashes.split()))
-    if found.used_at is None and found.revoked_at is None and found.starts < _MOST_STARTS:
+    found = await _authenticate(db, stamp, lambda row: _is_one_of(secret, row.secret_hashes.split()))
+    if found.used_at is None and found.revoked_at is None and found.starts < _MAX_EXCHANGES:
         family = secrets.token_urlsafe(_SECRET_BYTES)
         refresh = f"{family}.{secrets.token_urlsafe(_SECRET_BYTES)}"
         hashes = {"family_hash": _hash(family), "refresh_hash": _hash(refresh)}
-        if await db.begin_start(found.pilot_id, starts=found.starts, address=address, **hashes):
+        if await db.record_exchange(found.pilot_id, starts=found.starts, address=address, **hashes):
             return _grant(found, found.starts + 1, refresh)
     raise IdentityMisusedError("replayed: the secret of this pilot was exchanged before", found.vo, found.pilot_id)
 
 
 async def refresh_token(db: MyPilotDB, stamp: str, token: str) -> Grant:
-    """Exchange a refresh token for the next one. An old one that is presented again revokes all of the pilot's.
+    """Exchange a refresh token for the next one. Reuse of an old one revokes all tokens of the pilot.
 
     Raises:
-        IdentityMisusedError: it was used before; the pilot gets no token any more.
-        IdentityRefusedError: it is none of this pilot, or that has ended or is being cancelled.
+        IdentityMisusedError: the token was used before; all tokens are revoked.
+        IdentityRefusedError: wrong token, or the pilot has ended or is being cancelled.
     """
     family = token.partition(".")[0]
-    found = await _active(db, stamp, lambda row: _is_one_of(family, [row.family_hash or ""]))
+    found = await _authenticate(db, stamp, lambda row: _is_one_of(family, [row.family_hash or ""]))
     if found.revoked_at is not None:
         raise IdentityRefusedError("the tokens of this pilot were revoked")
     if _is_one_of(token, [found.refresh_hash]):
         new = f"{family}.{secrets.token_urlsafe(_SECRET_BYTES)}"
-        if await db.rotate_refresh(found.pilot_id, old_hash=found.refresh_hash, new_hash=_hash(new)):
+        if await db.rotate_refresh_token(found.pilot_id, old_hash=found.refresh_hash, new_hash=_hash(new)):
             return _grant(found, found.starts, new)
     await db.revoke_identity(found.pilot_id)
     raise IdentityMisusedError(
@@ -155,22 +144,21 @@ async def refresh_token(db: MyPilotDB, stamp: str, token: str) -> Grant:
     )
 
 
-async def record_report(db: MyPilotDB, stamp: str, vo: str, start: int, reported: Mapping[str, Any]) -> Report:
-    """Record a report of a pilot about itself: that it is alive, where it runs, why it ends.
+async def record_report(db: MyPilotDB, stamp: str, vo: str, start: int, reported: Mapping[str, Any]) -> int:
+    """Record the report of a running pilot, and return its `heartbeat_seconds`.
 
-    One that was SUBMITTED is RUNNING then, at once. Its end is what its compute element says.
+    A SUBMITTED pilot becomes RUNNING. Its end is reported by its compute element only.
 
     Args:
-        db: the database.
-        stamp: of the pilot, as its token says.
-        vo: as the token says.
-        start: as the token says.
-        reported: as of `MyPilotDB.record_heartbeat`.
+        stamp: claim of the token, like `vo` and `start`.
+        reported: as for `MyPilotDB.record_heartbeat`.
 
     Raises:
-        IdentityRefusedError: the token is of no use any more; or the pilot has ended or is being cancelled.
+        IdentityRefusedError: the token was replaced or revoked, or the pilot has ended or is being cancelled.
     """
-    found = await _active(db, stamp, lambda row: row.vo == vo and row.starts == start and row.revoked_at is None)
+    found = await _authenticate(
+        db, stamp, lambda row: row.vo == vo and row.starts == start and row.revoked_at is None
+    )
     rules = _rules(found)
     stale_after = timedelta(seconds=rules.stale_after_seconds)
     if not await db.record_heartbeat(found.pilot_id, starts=start, stale_after=stale_after, reported=reported):
@@ -179,22 +167,22 @@ async def record_report(db: MyPilotDB, stamp: str, vo: str, start: int, reported
         try:
             await db.update_pilot_status(found.pilot_id, MyPilotStatus.RUNNING, vo=vo)
         except IllegalTransitionError:
-            logger.debug("Pilot %d was seen running before it said so", found.pilot_id)
+            logger.debug("Pilot %d was polled as running before its first report", found.pilot_id)
         except PilotNotFoundError as error:
             raise IdentityRefusedError("there is no such pilot any more") from error
-    return Report(MyPilotStatus.RUNNING, rules.heartbeat_seconds)
+    return rules.heartbeat_seconds
 
 
-async def _active(db: MyPilotDB, stamp: str, proven: Any) -> Row[Any]:
-    """The active pilot of a stamp, for a request that proves to be its own.
+async def _authenticate(db: MyPilotDB, stamp: str, is_valid: Callable[[Row[Any]], bool]) -> Row[Any]:
+    """Find the active pilot of a stamp, and check the credentials of the request.
 
     Raises:
-        IdentityRefusedError: it is not, or there is none.
+        IdentityRefusedError: invalid credentials, or no active pilot.
     """
     found = await db.find_identity(stamp)
     if found is None:
         raise IdentityRefusedError("there is no pilot of this stamp with an identity", proven=False)
-    if not proven(found):
+    if not is_valid(found):
         raise IdentityRefusedError("not its secret, or not its token", proven=False)
     if found.status not in ACTIVE:
         raise IdentityRefusedError(f"the pilot has ended ({found.status})")
@@ -216,7 +204,7 @@ def _hash(secret: str) -> str:
 
 
 def _is_one_of(secret: str, hashes: Sequence[str]) -> bool:
-    """Compare in the same time whatever is equal."""
-    mine = _hash(secret)
-    equal = [hmac.compare_digest(mine, hash) for hash in hashes]
+    """Compare with all hashes in constant time."""
+    own = _hash(secret)
+    equal = [hmac.compare_digest(own, hash) for hash in hashes]
     return any(equal)

@@ -1,4 +1,4 @@
-"""Output of pilots: collected after their end, before the site removes it, and kept for a while."""
+"""Output of pilots: fetched after their end, before the site removes it, and stored for a limited time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any
 
-from gubbins.ces import CEBackend, PilotAtCE
+from gubbins.ces import CEBackend
 from gubbins.ces.registry import load_backend
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
@@ -24,23 +24,23 @@ from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
 from .ce_calls import at_ce, backend_of, describe_failure
-from .circuits import note_failure
+from .circuits import record_call_failure
 from .response_validation import check_output
 
 logger = logging.getLogger(__name__)
 
 COLLECTED_PER_CE = 500
-"""Most outputs that one round fetches from a compute element; the next one goes on."""
+"""Outputs fetched from a compute element in one round, at most."""
 
 COLLECTING_SECONDS = 30
-"""Longest time that one round fetches outputs from a compute element."""
+"""Time for one compute element in one round, at most."""
 
 _CHUNK = 50
-_AT_A_TIME = 8
+_MAX_CONCURRENT = 8
 
 
-def ends_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
-    """The ends at which the output of a pilot is to be fetched from this compute element."""
+def statuses_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
+    """Final states for which output is fetched from this compute element."""
     keep = rules_of(ce).keep_output
     if keep == "none" or load_backend(ce["backend"]).output is CEBackend.output:
         return frozenset()
@@ -48,99 +48,92 @@ def ends_with_output(ce: Mapping[str, Any]) -> frozenset[MyPilotStatus]:
 
 
 async def collect_outputs(db: MyPilotDB, vo: str, *, per_ce: int = COLLECTED_PER_CE) -> int:
-    """Collect the output of the VO's ended pilots; return the number of pilots.
+    """Collect the output of the VO's ended pilots, from all compute elements concurrently; return their number.
 
-    From all compute elements at the same time. A pilot is cleaned up once its output is stored, and not before:
-    a crash on the way, or a site that is away for a while, costs no output. Output that cannot be fetched in
-    `lost_seconds` is abandoned.
+    A pilot is cleaned up only after its output is stored, so that neither a crash nor an outage of the site loses
+    output. Output that cannot be fetched within `lost_seconds` is abandoned.
     """
     await db.prune_outputs()
     waiting = await db.ces_with_queued_outputs(vo=vo)
     if not waiting:
         return 0
-    ces = [ce for ce in await db.get_ces() if ce["name"] in waiting and _may_be_asked(ce)]
+    ces = [ce for ce in await db.get_ces() if ce["name"] in waiting and _is_reachable(ce)]
     return sum(await asyncio.gather(*(_collect(db, vo, ce, per_ce) for ce in ces)))
 
 
-def _may_be_asked(ce: Mapping[str, Any]) -> bool:
-    # Outputs can wait: they are no probes of a half-open circuit.
+def _is_reachable(ce: Mapping[str, Any]) -> bool:
+    # Not urgent enough to probe a half-open circuit.
     return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
 
 
 async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any], per_ce: int) -> int:
     collected = 0
-    turns = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=per_ce))
+    queued = iter(await db.queued_outputs(vo=vo, ce_name=ce["name"], limit=per_ce))
     try:
         async with backend_of(ce, vo) as backend:
-            collector = _OutputCollector(ce, vo, backend)
-            while not collector.over and (chunk := list(islice(turns, _CHUNK))):
+            collector = _OutputCollector(ce, backend)
+            while not collector.stopped and (chunk := list(islice(queued, _CHUNK))):
                 fetched = await asyncio.gather(*(collector.fetch(pilot) for pilot in chunk))
                 outputs = [output for output in fetched if output is not None]
                 if not outputs:
-                    break  # no response: the next round goes on
+                    break
                 await db.store_outputs(outputs)
                 collected += len(outputs)
                 stored = {output.pilot_id for output in outputs}
                 await collector.cleanup([pilot for pilot in chunk if pilot.pilot_id in stored])
         if collector.timed_out is not None:
-            await note_failure(db, ce, CECall.STATUS, collector.timed_out)
+            await record_call_failure(db, ce, CECall.STATUS, collector.timed_out)
     except Exception as error:
         logger.warning("Cannot fetch the output of pilots at %s: %s", ce["name"], describe_failure(ce, error))
     return collected
 
 
 class _OutputCollector:
-    """Fetches outputs from one compute element for one round: no call is begun too late, or after a time-out."""
+    """Fetches outputs from one compute element in one round; stops at the deadline and after a time-out."""
 
-    def __init__(self, ce: Mapping[str, Any], vo: str, backend: CEBackend[Any]) -> None:
+    def __init__(self, ce: Mapping[str, Any], backend: CEBackend[Any]) -> None:
         self.timed_out: str | None = None
-        self._ce, self._vo, self._backend = ce, vo, backend
+        self._ce, self._backend = ce, backend
         self._rules = rules_of(ce)
-        self._slots = asyncio.Semaphore(_AT_A_TIME)
+        self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
         self._until = time.monotonic() + COLLECTING_SECONDS
 
     @property
-    def over(self) -> bool:
+    def stopped(self) -> bool:
         return self.timed_out is not None or time.monotonic() >= self._until
 
     async def fetch(self, pilot: Any) -> Output | None:
         """Fetch the output of a pilot, or the reason why there is none; None: retry in a later round."""
         until = clock.now() + timedelta(seconds=self._rules.keep_output_seconds)
-        asked = self._at_ce(pilot)
         async with self._slots:
-            if self.over:
+            if self.stopped:
                 return None
             try:
-                async with self._answer():
-                    answer = await self._backend.output(asked)
-                output = check_output(self._ce, answer, asked.stamp)
+                async with self._time_limit():
+                    answer = await self._backend.output(at_ce(pilot._mapping))
+                output = check_output(self._ce, answer, pilot.stamp)
             except OutputUnavailableError as error:
                 return Output(pilot.pilot_id, until, error=one_line(error.reason, MAX_REASON_CHARS))
             except Exception as error:
-                why = describe_failure(self._ce, error)
-                logger.info("Cannot fetch the output of pilot %s at %s: %s", asked.stamp, self._ce["name"], why)
+                reason = describe_failure(self._ce, error)
+                logger.info("Cannot fetch the output of pilot %s at %s: %s", pilot.stamp, self._ce["name"], reason)
                 if clock.now() - pilot.ended_at > timedelta(seconds=self._rules.lost_seconds):
-                    return Output(pilot.pilot_id, until, error=why)
+                    return Output(pilot.pilot_id, until, error=reason)
                 return None
         owed = self._rules.registry_output
         return Output(pilot.pilot_id, until, output.stdout, output.stderr, owed=owed)
 
     async def cleanup(self, ended: Sequence[Any]) -> None:
-        """Clean up after pilots whose output is stored; a failure is only logged."""
+        """Clean up after pilots whose output is stored; errors are only logged."""
         try:
-            async with self._answer():
-                await self._backend.cleanup([self._at_ce(pilot) for pilot in ended])
+            async with self._time_limit():
+                await self._backend.cleanup([at_ce(pilot._mapping) for pilot in ended])
         except Exception as error:
-            why = describe_failure(self._ce, error)
-            logger.warning("Cannot clean up after pilots at %s: %s", self._ce["name"], why)
-
-    def _at_ce(self, pilot: Any) -> PilotAtCE:
-        return PilotAtCE(
-            pilot.stamp, self._vo, pilot.reference, pilot.status, pilot.submitted_at, pilot.started_at
-        )
+            reason = describe_failure(self._ce, error)
+            logger.warning("Cannot clean up after pilots at %s: %s", self._ce["name"], reason)
 
     @contextlib.asynccontextmanager
-    async def _answer(self) -> AsyncIterator[None]:
+    async def _time_limit(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._rules.timeout_seconds):
                 yield
@@ -150,25 +143,25 @@ class _OutputCollector:
 
 
 async def get_pilot_output(db: MyPilotDB, pilot_id: int) -> dict[str, Any]:
-    """Output of a pilot: `pilot_id`, `stdout`, `stderr`, and `fetched_at` and `expires_at` of stored output.
+    """Get the stored output of a pilot, or else fetch it from the compute element.
 
-    For a pilot that still runs, or whose output was not fetched yet, it comes from the compute element, and
-    `fetched_at` is None.
+    Returns:
+        `pilot_id`, `stdout`, `stderr`, `fetched_at` and `expires_at`; the last two are None if it is not stored.
 
     Raises:
         PilotNotFoundError: there is no such pilot.
-        OutputUnavailableError: there is none, or none any more.
+        OutputUnavailableError: there is no output, or it was removed.
         CEUnavailableError: the compute element does not respond.
     """
     pilot = await db.get_pilot(pilot_id)
-    return await stored_output(db, pilot) or await ask_for_output(db, pilot)
+    return await stored_output(db, pilot) or await fetch_output(db, pilot)
 
 
 async def stored_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Stored output of a pilot, as of `get_pilot_output`; None: nothing was fetched.
+    """Get the stored output of a pilot as `get_pilot_output`; None: it was not fetched yet.
 
     Raises:
-        OutputUnavailableError: there is none, or none any more.
+        OutputUnavailableError: there is no output, or it was removed.
     """
     stored = await db.get_output(pilot["pilot_id"])
     if stored is None:
@@ -178,33 +171,26 @@ async def stored_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, An
     return {"pilot_id": pilot["pilot_id"], **stored}
 
 
-async def ask_for_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any]:
-    """Fetch the output of a pilot from its compute element, as of `get_pilot_output`.
+async def fetch_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any]:
+    """Fetch the output of a pilot from its compute element, as `get_pilot_output`.
 
     Raises:
-        OutputUnavailableError: there is none, or none any more.
+        OutputUnavailableError: there is no output, or it was removed.
         CEUnavailableError: the compute element does not respond.
     """
     ce = await db.get_ce(pilot["ce_name"])
-    if not _may_be_asked(ce):
+    if not _is_reachable(ce):
         raise CEUnavailableError(
             f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {ce['name']}`"
         )
-    asked = at_ce(pilot)
     try:
         async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
-            answer = await backend.output(asked)
-        output = check_output(ce, answer, asked.stamp)
+            answer = await backend.output(at_ce(pilot))
+        output = check_output(ce, answer, pilot["stamp"])
     except OutputUnavailableError:
         raise
     except Exception as error:
         raise CEUnavailableError(
-            f"compute element {ce['name']!r} cannot be asked: {describe_failure(ce, error)}"
+            f"cannot fetch the output from compute element {ce['name']!r}: {describe_failure(ce, error)}"
         ) from error
-    return {
-        "pilot_id": pilot["pilot_id"],
-        "stdout": output.stdout,
-        "stderr": output.stderr,
-        "fetched_at": None,
-        "expires_at": None,
-    }
+    return {"pilot_id": pilot["pilot_id"], **output._asdict(), "fetched_at": None, "expires_at": None}

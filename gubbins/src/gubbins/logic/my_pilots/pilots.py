@@ -4,98 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Collection
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError
-from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
+from gubbins.domain.pilot_states import ACTIVE
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
 from .ce_calls import at_ce, backend_of, describe_failure
-from .circuits import may_call, note_failure
+from .circuits import acquire_call, record_call_failure
 
 logger = logging.getLogger(__name__)
 
 PRUNE_PAUSE_SECONDS = 0.05
-"""Pause between two batches, for others that wait for the database."""
+"""Pause between two batches, in which other transactions run."""
 
 
-async def count_pilots(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Count pilots (of one VO, or of all), as {VO: {compute element: {state: number}}}."""
-    return await db.count_pilots(vo)
-
-
-async def get_pilot_summary(db: MyPilotDB, vo: str | None = None) -> dict[str, int]:
-    """Count pilots (of one VO, or of all), as {state: number}."""
-    return await db.get_pilot_summary(vo)
-
-
-async def count_illegal_histories(db: MyPilotDB) -> int:
-    """Count pilots with a history that the state machine does not allow: always 0."""
-    return await db.count_illegal_histories()
-
-
-async def search_pilots(
-    db: MyPilotDB,
-    *,
-    vo: str | None,
-    ce_name: str | None = None,
-    status: MyPilotStatus | None = None,
-    stamps: Collection[str] | None = None,
-    stale: bool = False,
-    page: int = 1,
-    per_page: int = 100,
-) -> tuple[int, list[dict[str, Any]]]:
-    """One page of pilots, newest first, with the number of all that match; `vo=None`: of every VO.
-
-    With `stale`, only running ones whose heartbeats have stopped.
-    """
-    return await db.search_pilots(
-        vo=vo, ce_name=ce_name, status=status, stamps=stamps, stale=stale, page=page, per_page=per_page
-    )
-
-
-async def count_reports(db: MyPilotDB, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Count `stale` pilots and outcomes (of one VO, or of all), as {VO: {compute element: {name: number}}}."""
-    return await db.count_reports(vo)
-
-
-async def count_without_work(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, int]:
-    """Count pilots (of one VO, or of all) that ended since then and found no work, by compute element."""
-    return await db.count_without_work(since, vo=vo)
-
-
-async def count_ended_pilots(db: MyPilotDB, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:
-    """Count pilots (of one VO, or of all) that ended since then, as {compute element: {state: number}}."""
-    return await db.count_ended_pilots(since, vo=vo)
-
-
-async def count_steps(
-    db: MyPilotDB, since: datetime, now: datetime, vo: str | None = None
-) -> tuple[Counter[MyPilotStatus], dict[MyPilotStatus, Counter[int]]]:
-    """Count pilots (of one VO, or of all) in each active state, and those that entered each state since then.
-
-    The latter as {state: {whole quarters of an hour before `now`: number}}.
-    """
-    return await db.count_steps(since, now, vo=vo)
+count_ended_pilots = MyPilotDB.count_ended_pilots
+count_illegal_histories = MyPilotDB.count_illegal_histories
+count_pilots = MyPilotDB.count_pilots
+count_reports = MyPilotDB.count_reports
+count_steps = MyPilotDB.count_steps
+count_without_work = MyPilotDB.count_without_work
+get_pilot_summary = MyPilotDB.get_pilot_summary
+search_pilots = MyPilotDB.search_pilots
 
 
 async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict[str, Any]:
-    """One pilot with its `history`.
+    """Get one pilot with its `history`.
 
     Args:
-        db: the database.
-        pilot_id: which.
-        vo: for members of this VO, who do not learn which ids other VOs have; None: for administrators.
+        vo: VO of the user; None: administrators.
 
     Raises:
-        PilotNotFoundError: there is no such pilot, or it is another VO's.
+        PilotNotFoundError: there is no such pilot, or it belongs to another VO.
     """
     pilot = await db.get_pilot(pilot_id)
     if vo not in (None, pilot["vo"]):
@@ -104,16 +50,14 @@ async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict
 
 
 async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool = True) -> dict[str, Any]:
-    """Cancel a pilot and return it as it is then.
+    """Cancel a pilot and return it.
 
-    The request is recorded first and sent at once; every check repeats it until the compute element
-    says that the pilot has ended. The state changes only then, along the arrows of the state machine.
+    The request is recorded, then sent to the compute element; every check sends it again until the compute element
+    reports that the pilot has ended. Only then does the state change.
 
     Args:
-        db: the database.
-        pilot_id: which pilot.
-        by: who asks, for the record.
-        send_now: False leaves the call of the compute element to the next check.
+        by: user, for the record.
+        send_now: False: the next check sends it.
 
     Raises:
         PilotNotFoundError: there is no such pilot.
@@ -129,8 +73,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
 
     pilot, ce = await db.run(request)
     target = at_ce(pilot)._replace(cancel_requested=True)
-    # A compute element that is paused or banned gets it from the first check that may call it again.
-    if send_now and await may_call(db, ce, CECall.STATUS):
+    if send_now and await acquire_call(db, ce, CECall.STATUS):
         try:
             async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
@@ -138,30 +81,29 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
                 await db.record_ce_error(ce["name"], backend.warning)
         except Exception as error:
             reason = describe_failure(ce, error)
-            await note_failure(db, ce, CECall.STATUS, reason)
+            await record_call_failure(db, ce, CECall.STATUS, reason)
             logger.warning("Pilot %d will be cancelled at %s by the next check: %s", pilot_id, ce["name"], reason)
     return await db.get_pilot(pilot_id)
 
 
 async def prune_pilots(db: MyPilotDB, *, keep: timedelta, batch: int = 1_000, at_most: int = 100_000) -> int:
-    """Delete pilots that ended longer ago than that, with their history, and return how many were.
+    """Delete ended pilots with their history, oldest first, and return their number.
 
-    The oldest come first. Each batch is a transaction of its own, so that others do not wait long; batches that
-    are done stay done when it is interrupted.
+    Each batch is a transaction of its own.
 
     Args:
-        db: the database; not in a transaction.
-        keep: how long after its end a pilot is kept.
+        db: not in a transaction.
+        keep: retention time after the end of a pilot.
         batch: pilots in one transaction.
-        at_most: pilots in one call; the next call goes on.
+        at_most: pilots in one call.
     """
     ended_before = clock.now() - keep
-    gone = 0
-    while gone < at_most:
-        size = min(batch, at_most - gone)
+    total = 0
+    while total < at_most:
+        size = min(batch, at_most - total)
         deleted = await db.delete_ended_pilots(ended_before=ended_before, limit=size)
-        gone += deleted
+        total += deleted
         if deleted < size:
             break
         await asyncio.sleep(PRUNE_PAUSE_SECONDS)
-    return gone
+    return total

@@ -1,4 +1,4 @@
-"""Limits of the requests of pilots, in each process of the application."""
+"""Rate limits of requests from pilots, per process of the application."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from weakref import WeakKeyDictionary
 from gubbins.domain.exceptions import TooManyReportsError
 
 _WINDOW_SECONDS = 60.0
-#: Keys of which is known what they have done; of more, the least recent are forgotten.
-_MOST_KEYS = 20_000
+#: Keys that are tracked; beyond, the least recently used are dropped.
+_MAX_KEYS = 20_000
 
 
 class RequestRate:
-    """Sliding windows of a minute, one per key.
+    """Sliding windows of one minute, one per key.
 
     Args:
-        whose: what a key is, for the message.
-        per_minute: the limit.
+        counted_by: kind of the keys, for error messages.
     """
 
-    def __init__(self, whose: str, per_minute: int) -> None:
-        self.whose = whose
+    def __init__(self, counted_by: str, per_minute: int) -> None:
+        self.counted_by = counted_by
         self.per_minute = per_minute
         self._requests: OrderedDict[str, deque[float]] = OrderedDict()
 
@@ -32,7 +31,7 @@ class RequestRate:
         """Count a request.
 
         Raises:
-            TooManyReportsError: beyond the limit; it is not counted.
+            TooManyReportsError: the limit is reached; the request is not counted.
         """
         now = time.monotonic()
         times = self._requests.setdefault(key, deque())
@@ -41,24 +40,24 @@ class RequestRate:
             times.popleft()
         if len(times) >= self.per_minute:
             wait = max(1, round(times[0] + _WINDOW_SECONDS - now))
-            raise TooManyReportsError(self.whose, self.per_minute, wait)
+            raise TooManyReportsError(self.counted_by, self.per_minute, wait)
         times.append(now)
-        while len(self._requests) > _MOST_KEYS:
+        while len(self._requests) > _MAX_KEYS:
             self._requests.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class PilotRates:
-    """Limits of one process. A whole site may have one address, so that one is the larger."""
+    """Rate limits of one process; the one by address is larger, for all pilots of a site may share an address."""
 
     address: RequestRate = field(default_factory=lambda: RequestRate("address", 1_200))
     pilot: RequestRate = field(default_factory=lambda: RequestRate("pilot", 30))
 
 
-#: An application has one event loop; tests have many.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, PilotRates] = WeakKeyDictionary()
+#: By event loop: an application has one, tests have many.
+_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, PilotRates] = WeakKeyDictionary()
 
 
 async def pilot_rates() -> PilotRates:
-    """The `PilotRates` of this process."""
-    return _of_loop.setdefault(asyncio.get_running_loop(), PilotRates())
+    """Return the limits of this process."""
+    return _by_loop.setdefault(asyncio.get_running_loop(), PilotRates())

@@ -1,8 +1,7 @@
-"""Submit requested pilots: one call for all that wait at a compute element, by the task that comes first.
+"""Submit requested pilots in batches: the first task submits all pending requests of its compute element.
 
-The tasks of a compute element take turns by its mutex. The first one reserves slots for its own request and for
-those that wait behind it, submits all these pilots by one call, and records the outcome of each. The others find
-theirs.
+The mutex of the compute element serializes its tasks. The first one reserves slots for all pending requests,
+submits their pilots by one call and records the outcomes, which the other tasks then return.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from gubbins.domain.exceptions import CEQuotaError, CERefusedError, CEUnavailabl
 from gubbins.domain.rules import rules_of, serves
 
 from .ce_calls import describe_failure
-from .circuits import half_open, note_failure, note_success, quota_limit
+from .circuits import half_open, quota_limit, record_call_failure, record_call_success
 from .identity import with_identities
 from .response_validation import check_outcome
 from .submission import claim_submission, confirm, open_for_submission, submit_pilot
@@ -30,26 +29,24 @@ logger = logging.getLogger(__name__)
 
 _FIND_OUT = "the next checks will find out"
 
-#: Outcomes by stamp for the tasks of this process that wait behind; those of others read them in the database.
+#: Outcomes by stamp, for other tasks of this process; those of other processes read them in the database.
 _outcomes: dict[str, int | PilotSubmissionError | None] = {}
 _MOST_OUTCOMES = 10_000
 
 
 async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
-    """Submit a pilot that `request_pilots` asked for, and those that wait behind it; return its id.
+    """Submit a pilot requested by `request_pilots`, with all pending requests of its compute element.
 
-    Its request is deleted in the transaction that reserves its slot, so that no other submission takes it in
-    between. None where there is no request any more, and nothing is submitted; or where it was found that there is
-    no room for it. A submission that was begun and not brought to its end (the worker died) is taken up again.
+    The request is deleted in the transaction that reserves its slot. An interrupted submission is resumed.
 
     Args:
-        db: the database.
-        ce_name: where.
-        vo: whose.
-        stamp: that of the request; None: the oldest one of the VO that waits.
+        stamp: stamp of the request; None: the oldest pending one of the VO.
+
+    Returns:
+        The id of the pilot; None: the request has expired, or there was no slot for it.
 
     Raises:
-        PilotSubmissionError: as by `submit_pilot`.
+        PilotSubmissionError: as `submit_pilot`.
     """
     if stamp in _outcomes:
         outcome = _outcomes.pop(stamp)
@@ -88,7 +85,7 @@ class _Outcomes:
     refused: dict[str, str] = field(default_factory=dict)
     over_quota: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
-    """Reasons for which nobody knows."""
+    """Errors after which the pilot may or may not have been accepted."""
 
 
 @dataclass
@@ -100,13 +97,13 @@ class _Batch:
     backend: CEBackend[Any]
     vo: str
     own: str
-    """The stamp whose task this is."""
+    """Stamp of the task that submits the batch."""
 
     async def submit(self) -> int | None:
-        """Submit all, and return the id of the own pilot; None: its request is gone.
+        """Submit all, and return the id of the own pilot; None: its request has expired.
 
         Raises:
-            PilotSubmissionError: why there is no own pilot.
+            PilotSubmissionError: the own pilot was not submitted.
         """
         ids, pilots, refused = await self.db.run(self._reserve)
         if refused:
@@ -123,13 +120,13 @@ class _Batch:
         return ids.get(self.own)
 
     async def _reserve(self) -> tuple[dict[str, int], list[PilotAtCE], dict[str, PilotSubmissionError]]:
-        """Reserve slots for the requests that wait; for none, where the own one is gone."""
+        """Reserve slots for the pending requests; for none if the own one has expired."""
         db, name = self.db, self.ce["name"]
         is_probe = half_open(self.ce)
         at_most = 1 if is_probe else rules_of(self.ce).max_batch
         if (limit := quota_limit(self.ce)) is not None:
             at_most = max(1, min(at_most, limit - await db.count_active(name)))
-        # VOs with settings of their own are not combined: it would be with the credentials of another.
+        # VOs with their own settings are not combined: the call uses the credentials of one VO.
         alone = self.vo if OF_VOS in self.ce["settings"] else None
         waiting = dict(await db.waiting_requests(name, vo=alone, at_most=at_most))
         if self.own not in waiting:
@@ -137,37 +134,40 @@ class _Batch:
                 return {}, [], {}
             waiting = {self.own: self.vo, **dict(list(waiting.items())[: at_most - 1])}
         await claim_submission(db, self.ce)
-        # What others' VOs are refused for is said to their own tasks.
-        vos = {vo for vo in waiting.values() if serves(self.ce["vos"], vo) and self.backend.why_not(vo) is None}
+        # Requests of VOs that are refused here stay for their own tasks.
+        vos = {
+            vo
+            for vo in waiting.values()
+            if serves(self.ce["vos"], vo) and self.backend.unsupported_reason(vo) is None
+        }
         ids, refused = await db.submit_requested(name, [each for each in waiting.items() if each[1] in vos])
         if is_probe and not ids:
-            raise refused[self.own]  # nothing is claimed, then
+            raise refused[self.own]  # rolls back the probe
         pilots = [PilotAtCE(stamp=s, vo=vo, maybe_submitted=False) for s, vo in waiting.items() if s in ids]
         return ids, await with_identities(db, self.ce, ids, pilots), refused
 
     async def _call(self, ids: Mapping[str, int], pilots: list[PilotAtCE]) -> dict[str, PilotSubmissionError]:
-        """Submit pilots that have slots, and record the outcome of each. Returns why some were not submitted."""
+        """Submit pilots that have slots, and record the outcomes. Returns the errors by stamp."""
         name = self.ce["name"]
         try:
             async with asyncio.timeout(rules_of(self.ce).timeout_seconds):
                 answer: object = await self.backend.submit(pilots)
+            reason = self.backend.warning
         except Exception as error:
-            reason = describe_failure(self.ce, error)
-            outcomes = _Outcomes(unknown={pilot.stamp: f"{reason}; {_FIND_OUT}" for pilot in pilots})
-        else:
-            outcomes = self._outcomes(pilots, answer)
+            answer, reason = self.backend.outcomes, describe_failure(self.ce, error)
+        outcomes = self._outcomes(pilots, answer, reason)
         unknown, refused, references = outcomes.unknown, outcomes.refused, outcomes.references
-        said = next(iter([*unknown.values(), *refused.values()]), "")
+        first_error = next(iter([*unknown.values(), *refused.values()]), "")
 
         async def record() -> tuple[set[str], int]:
             await self.db.lock_ces([name])
             if references or outcomes.over_quota:
-                await note_success(self.db, self.ce, CECall.SUBMIT)
-                if said:
-                    await self.db.record_ce_error(name, said)
+                await record_call_success(self.db, self.ce, CECall.SUBMIT)
+                if first_error:
+                    await self.db.record_ce_error(name, first_error)
             else:
-                await note_failure(self.db, self.ce, CECall.SUBMIT, said)
-            await self.db.note_unconfirmed({ids[stamp]: why for stamp, why in unknown.items()})
+                await record_call_failure(self.db, self.ce, CECall.SUBMIT, first_error)
+            await self.db.set_submission_errors({ids[stamp]: why for stamp, why in unknown.items()})
             await self.db.release_pilots([ids[stamp] for stamp in [*refused, *outcomes.over_quota]])
             vos = {pilot.stamp: pilot.vo for pilot in pilots}
             await self.db.refuse_requests(
@@ -194,13 +194,16 @@ class _Batch:
                     failed[pilot.stamp] = error
         return failed
 
-    def _outcomes(self, pilots: list[PilotAtCE], answer: object) -> _Outcomes:
+    def _outcomes(self, pilots: list[PilotAtCE], answer: object, reason: str | None) -> _Outcomes:
+        """Sort the outcomes of a call; `reason` is that of the missing ones."""
         outcomes = _Outcomes()
         for stamp in (pilot.stamp for pilot in pilots):
             try:
+                if reason and isinstance(answer, Mapping) and stamp not in answer:
+                    raise CEUnavailableError(reason)
                 outcome = check_outcome(self.ce, answer, stamp)
             except CEUnavailableError as error:
-                outcomes.unknown[stamp] = f"{error}; {_FIND_OUT}"
+                outcomes.unknown[stamp] = f"{self.backend.warning or error}; {_FIND_OUT}"
             else:
                 if outcome.reference is not None:
                     outcomes.references[stamp] = outcome.reference

@@ -1,4 +1,4 @@
-"""Response validation: check the responses of back ends before they are used."""
+"""Validation of the responses of back ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gubbins.domain.text import one_line
 
 
 def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[str]) -> dict[str, Observation]:
-    """Validate the response to a poll: observations of these pilots, with reasons of one line.
+    """Validate the response to a poll; returns the observations of these pilots, with reasons of one line.
 
     Raises:
-        CEUnavailableError: it is no valid response.
+        CEUnavailableError: the response is invalid.
     """
     if not isinstance(answer, Mapping):
         raise _invalid_response(ce, f"{_kind(answer)} in place of an observation of each pilot")
@@ -28,16 +28,16 @@ def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[s
         if not isinstance(seen, Observation) or not isinstance(seen.state, Observed):
             raise _invalid_response(ce, f"{one_line(repr(seen), 80)} in place of an observation of pilot {stamp}")
         _check_reference(ce, stamp, seen.reference)
-        # Of very many pilots, few have a reason.
+        # Only the few with a reason are copied.
         checked[stamp] = seen if seen.reason is None else seen._replace(reason=_reason(ce, stamp, seen.reason))
     return checked
 
 
 def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOutcome:
-    """Validate the response to a submission: the outcome of this pilot, with an error of one line.
+    """Validate the response to a submission; returns the outcome of this pilot, with an error of one line.
 
     Raises:
-        CEUnavailableError: it is no valid response, so it is not known whether the pilot was submitted.
+        CEUnavailableError: the response is invalid: the pilot may or may not have been submitted.
     """
     if not isinstance(answer, Mapping):
         raise _invalid_response(ce, f"{_kind(answer)} in place of an outcome of each submission")
@@ -51,13 +51,12 @@ def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOu
 
 
 def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:
-    """Validate the output of this pilot, and cut it to the last part.
+    """Validate the output of this pilot; returns the last `OUTPUT_LIMIT_BYTES` of each stream.
 
     Raises:
-        CEUnavailableError: it is no valid response.
+        CEUnavailableError: the response is invalid.
     """
     if isinstance(answer, PilotOutput) and isinstance(answer.stdout, str) and isinstance(answer.stderr, str):
-        # The database takes no more.
         return PilotOutput(*(each[-OUTPUT_LIMIT_BYTES:] for each in answer))
     raise _invalid_response(ce, f"{_kind(answer)} in place of the output of pilot {stamp}")
 

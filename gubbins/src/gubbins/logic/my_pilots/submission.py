@@ -25,7 +25,7 @@ from gubbins.domain.rules import rules_of, serves
 from gubbins.domain.text import one_line
 
 from .ce_calls import backend_of, describe_failure
-from .circuits import may_submit, note_failure, note_success, submission_blocker
+from .circuits import acquire_submission, record_call_failure, record_call_success, submission_blocker
 from .identity import with_identities
 from .response_validation import check_outcome
 
@@ -37,21 +37,17 @@ _ABANDONED = "was accepted after its submission had been abandoned, and is cance
 async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int:
     """Submit one pilot of a VO to a compute element and return its id.
 
-    The slot is reserved first, in the database, where capacity and rules are checked; the compute element is
-    called afterwards. If it refuses, the reservation is undone, and the refusal is recorded at the compute
-    element. If it does not respond, it is not known whether it has the pilot: the reservation stays, and the next
-    checks find out.
+    A slot is reserved in the database first, where capacity and rules are checked; then the compute element is
+    called. A refusal releases the slot and is recorded at the compute element. If there is no response, the pilot
+    may exist: it keeps its slot, and the next checks determine its state.
 
     Args:
-        db: the database.
-        ce_name: where.
-        vo: whose.
-        stamp: our unique name for it, 32 hexadecimal digits. A submission that was begun with it and not
-            brought to its end (the worker died) is taken up again, and is no second pilot. None: a new one.
+        stamp: unique name of the pilot, 32 hexadecimal digits. An interrupted submission with this stamp is
+            resumed, without a second pilot. None: a new stamp.
 
     Raises:
-        PilotSubmissionError: a subclass says why not: unknown, disabled or paused compute element, VO not
-            served, no room, a rule, refused.
+        PilotSubmissionError: a subclass for each reason: unknown, disabled or paused compute element, VO not
+            served, no free slot, a rule, refused.
     """
     async with open_for_submission(db, ce_name, vo) as (ce, backend):
         stamp = stamp or uuid.uuid4().hex
@@ -65,21 +61,20 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             outcome = check_outcome(ce, answer, stamp)
         except Exception as error:
             reason = describe_failure(ce, error)
-            await note_failure(db, ce, CECall.SUBMIT, reason)
-            said = f"{reason}; the next checks will find out"
-            raise CERefusedError(ce_name, said, answered=False) from error
+            await record_call_failure(db, ce, CECall.SUBMIT, reason)
+            raise CERefusedError(ce_name, f"{reason}; the next checks will find out", answered=False) from error
         if outcome.reference is not None:
             return await confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     reason = outcome.error or "no reason given"
 
     async def abandon() -> int:
         await db.lock_ces([ce_name])
-        if begun is None:  # else the first attempt may have been accepted: the next checks find out
+        if begun is None:  # else the first attempt may have been accepted
             await db.release_pilots([pilot_id])
         if outcome.quota:
-            await note_success(db, ce, CECall.SUBMIT)
+            await record_call_success(db, ce, CECall.SUBMIT)
             return await db.record_quota(ce_name)
-        await note_failure(db, ce, CECall.SUBMIT, reason)
+        await record_call_failure(db, ce, CECall.SUBMIT, reason)
         return 0
 
     quota = await db.run(abandon)
@@ -92,10 +87,10 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
 async def open_for_submission(
     db: MyPilotDB, ce_name: str, vo: str
 ) -> AsyncIterator[tuple[dict[str, Any], CEBackend[Any]]]:
-    """Open the back end of a compute element that may get a pilot of the VO now, as far as is known so far.
+    """Open the back end of a compute element for a submission, after the checks that need no lock.
 
     Raises:
-        PilotSubmissionError: a subclass says why not.
+        PilotSubmissionError: a subclass for each reason.
     """
     ce = await db.get_ce(ce_name)
     if not serves(ce["vos"], vo):  # before any of its errors is shown
@@ -104,31 +99,31 @@ async def open_for_submission(
         raise CEPausedError(ce_name, *obstacle)
     try:
         async with backend_of(ce, vo) as backend:
-            if (reason := backend.why_not(vo)) is not None:
+            if (reason := backend.unsupported_reason(vo)) is not None:
                 reason = one_line(reason, MAX_REASON_CHARS)
                 await db.record_ce_error(ce_name, reason)
                 raise CERefusedError(ce_name, reason)
             yield ce, backend
     except CESettingsError as error:
         reason = describe_failure(ce, error)
-        await note_failure(db, ce, CECall.SUBMIT, reason)
+        await record_call_failure(db, ce, CECall.SUBMIT, reason)
         raise CERefusedError(ce_name, reason, public="its settings are wrong") from error
 
 
 async def claim_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> None:
-    """Take the right to submit now, in the transaction that reserves slots.
+    """Acquire the probe of a half-open circuit, in the transaction that reserves slots.
 
     Raises:
         CEPausedError: another task has it.
     """
-    if ce["enabled"] and not await may_submit(db, ce):
+    if ce["enabled"] and not await acquire_submission(db, ce):
         raise CEPausedError(ce["name"], "another pilot probes whether it works again")
 
 
 async def _reserve(
     db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None
 ) -> tuple[int, PilotAtCE]:
-    """Reserve a slot: the id of its pilot, and the pilot as the compute element gets it."""
+    """Reserve a slot; return the id of the pilot, and the pilot to submit."""
 
     async def reserve() -> tuple[int, PilotAtCE]:
         await claim_submission(db, ce)
@@ -148,20 +143,20 @@ async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
 async def confirm(
     db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
 ) -> int:
-    """Record that the compute element has the pilot, and return its id.
+    """Record that the compute element accepted the pilot, and return its id.
 
     Raises:
-        CERefusedError: its reservation was undone; it is cancelled.
+        CERefusedError: its slot was released meanwhile; the pilot is cancelled.
     """
     name, reference = ce["name"], str(pilot.reference)
 
     async def record() -> tuple[tuple[int, str] | None, int]:
-        await note_success(db, ce, CECall.SUBMIT)
+        await record_call_success(db, ce, CECall.SUBMIT)
         confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
         if confirmed is not None:
             return confirmed, 0
-        # This worker was suspended for so long that a check has undone the reservation. The pilot is real, and
-        # takes a slot beyond the capacity: the checks follow it, and cancel it until it is gone.
+        # This worker was suspended for so long that a check has released the slot. The pilot exists and takes a
+        # slot beyond the capacity until the checks have cancelled it.
         return None, await db.restore_pilot(
             name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_ABANDONED
         )
@@ -173,7 +168,7 @@ async def confirm(
     if confirmed is not None and confirmed[1] == reference:
         logger.debug("Submitted pilot %d of %s to %s", confirmed[0], pilot.vo, name)
         return confirmed[0]
-    # With another reference there, the stamp was submitted twice, and the checks follow that other one.
+    # With another reference recorded, the stamp was submitted twice: this job is the duplicate.
     try:
         async with asyncio.timeout(rules_of(ce).timeout_seconds):
             await backend.cancel([pilot._replace(cancel_requested=True)])

@@ -1,4 +1,4 @@
-"""Waiting jobs of a VO, as the databases of DiracX have them."""
+"""Waiting jobs of a VO, read from the databases of DiracX."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 JOB_DB_TIMEOUT_SECONDS = 30
 
-MOST_TASK_QUEUES = 20_000
-"""No more task queues of a VO are read: those with most jobs."""
+MAX_TASK_QUEUES = 20_000
+"""Task queues read per VO; of more, those with most jobs."""
 
 
 async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
-    """Count jobs of the VO in the state Waiting; None: there is no job database, or it does not respond.
+    """Count the VO's jobs in the state Waiting; None: there is no job database, or it does not respond.
 
-    `job_db` is not in a transaction; a short one is opened.
+    Opens a short transaction of `job_db`.
     """
     if job_db is None:
         logger.warning("Cannot count the waiting jobs of %s: DIRACX_DB_URL_JOBDB is not set", vo)
@@ -46,15 +46,15 @@ async def count_waiting_jobs(job_db: JobDB | None, vo: str) -> int | None:
 
 
 async def read_task_queues(task_queue_db: TaskQueueDB, vo: str) -> list[TaskQueue] | None:
-    """Waiting jobs of the VO by what they require, in eight statements; None: the database does not respond.
+    """Read the VO's waiting jobs by their requirements, in 8 statements; None: the database does not respond.
 
-    `task_queue_db` is not in a transaction; a short one is opened.
+    Opens a short transaction of `task_queue_db`.
     """
     from diracx.db.sql.task_queue import schema
     from sqlalchemy import func, select
 
     queues, jobs = schema.TaskQueues, schema.JobsQueue
-    # Enabled is a number in the database of DIRAC.
+    # `Enabled` is an integer in DIRAC.
     of_vo = select(queues.TQId).where(queues.VO.in_([vo]), queues.Enabled >= 1)
     number = func.count()
     counted = (
@@ -63,7 +63,7 @@ async def read_task_queues(task_queue_db: TaskQueueDB, vo: str) -> list[TaskQueu
         .where(queues.TQId.in_(of_vo))
         .group_by(queues.TQId, queues.CPUTime)
         .order_by(number.desc(), queues.TQId)
-        .limit(MOST_TASK_QUEUES + 1)
+        .limit(MAX_TASK_QUEUES + 1)
     )
     tables: dict[str, Any] = {
         "sites": schema.SitesQueue,
@@ -84,9 +84,9 @@ async def read_task_queues(task_queue_db: TaskQueueDB, vo: str) -> list[TaskQueu
     except Exception as error:
         logger.warning("Cannot read the task queues of %s: %s", vo, one_line(error))
         return None
-    if len(rows) > MOST_TASK_QUEUES:
-        logger.warning("%s has more than %d task queues: the others wait", vo, MOST_TASK_QUEUES)
-        rows = rows[:MOST_TASK_QUEUES]
+    if len(rows) > MAX_TASK_QUEUES:
+        logger.warning("%s has more than %d task queues: the others are ignored", vo, MAX_TASK_QUEUES)
+        rows = rows[:MAX_TASK_QUEUES]
     return [
         TaskQueue(jobs, cpu_seconds, **{field: unless_any(values) for field, values in required[queue].items()})
         for queue, cpu_seconds, jobs in rows

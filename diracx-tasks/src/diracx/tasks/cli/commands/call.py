@@ -10,8 +10,7 @@ import traceback
 from bdb import BdbQuit
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
@@ -36,28 +35,18 @@ from ..runtime.logs import set_task_log_level, set_up_logging
 from ..runtime.task_arguments import CheckedTask, TaskOptions
 
 
-class Debugger(StrEnum):
-    """Time when pdb takes over."""
-
-    NONE = "none"
-    BEFORE = "before"
-    EXCEPTION = "exception"
-
-
 def call(
     options: TaskOptions,
     debugger: Annotated[
-        Debugger,
-        typer.Option(
-            help="Stop in pdb before the task begins, or where it raised (its locks given back by then)."
-        ),
-    ] = Debugger.NONE,
+        Literal["none", "before", "exception"],
+        typer.Option(help="Start pdb before the task, or after an exception (its locks are released by then)."),
+    ] = "none",
     as_json: JsonOption = False,
     log_level: LogLevelOption = None,
 ) -> None:
     """Run a task in this process and print what it returns.
 
-    Its structural locks are taken, its limiters are not asked. It may spawn other tasks: workers run those.
+    Acquires its locks and skips its limiters. Tasks that it spawns are run by workers.
 
     Example: diracx-task-run call my_tasks:Greet --args '\\["world"]' --module my_tasks.py
     """
@@ -65,13 +54,13 @@ def call(
     checked = options.checked()
     set_task_log_level(checked.registry)
     run = _Run(checked, debugger)
-    # With --json, stdout is for the value alone; pdb needs it for itself.
-    aside = as_json and debugger is Debugger.NONE
+    # With --json, only the value goes to stdout; pdb needs stdout.
+    redirect = as_json and debugger == "none"
     try:
-        with contextlib.redirect_stdout(sys.stderr) if aside else contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr) if redirect else contextlib.nullcontext():
             value = asyncio.run(run.run())
     except CliError:
-        if run.failure is not None and debugger is Debugger.EXCEPTION:
+        if run.failure is not None and debugger == "exception":
             import pdb
 
             pdb.post_mortem(run.failure.__traceback__)
@@ -79,28 +68,18 @@ def call(
     print_value(value, as_json=as_json)
 
 
-def _without_secrets(text: str, task: BaseTask) -> str:
-    return without_secrets(text, task)
-
-
 class _Run:
-    """One execution. `failure` is what the task raised."""
+    """One execution of a task. `failure` is the exception that it raised."""
 
-    def __init__(self, checked: CheckedTask, debugger: Debugger) -> None:
+    def __init__(self, checked: CheckedTask, debugger: str) -> None:
         self._checked = checked
-        self._task = checked.task
-        self._name = checked.name
-        self._url = checked.url
+        self._task, self._name = checked.task, checked.name
         self._debugger = debugger
         self._began = False
         self.failure: BaseException | None = None
 
     async def run(self) -> Any:
-        """Locks first, then dependencies; commit, then release.
-
-        Raises:
-            CliError: when it cannot begin, and with a traceback when the task raised.
-        """
+        """Acquire locks, resolve dependencies, execute, commit, release locks."""
         try:
             return await self._run()
         except CliError:
@@ -110,18 +89,18 @@ class _Run:
                 raise self._failed(self.failure) from error
             raise CliError(f"{self._name} cannot run now: {error}; try again when it has been released") from error
         except BdbQuit as error:
-            raise CliError(f"{self._name} was ended from the debugger") from error
+            raise CliError(f"{self._name} was stopped in the debugger") from error
         except LockLostError as error:
-            raise CliError(f"{self._name} was cancelled, a lock of it was lost: {error}") from error
+            raise CliError(f"{self._name} was cancelled because it lost a lock: {error}") from error
         except Exception as error:
             if self.failure is None and isinstance(error, RedisError):
-                with explained_redis(self._url):
+                with explained_redis(self._checked.url):
                     raise
             if self._began:
-                # The task's own exception, or that of the commit of its transaction.
+                # Exception of the task, or of the commit of its transaction.
                 raise self._failed(self.failure or error) from error
-            problem = _without_secrets(f"{type(error).__name__}: {error}", self._task)
-            raise CliError(f"{self._name} cannot begin: {problem}") from error
+            problem = without_secrets(f"{type(error).__name__}: {error}", self._task)
+            raise CliError(f"{self._name} cannot start: {problem}") from error
 
     async def _run(self) -> Any:
         plan = compile_plan(type(self._task).execute, skip_first=True)
@@ -135,14 +114,14 @@ class _Run:
             locks = [lock for lock in self._task.execution_locks if not isinstance(lock, BaseLimiter)]
             async with holding(locks, broker.redis), AsyncExitStack() as inner:
                 dependencies = await resolve(plan, overrides, inner)
-                with self._patient_locks(lock_specs(locks)):
+                with self._renewed_in_thread(lock_specs(locks)):
                     return await self._execute(dependencies)
 
     async def _execute(self, dependencies: dict[str, Any]) -> Any:
         task = self._task
         self._began = True
         try:
-            if self._debugger is Debugger.BEFORE:
+            if self._debugger == "before":
                 breakpoint_before(task)
             return await task.execute(**dependencies)
         except Exception as error:
@@ -150,17 +129,17 @@ class _Run:
             raise
 
     @contextlib.contextmanager
-    def _patient_locks(self, specs: Sequence[LockSpec]) -> Iterator[None]:
-        """Keep the locks while pdb holds up the event loop, which renews them otherwise."""
+    def _renewed_in_thread(self, specs: Sequence[LockSpec]) -> Iterator[None]:
+        """Renew the locks from a thread while pdb blocks the event loop."""
         expiring = [spec for spec in specs if "ttl_ms" in spec]
-        if self._debugger is not Debugger.BEFORE or not expiring:
+        if self._debugger != "before" or not expiring:
             yield
             return
 
         stop = threading.Event()
 
         def renew() -> None:
-            with sync_client(self._url) as redis:
+            with sync_client(self._checked.url) as redis:
                 while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
                     extend_now(redis, expiring)
 
@@ -173,33 +152,33 @@ class _Run:
             renewing.join()
 
     def _failed(self, error: BaseException) -> CliError:
-        """The task's traceback, from the task's own first frame on."""
-        shown = error.__traceback__
-        while shown is not None and shown.tb_next is not None and shown.tb_frame.f_code.co_filename == __file__:
-            shown = shown.tb_next
-        detail = _without_secrets("".join(traceback.format_exception(type(error), error, shown)), self._task)
-        problem = _without_secrets(f"{type(error).__name__}: {error}", self._task)
+        """Make an error with the traceback of the task, without frames of this module."""
+        frames = error.__traceback__
+        while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        detail = without_secrets("".join(traceback.format_exception(type(error), error, frames)), self._task)
+        problem = without_secrets(f"{type(error).__name__}: {error}", self._task)
         return CliError(f"{self._name} failed: {problem}", detail=detail)
 
 
 def breakpoint_before(task: BaseTask) -> None:
-    """Stop in pdb; `s` through the return and into `execute`, or set a breakpoint there."""
+    """Start pdb before `execute`; `s` steps through the return and into it."""
     import pdb
 
     class LineDebugger(pdb.Pdb):
         def set_stepinstr(self) -> None:
-            """Stop at the next line. `set_trace` of Python 3.13 asks for the next instruction: ours."""
+            """Stop at the next line, not at the next instruction of this module as Python 3.13 does."""
             self.set_step()
 
     debugger = LineDebugger()
-    shown = _without_secrets(repr(task), task)
+    shown = without_secrets(repr(task), task)
     debugger.message(f"{shown} is about to be executed: `tbreak` in its execute(), then `c`; or `s` into it")
     debugger.set_trace(sys._getframe(1))
 
 
 def _variables(missing: Sequence[str]) -> str:
-    """The environment variables that provide what is missing, as `JobDB.transaction`."""
-    known = {
+    """Return the environment variables that configure missing dependencies, such as `JobDB.transaction`."""
+    variables = {
         "transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
         "no_transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
         "session": lambda owner: f"DIRACX_OS_DB_{owner.upper()}",
@@ -209,20 +188,20 @@ def _variables(missing: Sequence[str]) -> str:
         owner, _, method = name.rpartition(".")
         if owner == "ConfigSource":
             found.append("DIRACX_CONFIG_BACKEND_URL")
-        elif method in known:
-            found.append(known[method](owner))
+        elif method in variables:
+            found.append(variables[method](owner))
         else:
             found.append(f"the variables of {owner}")
     return ", ".join(dict.fromkeys(found))
 
 
 def to_json(value: Any) -> Any:
-    """The value as JSON has it; what JSON has no notion of, as text."""
+    """Convert a value to JSON types; values without a JSON type become text."""
     return to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
 
 
 def print_value(value: Any, *, as_json: bool) -> None:
-    """Print what a task returned to stdout: JSON, or the line that scripts know from the published package."""
+    """Print the return value of a task to stdout, as JSON or as the published package prints it."""
     if as_json:
         echo_json(to_json(value))
     else:

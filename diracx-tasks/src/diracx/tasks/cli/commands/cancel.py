@@ -16,21 +16,21 @@ from ..runtime.server import Server
 def cancel(
     *,
     task_ids: Annotated[
-        list[str], typer.Argument(metavar="ID", help="Task ids, as `submit` and `schedule()` give them.")
+        list[str], typer.Argument(metavar="ID", help="Task ids, as returned by `submit` and `schedule()`.")
     ],
     as_json: JsonOption = False,
     server: Server,
 ) -> None:
     """Cancel tasks: queued, delayed, retrying, waiting for a lock, or running.
 
-    Prints where each was found. A task that has not begun is gone at once; a running one is cancelled by its
-    worker within about a second. It is not retried and becomes no dead letter. Exits with 1 when an id is unknown:
-    there never was such a task, or it has ended.
+    Prints the state in which each was found. Waiting tasks are removed immediately; a running task is cancelled by
+    its worker within about a second, is not retried and does not become a dead letter. Exits with 1 if an id is
+    unknown: the task has ended or never existed.
 
     Example: diracx-task-run cancel 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
     ids = list(dict.fromkeys(task_ids))
-    found = server.run(lambda broker: AuditedActions.at_command_line(broker.redis).cancel(broker, ids))
+    found = server.run(lambda broker: AuditedActions.for_command_line(broker.redis).cancel(broker, ids))
     if as_json:
         echo_json([{"task_id": task, "found": str(place)} for task, place in found.items()])
     else:
@@ -40,5 +40,5 @@ def cancel(
     if unknown:
         raise CliError(
             f"nothing to cancel under {', '.join(map(repr, unknown))}: no such task, or it has ended; "
-            "ids are printed by `diracx-task-run submit`"
+            "`diracx-task-run submit` prints ids"
         )

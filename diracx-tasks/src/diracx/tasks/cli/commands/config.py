@@ -1,4 +1,4 @@
-"""`config`: check the settings of tasks, show the resolved ones, and which process runs with which."""
+"""`config`: check the task configuration, show resolved settings and the configuration of each process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from ...operations.settings import settings_records
 from ...operations.views import ACTIVE_CONFIGS, SETTINGS
-from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, TasksConfig, check_written
+from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, TasksConfig, check_config
 from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import TaskRegistry
@@ -37,10 +37,10 @@ FileArgument = Annotated[
 
 @app.command("check")
 def check(file: FileArgument = None, as_json: JsonOption = False, module: ModuleOption = None) -> None:
-    """Check the settings, as a worker and a scheduler do at their start: every mistake with its line and path.
+    """Check the settings, as workers and schedulers do at their start; list every mistake with its line and path.
 
-    Names that nothing goes by are mistakes here; at a start they are warnings. VOs are known where
-    DIRACX_CONFIG_BACKEND_URL is set. Exits with 1 when there is a mistake.
+    Unknown names are mistakes here; at a start they are warnings. VOs are checked where DIRACX_CONFIG_BACKEND_URL
+    is set. Exits with 1 if there is a mistake.
 
     Example: diracx-task-run config check tasks.yaml
     """
@@ -55,7 +55,7 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
         where = source.name or "the configuration of tasks"
         raise CliError(f"{where} has {count}", detail="".join(f"{line}\n" for line in lines))
     if not as_json:
-        without = "" if vos is not None else "; VOs were not looked at, set DIRACX_CONFIG_BACKEND_URL"
+        without = "" if vos is not None else "; VOs were not checked, set DIRACX_CONFIG_BACKEND_URL"
         echo(f"{source.name} is valid{without}" if source.name else "nothing is configured: all is as in the code")
 
 
@@ -74,7 +74,7 @@ def show_settings(
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this task; category:ClassName, or the class alone.")
     ] = None,
-    vo: Annotated[str | None, typer.Option(metavar="VO", help="As it holds for this VO.")] = None,
+    vo: Annotated[str | None, typer.Option(metavar="VO", help="The values for this VO.")] = None,
     as_json: JsonOption = False,
     module: ModuleOption = None,
 ) -> None:
@@ -94,7 +94,7 @@ def show_settings(
             detail="".join(f"{line}\n" for line in source.report(problems)),
         )
     if vo is not None and vos is not None and vo not in vos:
-        raise UsageProblem(f"--vo {vo!r}: there is no such VO; there are {', '.join(vos) or 'none'}")
+        raise UsageProblem(f"--vo {vo!r}: no such VO; known VOs: {', '.join(vos) or 'none'}")
     for line in source.report(problems):
         echo(f"warning: {one_line(line)}", err=True)
     found = settings_records(config, registry, names, vo, limits=task is None)
@@ -107,7 +107,7 @@ def show_settings(
 def _rows(
     source: Source, tasks: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each setting, the title on the first of each block: a task for a VO, an instance, a limit."""
+    """Make a row per setting. The first row of each block (task, instance or limit) has its title."""
     blocks: list[tuple[str, Mapping[str, Any]]] = []
     for record in tasks:
         of_vo = "" if record["vo"] is None else f" for {record['vo']}"
@@ -132,10 +132,10 @@ def _origin(setting: Mapping[str, Any], source: Source) -> str:
 
 @app.command("in-force")
 def in_force(*, as_json: JsonOption = False, server: Server) -> None:
-    """Show with which configuration each worker and scheduler runs, since when, and its problems.
+    """Show the active configuration of each worker and scheduler, since when, and its problems.
 
-    Processes with the same settings show the same digest. Where the written configuration is
-    wrong, the last good one stays in force; exits with 1 then.
+    Processes with the same settings show the same digest. While the stored configuration is wrong, processes keep
+    the last valid one; exits with 1 then.
 
     Example: diracx-task-run config in-force --json
     """
@@ -150,7 +150,7 @@ def in_force(*, as_json: JsonOption = False, server: Server) -> None:
 
 
 def _print_notes(entries: Sequence[ActiveConfig]) -> None:
-    """Each problem and warning once, with the processes that have it."""
+    """Print each problem and warning once, with the processes that have it."""
     for kind, style in (("problems", "red"), ("warnings", "yellow")):
         lines: dict[str, list[str]] = {}
         for entry in entries:
@@ -164,18 +164,13 @@ def _print_notes(entries: Sequence[ActiveConfig]) -> None:
 def _read(
     file: Path | None, registry: TaskRegistry
 ) -> tuple[TasksConfig | None, list[Problem], Source, list[str] | None]:
-    """The settings, all that is wrong with them, where they were read, and the VOs where they are known.
-
-    Raises:
-        UsageProblem: when there is no such file.
-        CliError: when the DiracX configuration cannot be read.
-    """
+    """Read the settings, their problems and source, and the VOs if known."""
     if file is not None and not file.is_file():
-        raise UsageProblem(f"{file}: there is no such file")
+        raise UsageProblem(f"{file}: no such file")
     config: Any = diracx_config()
     vos = None if config is None else sorted(config.registry)
     try:
-        found, problems, source = check_written(registry, vos, path=file, config=config)
+        found, problems, source = check_config(registry, vos, path=file, config=config)
     except TaskConfigError as error:
         source = Source(str(file or os.environ.get(CONFIG_PATH_VARIABLE)))
         return None, [Problem((), str(error).removeprefix(f"{source.name}: "))], source, vos

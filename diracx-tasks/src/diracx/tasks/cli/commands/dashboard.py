@@ -1,4 +1,4 @@
-"""`dashboard`: the operator's view in a browser, served by this process."""
+"""`dashboard`: serve the web dashboard for one operator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...web.auth.backends import Principal, Role, TokenBackend, new_token
 from ...web.auth.hosts import host_name, is_loopback
 from ...web.context import AppContext
 from ..errors import CliError, UsageProblem
-from ..options import LogLevel, LogLevelOption
+from ..options import LogLevelOption
 from ..runtime.broker import open_broker
 from ..runtime.databases import unchecked_task_db
 from ..runtime.logs import set_up_logging
@@ -37,44 +37,42 @@ logger = logging.getLogger(__package__)
 
 _TOKEN_VARIABLE = "DIRACX_TASKS_DASHBOARD_TOKEN"  # noqa: S105  # the name of a variable
 _LEAST_TOKEN = 16
-#: Live pages hold connections; those that are not closed in time are cut off.
+#: Time for event streams to close at shutdown, before their connections are cut.
 _STOP_SECONDS = 3
 _WITHOUT_TLS = (
     "warning: {host} is served in plain HTTP, where others on the network can read tokens; give --tls-certificate "
-    "and --tls-key, or let only a proxy that speaks TLS connect"
+    "and --tls-key, or allow connections only from a TLS proxy"
 )
 
 
 def dashboard(
     *,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where it listens; off loopback the token must be set.")
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; off loopback the token must be set.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8790,
-    read_only: Annotated[bool, typer.Option("--read-only", help="The token lets users look, not act.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8790,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Serve a dashboard without actions.")] = False,
     public_name: Annotated[
         list[str] | None,
-        typer.Option(
-            "--public-name", metavar="NAME", help="A name by which browsers reach it. Needed off loopback."
-        ),
+        typer.Option("--public-name", metavar="NAME", help="Host name that browsers use. Required off loopback."),
     ] = None,
     tls_certificate: Annotated[
         Path | None, typer.Option("--tls-certificate", metavar="FILE", help="Certificate chain, PEM.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its key, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Private key, PEM.")] = None,
     log_level: LogLevelOption = None,
     server: ServerAndTasks,
 ) -> None:
-    """Serve the dashboard until SIGTERM or Ctrl-C: state of the system, and buttons to act on it.
+    """Serve the dashboard until SIGTERM or Ctrl-C.
 
-    On loopback it prints an address with a token, to be opened in a browser of this host; the token is new at
-    every start, or that of DIRACX_TASKS_DASHBOARD_TOKEN. Off loopback that variable must be set, and TLS
-    is needed, its own or that of a proxy before it. For several users serve it in the DiracX application.
-    /healthz and /readyz answer without a token.
+    On loopback it prints a URL with a token, to be opened in a browser of this host; the token is that of
+    DIRACX_TASKS_DASHBOARD_TOKEN, or random. Off loopback that variable must be set and TLS is needed, of the
+    dashboard or of a proxy before it. For several users serve it in the DiracX application. /healthz and /readyz
+    need no token.
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
-    _needs("jinja2", "uvicorn")
+    _require("jinja2", "uvicorn")
     loopback, public_names = is_loopback(host), _public_names(public_name or [])
     if not loopback and not os.environ.get(_TOKEN_VARIABLE):
         raise UsageProblem(
@@ -83,12 +81,11 @@ def dashboard(
         )
     if not loopback and not public_names:
         raise UsageProblem(
-            f"--host {host} can be reached by any name; say with --public-name which is in the address that "
-            "browsers use"
+            f"--host {host} can be reached by any name; set --public-name to the host name that browsers use"
         )
     if (tls_certificate is None) != (tls_key is None):
-        raise UsageProblem("--tls-certificate and --tls-key go together")
-    level = set_up_logging(log_level, LogLevel.WARNING)
+        raise UsageProblem("--tls-certificate and --tls-key need each other; give both or none")
+    level = set_up_logging(log_level, "warning")
     url = server.url
     backend, token = _backend(read_only)
     names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
@@ -109,10 +106,10 @@ def dashboard(
             async with AsyncExitStack() as stack:
                 context = await _open(stack, url, server.registry)
 
-                async def this() -> AppContext:
+                async def get_context() -> AppContext:
                     return context
 
-                app = create_app(this, backend, hosts=names.union(public_names))
+                app = create_app(get_context, backend, hosts=names.union(public_names))
                 await app.open()
                 stack.push_async_callback(app.aclose)
                 typer.echo(f"{address}sign-in?token={token}" if loopback else address)
@@ -130,13 +127,12 @@ def _public_names(given: list[str]) -> list[str]:
             names.append(host_name(name))
         except ValueError as error:
             raise UsageProblem(
-                f"--public-name {name}: write the name of the host alone, as tasks.example.org, without scheme, "
-                "port or path"
+                f"--public-name {name}: give a host name without scheme, port and path, as tasks.example.org"
             ) from error
     return names
 
 
-def _needs(*modules: str) -> None:
+def _require(*modules: str) -> None:
     if missing := [name for name in modules if find_spec(name) is None]:
         raise CliError(
             f"the dashboard needs {' and '.join(missing)}; install it with `pip install 'diracx-tasks[dashboard]'`"
@@ -144,10 +140,10 @@ def _needs(*modules: str) -> None:
 
 
 def _backend(read_only: bool) -> tuple[TokenBackend, str]:
-    """Return what signs users in, and the token for it."""
+    """Return the authentication backend and its token."""
     token = os.environ.get(_TOKEN_VARIABLE) or new_token()
     if len(token) < _LEAST_TOKEN:
-        raise CliError(f"{_TOKEN_VARIABLE} has less than {_LEAST_TOKEN} characters, which can be guessed")
+        raise CliError(f"{_TOKEN_VARIABLE} is too short: it must have at least {_LEAST_TOKEN} characters")
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
@@ -171,7 +167,7 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppContext:
     broker = await stack.enter_async_context(open_broker(url, role=ServerRole.DASHBOARD))
     task_db = await stack.enter_async_context(unchecked_task_db())
-    return AppContext(broker, registry, ConfigReader.of_environment(registry), task_db, mask(url))
+    return AppContext(broker, registry, ConfigReader.from_environment(registry), task_db, mask(url))
 
 
 async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: dict[str, Any]) -> None:
@@ -180,17 +176,17 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: d
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            # In place of uvicorn's own, which after an orderly end dies of the signal.
-            loop, ends = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-            for number in ends:
-                loop.add_signal_handler(number, self._end, number)
+            # Uvicorn's own raises the signal again after a graceful shutdown.
+            loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+            for number in signals:
+                loop.add_signal_handler(number, self._on_signal, number)
             try:
                 yield
             finally:
-                for number in ends:
+                for number in signals:
                     loop.remove_signal_handler(number)
 
-        def _end(self, number: int) -> None:
+        def _on_signal(self, number: int) -> None:
             app.end_streams()
             self.handle_exit(number, None)
 
@@ -198,10 +194,10 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: d
         app,
         log_config=None,
         log_level=level,
-        access_log=False,  # the printed address has the token in it
+        access_log=False,  # the printed URL has the token in it
         proxy_headers=False,
         server_header=False,
-        lifespan="off",  # a signal during it would be a traceback
+        lifespan="off",  # a signal during its startup would print a traceback
         timeout_graceful_shutdown=_STOP_SECONDS,
         **tls,
     )

@@ -1,4 +1,4 @@
-"""`db`: take the database of dead letters to the revision that this version of the software needs."""
+"""`db`: migrate the database of dead letters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..runtime.databases import NO_TASK_DB
 
 app = command_group(
     "db",
-    "The schema of the database of dead letters, DIRACX_DB_URL_TASKDB.\n\n"
-    "A new version of diracx-tasks may need new columns or indexes: `current` tells, `upgrade` adds them with all "
-    "rows kept, `downgrade` goes back before an older version is installed. Needs the extra "
-    "\\[migrations].",
+    "Migrate the database of dead letters, DIRACX_DB_URL_TASKDB.\n\n"
+    "A new version of diracx-tasks may need new columns or indexes: `current` shows pending migrations, `upgrade` "
+    "applies them and keeps all rows, `downgrade` reverts them before an older version is installed. Needs the "
+    "extra \\[migrations].",
 )
 add_migration_commands(app, "diracx-task-run db", "TaskDB", NO_TASK_DB)

@@ -1,4 +1,4 @@
-"""`dev`: a complete installation in one terminal, stopped by one Ctrl-C."""
+"""`dev`: run server, scheduler and workers in one terminal for development."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..runtime import orphan_reaper
 from ..runtime.registry import load_registry
 from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor
 
-#: How long components may take to stop, after running tasks have had their grace period.
+#: Time for components to stop after the grace period of running tasks.
 _STOP_SECONDS = 15.0
 _GRACE_SECONDS = 30.0
 _COLOURS = {"dev": "bold", "scheduler": "magenta", "small": "green", "medium": "cyan", "large": "yellow"}
@@ -37,18 +37,17 @@ def dev(
         int | None, typer.Option(min=1, max=65535, help="Port of the embedded server; a free one by default.")
     ] = None,
     max_concurrent_tasks: Annotated[
-        int, typer.Option(min=1, help="How many tasks each worker runs at a time.")
+        int, typer.Option(min=1, help="Maximum number of tasks that each worker runs at a time.")
     ] = 10,
     log_level: LogLevelOption = None,
 ) -> None:
-    """Run an embedded Valkey, the scheduler and one worker per size in this terminal. Ctrl-C stops it all.
+    """Run an embedded Valkey, the scheduler and one worker per size in this terminal until Ctrl-C.
 
-    Nothing is kept: the server is empty at the start and forgotten at the end. Not for production.
+    The server is empty at the start, and its data are deleted at the end. Not for production.
 
     Example: diracx-task-run dev --module my_tasks.py
     """
-    # Here, a mistake in a module is reported once; from each component it would be reported four times.
-    load_registry(module)
+    load_registry(module)  # reports a mistake in a module once, not once per component
     if port is not None:
         _check_free(port)
     terminal = _Terminal(Console(highlight=False, soft_wrap=True))
@@ -67,7 +66,7 @@ def _check_free(port: int) -> None:
 def _components(
     modules: Sequence[str], max_concurrent_tasks: int, log_level: LogLevel | None
 ) -> list[list[Child]]:
-    """The scheduler, which stops first, and the workers."""
+    """Make the stages of the supervisor: the scheduler, which stops first, and the workers."""
     common = [part for module in modules for part in ("--module", module)]
     common += [] if log_level is None else ["--log-level", log_level]
     common_of_workers = ["--max-concurrent-tasks", str(max_concurrent_tasks), "--grace", f"{_GRACE_SECONDS:g}"]
@@ -80,35 +79,31 @@ def _components(
 async def _run(
     terminal: _Terminal, port: int | None, components: list[list[Child]], modules: Sequence[str]
 ) -> None:
-    """Run until a signal, or until a component cannot start.
-
-    Raises:
-        CliError: when the server does not start, or a component ended at its start.
-    """
+    """Run until a signal, or until a component cannot start."""
     supervisor = Supervisor(
         components,
         RestartPolicy(every_child_must_start=True),
-        lambda line: terminal.say("dev", line),
-        output=terminal.say,
+        lambda line: terminal.print("dev", line),
+        output=terminal.print,
         kill_after_seconds=_GRACE_SECONDS + _STOP_SECONDS,
     )
     terminal.on_closed = supervisor.stop
     supervisor.handle_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with _embedded_server(port) as url:
-        terminal.say("dev", f"Valkey at {url}; in other terminals:")
-        terminal.say("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
+        terminal.print("dev", f"Valkey at {url}; in other terminals:")
+        terminal.print("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
         with_modules = "".join(f" --module {module}" for module in modules)
-        terminal.say("dev", f"  diracx-task-run submit CATEGORY:TASK --wait{with_modules}")
+        terminal.print("dev", f"  diracx-task-run submit CATEGORY:TASK --wait{with_modules}")
         try:
             await supervisor.run({"DIRACX_TASKS_REDIS_URL": url, "PYTHONUNBUFFERED": "1"})
         except ChildFailedError as error:
             raise CliError(f"{error}; see its output above") from error
-    terminal.say("dev", "stopped")
+    terminal.print("dev", "stopped")
 
 
 @contextmanager
 def _embedded_server(port: int | None) -> Iterator[str]:
-    """An empty server, gone with its directory at the end, even when we are killed. Gives its URL."""
+    """Run an empty server and yield its URL; stop it and remove its directory, even if this process is killed."""
     from ...testing.server import ValkeyProcess
 
     directory = tempfile.mkdtemp(prefix="diracx-dev-")
@@ -141,16 +136,16 @@ def _embedded_server(port: int | None) -> Iterator[str]:
 
 
 class _Terminal:
-    """Prints lines with the name of the component that they come from."""
+    """Prints lines with the name of their component."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self.on_closed: Callable[[], None] = lambda: None
 
-    def say(self, name: str, line: str) -> None:
-        """Print a line of a component; call `on_closed` when the terminal is gone."""
+    def print(self, name: str, line: str) -> None:
+        """Print a line of a component; call `on_closed` if the terminal is closed."""
         try:
             self._console.print(Text.assemble((f"{name:<9} │ ", _COLOURS[name]), printable(line)))
-        except (OSError, SystemExit):  # Rich would end the process
+        except (OSError, SystemExit):  # Rich exits the process
             self._console.quiet = True
             self.on_closed()

@@ -16,15 +16,14 @@ from ...operations.audited_actions import AuditedActions
 from ...operations.dead_letters import Decided, dead_letter_record, dead_letter_summaries, dead_letter_summary
 from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
 from ...plumbing.persistence.resubmission import Resubmitter
-from ...plumbing.task_names import AmbiguousTaskNameError
-from ..errors import CliError, UsageProblem, one_line
+from ..errors import CliError, one_line
 from ..options import AfterOption, JsonOption, command_group
 from ..options import LimitOption as PageOption
 from ..output import confirm, echo, echo_json, print_json, show, show_fields
 from ..runtime.configuration import tasks_config
 from ..runtime.databases import required_task_db
 from ..runtime.server import Server, ServerAndTasks
-from .dlq_filters import Choice, Filters, LimitOption, StatusFilter
+from .dlq_filters import Choice, Filters, LimitOption, Status
 
 if TYPE_CHECKING:
     from ...plumbing.persistence import TaskDB
@@ -34,30 +33,31 @@ if TYPE_CHECKING:
 
 #: Refusals that are shown one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 app = command_group(
     "dlq",
-    "Dead letters: tasks that failed permanently, or that no worker could run. They are in the database "
-    "DIRACX_DB_URL_TASKDB; `waiting` has those that wait for one. ID is a task id, or the number in the list.",
+    "Inspect, retry and discard dead letters: tasks that failed permanently or could not be executed. They are in "
+    "the database DIRACX_DB_URL_TASKDB; `waiting` lists those still in Redis. ID is a task id, or the number in "
+    "the list.",
 )
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Task id, or the number in the list.")]
 StatusOption = Annotated[
-    StatusFilter,
+    Status,
     typer.Option("--status", case_sensitive=False, help="Only with this status; open: pending or resubmitting."),
 ]
 
 
 @app.command("list")
-def list_letters(
+def list_dead_letters(
     *,
     filters: Filters,
-    status: StatusOption = StatusFilter.OPEN,
+    status: StatusOption = "open",
     limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """List dead letters, oldest first; the open ones unless another status is asked for.
+    """List dead letters, oldest first.
 
     Example: diracx-task-run dlq list --reason exhausted --since 24h
     """
@@ -80,9 +80,9 @@ def list_letters(
 def waiting(
     *, limit: PageOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """List the dead letters that wait in Redis, oldest first: no worker with a database has stored them yet.
+    """List the dead letters that wait in Redis, oldest first.
 
-    They are moved into the database, and into `dlq list`, when a worker with DIRACX_DB_URL_TASKDB starts.
+    A worker with DIRACX_DB_URL_TASKDB moves them into the database; `dlq list` has them then.
 
     Example: diracx-task-run dlq waiting --json
     """
@@ -92,12 +92,12 @@ def waiting(
 
 
 @app.command("show")
-def show_letter(*, letter_id: IdArgument, as_json: JsonOption = False) -> None:
-    """Show one dead letter: its arguments, why it is here, and every attempt with its traceback.
+def show_dead_letter(*, dead_letter_id: IdArgument, as_json: JsonOption = False) -> None:
+    """Show one dead letter: arguments, reason, and every attempt with its traceback.
 
     Example: diracx-task-run dlq show 17
     """
-    shown = dead_letter_record(_in_database(lambda db: _find(db, letter_id)))
+    shown = dead_letter_record(_in_database(lambda db: _find(db, dead_letter_id)))
     if as_json:
         print_json(shown)
         return
@@ -142,18 +142,18 @@ def _print_attempts(attempts: Sequence[DeadLetter]) -> None:
 def export(
     *,
     filters: Filters,
-    status: StatusOption = StatusFilter.ANY,
+    status: StatusOption = "any",
     limit: LimitOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Changes nothing: it is JSON already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="No effect: the output is always JSON.")] = False,
 ) -> None:
-    """Write dead letters to stdout, one complete JSON object a line; `raw` is the message in base64.
+    """Write dead letters to stdout as JSON lines; `raw` is the message in base64.
 
     Example: diracx-task-run dlq export --since 2030-01-31 > dead-letters.jsonl
     """
     where = filters.dead_letters(status)
 
     async def write(db: TaskDB) -> None:
-        # One body at a time: each may have megabytes.
+        # One message at a time: each may have megabytes.
         async for summary in dead_letter_summaries(db, where, limit):
             if (dead_letter := await db.find(summary["task_id"])) is not None:
                 sys.stdout.write(json.dumps(dead_letter_record(dead_letter)) + "\n")
@@ -161,16 +161,16 @@ def export(
 
     try:
         _in_database(write)
-    except BrokenPipeError:  # as in `… | head`: the rest is not read
+    except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
 def init() -> None:
-    """Create the table of dead letters where it is missing. `diracx-task-run db` upgrades it to new versions.
+    """Create the table of dead letters if it does not exist. `diracx-task-run db` upgrades it to new versions.
 
-    As `python -m diracx.db init-sql` does, which does not support PostgreSQL. Imports what diracx-tasks 0.7 has
-    left in its table dlq_tasks of this database; its rows stay.
+    Does the same as `python -m diracx.db init-sql`, and supports PostgreSQL. Imports the dead letters of
+    diracx-tasks 0.7 from the table dlq_tasks of this database; its rows stay.
 
     Example: diracx-task-run dlq init
     """
@@ -183,30 +183,30 @@ def init() -> None:
             return await import_published(db)
 
     imported = asyncio.run(create())
-    echo("the table DeadLetters is there")
+    echo("the table DeadLetters exists")
     if imported:
-        echo(f"{imported} dead letters of dlq_tasks, the table of diracx-tasks 0.7, are imported")
+        echo(f"{imported} dead letters imported from dlq_tasks, the table of diracx-tasks 0.7")
 
 
 @app.command()
 def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks) -> None:
-    """Submit dead letters again, under their old task ids and with all their retries.
+    """Submit dead letters again, with their task ids and with all their retries.
 
-    Each is submitted once, however often this is repeated, also by several users at once. Exits with 1 when one
-    of them could not be submitted.
+    Each is submitted once, even if the command is repeated or run by several users. Exits with 1 if one of them
+    could not be submitted.
 
     Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
     """
-    where = choice.dead_letters(StatusFilter.OPEN)
+    where = choice.dead_letters("open")
 
     async def submit(db: TaskDB) -> Decided:
-        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
+        chosen = [await _find(db, dead_letter_id, summary=True) for dead_letter_id in choice.ids]
         registry, config = server.registry, tasks_config()
         async with server.connected() as broker:
             resubmitter = Resubmitter(db, broker, registry, config)
             if not chosen:
                 await _confirmed(db, where, choice, "Submit {} dead letters again?")
-            actions = AuditedActions.at_command_line(broker.redis)
+            actions = AuditedActions.for_command_line(broker.redis)
             return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
 
     decided = _in_database(submit)
@@ -220,23 +220,23 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
 
 @app.command()
 def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> None:
-    """Mark dead letters as discarded: they will not run again. Their rows stay.
+    """Mark dead letters as discarded, so that they are not submitted again. Their rows stay.
 
-    The server is needed for the audit log. Exits with 1 when one of them could not be discarded.
+    Needs the Redis server for the audit log. Exits with 1 if one of them could not be discarded.
 
     Example: diracx-task-run dlq discard --reason unparsable --yes
     """
-    where = choice.dead_letters(StatusFilter.PENDING)
+    where = choice.dead_letters("pending")
 
     async def decide(db: TaskDB) -> Decided:
-        chosen = [await _find(db, letter_id, summary=True) for letter_id in choice.ids]
+        chosen = [await _find(db, dead_letter_id, summary=True) for dead_letter_id in choice.ids]
         if not chosen:
             await _confirmed(db, where, choice, "Discard {} dead letters?")
             chosen = [dead_letter async for dead_letter in dead_letter_summaries(db, where, choice.limit)]
         if not chosen:
             return Decided([], [], [])
         async with server.connected() as broker:
-            actions = AuditedActions.at_command_line(broker.redis)
+            actions = AuditedActions.for_command_line(broker.redis)
             return await actions.discard_dead_letters(db, chosen, None if choice.ids else where)
 
     decided = _in_database(decide)
@@ -256,10 +256,10 @@ def _print_report(refused: Sequence[tuple[DeadLetter, str]], **done: Sequence[De
 
 
 def _report_refusals(refused: Sequence[tuple[DeadLetter, str]], what: str, reported: object) -> None:
-    """Raise a CliError where dead letters were refused; reasons are in it, or printed before.
+    """Raise a CliError if dead letters were refused; print the reasons before it if there are several.
 
     Args:
-        reported: false when nothing was printed yet: say so where there were none at all.
+        reported: whether a result was printed; else an empty selection is reported here.
     """
     if not refused:
         if not reported:
@@ -273,27 +273,23 @@ def _report_refusals(refused: Sequence[tuple[DeadLetter, str]], what: str, repor
     raise CliError(f"{len(refused)} dead letters were not {what}")
 
 
-def _in_database(use: Callable[[TaskDB], Awaitable[_Answer]]) -> _Answer:
-
-    async def run() -> _Answer:
+def _in_database(use: Callable[[TaskDB], Awaitable[_Result]]) -> _Result:
+    async def run() -> _Result:
         async with required_task_db() as db:
-            try:
-                return await use(db)
-            except AmbiguousTaskNameError as error:
-                raise UsageProblem(str(error)) from error
+            return await use(db)
 
     return asyncio.run(run())
 
 
-async def _find(db: TaskDB, letter_id: str, *, summary: bool = False) -> dict[str, Any]:
-    dead_letter = await (db.find_summary if summary else db.find)(letter_id)
+async def _find(db: TaskDB, dead_letter_id: str, *, summary: bool = False) -> dict[str, Any]:
+    dead_letter = await (db.find_summary if summary else db.find)(dead_letter_id)
     if dead_letter is None:
-        raise CliError(f"there is no dead letter {letter_id!r}; `diracx-task-run dlq list --status any` has all")
+        raise CliError(f"no dead letter {dead_letter_id!r}; `diracx-task-run dlq list --status any` lists all")
     return dead_letter
 
 
 async def _confirmed(db: TaskDB, where: DeadLetterFilter, choice: Choice, question: str) -> None:
-    """Ask before something is done to all dead letters of a filter; errors as of `confirm`."""
+    """Ask for confirmation with the number of dead letters that a filter selects; errors as of `confirm`."""
     total = sum((await db.count(**where)).values())
     total = total if choice.limit is None else min(total, choice.limit)
     if total:

@@ -1,16 +1,16 @@
-"""The options that select dead letters."""
+"""Options that select dead letters."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ...plumbing.persistence.dead_letter import OPEN, DeadLetterReason, DeadLetterStatus
+from ...operations.dead_letters import STATUSES
+from ...plumbing.persistence.dead_letter import DeadLetterReason
 from ..errors import UsageProblem, shortened
 from ..options import YesOption
 
@@ -21,18 +21,8 @@ _AGE = re.compile(r"(\d{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-class StatusFilter(StrEnum):
-    """The status of dead letters to select."""
-
-    OPEN = "open"
-    PENDING = "pending"
-    RESUBMITTING = "resubmitting"
-    RESUBMITTED = "resubmitted"
-    DISCARDED = "discarded"
-    ANY = "any"
-
-
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many.")]
+Status = Literal["open", "pending", "resubmitting", "resubmitted", "discarded", "any"]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Maximum number of dead letters.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +41,27 @@ class Filters:
         typer.Option(
             "--since",
             metavar="TIME|AGE",
-            help="Stored then or later: 2030-01-31T12:00+01:00, or an age as 90m, 24h, 7d.",
+            help="Only stored since a time, as 2030-01-31T12:00+01:00, or an age, as 90m, 24h, 7d.",
         ),
     ] = None
     before: Annotated[
-        str | None, typer.Option("--before", metavar="TIME|AGE", help="Stored earlier than that.")
+        str | None, typer.Option("--before", metavar="TIME|AGE", help="Only stored before a time or an age.")
     ] = None
 
-    def dead_letters(self, status: StatusFilter) -> DeadLetterFilter:
-        """The filter for the database.
-
-        Raises:
-            UsageProblem: when a time cannot be read, or the two exclude each other.
-        """
+    def dead_letters(self, status: Status) -> DeadLetterFilter:
+        """Convert the options to a filter of the database."""
         now = datetime.now(UTC)
         first, last = _moment("--since", self.since, now), _moment("--before", self.before, now)
         if first is not None and last is not None and first >= last:
             raise UsageProblem(
-                f"--since {self.since} is not earlier than --before {self.before}: nothing lies between them"
+                f"--since {self.since} is not earlier than --before {self.before}: no dead letter can match"
             )
         if self.task is not None and not self.task.strip():
             raise UsageProblem("--task is empty; give category:ClassName, or ClassName alone")
         return {
             "task_name": self.task,
             "reason": self.reason,
-            "status": _STATUSES[status],
+            "status": STATUSES[status],
             "since": first,
             "before": last,
         }
@@ -88,9 +74,9 @@ class Filters:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Filters):
-    """Options that select dead letters by ids or filters, and whether to ask."""
+    """Options that select dead letters by ids or filters, and confirm the action."""
 
-    letter_ids: Annotated[
+    dead_letter_ids: Annotated[
         list[str] | None, typer.Argument(metavar="ID", help="Task ids, or numbers in the list; or filters.")
     ] = None
     limit: LimitOption = None
@@ -99,33 +85,22 @@ class Choice(Filters):
     )
     yes: YesOption = False
 
-    def dead_letters(self, status: StatusFilter) -> DeadLetterFilter:
-        """As of `Filters`.
-
-        Raises:
-            UsageProblem: also when nothing was chosen, or ids and filters were mixed.
-        """
+    def dead_letters(self, status: Status) -> DeadLetterFilter:
+        """Convert the options to a filter, after checking that ids or filters are given."""
         where = super().dead_letters(status)
         by_filter = self.everything or self.narrow
-        if self.letter_ids and (by_filter or self.limit is not None):
+        if self.dead_letter_ids and (by_filter or self.limit is not None):
             raise UsageProblem("ids and filters exclude each other; give one or the other")
-        if not self.letter_ids and not by_filter:
+        if not self.dead_letter_ids and not by_filter:
             raise UsageProblem(
-                "which dead letters? give their ids, a filter (--task, --reason, --since, --before), or --all"
+                "no dead letters selected; give ids, a filter (--task, --reason, --since, --before), or --all"
             )
         return where
 
     @property
     def ids(self) -> list[str]:
-        """The ids, each once; none when filters select."""
-        return list(dict.fromkeys(self.letter_ids or ()))
-
-
-_STATUSES: dict[StatusFilter, tuple[DeadLetterStatus, ...] | None] = {
-    StatusFilter.OPEN: OPEN,
-    StatusFilter.ANY: None,
-    **{StatusFilter(status.value.lower()): (status,) for status in DeadLetterStatus},
-}
+        """The ids without duplicates; empty when filters select."""
+        return list(dict.fromkeys(self.dead_letter_ids or ()))
 
 
 def _moment(option: str, text: str | None, now: datetime) -> datetime | None:

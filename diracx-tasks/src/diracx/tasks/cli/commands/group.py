@@ -16,29 +16,29 @@ from ..options import JsonOption, command_group
 from ..output import print_json, show, show_fields
 from ..runtime.server import Server
 
-#: Children that are named; of more, there is a count.
+#: Maximum number of listed children.
 _NAMED_CHILDREN = 10
 
-app = command_group("group", "Inspect callback groups that have not called back.")
+app = command_group("group", "Inspect pending callback groups.")
 
 
 @app.command("show")
 def show_group(
     *,
-    group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` gives it.")],
+    group_id: Annotated[str, typer.Argument(metavar="ID", help="Group id, as `spawn_with_callback` returns it.")],
     as_json: JsonOption = False,
     server: Server,
 ) -> None:
-    """Show one group: its state, its callback, how many children have ended, and which have failed and why.
+    """Show one group: state, callback, counts of its children, and which are pending or failed.
 
-    A group that has called back is gone; exits with 1 then.
+    A group is removed when its callback is submitted; exits with 1 then.
 
     Example: diracx-task-run group show 0f3c6dd2a7b84c0e9a3c5b1d8e7f6a90
     """
     status = server.query(lambda redis: read_group(redis, group_id))
     if status is None:
         raise CliError(
-            f"no group {group_id!r}: it has called back, has expired, or never was; "
+            f"no group {group_id!r}: its callback was submitted, it has expired, or it never existed; "
             "see `diracx-task-run group list`"
         )
     if as_json:
@@ -49,7 +49,7 @@ def show_group(
 
 @app.command("list")
 def list_(*, as_json: JsonOption = False, server: Server) -> None:
-    """List the groups that have not called back, oldest first.
+    """List the pending callback groups, oldest first.
 
     Example: diracx-task-run group list --json
     """

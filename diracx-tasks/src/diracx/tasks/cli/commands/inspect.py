@@ -1,16 +1,15 @@
-"""`list`, `workers`, `running`, `audit` and `tasks stats`: task classes, workers, running tasks, what was done."""
+"""`list`, `workers`, `running`, `audit` and `tasks stats`: list task classes, workers, tasks, audited actions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from redis.asyncio import Redis
 
 from ... import operations
-from ...operations import Failure
+from ...operations import Failure, Window
 from ...operations.audit import audit_page
 from ...operations.task_classes import task_classes
 from ...operations.views import AUDIT, RUNNING, STATISTICS, TASK_CLASSES, WORKERS
@@ -23,17 +22,10 @@ from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server, ServerAndTasks
 
 
-class Window(StrEnum):
-    """The time over which statistics count."""
-
-    HOUR = "hour"
-    DAY = "day"
-
-
 def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> None:
-    """List the installed tasks, and those of the given modules.
+    """List the task classes that are installed or in a --module.
 
-    Warns of installed distributions whose tasks are left out, as they are no extension of DiracX.
+    Warns of installed distributions whose tasks are ignored because they are not extensions of DiracX.
 
     Example: diracx-task-run list --module my_tasks.py
     """
@@ -45,8 +37,7 @@ def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> N
 def workers(*, as_json: JsonOption = False, server: Server) -> None:
     """List the workers: size, slots in use, state, last report, time since the start, memory.
 
-    A blocked worker has a task that keeps its event loop from running; --json has its stack. A worker whose lease
-    has expired is dead.
+    `blocked`: a task blocks the event loop of the worker; --json has the stack. `dead`: its lease has expired.
 
     Example: diracx-task-run workers --json
     """
@@ -56,7 +47,7 @@ def workers(*, as_json: JsonOption = False, server: Server) -> None:
 def running(
     *, limit: LimitOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """List the running tasks, longest first: since when, which attempt, where, with which locks and arguments.
+    """List the running tasks, longest first: run time, attempt, worker, locks, arguments.
 
     Workers report every 5 s, and at most 200 tasks each. Secret arguments are shown as •••.
 
@@ -73,14 +64,14 @@ def audit(
     after: AfterOption = None,
     vo: Annotated[
         str | None,
-        typer.Option("--vo", metavar="VO", help="Actions of this VO's members by HTTP, not of administrators."),
+        typer.Option("--vo", metavar="VO", help="List actions of this VO's members, not of administrators."),
     ] = None,
     as_json: JsonOption = False,
     server: Server,
 ) -> None:
-    """List actions, newest first: who did what by command line, dashboard and HTTP, to tasks and compute elements.
+    """List audited actions, newest first: user, interface (cli, dashboard, api), action, target, outcome.
 
-    The user of a command line is user@host. About the last 10,000 actions of administrators are kept, and as many
+    A user of the command line is listed as user@host. About 10,000 actions are kept of administrators, and as many
     of the members of each VO.
 
     Example: diracx-task-run audit --limit 10
@@ -88,24 +79,24 @@ def audit(
     show(AUDIT, server.query(lambda redis: audit_page(redis, limit, after, vo=vo)), as_json)
 
 
-task_statistics = command_group("tasks", "Inspect classes of tasks.")
+task_statistics = command_group("tasks", "Show statistics of task classes.")
 
 
 @task_statistics.command("stats")
 def stats(
     *,
-    window: Annotated[Window, typer.Option(help="Over the last hour, or the last day.")] = Window.HOUR,
+    window: Annotated[Window, typer.Option(help="Over the last hour, or the last day.")] = "hour",
     failures: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Show the last N failures as well, with their tracebacks.")
+        int, typer.Option(min=0, metavar="N", help="Show the last N failures, too, with their tracebacks.")
     ] = 0,
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="NAME", help="Only this one: category:ClassName, or ClassName alone."),
+        typer.Option("--task", metavar="NAME", help="Only this task: category:ClassName, or ClassName alone."),
     ] = None,
     as_json: JsonOption = False,
     server: ServerAndTasks,
 ) -> None:
-    """Show statistics of each class of tasks: done, failed, retried, dead, run time and time in the queue.
+    """Show statistics by task class: done, failed, retried, dead, run time and time in the queue.
 
     Times are percentiles, at most 19 % too high. Time in the queue includes waiting for locks.
 
@@ -113,12 +104,11 @@ def stats(
     """
 
     async def read(redis: Redis) -> Any:
-        found = await operations.stats(redis, window.value)
+        found = await operations.stats(redis, window)
         name = None
         if task is not None:
             ended = [each.task_name for each in found]
             name = resolve_task_name(task, ended + await operations.failed_task_names(redis))
-            # What has not ended lately may be installed all the same: then there is nothing to show.
             name = name or find_task(server.registry, task)
             found = [each for each in found if each.task_name == name]
         if not failures:

@@ -19,7 +19,7 @@ from ..runtime.server import Server
 app = command_group("locks", "Inspect locks and limiters; release a lock.")
 
 KeyArgument = Annotated[
-    str, typer.Argument(metavar="KEY", help="Redis key of the lock, as lock:mutex:job:42; `locks list` has them.")
+    str, typer.Argument(metavar="KEY", help="Redis key of the lock, as lock:mutex:job:42; see `locks list`.")
 ]
 
 
@@ -29,7 +29,7 @@ def list_(
 ) -> None:
     """List the locks that tasks hold or wait for, and the limiters that were used within the last day.
 
-    A lock that is held outside the task system is listed while a task waits for it; `locks show` finds it by name.
+    A lock that is held outside the task system is listed while a task waits for it; `locks show` finds it by key.
 
     Example: diracx-task-run locks list --json
     """
@@ -38,15 +38,15 @@ def list_(
 
 @app.command("show")
 def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) -> None:
-    """Show one lock: its holders, until when, how many tasks wait, and the rest of a limiter's quota.
+    """Show one lock: holders, expiry, number of waiting tasks, used quota of a limiter.
 
-    Exits with 1 when nobody holds it or waits for it.
+    Exits with 1 if the lock has neither holders nor waiting tasks.
 
     Example: diracx-task-run locks show lock:mutex:task:CleanSandboxStoreTask
     """
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None:
-        raise CliError(f"nobody holds {key} or waits for it")
+        raise CliError(f"{key} has neither holders nor waiting tasks; see `diracx-task-run locks list`")
     if as_json:
         print_json(found)
     else:
@@ -59,7 +59,7 @@ def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
     yield "held", quota(lock)
     yield "waiting", str(lock.waiters)
     if lock.held:
-        yield "ends", f"{remaining(lock.expires)}, unless it is renewed"
+        yield "expires", f"{remaining(lock.expires)}, unless renewed"
     for each in lock.holders:
         until = "" if each.until is None else f", until {remaining(each.until)}"
         yield "held by", holder(each) + ("" if each.worker is None else f" on {each.worker}") + until
@@ -67,38 +67,38 @@ def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
 
 @app.command("release")
 def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = False, server: Server) -> None:
-    """Take a lock away from its holders; the next waiting task gets it. Names who loses it, and asks first.
+    """Take a lock from its holders and grant it to the next waiting task. Lists the holders and prompts first.
 
-    A task that loses its lock is cancelled within a third of a lease (10 s) and counts as failed. Until then it
-    may run side by side with the next one. With a rate limiter, the spent quota comes back.
+    The holder is cancelled within a third of a lease (10 s) and counts as failed. Until then it may run at the
+    same time as the next one. Of a rate limiter, the used quota is reset.
 
     Example: diracx-task-run locks release lock:mutex:job:42
     """
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None or not found.held:
-        raise CliError(f"nobody holds {key}")
-    is_rate = found.kind == "rate"
-    if is_rate:
-        question = f"Give back {found.held} units of quota of {key}?"
+        raise CliError(f"{key} is not held")
+    is_quota = found.is_quota
+    if is_quota:
+        question = f"Reset {found.held} used units of quota of {key}?"
     else:
         for holder in found.holders:
             echo(one_line(_consequence(holder)), err=True)
-        question = f"Take {key} away from {'it' if found.held == 1 else f'these {len(found.holders)}'}?"
+        question = f"Release {key} of {'this holder' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
-    owners = None if is_rate else [holder.owner for holder in found.holders]
-    done = server.query(lambda redis: AuditedActions.at_command_line(redis).release_lock(key, owners))
+    owners = None if is_quota else [holder.owner for holder in found.holders]
+    done = server.query(lambda redis: AuditedActions.for_command_line(redis).release_lock(key, owners))
     if as_json:
         print_json(done)
     elif not done.released:
-        raise CliError(f"{key} was given back meanwhile: nothing was changed")
+        raise CliError(f"{key} was released meanwhile: nothing was changed")
     else:
-        echo(f"{done.released} {'units of quota' if is_rate else 'released'}")
+        echo(f"{done.released} {'units of quota' if is_quota else 'released'}")
 
 
 def _consequence(holder: Holder) -> str:
-    """Consequence of a release for a holder, as a sentence."""
+    """Describe the effect of a release on a holder."""
     if holder.worker is None:
-        return "held outside the task system: the holder will not learn of it"
+        return "held outside the task system: the holder will not be notified"
     if holder.task_id is None:
         return f"held by a task of worker {holder.worker}, which has not reported it yet: it will be cancelled"
     return f"held by {holder.task_name} {holder.task_id} on {holder.worker}: it will be cancelled"

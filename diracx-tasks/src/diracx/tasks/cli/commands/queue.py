@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -22,24 +21,15 @@ from ..runtime.server import Server, ServerAndTasks
 app = command_group("queue", "Inspect the nine queues and the delayed tasks; purge a queue.")
 
 QueueArgument = Annotated[
-    str, typer.Argument(metavar="QUEUE", help="priority:size, as normal:medium; `queue list` has all.")
+    str, typer.Argument(metavar="QUEUE", help="priority:size, as normal:medium; see `queue list`.")
 ]
-
-
-class Reason(StrEnum):
-    """Reason for the delay of a task."""
-
-    AT_TIME = "at_time"
-    RETRY = "retry"
-    LOCK = "lock"
-    RATE = "rate"
 
 
 @app.command("list")
 def list_(*, as_json: JsonOption = False, server: Server) -> None:
-    """List the queues, most urgent first: waiting and running tasks, the oldest, rates in and out.
+    """List the queues by priority: waiting and running tasks, age of the oldest, rates in and out.
 
-    Rates are of the last five minutes, and known while a worker reports.
+    Rates are averages over five minutes; `-` if no worker reports.
 
     Example: diracx-task-run queue list --json
     """
@@ -55,7 +45,7 @@ def peek(
     as_json: JsonOption = False,
     server: ServerAndTasks,
 ) -> None:
-    """List the tasks that wait in a queue, in the order in which workers will fetch them. Nothing is taken out.
+    """List the tasks that wait in a queue, in the order in which workers will fetch them. Removes nothing.
 
     Secret arguments are shown as •••.
 
@@ -69,27 +59,26 @@ def peek(
 @app.command("delayed")
 def delayed(
     *,
-    reason: Annotated[Reason | None, typer.Option(help="Only those that are delayed for this reason.")] = None,
+    reason: Annotated[DelayReason | None, typer.Option(help="Only those delayed for this reason.")] = None,
     limit: LimitOption = 20,
     after: AfterOption = None,
     as_json: JsonOption = False,
     server: ServerAndTasks,
 ) -> None:
-    """List delayed tasks, those due first at the top: until a time, for a retry, for a lock, for quota.
+    """List delayed tasks by due time: those that wait for a time, a retry, a lock, or quota.
 
     Example: diracx-task-run queue delayed --reason lock
     """
     registry = server.registry
-    only: DelayReason | None = None if reason is None else reason.value
-    page = server.query(lambda redis: operations.delayed(redis, only, limit, after, registry=registry))
+    page = server.query(lambda redis: operations.delayed(redis, reason, limit, after, registry=registry))
     show(DELAYED, page, as_json)
 
 
 @app.command("purge")
 def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption = False, server: Server) -> None:
-    """Cancel all tasks that wait in a queue. Tasks that run, are delayed, or come in meanwhile stay.
+    """Cancel all tasks that wait in a queue; not those that run, are delayed, or are submitted meanwhile.
 
-    Callback groups, and callers that wait for a result, learn that the tasks were cancelled. Asks first.
+    Callback groups, and callers that wait for a result, are notified of the cancellation. Prompts first.
 
     Example: diracx-task-run queue purge background:large --yes
     """
@@ -101,7 +90,7 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
     number = 0
     if waiting := server.query(waiting_tasks):
         confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
-        number = server.query(lambda redis: AuditedActions.at_command_line(redis).purge(queue))
+        number = server.query(lambda redis: AuditedActions.for_command_line(redis).purge(queue))
     if as_json:
         echo_json({"queue": queue, "cancelled": number})
     else:
@@ -110,19 +99,19 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
 
 @app.command("downgrade")
 def downgrade(*, as_json: JsonOption = False, server: Server) -> None:
-    """Give all that waits the form of diracx-tasks 0.7, for the way back to it. Stop workers and schedulers first.
+    """Convert waiting tasks to the format of diracx-tasks 0.7. Stop workers and schedulers first.
 
-    Delayed tasks whose arguments 0.7 would lose stay here; exits with 1 when there are such, or something runs.
+    Delayed tasks whose arguments 0.7 would lose are kept; exits with 1 if there are such, or if a process runs.
 
     Example: diracx-task-run queue downgrade
     """
     try:
         done = server.query(published.downgrade)
     except published.StillRunningError as error:
-        raise CliError(f"{error}: stop it, and repeat this") from error
+        raise CliError(f"{error}: stop it and repeat the command") from error
     if as_json:
         echo_json(done)
     else:
         echo(", ".join(f"{number} {what}" for what, number in done.items()))
     if done["kept"]:
-        raise CliError(f"{done['kept']} delayed tasks have arguments that 0.7 would lose: they stay as they are")
+        raise CliError(f"{done['kept']} delayed tasks have arguments that 0.7 would lose: they were not converted")

@@ -9,18 +9,18 @@ from typing import Annotated
 import typer
 from redis.asyncio import Redis
 
-from ...operations.audited_actions import AlreadyQueuedError, AuditedActions
+from ...operations.audited_actions import AuditedActions
 from ...operations.views import SCHEDULES
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.scheduling import has_leader
 from ...plumbing.config import TasksConfig
 from ...plumbing.exceptions import TaskArgumentsError
 from ...plumbing.scheduler import ScheduleState, schedules
-from ...plumbing.scheduler.admin import RunNow
+from ...plumbing.scheduler.admin import AlreadyQueuedError
 from ...plumbing.scheduler.occurrences import iter_schedules
 from ...plumbing.scheduler.overview import matching
 from ...plumbing.submission.client import Binding
-from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
+from ...plumbing.task_names import resolve_task_name
 from ..errors import CliError, UsageProblem, one_line, shortened
 from ..options import JsonOption, command_group
 from ..output import echo, echo_json, show
@@ -30,8 +30,8 @@ from ..runtime.server import ServerAndTasks
 app = command_group(
     "schedule",
     "Inspect, run, pause and resume the schedules of periodic tasks.\n\n"
-    "A schedule is called category:ClassName, then @INSTANCE where the operator has named several, then /VO where "
-    "there is one for each.",
+    "The id of a schedule is category:ClassName, with @INSTANCE if several are configured, and /VO if there is "
+    "one per VO.",
 )
 
 IdsArgument = Annotated[
@@ -43,21 +43,21 @@ AllOption = Annotated[bool, typer.Option("--all", help="Every schedule.")]
 
 @app.command("list")
 def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: ServerAndTasks) -> None:
-    """List schedules: state, next and last run, how the last run ended, rule, and where the rule is set.
+    """List schedules: state, next and last run, last outcome, rule, and where the rule is set.
 
-    Disabled schedules are listed as well. Times are in UTC.
+    Disabled schedules are listed, too. Times are in UTC.
 
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
-    config = _configuration(server, required=False)
+    config = _configuration(server)
 
     async def read(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
         return await _states(broker.redis, server, config), await has_leader(broker.redis)
 
     states, led = server.run(read)
     if ids:
-        wanted = set(_chosen(ids, False, states))
-        states = [state for state in states if state.id in wanted]
+        chosen = set(_chosen(ids, False, states))
+        states = [state for state in states if state.id in chosen]
     show(SCHEDULES, states, as_json)
     if not led:
         echo("no scheduler leads: nothing is submitted", err=True)
@@ -70,54 +70,49 @@ def run_now(
     as_json: JsonOption = False,
     server: ServerAndTasks,
 ) -> None:
-    """Submit a schedule's task now, and print its id. The next run stays as it is; no scheduler is needed.
+    """Submit a schedule's task now, and print its id. Does not change the next run, and needs no scheduler.
 
-    Runs paused and disabled schedules, too. Exits with 1 when the last occurrence is still queued, and submits
-    nothing.
+    Works for paused and disabled schedules, too. Exits with 1 and submits nothing if the last occurrence is still
+    queued.
 
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
-    config = _configuration(server, required=True)
-    assert config is not None
+    config = read_configuration(server.registry)
     instances = {found.id: found for found in iter_schedules(server.registry, config.tasks, config.vos or ())}
-    try:
-        named = resolve_task_name(id_, instances)
-    except AmbiguousTaskNameError as error:
-        raise UsageProblem(str(error)) from error
+    named = resolve_task_name(id_, instances)
 
-    async def submit(broker: RedisStreamBroker) -> RunNow:
+    async def submit(broker: RedisStreamBroker) -> str:
         if named is None:
             _chosen([id_], False, await _states(broker.redis, server, config))
             raise CliError(
-                f"{id_} cannot be submitted here, where code and configuration do not know it; load its --module, "
-                "or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
+                f"{id_} cannot be submitted: it is in neither code nor configuration of this process; load its "
+                "--module, or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
             )
         binding = Binding(broker, server.registry, config.tasks)
         try:
-            return RunNow(
-                await AuditedActions.at_command_line(broker.redis).run_now(binding, instances[named]), True
-            )
-        except AlreadyQueuedError as error:
-            return RunNow(error.task_id, False)
+            return await AuditedActions.for_command_line(broker.redis).run_now(binding, instances[named])
         except (TaskArgumentsError, TypeError, ValueError) as error:
             raise CliError(f"{id_} cannot be submitted: {error}") from error
 
-    done = server.run(submit)
-    if as_json:
-        echo_json({"id": named, "task_id": done.task_id, "submitted": done.submitted})
-    elif done.submitted:
-        echo(done.task_id)
-    if not done.submitted:
+    try:
+        task_id = server.run(submit)
+    except AlreadyQueuedError as error:
+        if as_json:
+            echo_json({"id": named, "task_id": error.task_id, "submitted": False})
         raise CliError(
-            f"{id_} was not submitted: its last occurrence, task {done.task_id}, still waits for a worker"
-        )
+            f"{id_} was not submitted: its last occurrence, task {error.task_id}, still waits for a worker"
+        ) from error
+    if as_json:
+        echo_json({"id": named, "task_id": task_id, "submitted": True})
+    else:
+        echo(task_id)
 
 
 @app.command("pause")
 def pause(
     *, ids: IdsArgument = None, every: AllOption = False, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """Submit no more occurrences of these schedules, until `schedule resume`. Submitted tasks go on.
+    """Pause schedules: no occurrences are submitted until `schedule resume`. Submitted tasks continue.
 
     Example: diracx-task-run schedule pause '*/lhcb'
     """
@@ -128,7 +123,7 @@ def pause(
 def resume(
     *, ids: IdsArgument = None, every: AllOption = False, as_json: JsonOption = False, server: ServerAndTasks
 ) -> None:
-    """Let paused schedules go on. A run missed meanwhile is made up for, once, unless it is `missed: skip`.
+    """Resume paused schedules. A run that was missed meanwhile is submitted once, unless `missed: skip` is set.
 
     Example: diracx-task-run schedule resume --all
     """
@@ -144,12 +139,12 @@ def _switch(
     server: ServerAndTasks,
 ) -> None:
     if bool(ids) == every:
-        raise UsageProblem("name schedules by their ids or patterns, or give --all; `schedule list` shows them")
-    config = _configuration(server, required=False)
+        raise UsageProblem("give ids or patterns of schedules, or --all; see `diracx-task-run schedule list`")
+    config = _configuration(server)
 
     async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
         chosen = _chosen(ids or (), every, await _states(broker.redis, server, config))
-        return chosen, await switch(AuditedActions.at_command_line(broker.redis), chosen) if chosen else []
+        return chosen, await switch(AuditedActions.for_command_line(broker.redis), chosen) if chosen else []
 
     chosen, changed = server.run(change)
     if as_json:
@@ -162,52 +157,39 @@ def _switch(
 
 
 def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState]) -> list[str]:
-    """The ids that match the patterns.
-
-    Raises:
-        UsageProblem: when a pattern matches none; suggests the nearest id.
-    """
+    """Return the ids that match the patterns."""
     known = [state.id for state in states]
     if every:
         return known
-    try:
-        found, unknown = matching(patterns, known)
-    except AmbiguousTaskNameError as error:
-        raise UsageProblem(str(error)) from error
+    found, unknown = matching(patterns, known)
     for pattern in unknown:
         names = {id_.partition(":")[2]: id_ for id_ in known} | {id_: id_ for id_ in known}
         near = get_close_matches(pattern, names, n=1, cutoff=0.5)
-        hint = (
-            f"; did you mean {names[near[0]]!r}?"
-            if near
-            else "; `diracx-task-run schedule list` shows what there is"
-        )
+        hint = f"; did you mean {names[near[0]]!r}?" if near else "; see `diracx-task-run schedule list`"
         raise UsageProblem(f"no schedule {shortened(pattern, 120)}{hint}")
     return found
 
 
-def _configuration(server: ServerAndTasks, *, required: bool) -> Configuration | None:
-    """The configuration; where it is wrong and not required, a warning and None.
+def _configuration(server: ServerAndTasks) -> Configuration | None:
+    """Read the configuration; print a warning and return None if it is wrong.
 
-    Schedulers go on with the last good configuration, and an operator must be able to inspect and pause their
-    schedules meanwhile: Redis has what they have planned.
+    Schedulers keep the last valid configuration, and operators must be able to inspect and pause the schedules
+    that those have planned in Redis.
     """
     registry = server.registry
     try:
         return read_configuration(registry)
     except CliError as error:
-        if required:
-            raise
         echo(
-            f"{one_line(str(error))}; going on with what the scheduler has planned; "
-            "`diracx-task-run config check` has every mistake",
+            f"{one_line(str(error))}; using the schedules that the scheduler has planned; "
+            "`diracx-task-run config check` lists every mistake",
             err=True,
         )
         return None
 
 
 async def _states(redis: Redis, server: ServerAndTasks, config: Configuration | None) -> list[ScheduleState]:
-    """All schedules; without a configuration, those that Redis knows."""
+    """Return all schedules; without a configuration, those planned in Redis."""
     if config is None:
         return await schedules(redis, {}, TasksConfig(), ())
     return await schedules(redis, server.registry, config.tasks, config.vos or ())

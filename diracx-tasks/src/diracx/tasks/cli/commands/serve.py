@@ -1,4 +1,4 @@
-"""`worker` and `scheduler`: the two processes that an installation runs."""
+"""`worker` and `scheduler`: the service processes."""
 
 from __future__ import annotations
 
@@ -39,44 +39,45 @@ logger = logging.getLogger(__package__)
 
 def worker(
     *,
-    worker_size: Annotated[Size, typer.Option(help="Size of the tasks it runs.")] = Size.MEDIUM,
-    max_concurrent_tasks: Annotated[int, typer.Option(min=1, help="How many tasks run at a time.")] = 10,
+    worker_size: Annotated[Size, typer.Option(help="Size of the tasks to run.")] = Size.MEDIUM,
+    max_concurrent_tasks: Annotated[int, typer.Option(min=1, help="Maximum number of concurrent tasks.")] = 10,
     lease_seconds: Annotated[
-        float, typer.Option(min=0.1, help="A worker that is silent this long counts as dead; others take over.")
+        float, typer.Option(min=0.1, help="Time without heartbeat after which other workers reclaim its tasks.")
     ] = 30.0,
     max_deliveries: Annotated[
-        int, typer.Option(min=1, help="A task that killed this many workers becomes a dead letter.")
+        int, typer.Option(min=1, help="Store a task as a dead letter after this many of its workers crashed.")
     ] = 3,
     grace: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="How long running tasks may go on after SIGTERM.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Time that running tasks have after SIGTERM.")
     ] = 30.0,
     hard_limit: Annotated[
         float | None,
         typer.Option(
             min=0.1,
             metavar="SECONDS",
-            help="A task that ignores its cancellation this long ends the process with exit code 70.",
+            help="End the process with exit code 70 if a task ignores its cancellation this long.",
         ),
     ] = None,
     result_ttl: Annotated[
         int | None,
-        typer.Option(min=1, metavar="SECONDS", help="Keep all results this long, not only those asked for."),
+        typer.Option(min=1, metavar="SECONDS", help="Store the results of all tasks for this time."),
     ] = None,
     max_result_bytes: Annotated[
         int,
-        typer.Option(min=100_000, metavar="BYTES", help="A larger result is dropped; only its size is kept."),
+        typer.Option(min=100_000, metavar="BYTES", help="Store only the size of results that are larger."),
     ] = MAX_BYTES,
     processes: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Run N such workers, one for each core; restart those that die."),
+        typer.Option(min=1, metavar="N", help="Run N processes, such as one per core; restart those that crash."),
     ] = 1,
     options: ServiceOptions,
 ) -> None:
-    """Run tasks of one size until SIGTERM or Ctrl-C; a second one cancels running tasks.
+    """Run tasks of one size until SIGTERM or Ctrl-C; a second signal cancels running tasks.
 
-    Databases: DIRACX_DB_URL_<NAME>; that of the dead letters is DIRACX_DB_URL_TASKDB.
+    Databases: DIRACX_DB_URL_<NAME>; dead letters: DIRACX_DB_URL_TASKDB.
 
-    Configuration: DIRACX_CONFIG_BACKEND_URL. Settings of tasks: its Systems.Tasks, or a file DIRACX_TASKS_CONFIG.
+    Configuration: DIRACX_CONFIG_BACKEND_URL. Settings of tasks: its Systems.Tasks, or the file
+    DIRACX_TASKS_CONFIG.
 
     Example: diracx-task-run worker --worker-size small --max-concurrent-tasks 50
     """
@@ -104,7 +105,7 @@ def worker(
             serving = Worker(broker, registry, settings=settings, task_db=task_db, config=config.tasks)
             await check_databases(serving.plans)
         except (TypeError, NameError) as error:
-            raise CliError(f"a task cannot be run by any worker: {error}") from error
+            raise CliError(f"a task class cannot be executed: {error}") from error
         service.on_second_signal = serving.cancel_running
         where = f"{worker_size} tasks, {max_concurrent_tasks} at a time, from {mask(service.url)}"
         service.announce(stack, serving.ready, where)
@@ -144,7 +145,7 @@ def scheduler(
         bool,
         typer.Option(
             "--resubmit-dead-letters",
-            help="At the start, submit all open dead letters again that can be, but for poison.",
+            help="Submit the open dead letters again at the start, except poison tasks.",
         ),
     ] = False,
     options: ServiceOptions,
@@ -175,19 +176,20 @@ def scheduler(
         serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
         if task_db is not None:
             resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
-            # Cancelled wherever it is: an interrupted resubmission can be repeated.
+            # It may be cancelled at any time: an interrupted resubmission can be repeated.
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(_resubmit(resubmitter)))
         service.announce(stack, serving.ready, f"schedules on {mask(service.url)}")
-        collectors = await stack.enter_async_context(open_collectors(options.metrics_port, broker.redis))
-        alerts: list[str] = []  # as of the last time that metrics were collected
+        found = await stack.enter_async_context(open_collectors(options.metrics_port, broker.redis))
+        alerts: list[str] = []  # of the last collection
 
         async def collect() -> list[Metric]:
-            if collectors is None or not serving.leads.is_set():
+            if found is None or not serving.leads.is_set():
                 alerts.clear()
                 return scheduler_metrics(None, broker.counts)
-            health = await collectors.check_health()
+            collectors, checks = found
+            health = await checks.run()
             alerts[:] = health.names()
-            return scheduler_metrics(health, broker.counts) + await collectors.collect()
+            return scheduler_metrics(health, broker.counts) + await collectors.metrics()
 
         def reconfigure(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
             serving.reconfigure(tasks, vos or ())
@@ -201,14 +203,14 @@ def scheduler(
 
 
 async def _resubmit(resubmitter: Resubmitter) -> None:
-    """Submit dead letters again beside the scheduler's own work, which no failure of this may end."""
+    """Submit dead letters again in the background; log errors, so that the scheduler continues."""
     statuses: Counter[str] = Counter()
     try:
         async for results in resubmitter.resubmit_automatic():
             statuses.update(str(result.status) for result in results)
             for result in results:
                 if result.why:
-                    logger.warning("dead letter %d is left: %s", result.dead_letter["id"], one_line(result.why))
+                    logger.warning("dead letter %d is refused: %s", result.dead_letter["id"], one_line(result.why))
     except Exception as error:
-        logger.error("dead letters are not submitted again: %s; the next start will", one_line(str(error)))
-    logger.info("dead letters: %d submitted again, %d left", statuses["resubmitted"], statuses["refused"])
+        logger.error("dead letters are not submitted again until the next start: %s", one_line(str(error)))
+    logger.info("dead letters: %d submitted again, %d refused", statuses["resubmitted"], statuses["refused"])

@@ -1,4 +1,4 @@
-"""`submit`: submit a task to the queues of the workers."""
+"""`submit`: submit a task to its queue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runtime.broker import explained_redis
 from ..runtime.task_arguments import CheckedTask, TaskOptions
 from .call import print_value, to_json
 
-#: How long the result of a task that is waited for is kept.
+#: Time to live of the result with --wait.
 _RESULT_TTL_SECONDS = 3600
 
 
@@ -26,23 +26,23 @@ def submit(
     at: Annotated[
         str | None,
         typer.Option(
-            metavar="ISO-TIME", help="Not before this time, UTC without an offset: 2030-01-31T12:00+01:00."
+            metavar="ISO-TIME", help="Earliest start, as 2030-01-31T12:00+01:00; UTC if it has no offset."
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Wait no longer than this; with --wait.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Maximum time to wait; with --wait.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a task to the queue of its priority and size, and print its id.
 
-    Name and arguments are checked before anything is sent. With --wait, exits with 1 when the task failed.
+    Name and arguments are checked before the submission. With --wait, exits with 1 if the task failed.
 
     Example: diracx-task-run submit my_tasks:Greet --args '\\["world"]' --wait --timeout 30 --module my_tasks.py
     """
     if timeout is not None and not wait:
-        raise UsageProblem("--timeout is how long to wait for the result; add --wait")
+        raise UsageProblem("--timeout has no effect without --wait; add --wait")
     at_time = _moment(at)
     checked = options.checked(alone=True)
     asyncio.run(_submit(checked, at_time, wait, timeout, as_json))
@@ -69,7 +69,7 @@ async def _submit(
                 raise UsageProblem(f"{checked.name} cannot be submitted: {error}") from error
         report = {"task_id": task_id, "task_name": checked.name, "state": "submitted"}
         if not as_json:
-            # Scripts know this line from the published package.
+            # Scripts parse this line, which is that of the published package.
             echo(f"Submitted task {checked.name!r} with ID: {task_id}")
         elif not wait:
             echo_json(report)
@@ -82,10 +82,10 @@ async def _submit(
             if as_json:
                 echo_json(report)
             if isinstance(error, CliError):
-                raise CliError(f"{error} (task {task_id} was submitted and goes on)") from error
+                raise CliError(f"{error} (task {task_id} was submitted and continues)") from error
             raise CliError(
-                f"task {task_id} has not ended after {timeout:g} s; it goes on, if a worker for "
-                f"{type(checked.task).size} tasks runs"
+                f"task {task_id} has not ended after {timeout:g} s; it continues, if a worker of size "
+                f"{type(checked.task).size} runs"
             ) from error
     _report_result(result, report, as_json)
 

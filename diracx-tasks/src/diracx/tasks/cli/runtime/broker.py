@@ -1,4 +1,4 @@
-"""The way to the broker, tried before anything is done: a dead server is reported in seconds, in one line."""
+"""Opens the broker of a command, after checking that the server answers, and explains Redis errors in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ...plumbing.enums import Size
 from ...plumbing.exceptions import SendTaskError
 from ..errors import CliError
 
-#: A server that does not answer for so long counts as down. Users were promised an answer within 5 s.
+#: Timeout of the first connection. Commands report a server that is down within 5 s.
 ANSWER_SECONDS = 2.0
 
 
@@ -35,14 +35,11 @@ ANSWER_SECONDS = 2.0
 async def open_broker(
     url: str, size: Size | None = None, *, role: Role | None = None
 ) -> AsyncIterator[RedisStreamBroker]:
-    """A broker whose server has answered.
+    """Open a broker, after checking that its server answers.
 
     Args:
-        size: of the worker that will fetch through it.
-        role: of a process that stays: its user must have the rights, and it warns of a server that can lose tasks.
-
-    Raises:
-        CliError: when the server cannot be reached, refuses us, or is one on which the task system cannot work.
+        size: size of the worker that will fetch through it.
+        role: role of a service process: check the rights of its Redis user, and warn if the server may lose data.
     """
     with explained_redis(url):
         broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
@@ -71,11 +68,7 @@ async def open_broker(
 
 @contextmanager
 def explained_redis(url: str) -> Iterator[None]:
-    """Turn what the server, or the way to it, does wrong inside the block into one line.
-
-    Raises:
-        CliError: in place of every error of redis-py, and of the broker when it comes from one.
-    """
+    """Convert Redis errors inside the block to a CliError with the remedy."""
     try:
         yield
     except AddressError as error:
@@ -84,13 +77,13 @@ def explained_redis(url: str) -> Iterator[None]:
         raise CliError(str(error)) from error
     except SendTaskError as error:
         if isinstance(error.__cause__, RedisError):
-            raise CliError(_about_redis(error.__cause__, url)) from error
+            raise CliError(_explain(error.__cause__, url)) from error
         raise CliError(str(error)) from error
     except RedisError as error:
-        raise CliError(_about_redis(error, url)) from error
+        raise CliError(_explain(error, url)) from error
 
 
-def _about_redis(error: BaseException, url: str) -> str:
+def _explain(error: BaseException, url: str) -> str:
     text = reason(error)
     where = f"Redis at {mask(url)}"
     if isinstance(error, AuthenticationError | AuthorizationError) or text.startswith(("NOAUTH", "WRONGPASS")):
@@ -99,20 +92,20 @@ def _about_redis(error: BaseException, url: str) -> str:
             "check them in --redis-url or DIRACX_TASKS_REDIS_URL"
         )
     if isinstance(error, NoPermissionError):
-        return f"{where} does not allow this to its user: {text}; give the user the rights on diracx:*"
+        return f"{where} denies its user the permission: {text}; give the user the rights on diracx:*"
     if isinstance(error, InvalidResponse):
-        return f"what answers at {mask(url)} is no Redis server ({text}); check host and port of the URL"
+        return f"the server at {mask(url)} is not Redis ({text}); check host and port of the URL"
     if "DB index" in text:
         return f"{where} has no such database: {text}; correct the number at the end of the URL"
     if isinstance(error, RedisConnectionError | RedisTimeoutError):
         if isinstance(error, NO_PRIMARY):
-            way_out = "check the sentinels' hosts and ports, and the name of the service"
+            remedy = "check the sentinels' hosts and ports, and the name of the service"
         elif "CERTIFICATE_VERIFY_FAILED" in text:
-            way_out = "name its CA with ?ssl_ca_certs=FILE, and the host as its certificate does"
+            remedy = "give its CA with ?ssl_ca_certs=FILE, and the host name that is in its certificate"
         else:
-            way_out = (
-                "start it, or name another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
-                "brings its own)"
+            remedy = (
+                "start it, or give another one with --redis-url or DIRACX_TASKS_REDIS_URL (`diracx-task-run dev` "
+                "starts its own)"
             )
-        return f"cannot reach {where}: {text}; {way_out}"
-    return f"{where} refuses: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"
+        return f"cannot reach {where}: {text}; {remedy}"
+    return f"{where} replied with an error: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"

@@ -1,4 +1,4 @@
-"""Reads the settings of tasks and the DiracX configuration, and follows their changes."""
+"""Reads the settings of tasks and the DiracX configuration, and watches them for changes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,18 @@ CONFIG_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings of tasks and the VOs, as they are written."""
+    """The settings of tasks and the VOs, as configured."""
 
     tasks: TasksConfig
     vos: tuple[str, ...] | None
-    """None where there is no DiracX configuration."""
+    """None without a DiracX configuration."""
     reader: ConfigReader
-    """Reads it again, and checks it as at the start."""
+    """Reads and checks the configuration again."""
 
 
 def read_configuration(registry: TaskRegistry) -> Configuration:
-    """The settings of tasks, and the VOs. Names in it that match nothing are logged as warnings.
-
-    Raises:
-        CliError: when it cannot be read, or is wrong.
-    """
-    reader = ConfigReader.of_environment(registry)
+    """Read the settings of tasks and the VOs. Logs a warning for each unknown name."""
+    reader = ConfigReader.from_environment(registry)
     with _explained_configuration():
         config = reader.read_config()
         vos = None if config is None else tuple(sorted(config.registry))
@@ -60,7 +56,7 @@ async def watch_configuration(
     role: str,
     on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
 ) -> AsyncIterator[None]:
-    """Follow changes of the configuration, as it was read at the start, inside the block."""
+    """Watch the configuration for changes inside the block."""
     async with ConfigWatcher(
         config.reader,
         config.tasks,
@@ -75,15 +71,15 @@ async def watch_configuration(
 
 
 def tasks_config() -> TasksConfig:
-    """The settings of tasks alone, as a client needs them; errors as of `read_configuration`."""
+    """Read the settings of tasks alone; errors as of `read_configuration`."""
     with _explained_configuration():
-        return ConfigReader.of_environment().read_tasks()
+        return ConfigReader.from_environment().read_tasks()
 
 
 def diracx_config() -> Config | None:
-    """The DiracX configuration, None where there is none; errors as of `read_configuration`."""
+    """Read the DiracX configuration, None without one; errors as of `read_configuration`."""
     with _explained_configuration():
-        return ConfigReader.of_environment().read_config()
+        return ConfigReader.from_environment().read_config()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Opens the databases that `DIRACX_DB_URL_<NAME>` names, and checks that they answer and have their tables."""
+"""Opens the databases of `DIRACX_DB_URL_<NAME>`, after checking that they answer and have their tables."""
 
 from __future__ import annotations
 
@@ -31,15 +31,12 @@ _ANSWER_SECONDS = 5.0
 
 
 async def check_databases(plans: Iterable[Plan]) -> None:
-    """Make sure that the configured databases these plans need answer and have their tables.
+    """Check that the configured databases of these plans answer and have their tables.
 
-    One that is optional may be away: that is a warning.
-
-    Raises:
-        CliError: naming the database that does not.
+    Logs a warning if an optional one does not.
     """
     all_plans = list(plans)
-    wanted, required = (
+    needed, required = (
         {
             call.__self__  # type: ignore[attr-defined]  # bound classmethods
             for plan in all_plans
@@ -48,27 +45,23 @@ async def check_databases(plans: Iterable[Plan]) -> None:
         }
         for only in (False, True)
     )
-    if not wanted:
+    if not needed:
         return
     for name, url in _database_urls().items():
         classes = database_classes(name)
-        if wanted.intersection(classes):
+        if needed.intersection(classes):
             try:
                 async with _checked(name, classes[0], url):
                     pass
             except CliError as error:
                 if required.intersection(classes):
                     raise
-                logger.warning("%s (tasks that can do without it run)", error)
+                logger.warning("%s (tasks for which it is optional run)", error)
 
 
 @asynccontextmanager
 async def open_task_db() -> AsyncIterator[TaskDB | None]:
-    """The database of dead letters, None (and a warning) when it is not configured.
-
-    Raises:
-        CliError: when it does not answer or has no tables.
-    """
+    """Open the database of dead letters; None and a warning if it is not configured."""
     if not _database_urls("TaskDB").get("TaskDB"):
         logger.warning(
             "no database for dead letters: they wait in Redis; set %s to keep them in SQL", TASK_DB_VARIABLE
@@ -81,11 +74,7 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
 
 @asynccontextmanager
 async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
-    """The database of dead letters, whether it answers or not; None where none is configured.
-
-    Raises:
-        CliError: when its URL cannot be used.
-    """
+    """Open the database of dead letters without connecting to it; None if it is not configured."""
     url = _database_urls("TaskDB").get("TaskDB")
     async with AsyncExitStack() as stack:
         yield await _opened(stack, "TaskDB", database_classes("TaskDB")[0], url) if url else None
@@ -93,22 +82,19 @@ async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
 
 @asynccontextmanager
 async def required_task_db(*, tables: bool = True) -> AsyncIterator[TaskDB]:
-    """The database of dead letters; as of `open_database`."""
+    """Open the database of dead letters as `open_database` does."""
     async with open_database("TaskDB", NO_TASK_DB, tables=tables) as database:
         yield database
 
 
 @asynccontextmanager
 async def open_database(name: str, missing: str, *, tables: bool = True) -> AsyncIterator[Any]:
-    """A database that answers.
+    """Open a database, after checking that it answers.
 
     Args:
         name: as in DIRACX_DB_URL_<NAME>.
-        missing: said where it is not configured.
-        tables: whether it must have its tables.
-
-    Raises:
-        CliError: when it is not configured, does not answer or has no tables; and when it fails inside the block.
+        missing: error message if it is not configured.
+        tables: check that it has its tables, too.
     """
     url = database_url(name, missing)
     async with _checked(name, database_classes(name)[0], url, tables=tables) as database:
@@ -117,22 +103,14 @@ async def open_database(name: str, missing: str, *, tables: bool = True) -> Asyn
 
 
 def database_url(name: str, missing: str) -> str:
-    """The URL of a database; arguments as of `open_database`.
-
-    Raises:
-        CliError: when it is not configured, or no URL.
-    """
+    """Return the URL of a database; arguments as of `open_database`."""
     if url := _database_urls(name).get(name):
         return url
     raise CliError(missing)
 
 
 def database_classes(name: str) -> list[type[Any]]:
-    """The classes of a database, that of an extension before the one that it extends.
-
-    Raises:
-        CliError: when they cannot be loaded.
-    """
+    """Return the classes of a database, extensions before the class that they extend."""
     from diracx.db.sql.utils import BaseSQLDB
 
     try:
@@ -142,8 +120,8 @@ def database_classes(name: str) -> list[type[Any]]:
 
 
 def _database_urls(only: str | None = None) -> dict[str, str]:
-    """URL by database name, from DIRACX_DB_URL_<NAME>."""
-    logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # it is reported by us
+    """Return URLs by database name, from DIRACX_DB_URL_<NAME>."""
+    logging.getLogger("diracx.db.sql.utils.base").setLevel(logging.CRITICAL)  # reported as CliError
     try:
         return database_urls(only)
     except TaskConfigError as error:
@@ -152,7 +130,7 @@ def _database_urls(only: str | None = None) -> dict[str, str]:
 
 @asynccontextmanager
 async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = True) -> AsyncIterator[Any]:
-    """The database, open, after it answered and showed its tables."""
+    """Open a database, after checking that it answers and has its tables."""
     from ...plumbing.sql.errors import connecting, explained
     from ...plumbing.sql.session import not_ready
 
@@ -180,7 +158,7 @@ async def _opened(stack: AsyncExitStack, name: str, cls: type[Any], url: str) ->
         database = cls(db_url=url)
         await stack.enter_async_context(database.engine_context())
     except Exception as error:
-        # The error of a bad URL shows it in full.
+        # Without the text of the error, which may have the URL with its password.
         raise CliError(
             f"DIRACX_DB_URL_{name.upper()} cannot be used ({type(error).__name__}); check its dialect, driver and "
             "address"
@@ -190,11 +168,7 @@ async def _opened(stack: AsyncExitStack, name: str, cls: type[Any], url: str) ->
 
 @contextmanager
 def explained_database(name: str) -> Iterator[None]:
-    """Turn what an SQL database does wrong inside the block into one line.
-
-    Raises:
-        CliError: in place of every error that comes from a database.
-    """
+    """Convert SQL errors inside the block to a CliError."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from ...plumbing.sql.errors import DatabaseError, describe
@@ -210,4 +184,4 @@ def explained_database(name: str) -> Iterator[None]:
         if (described := describe(name, error)) is not None:
             raise CliError(str(described)) from error
         # Without the statement.
-        raise CliError(f"the database {name} refuses this: {getattr(error, 'orig', None) or error}") from error
+        raise CliError(f"the database {name} raised an error: {getattr(error, 'orig', None) or error}") from error

@@ -1,4 +1,4 @@
-"""Logging of commands: that of DiracX (`DIRACX_LOG_...`), without passwords or forged records."""
+"""Logging of commands as configured by `DIRACX_LOG_...`, without passwords and forged records."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
 
 
-class _Safe(logging.Formatter):
-    """Formatter around another that removes passwords from URLs and what would steer a terminal. What a text
-    continues with is indented: nothing that is logged, such as a name with a line feed, can pass for a record.
+class SafeFormatter(logging.Formatter):
+    """Formatter around another one that removes passwords and control sequences, and indents continuation lines.
+
+    With the indentation a logged text that has line feeds cannot forge a record.
     """
 
     def __init__(self, inner: logging.Formatter, is_json: bool) -> None:
@@ -42,18 +43,12 @@ def _safe(value: Any) -> Any:
     return [_safe(each) for each in value] if isinstance(value, list) else value
 
 
-def set_up_logging(level: LogLevel | None, default: LogLevel = LogLevel.INFO) -> int:
-    """Log to stderr as `DIRACX_LOG_FORMAT`, `DIRACX_LOG_LEVEL` and `DIRACX_LOG_LIBRARIES_LEVEL` say.
+def set_up_logging(level: LogLevel | None, default: LogLevel = "info") -> int:
+    """Log to stderr as `DIRACX_LOG_{FORMAT,LEVEL,LIBRARIES_LEVEL}` configure. Returns the level.
 
     Args:
-        level: of DiracX and of tasks; it goes before the environment.
-        default: the level where neither is set.
-
-    Returns:
-        The level that is set.
-
-    Raises:
-        CliError: when the environment has no such level or format.
+        level: level of DiracX and tasks; overrides the environment.
+        default: level if neither is set.
     """
     from diracx.core.logs import configure_logging, set_log_context
     from diracx.core.settings import LoggingSettings
@@ -68,7 +63,7 @@ def set_up_logging(level: LogLevel | None, default: LogLevel = LogLevel.INFO) ->
         raise CliError(f"{variable} is {found['input']!r}: {found['msg']}; correct or unset it") from error
     handler = configure_logging(settings)
     assert handler.formatter is not None
-    handler.setFormatter(_Safe(handler.formatter, settings.format == "json"))
+    handler.setFormatter(SafeFormatter(handler.formatter, settings.format == "json"))
     logging.captureWarnings(True)
     if (number := own_number()) is not None:
         set_log_context(**{"worker.process": number})
@@ -76,7 +71,7 @@ def set_up_logging(level: LogLevel | None, default: LogLevel = LogLevel.INFO) ->
 
 
 def set_task_log_level(registry: Mapping[str, type[BaseTask]]) -> None:
-    """Log what the packages of tasks log from the level of DiracX on, and not from that of libraries."""
+    """Set the level of the packages of tasks to that of DiracX, in place of that of libraries."""
     level = logging.getLogger("diracx").level
     for package in {task_class.__module__.partition(".")[0] for task_class in registry.values()}:
         logging.getLogger(package).setLevel(level)

@@ -1,58 +1,49 @@
-"""Metrics of a worker or a scheduler: at `--metrics-port`, and through OpenTelemetry where it is set up."""
+"""Serves metrics and probes of a worker or scheduler at `--metrics-port`, and exports them through OpenTelemetry.
+
+The HTTP server runs in a thread; its responses are computed in the event loop that runs the tasks, so that
+`/healthz` fails while a task blocks it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from http import HTTPStatus
+from socketserver import TCPServer
+from typing import Any, TypeAlias
+from wsgiref.simple_server import WSGIRequestHandler
 
-import typer
 from prometheus_client import Metric
+from prometheus_client.exposition import ThreadingWSGIServer
 from redis.asyncio import Redis
 
 from ...operations import collectors
-from ...operations.health import Health, health_checks
-from ...plumbing.broker.counts import is_collected
-from ...plumbing.exceptions import TaskConfigError
+from ...operations.exposition import CONTENT_TYPE, as_text
+from ...operations.health import HealthChecks, health_checks
+from ...plumbing.broker.telemetry import is_collected
 from ...plumbing.worker.reporter import Reporter
 from ..errors import CliError
-from .databases import TASK_DB_VARIABLE, required_task_db
-from .probes import probes
-
-if TYPE_CHECKING:
-    from ...plumbing.persistence import TaskDB
+from .databases import unchecked_task_db
+from .supervisor import own_number
 
 logger = logging.getLogger(__package__)
 
 Collect: TypeAlias = "Callable[[], Awaitable[list[Metric]]]"
 
-MetricsPortOption = Annotated[
-    int | None,
-    typer.Option(
-        "--metrics-port",
-        min=1,
-        max=65535,
-        help="Serve /metrics, /healthz and /readyz there; with --processes, the next ports as well.",
-    ),
-]
-MetricsHostOption = Annotated[
-    str, typer.Option("--metrics-host", metavar="ADDRESS", help="Address to serve them on: 0.0.0.0 for all.")
-]
-LOOPBACK = "127.0.0.1"
-
 TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
+#: Interval at which the server checks whether it must stop.
+_POLL_SECONDS = 0.05
+_ANSWER_SECONDS = 5.0
+_TEXT = "text/plain; charset=utf-8"
 
 
 def set_up_telemetry(component: str) -> None:
-    """Send metrics, traces and logs to the collector of DiracX's settings (`DIRACX_OTEL_…`), where they say so,
-    SQL statements included.
-
-    Raises:
-        CliError: when they do, and it is not possible.
-    """
+    """Export metrics, traces (of SQL statements, too) and logs as configured by `DIRACX_OTEL_…`."""
     if not os.environ.get(TELEMETRY_VARIABLE):
         return
     try:
@@ -63,9 +54,9 @@ def set_up_telemetry(component: str) -> None:
 
             instrument_sqlalchemy(providers.tracer_provider, providers.meter_provider)
     except (ImportError, ValueError) as error:
-        said = str(error).splitlines()[0]
+        detail = str(error).splitlines()[0]
         raise CliError(
-            f"OpenTelemetry cannot be set up: {said}; unset {TELEMETRY_VARIABLE} to do without"
+            f"OpenTelemetry cannot be set up: {detail}; unset {TELEMETRY_VARIABLE} to disable it"
         ) from error
 
 
@@ -78,14 +69,10 @@ async def serve_metrics(
     reporter: Reporter | None = None,
     alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Serve metrics at the port and export them through OpenTelemetry, inside the block, where either is set up.
-
-    Raises:
-        CliError: when the port is not free.
-    """
+    """Serve metrics at the port, and export them through OpenTelemetry, if configured."""
     async with AsyncExitStack() as stack:
         if port is not None:
-            await stack.enter_async_context(probes(host, port, ready, collect, alerts))
+            await stack.enter_async_context(_probes(host, port, ready, collect, alerts))
         if is_collected():
             from ...operations.otel import exported
 
@@ -93,43 +80,102 @@ async def serve_metrics(
         yield
 
 
-@dataclass(frozen=True)
-class Collectors:
-    """Metrics of databases, and the health checks: expensive, and read only while metrics are collected."""
-
-    collect: Collect
-    check_health: Callable[[], Awaitable[Health]]
-
-
 @asynccontextmanager
-async def open_collectors(port: int | None, redis: Redis) -> AsyncIterator[Collectors | None]:
-    """None where metrics are not collected: neither at a port nor through OpenTelemetry.
+async def open_collectors(
+    port: int | None, redis: Redis
+) -> AsyncIterator[tuple[collectors.Collectors, HealthChecks] | None]:
+    """Open collectors of databases, and the health checks.
 
-    Raises:
-        CliError: a threshold of the health checks is wrong.
+    None if metrics are neither served at a port nor exported through OpenTelemetry.
     """
     if port is None and not is_collected():
         yield None
         return
 
     async with AsyncExitStack() as stack:
-        task_db = await stack.enter_async_context(_task_db())
+        task_db = await stack.enter_async_context(unchecked_task_db())
         found = await stack.enter_async_context(collectors.open_collectors(task_db))
-        try:
-            checks = await stack.enter_async_context(health_checks(redis, task_db))
-        except TaskConfigError as error:
-            raise CliError(str(error)) from error
-        yield Collectors(found.metrics, checks.run)
+        checks = await stack.enter_async_context(health_checks(redis, task_db))
+        yield found, checks
 
 
 @asynccontextmanager
-async def _task_db() -> AsyncIterator[TaskDB | None]:
-    """The database of dead letters, where one is configured; a scheduler does its work without."""
-    async with AsyncExitStack() as stack:
-        database: TaskDB | None = None
-        if os.environ.get(TASK_DB_VARIABLE):
-            try:
-                database = await stack.enter_async_context(required_task_db())
-            except CliError as error:
-                logger.warning("dead letters are not counted: %s", error)
-        yield database
+async def _probes(
+    host: str,
+    port: int,
+    ready: Callable[[], bool],
+    collect: Collect,
+    alerts: Callable[[], Sequence[str]],
+) -> AsyncIterator[None]:
+    """Serve `/metrics`, `/healthz` and `/readyz` inside the block. `/readyz` lists alerts, with status 200."""
+    port += (own_number() or 1) - 1
+    loop = asyncio.get_running_loop()
+
+    async def respond(path: str) -> tuple[HTTPStatus, str, bytes]:
+        if path == "/healthz":
+            return HTTPStatus.OK, _TEXT, b"ok\n"
+        if path == "/readyz":
+            is_ready = ready()
+            text = "\n".join(["ok" if is_ready else "not ready", *alerts(), ""])
+            return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, text.encode()
+        if path != "/metrics":
+            return HTTPStatus.NOT_FOUND, _TEXT, b"not found; there are /metrics, /healthz and /readyz\n"
+        try:
+            return HTTPStatus.OK, CONTENT_TYPE, as_text(await collect())
+        except Exception as error:
+            logger.debug("no metrics", exc_info=True)
+            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"no metrics: {type(error).__name__}\n".encode()
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        path = str(environ["PATH_INFO"])
+        try:
+            if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                status, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET and HEAD\n"
+            else:
+                response = asyncio.run_coroutine_threadsafe(respond(path), loop)
+                status, kind, body = response.result(_ANSWER_SECONDS)
+        except (RuntimeError, TimeoutError):  # the loop has ended, or a task blocks it
+            status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop does not answer\n"
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start_response(f"{status.value} {status.phrase}", headers)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
+
+    try:
+        server = _Server(host, port)
+    except OSError as error:
+        raise CliError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose another --metrics-port"
+        ) from error
+    server.set_app(application)
+    threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True).start()
+    logger.info("metrics on http://%s:%d/metrics", host, port)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+
+
+class _Server(ThreadingWSGIServer):
+    """WSGI server with a thread per request."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _RequestHandler)
+
+    def server_bind(self) -> None:
+        """Bind without the DNS look-up of `HTTPServer`, which may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # str, int
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log connection errors at debug level, without a traceback on stderr."""
+        logger.debug("connection of %s", client_address, exc_info=True)
+
+
+class _RequestHandler(WSGIRequestHandler):
+    timeout = _ANSWER_SECONDS
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: probes come every few seconds."""

@@ -1,7 +1,7 @@
-"""Ends the embedded server and removes the directory of `dev` when `dev` itself was killed.
+"""Stops the embedded server of `dev` and removes its directory, even if `dev` was killed.
 
-Runs as a plain script with the standard library alone. Its argument is the directory; each line of its standard
-input is the process id to end, or empty for none. When the input ends, however its writer did, it cleans up.
+Runs as a script with the standard library alone. Its argument is the directory; the last line of its standard
+input is the process id to stop, or empty. It cleans up at the end of the input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GRACE_SECONDS = 3.0
 
 
 def _end(pid: int) -> None:
-    """SIGTERM, and SIGKILL for a process that has not ended within the grace period."""
+    """Send SIGTERM, and SIGKILL after the grace period."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -29,7 +29,7 @@ def _end(pid: int) -> None:
 
 def main() -> None:
     """Read until the end of the input, then clean up."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # for `dev` to handle, which then ends our input
+    for number in (signal.SIGINT, signal.SIGHUP):  # handled by `dev`, which closes the input
         signal.signal(number, signal.SIG_IGN)
     pid = ""
     for line in sys.stdin:

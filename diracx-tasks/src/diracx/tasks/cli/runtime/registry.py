@@ -1,4 +1,4 @@
-"""Loads the registry of tasks, and makes a task from its name and JSON arguments."""
+"""Loads the task registry, and makes a task from its name and JSON arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...plumbing.lock_registry import validate_registry
 from ...plumbing.messages.arguments import secret_names
 from ...plumbing.messages.typed_arguments import check_arguments
 from ...plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
-from ...plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
+from ...plumbing.task_names import resolve_task_name
 from ..errors import CliError, UsageProblem, shortened
 
 logger = logging.getLogger(__package__)
@@ -28,14 +28,11 @@ _Loaded = TypeVar("_Loaded")
 
 
 def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> TaskRegistry:
-    """The tasks of the given modules and all installed ones. A module wins over an installed task.
+    """Load the tasks of the modules and the installed ones; modules take precedence.
 
     Args:
-        only: the name of the one task that is wanted. Installed ones, which take a second to load, are left out
-            when a module has it.
-
-    Raises:
-        CliError: when a module or an installed task cannot be loaded.
+        only: name of the only task that is needed. If a module has it, installed tasks are not loaded, which takes
+            a second.
     """
 
     def loaded(load: Callable[[], _Loaded]) -> _Loaded:
@@ -74,9 +71,9 @@ def _import(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file under its stem, with its directory on the path as if it had been started as a script."""
+    """Import a file as a module named after its stem, with its directory on the path."""
     if not path.is_file():
-        raise UsageProblem(f"--module {path}: there is no such file")
+        raise UsageProblem(f"--module {path}: no such file")
     path = path.resolve()
     if "." in path.stem or ":" in path.stem:
         raise UsageProblem(f"--module {path.name}: a module name cannot have '.' or ':' in it; rename the file")
@@ -96,8 +93,7 @@ def _import_name(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UsageProblem(
-                f"--module {name}: there is no such module on the path or in this directory; "
-                "a file is named with its .py"
+                f"--module {name}: no such module on the path or in this directory; give a file with its .py"
             ) from error
         raise
     except (TypeError, ValueError) as error:
@@ -107,9 +103,9 @@ def _import_name(name: str) -> ModuleType:
 
 
 def _where(error: BaseException) -> str:
-    """` (file:line)` of the innermost frame outside Python's import machinery and this module."""
+    """Return ` (file:line)` of the innermost frame outside Python's import machinery and this module."""
     if isinstance(error, SyntaxError) and error.filename:
-        return ""  # its text says where
+        return ""  # its text has the file
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith("<") and frame.filename != __file__ and "importlib" not in frame.filename:
             return f" ({frame.filename}:{frame.lineno})"
@@ -117,17 +113,8 @@ def _where(error: BaseException) -> str:
 
 
 def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
-    """The registry name of a task, from that or from the name of its class alone.
-
-    Raises:
-        CliError: when there is none; lists those there are, and suggests what could be meant.
-        UsageProblem: when there are several.
-    """
-    try:
-        found = resolve_task_name(name, registry)
-    except AmbiguousTaskNameError as error:
-        raise UsageProblem(str(error)) from error
-    if found is not None:
+    """Return the registry name of a task, given that or its class name."""
+    if (found := resolve_task_name(name, registry)) is not None:
         return found
     known = "\n".join(["known tasks:", *(f"  {each}" for each in sorted(registry))])
     if suggestions := _nearest(registry, name):
@@ -136,24 +123,19 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
 
 
 def _nearest(registry: Mapping[str, type[BaseTask]], name: str) -> list[str]:
-    """Up to three names: those of the same class name first, then those that are spelt alike."""
+    """Return up to three names of the same class name, else a similar name."""
     class_name = name.rpartition(":")[2].lower()
     same = [known for known in registry if known.partition(":")[2].lower() == class_name]
     if same:
         return same[:3]
-    if alike := get_close_matches(name, registry, n=1, cutoff=0.6):
-        return alike
+    if similar := get_close_matches(name, registry, n=1, cutoff=0.6):
+        return similar
     by_class = {known.partition(":")[2].lower(): known for known in registry}
     return [by_class[found] for found in get_close_matches(class_name, by_class, n=1, cutoff=0.6)]
 
 
 def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tuple[str, BaseTask]:
-    """Registry name of the task that was asked for, and the task, its arguments checked against its class.
-
-    Raises:
-        CliError: for an unknown name.
-        UsageProblem: for malformed JSON, and arguments that do not fit.
-    """
+    """Make a task from JSON arguments, checked against its class. Returns its registry name and the task."""
     name = find_task(registry, name)
     secret = bool(secret_names(registry[name]))
     positional = _json("--args", args, list, "a JSON list such as '[1, \"x\"]'", secret)

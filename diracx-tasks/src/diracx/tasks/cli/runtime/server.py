@@ -1,4 +1,4 @@
-"""The Redis server and the tasks that a command works with, as its options name them."""
+"""Options that select the Redis server and the task modules of a command."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import typer
 from redis.asyncio import Redis
 
 from ...plumbing.broker import RedisStreamBroker
@@ -17,53 +18,59 @@ from ...plumbing.broker.address import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABL
 from ...plumbing.broker.connection import AddressError, check_url, read_url_file
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError, UsageProblem
-from ..options import ModuleOption, RedisUrlFileOption, RedisUrlOption
+from ..options import ModuleOption
 from .broker import explained_redis, open_broker
 from .registry import load_registry
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The options that say which Redis server a command works on."""
+    """Options that select the Redis server."""
 
-    redis_url: RedisUrlOption = None
-    redis_url_file: RedisUrlFileOption = None
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            "--redis-url",
+            metavar="URL",
+            help="Redis or Valkey server; else DIRACX_TASKS_REDIS_URL, else redis://localhost. "
+            "Every user of the host can see a password in it: use the variable or a file instead.",
+        ),
+    ] = None
+    redis_url_file: Annotated[
+        str | None,
+        typer.Option(
+            "--redis-url-file",
+            metavar="FILE",
+            help="File with the URL, for one with a password; else DIRACX_TASKS_REDIS_URL_FILE.",
+        ),
+    ] = None
 
     @property
     def url(self) -> str:
-        """The address; errors as of `resolve_redis_url`. It may hold a password."""
+        """The URL, which may have a password; errors as of `resolve_redis_url`."""
         return resolve_redis_url(self.redis_url, self.redis_url_file)
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[RedisStreamBroker]:
-        """A broker whose server has answered; what the server refuses inside the block is a CliError."""
+        """Open a broker as `open_broker` does; Redis errors inside the block become a CliError."""
         url = self.url
         async with open_broker(url) as broker:
             with explained_redis(url):
                 yield broker
 
-    def run(self, work: Callable[[RedisStreamBroker], Awaitable[_Answer]]) -> _Answer:
-        """Do something with a broker whose server has answered.
+    def run(self, work: Callable[[RedisStreamBroker], Awaitable[_Result]]) -> _Result:
+        """Call `work` with an open broker."""
 
-        Raises:
-            CliError: when the server cannot be reached, or refuses.
-        """
-
-        async def run() -> _Answer:
+        async def run() -> _Result:
             async with self.connected() as broker:
                 return await work(broker)
 
         return asyncio.run(run())
 
-    def query(self, read: Callable[[Redis], Awaitable[_Answer]]) -> _Answer:
-        """Read something from the server.
-
-        Raises:
-            CliError: when the server cannot be reached, or refuses.
-            UsageProblem: for what was asked for wrongly (a ValueError of what reads).
-        """
+    def query(self, read: Callable[[Redis], Awaitable[_Result]]) -> _Result:
+        """Call `read` with a client of the server; its ValueError becomes a UsageProblem."""
         try:
             return self.run(lambda broker: read(broker.redis))
         except ValueError as error:
@@ -72,7 +79,7 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerAndTasks(Server):
-    """The options that say which tasks there are beside the installed ones, and which server."""
+    """Options that select the Redis server and modules of tasks."""
 
     module: ModuleOption = None
 
@@ -83,13 +90,9 @@ class ServerAndTasks(Server):
 
 
 def resolve_redis_url(option: str | None, file: str | None = None) -> str:
-    """The server's address: from the option, else the file, else the environment, else `redis://localhost`.
-
-    Raises:
-        CliError: when it cannot be the address of a server; usage when it was given as an option.
-    """
+    """Resolve the server's URL: from the option, else the file, else the environment, else `redis://localhost`."""
     if option is not None and file is not None:
-        raise UsageProblem("--redis-url and --redis-url-file say the same; give one of them")
+        raise UsageProblem("--redis-url and --redis-url-file exclude each other; give one of them")
     given = option is not None or file is not None
     in_environment = os.environ.get(REDIS_URL_VARIABLE)
     path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)

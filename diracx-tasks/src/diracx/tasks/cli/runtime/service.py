@@ -1,4 +1,4 @@
-"""Runs a worker or a scheduler until a signal: event loop, signals, readiness, reading at the start."""
+"""Runs a worker or a scheduler until a signal: event loop, signal handlers, readiness, configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker import RedisStreamBroker
@@ -19,27 +21,35 @@ from ..options import LogLevelOption
 from .broker import open_broker
 from .configuration import Configuration, read_configuration
 from .logs import set_task_log_level
-from .metrics_server import LOOPBACK, MetricsHostOption, MetricsPortOption
 from .server import ServerAndTasks
 from .supervisor import report_to_supervisor
 
 logger = logging.getLogger(__package__)
 
-#: New objects before the garbage collector searches for cycles: a worker makes thousands a second that have none.
+#: Threshold of the garbage collector: a worker makes thousands of objects without cycles per second.
 _COLLECTED_AFTER = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions(ServerAndTasks):
-    """The options that `worker` and `scheduler` share."""
+    """Options of `worker` and `scheduler`."""
 
-    metrics_port: MetricsPortOption = None
-    metrics_host: MetricsHostOption = LOOPBACK
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Port for /metrics, /healthz and /readyz; with --processes, the next ports, too.",
+        ),
+    ] = None
+    metrics_host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address of the metrics port; 0.0.0.0 for all.")
+    ] = "127.0.0.1"
     log_level: LogLevelOption = None
 
 
 class Service:
-    """A process that serves until a signal, or until its supervisor is gone."""
+    """Service process that runs until a signal, or until its supervisor ends."""
 
     def __init__(self, options: ServiceOptions) -> None:
         self.options = options
@@ -49,17 +59,13 @@ class Service:
         self.on_second_signal: Callable[[], None] = lambda: None
 
     def is_ready(self) -> bool:
-        """True if it serves, and is not about to stop."""
+        """True if it is ready and not stopping."""
         return self._ready is not None and self._ready.is_set() and not self.stop.is_set()
 
     async def open(
         self, stack: AsyncExitStack, role: Role, size: Size | None = None
     ) -> tuple[RedisStreamBroker, Configuration]:
-        """The broker, open, and the configuration of the tasks of `options.registry`.
-
-        Raises:
-            CliError: when the server cannot be used, or a module or the configuration is wrong.
-        """
+        """Open the broker, and read the configuration of the tasks of `options.registry`."""
         broker = await stack.enter_async_context(open_broker(self.url, size, role=role))
         registry = self.options.registry
         set_task_log_level(registry)
@@ -68,16 +74,16 @@ class Service:
         return broker, read_configuration(registry)
 
     def announce(self, stack: AsyncExitStack, ready: asyncio.Event, line: str) -> None:
-        """Log the line, and report to the supervisor, when it is ready."""
+        """Log the line, and report to the supervisor, once `ready` is set."""
 
         async def announce() -> None:
             await ready.wait()
-            gc.freeze()  # modules and all that was made up to here stay: the collector need not search them again
+            gc.freeze()  # modules and other objects made up to here are never garbage
             gc.set_threshold(_COLLECTED_AFTER)
             logger.info("ready: %s", line)
 
         def stop_alone() -> None:
-            logger.warning("the supervisor is gone: stopping")
+            logger.warning("the supervisor has ended: stopping")
             self.stop.set()
 
         self._ready = ready
@@ -85,11 +91,11 @@ class Service:
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(coroutine))
 
     def run(self, main: Callable[[AsyncExitStack], Awaitable[None]]) -> None:
-        """Run until a signal comes, and stop cleanly. Errors of the start are raised."""
+        """Run until a signal, and stop cleanly. Errors of the start are raised."""
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
-            _run_to_its_end(runner.get_loop(), self._until_signalled(main))
+            _run_until_complete(runner.get_loop(), self._until_signalled(main))
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # Python's own end would give up the handlers above
+            signal.signal(number, signal.SIG_IGN)  # Python restores the default handlers at its exit
 
     async def _until_signalled(self, main: Callable[[AsyncExitStack], Awaitable[None]]) -> None:
         loop = asyncio.get_running_loop()
@@ -98,8 +104,7 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._on_signal, signal.Signals(number).name)
 
-        # Not through the loop: its handlers go with it, and a late signal would then kill a process that has
-        # done all its work and only ends, with an exit code of failure.
+        # Not handlers of the loop: these end with it, and a late signal would kill the exiting process.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
         async with AsyncExitStack() as stack:
@@ -108,17 +113,15 @@ class Service:
 
     def _on_signal(self, name: str) -> None:
         if not self.stop.is_set():
-            logger.info("%s: stopping; once more to cancel what runs", name)
+            logger.info("%s: stopping; another signal cancels running tasks", name)
             self.stop.set()
         else:
-            logger.warning("%s again: cancelling what runs", name)
+            logger.warning("%s again: cancelling running tasks", name)
             self.on_second_signal()
 
 
-def _run_to_its_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
-    """Run the loop until this has ended: an event loop stops for a KeyboardInterrupt or SystemExit of anything
-    that runs in it, as of an asyncio task that a task of ours has started. Signals come in another way.
-    """
+def _run_until_complete(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
+    """Run the loop until `main` ends, even if code of a task stops it with KeyboardInterrupt or SystemExit."""
     running = loop.create_task(main)
     while True:
         try:
@@ -127,12 +130,12 @@ def _run_to_its_end(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, N
             if running.done():
                 raise
             logger.error(
-                "a part of a task raised %s outside of `execute`; the worker goes on", type(error).__name__
+                "code of a task raised %s outside of `execute`; the worker continues", type(error).__name__
             )
 
 
 def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed (`pip install diracx-tasks[fast]`); None for that of asyncio."""
+    """Return the factory of uvloop if it is installed (`pip install diracx-tasks[fast]`), else None."""
     try:
         import uvloop
     except ImportError:

@@ -1,8 +1,7 @@
 """Process supervisor of `worker --processes`, `dev` and the demo: restarts children, stops them in order.
 
-Two variables of its environment give a child its number and the socket that binds it to the supervisor. Through it
-the child reports that it is ready, and learns, when it closes, that the supervisor is gone: then it stops as it
-would on SIGTERM, for nothing would restart or stop it.
+Environment variables give a child its number and a socket to the supervisor. Over the socket the child reports
+that it is ready. When the socket is closed because the supervisor has ended, the child stops as on SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _NUMBER_VARIABLE = "DIRACX_TASKS_PROCESS_NUMBER"
 _SOCKET_VARIABLE = "DIRACX_TASKS_SUPERVISOR_SOCKET"
 _READY = b"r"
 _LONGEST_LINE = 2**20
-#: How long the output of a child that has ended is read, should another process hold its pipe.
+#: How long to read the output of a child that has ended, if another process keeps its pipe open.
 _LAST_OUTPUT_SECONDS = 1.0
 
 
@@ -34,13 +33,13 @@ _LAST_OUTPUT_SECONDS = 1.0
 
 @cache
 def _inherited(variable: str) -> int | None:
-    """A value that the supervisor set, removed from the environment: a process that a task starts is no child."""
+    """Return a variable of the supervisor, and remove it from the environment of subprocesses of tasks."""
     number = os.environ.pop(variable, None)
     return None if number is None else int(number)
 
 
 def own_number() -> int | None:
-    """Number of this child, from 1; None of a process without one."""
+    """Return the number of this child, from 1; None if it has none."""
     return _inherited(_NUMBER_VARIABLE)
 
 
@@ -49,22 +48,22 @@ def is_supervised() -> bool:
     return _inherited(_SOCKET_VARIABLE) is not None
 
 
-async def report_to_supervisor(ready: asyncio.Event, on_supervisor_gone: Callable[[], None]) -> None:
-    """In a child: report when it is ready, and call back when the supervisor is gone. Without one, do nothing."""
+async def report_to_supervisor(ready: asyncio.Event, on_supervisor_end: Callable[[], None]) -> None:
+    """In a child: report when it is ready, and call `on_supervisor_end` when the supervisor has ended."""
     if not is_supervised():
         return
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=_inherited(_SOCKET_VARIABLE)))
-    gone = asyncio.ensure_future(reader.read())
+    closed = asyncio.ensure_future(reader.read())
     is_ready = asyncio.ensure_future(ready.wait())
     try:
-        await asyncio.wait({gone, is_ready}, return_when=asyncio.FIRST_COMPLETED)
-        if not gone.done():
+        await asyncio.wait({closed, is_ready}, return_when=asyncio.FIRST_COMPLETED)
+        if not closed.done():
             writer.write(_READY)
-        with suppress(ConnectionError):  # it had not read our report
-            await gone
-        on_supervisor_gone()
+        with suppress(ConnectionError):  # the supervisor ended before it read the report
+            await closed
+        on_supervisor_end()
     finally:
-        gone.cancel()
+        closed.cancel()
         is_ready.cancel()
         writer.close()
 
@@ -74,7 +73,7 @@ async def report_to_supervisor(ready: asyncio.Event, on_supervisor_gone: Callabl
 
 @dataclass(eq=False)
 class Child:
-    """A Python module that is kept running as a program. It calls `report_to_supervisor`."""
+    """A child process: a Python module that runs as a program and calls `report_to_supervisor`."""
 
     name: str
     arguments: Sequence[str] = ()
@@ -84,7 +83,7 @@ class Child:
     process: asyncio.subprocess.Process | None = field(default=None, init=False)
     """None while it does not run."""
     is_ready: bool = field(default=False, init=False)
-    """True if this run of it has reported that it is ready."""
+    """True if the process has reported that it is ready."""
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it runs."""
@@ -95,18 +94,18 @@ class Child:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Policy by which a child that ended is started again, and the supervisor gives up in the end."""
+    """Backoff of restarts, and when the supervisor stops all children because one cannot start."""
 
     every_child_must_start: bool
-    """Give up when a child ends before it was ready; else only while none has ever been ready."""
+    """Stop when a child ends before it was ready; else only while none has ever been ready."""
     first_pause_seconds: float = 0.5
     longest_pause_seconds: float = 30.0
-    """Backoff double each time a child ends within `young_seconds`."""
+    """The pause doubles each time a child ends within `young_seconds`."""
     young_seconds: float = 10.0
 
 
 class ChildFailedError(Exception):
-    """A child cannot start, so that all were stopped. It has reported why in its log, and would again."""
+    """A child cannot start, and all were stopped. The cause is in the log of the child."""
 
     def __init__(self, name: str, code: int) -> None:
         super().__init__(f"{name} ended with exit code {code} at its start")
@@ -117,9 +116,9 @@ class Supervisor:
     """Keeps children running until it is stopped by a signal.
 
     Args:
-        stages: the children; those of a stage are stopped when those of the stage before have ended.
+        stages: the children; those of a stage are stopped when those of the previous stage have ended.
         report: logs a line.
-        output: gets each line of a child's output, with its name; without it, children write to our own output.
+        output: called with name and line for each line of a child's output; None: children inherit our output.
         kill_after_seconds: children of a stage that have not ended this long after SIGTERM are killed.
     """
 
@@ -144,7 +143,7 @@ class Supervisor:
         self._failure: ChildFailedError | None = None
 
     def handle_signals(self, *numbers: signal.Signals) -> None:
-        """Stop on these signals; pass on a repeated one as SIGTERM to all, which cancels what still runs."""
+        """Stop on these signals; forward a repeated one as SIGTERM to all children to cancel running tasks."""
         for number in numbers:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
 
@@ -162,10 +161,10 @@ class Supervisor:
         self._stopping.set()
 
     async def run(self, environment: Mapping[str, str] | None = None) -> int:
-        """Run until stopped. Returns the first exit code of a child that is no success, or 0.
+        """Run until stopped. Returns the first non-zero exit code of a child, or 0.
 
         Args:
-            environment: variables of the children beside our own.
+            environment: variables to add to the environment of the children.
 
         Raises:
             ChildFailedError: a child cannot start; see `RestartPolicy`.
@@ -187,14 +186,14 @@ class Supervisor:
         return self._exit_code
 
     async def _keep_running(self, child: Child, environment: Mapping[str, str]) -> None:
-        """Run a child, again when it ends."""
+        """Run a child, and restart it when it ends."""
         policy = self._policy
         pause = policy.first_pause_seconds
         while not self._stopping.is_set():
             began = time.monotonic()
             code = await self._run_once(child, environment)
             if self._stopping.is_set():
-                if code != -signal.SIGTERM:  # which is how one ends that was still starting
+                if code != -signal.SIGTERM:  # exit code of a child that was still starting
                     self._exit_code = self._exit_code or (code if code >= 0 else 128 - code)
                 return
             if self._must_give_up(child, code):
@@ -204,7 +203,7 @@ class Supervisor:
                 return
             if time.monotonic() - began > policy.young_seconds:
                 pause = policy.first_pause_seconds
-            self._report(f"{child.name} has ended ({_cause(code)}): another in {pause:g} s")
+            self._report(f"{child.name} has ended ({_cause(code)}): restarting in {pause:g} s")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             pause = min(2 * pause, policy.longest_pause_seconds)
@@ -215,21 +214,21 @@ class Supervisor:
         return not self._any_was_ready and code > 0
 
     async def _run_once(self, child: Child, environment: Mapping[str, str]) -> int:
-        """Start a child and wait for its end. Returns the exit code (negative: of a signal)."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        variables = {**environment, _SOCKET_VARIABLE: str(theirs.fileno())}
+        """Start a child and wait for its end. Returns the exit code; negative: killed by that signal."""
+        parent_socket, child_socket = socket.socketpair()
+        parent_socket.setblocking(False)
+        variables = {**environment, _SOCKET_VARIABLE: str(child_socket.fileno())}
         if child.number is not None:
             variables[_NUMBER_VARIABLE] = str(child.number)
         child.is_ready = False
-        following = [asyncio.create_task(self._await_readiness(child, ours))]
+        following = [asyncio.create_task(self._await_readiness(child, parent_socket))]
         streams: dict[str, Any] = {}
-        with ours:
+        with parent_socket:
             with ExitStack() as ends_of_child:
-                ends_of_child.enter_context(theirs)
+                ends_of_child.enter_context(child_socket)
                 if self._output is not None:
-                    # Not a pipe of the process object: its `wait` waits for the pipe, too, which a process that a
-                    # task has left behind may hold.
+                    # Not a pipe of asyncio: `wait` would wait for its end, and a process that a task has started
+                    # may keep it open.
                     reading, writing = os.pipe()
                     pipe = ends_of_child.enter_context(os.fdopen(writing, "wb"))
                     streams = {"stdin": asyncio.subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
@@ -238,8 +237,8 @@ class Supervisor:
                     sys.executable,
                     *("-m", child.module, *child.arguments),
                     env=variables,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C in a terminal reaches it through us, and once
+                    pass_fds=[child_socket.fileno()],
+                    start_new_session=True,  # Ctrl-C in a terminal is forwarded by the supervisor alone
                     **streams,
                 )
             if self._stopping.is_set():  # the signal came while it was started
@@ -249,9 +248,9 @@ class Supervisor:
             await cancel_and_wait(*following)
         return code
 
-    async def _await_readiness(self, child: Child, ours: socket.socket) -> None:
+    async def _await_readiness(self, child: Child, parent_socket: socket.socket) -> None:
         with suppress(OSError):
-            if await asyncio.get_running_loop().sock_recv(ours, 1) == _READY:
+            if await asyncio.get_running_loop().sock_recv(parent_socket, 1) == _READY:
                 child.is_ready = self._any_was_ready = True
 
 
@@ -264,7 +263,7 @@ async def _read_lines(pipe: int, use: Callable[[str], None]) -> None:
         while True:
             try:
                 line = await reader.readline()
-            except ValueError:  # a line longer than the limit: what follows it is read again
+            except ValueError:  # a line longer than the limit is skipped
                 continue
             if not line:
                 return

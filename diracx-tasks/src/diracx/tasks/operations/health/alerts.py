@@ -1,4 +1,4 @@
-"""Results of the health checks."""
+"""Alerts of health checks, and their severity."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from datetime import datetime
 from enum import StrEnum
 
 from ...plumbing._util.printable import printable_line
-from ..models import Shown
+from ..models import ReadModel
 
 
 class Severity(StrEnum):
-    """Severity of an alert, in the words of Nagios."""
+    """Severity of an alert, with the terms of Nagios."""
 
     OK = "ok"
     WARNING = "warning"
@@ -19,16 +19,16 @@ class Severity(StrEnum):
     CRITICAL = "critical"
     """An operation that should happen does not."""
     UNKNOWN = "unknown"
-    """A check could not be made."""
+    """A check could not be run."""
 
     @property
     def exit_code(self) -> int:
-        """0 to 3, as Nagios has them."""
+        """Exit code of a Nagios check: 0 to 3."""
         return list(Severity).index(self)
 
     @property
     def rank(self) -> int:
-        """Greater is worse: what could not be seen may be worse than a warning."""
+        """Rank for sorting; unknown ranks between warning and critical."""
         return _WORST_LAST.index(self)
 
 
@@ -36,8 +36,8 @@ _WORST_LAST = (Severity.OK, Severity.WARNING, Severity.UNKNOWN, Severity.CRITICA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alert(Shown):
-    """A problem that operators should know of."""
+class Alert(ReadModel):
+    """Problem found by a health check."""
 
     check: str = ""
     """Name of the health check: `queue_without_worker`."""
@@ -47,26 +47,26 @@ class Alert(Shown):
     remedy: str
     """Remedy, on one line."""
     count: int = 1
-    """Number of tasks, workers, pilots, … that it is about."""
+    """Number of affected tasks, workers, pilots, …"""
     subject: str = ""
-    """Queue, worker, task, compute element, … that it is about; empty: the whole system."""
+    """Affected queue, worker, task, compute element, …; empty: the whole system."""
     since: datetime | None = None
-    """Since when it is so: by the data, else since it was first noticed; None where that is not known."""
+    """Start of the problem: from the data, else when it was first noticed; None if unknown."""
     public: bool = False
-    """True if those who see the numbers of the installation may see it whole: it names no task, lock or site."""
+    """True if members of VOs may see it in full: it names no task, lock or site."""
     path: str = "/"
-    """The page of the dashboard that has more about it."""
+    """Page of the dashboard with details."""
 
     def __post_init__(self) -> None:
-        # Names and errors come from anywhere, and an alert goes to terminals, pages, logs and mails.
+        # It may quote names and errors with control sequences.
         object.__setattr__(self, "summary", printable_line(self.summary))
 
 
 def worst(alerts: list[Alert]) -> Severity:
-    """The severity of the whole."""
+    """Return the highest severity."""
     return max((alert.severity for alert in alerts), key=lambda each: each.rank, default=Severity.OK)
 
 
 def counted(number: int, one: str, many: str) -> str:
-    """`1 task waits`, `1,204 tasks wait`."""
+    """Format a number with its noun: `1 task waits`, `1,204 tasks wait`."""
     return f"{number:,} {one if number == 1 else many}"

@@ -1,4 +1,7 @@
-"""The health checks: each judges the facts, and names what is wrong and what to do about it."""
+"""The health checks: each yields an alert for every problem that it finds in the facts.
+
+The first line of a check's docstring is shown to users who may not see its alerts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TypeAlias
 from urllib.parse import quote
 
 from ...plumbing.broker.server_check import SAFE_POLICY, eviction_problem, obstacle, risks
-from ..cursors import moment
+from ...plumbing.broker.stored import moment_of
 from ..models import Worker
 from .alerts import Alert, Severity, counted
 from .facts import Facts
@@ -18,17 +21,17 @@ from .thresholds import HealthThresholds
 
 Check: TypeAlias = "Callable[[Facts, HealthThresholds], Iterator[Alert]]"
 
-#: What comes into a queue that grows, by what goes out: a balance that wavers is no growth.
+#: A queue grows if its input rate exceeds its output rate by this factor.
 _GROWING = 1.1
-#: What comes in messages may have names of any length.
+#: Maximum length of names that come from messages.
 _LONGEST_NAME = 100
-#: Alerts of one check that are listed one by one.
+#: Maximum number of alerts of one check.
 LISTED = 20
 _REJECTED_REMEDIES = {
     "unknown task": "workers lack this task: install its package there, or start them with its --module",
     "arguments": "they were submitted with another version of the task: install the same version everywhere",
-    "unparsable": "something else writes to the streams of the task system, or data were damaged",
-    "poison": "every worker that took it died: look at their log before it is submitted again",
+    "unparsable": "another program writes to the streams of the task system, or data are corrupt",
+    "poison": "every worker that executed it crashed: see their log before it is submitted again",
 }
 
 CHECKS: dict[str, Check] = {}
@@ -36,11 +39,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def _check(*, public: bool) -> Callable[[Check], Check]:
-    """Register a check. Its alerts get its name.
-
-    Args:
-        public: whether those who see the numbers of the installation may see its alerts whole.
-    """
+    """Register a check and set its name in its alerts; `public`: members of VOs see them in full."""
 
     def register(check: Check) -> Check:
         name = check.__name__
@@ -63,7 +62,7 @@ def server_unusable(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 
 def unusable(problem: str) -> Alert:
-    """The alert for what keeps the task system from working on the server."""
+    """Make the alert for an unsupported server."""
     return Alert(
         check="server_unusable",
         public=True,
@@ -75,12 +74,12 @@ def unusable(problem: str) -> Alert:
 
 @_check(public=True)
 def eviction(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Redis may throw tasks away, or has."""
+    """Redis may evict tasks, or has evicted some."""
     limit = facts.seen.memory_limit_bytes
     problem = eviction_problem(facts.seen.memory_policy, limit)
     evicted_keys = int(facts.server.info.get("evicted_keys", 0))
     if problem is None and evicted_keys:
-        problem = f"Redis has deleted {counted(evicted_keys, 'key', 'keys')} for want of memory since its start"
+        problem = f"Redis has evicted {counted(evicted_keys, 'key', 'keys')} since its start"
     if problem is not None:
         may_happen = limit is not None and facts.seen.memory_policy != SAFE_POLICY
         yield Alert(
@@ -111,7 +110,7 @@ def _risks(facts: Facts, check: str) -> Iterator[Alert]:
 
 @_check(public=True)
 def memory(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Redis comes near the limit at which it refuses new tasks."""
+    """Redis is close to the memory limit at which it refuses new tasks."""
     used, limit = facts.seen.memory_bytes, facts.seen.memory_limit_bytes
     if used is None or not limit or used < limits.memory_warning_share * limit:
         return
@@ -124,7 +123,7 @@ def memory(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def no_scheduler(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Nothing periodic is submitted."""
+    """No scheduler leads: no periodic task is submitted."""
     seen = facts.seen
     if seen.schedules and not seen.scheduler_leads:
         late = seen.schedule_lateness_seconds
@@ -140,14 +139,14 @@ def no_scheduler(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def schedules_late(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A scheduler leads, and cannot keep up."""
+    """The leading scheduler does not keep up."""
     seen = facts.seen
     if seen.scheduler_leads and seen.schedule_lateness_seconds > limits.late_seconds:
         yield Alert(
             severity=Severity.CRITICAL,
             summary=f"{counted(seen.schedules_late, 'schedule is', 'schedules are')} late, "
             f"the worst by {_time(seen.schedule_lateness_seconds)}",
-            remedy="`diracx-task-run schedule list` says which, the log of the scheduler why",
+            remedy="see `diracx-task-run schedule list` and the log of the scheduler",
             count=max(1, seen.schedules_late),
             since=seen.at - timedelta(seconds=seen.schedule_lateness_seconds),
             path="/schedules",
@@ -156,14 +155,14 @@ def schedules_late(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=False)
 def schedules_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """The leading scheduler cannot submit some schedules: they are off until that is mended."""
+    """The leading scheduler cannot submit some schedules: these are off until that is fixed."""
     if facts.schedule_problems:
         first, why = min(facts.schedule_problems.items())
         number = len(facts.schedule_problems)
         yield Alert(
             severity=Severity.CRITICAL,
             summary=f"{counted(number, 'schedule', 'schedules')} cannot be submitted: {first}: {why}",
-            remedy="`diracx-task-run schedule list` has them all, each with its reason",
+            remedy="`diracx-task-run schedule list` lists them with the reason",
             count=number,
             path="/schedules",
         )
@@ -171,13 +170,13 @@ def schedules_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
 
 @_check(public=True)
 def delayed_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Retries and tasks with a time do not come into their queues."""
+    """Due retries and other delayed tasks are not promoted."""
     seen = facts.seen
     if seen.overdue and seen.delayed_lateness_seconds > limits.late_seconds:
         tasks = counted(seen.overdue, "delayed task is", "delayed tasks are")
         yield Alert(
             severity=Severity.CRITICAL,
-            summary=f"{tasks} overdue: no worker or scheduler moves them to their queues",
+            summary=f"{tasks} overdue: no worker or scheduler promotes them",
             remedy="start a worker or a scheduler",
             count=seen.overdue,
             since=seen.at - timedelta(seconds=seen.delayed_lateness_seconds),
@@ -187,7 +186,7 @@ def delayed_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def queue_without_worker(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Tasks wait, and no worker of their size runs."""
+    """Tasks are queued, and no worker of their size runs."""
     served = _served(facts)
     for queue in facts.seen.queues:
         if queue.backlog and queue.size not in served and None not in served:
@@ -205,15 +204,15 @@ def queue_without_worker(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
 
 @_check(public=False)
 def worker_blocked(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A task blocks the event loop: nothing else of its worker goes on."""
+    """A task blocks the event loop of its worker, and so its other tasks."""
     for worker in facts.seen.workers:
         if worker.alive and (blocked := worker.blocked) is not None:
             which = f"{blocked.task_name} {blocked.task_id}" if blocked.task_id else "a task"
             yield Alert(
                 severity=Severity.CRITICAL,
                 summary=f"worker {worker.name}: {which} blocks its event loop",
-                remedy="its stack is in `workers --json` and in the log: mend the task; end the process, and run "
-                "it with `--hard-limit`",
+                remedy="see the stack in `workers --json` or in the log and fix the task; restart the worker with "
+                "`--hard-limit`",
                 subject=worker.name,
                 since=blocked.since,
                 path="/workers",
@@ -222,7 +221,7 @@ def worker_blocked(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A worker renews its lease and reports nothing."""
+    """A worker renews its lease, but sends no reports."""
     for worker in facts.seen.workers:
         if not worker.alive or worker.blocked is not None or worker.seen is None:
             continue
@@ -230,8 +229,8 @@ def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         if silent > limits.silent_seconds:
             yield Alert(
                 severity=Severity.CRITICAL,
-                summary=f"worker {worker.name} lives, but has been silent for {_time(silent)}",
-                remedy="see its log: a task blocks it, or it may not write to the server",
+                summary=f"worker {worker.name} is alive, but has not reported for {_time(silent)}",
+                remedy="see its log: a task blocks it, or its Redis user may not write",
                 subject=worker.name,
                 since=worker.seen,
                 path="/workers",
@@ -240,7 +239,7 @@ def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def tasks_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A class of tasks fails in most of its attempts."""
+    """Most attempts of a task class fail."""
     for each in facts.stats:
         attempts, rate = each.done + each.failed, each.failure_rate or 0.0
         if attempts < limits.failure_attempts or rate < limits.failure_warning_share:
@@ -249,7 +248,7 @@ def tasks_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
             severity=Severity.CRITICAL if rate >= limits.failure_critical_share else Severity.WARNING,
             summary=f"{each.task_name} fails in {rate:.0%} of its attempts: "
             f"{each.failed:,} of {attempts:,} within the past hour",
-            remedy=f"`diracx-task-run tasks stats --task {each.task_name} --failures 3` has the errors",
+            remedy=f"`diracx-task-run tasks stats --task {each.task_name} --failures 3` shows the errors",
             count=each.failed,
             subject=each.task_name,
             path=f"/failures?task={quote(each.task_name, safe='')}",
@@ -258,18 +257,18 @@ def tasks_failing(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=False)
 def configuration(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Processes go on with an earlier configuration, or with different ones."""
+    """Processes use an earlier configuration, or different ones."""
     wrong = [each for each in facts.configurations if each.problems]
     digests = {each.digest for each in facts.configurations}
     if wrong:
         since = [each.problems_since for each in wrong if each.problems_since is not None]
         yield Alert(
             severity=Severity.CRITICAL,
-            summary=f"{counted(len(wrong), 'process goes', 'processes go')} on with an earlier configuration, as "
-            f"what is written now is wrong: {wrong[0].problems[0][:200]}",
-            remedy="`diracx-task-run config check` has every mistake with its line",
+            summary=f"{counted(len(wrong), 'process uses', 'processes use')} an earlier configuration, as the "
+            f"current one is wrong: {wrong[0].problems[0][:200]}",
+            remedy="`diracx-task-run config check` lists every mistake with its line",
             count=len(wrong),
-            since=moment(min(since)) if since else None,
+            since=moment_of(min(since)) if since else None,
             path="/configuration",
         )
     elif len(digests) > 1:
@@ -278,31 +277,31 @@ def configuration(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
             yield Alert(
                 severity=Severity.WARNING,
                 summary=f"{len(digests)} different configurations are in force",
-                remedy="`diracx-task-run config in-force` says which process has which",
+                remedy="`diracx-task-run config in-force` lists the configuration of each process",
                 count=len(digests),
-                since=moment(newest),
+                since=moment_of(newest),
                 path="/configuration",
             )
 
 
 @_check(public=True)
 def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """The workers of a queue do not keep up with it."""
+    """The workers of a queue do not keep up."""
     served = _served(facts)
     for queue in facts.seen.queues:
         if not queue.backlog or (queue.size not in served and None not in served):
             continue
         waits = queue.oldest_waiting_seconds or 0.0
-        comes, goes = queue.in_per_second or 0.0, queue.out_per_second or 0.0
-        growing = queue.backlog >= limits.growing_backlog and comes > _GROWING * goes
+        rate_in, rate_out = queue.in_per_second or 0.0, queue.out_per_second or 0.0
+        growing = queue.backlog >= limits.growing_backlog and rate_in > _GROWING * rate_out
         if not growing and (waits <= limits.wait_seconds or queue.priority == "background"):
             continue
         tasks = counted(queue.backlog, "task waits", "tasks wait")
-        how = f", and {comes - goes:.1f} more a second come in than go out" if growing else ""
+        growth = f"; the backlog grows by {rate_in - rate_out:.1f} tasks per second" if growing else ""
         yield Alert(
             severity=Severity.WARNING,
-            summary=f"{queue.name}: {tasks}, the first for {_time(waits)}{how}",
-            remedy="all slots are taken: `diracx-task-run running` says by what; add workers, or `--processes`",
+            summary=f"{queue.name}: {tasks}, the first for {_time(waits)}{growth}",
+            remedy="all slots are in use, see `diracx-task-run running`; add workers, or `--processes`",
             count=queue.backlog,
             subject=queue.name,
             since=_waiting_since(facts, queue.oldest_waiting_seconds),
@@ -312,41 +311,41 @@ def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=False)
 def tasks_overdue(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Tasks go on after their time limit, or after they were cancelled."""
+    """Tasks continue after their time limit or their cancellation."""
     for worker, task in facts.running:
         since = task.get("overdue_since")
         if since is None or facts.seen.at.timestamp() - since < limits.overdue_task_seconds:
             continue
         yield Alert(
             severity=Severity.WARNING,
-            summary=f"{task['task_name']} {task['task_id']} goes on after its time limit or its cancellation",
-            remedy=f"its slot of {worker} is lost until it ends: mend the task, or use `--hard-limit`",
+            summary=f"{task['task_name']} {task['task_id']} continues after its time limit or its cancellation",
+            remedy=f"it occupies a slot of {worker} until it ends: fix the task, or use `--hard-limit`",
             subject=task["task_id"],
-            since=moment(since),
+            since=moment_of(since),
             path="/running",
         )
 
 
 @_check(public=False)
 def poison_candidates(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A running task has been with workers that died."""
+    """A running task was on workers that crashed."""
     for _, task in facts.running:
         if task["deliveries"] >= limits.deliveries:
             yield Alert(
                 severity=Severity.WARNING,
-                summary=f"{task['task_name']} {task['task_id']} was handed out {task['deliveries']} times: the "
-                "workers that had it died",
-                remedy="look at the log of those workers; cancel it if it is what killed them",
+                summary=f"{task['task_name']} {task['task_id']} was delivered {task['deliveries']} times: the "
+                "workers that executed it crashed",
+                remedy="see the log of those workers; cancel the task if it made them crash",
                 count=task["deliveries"],
                 subject=task["task_id"],
-                since=moment(task["since"]),
+                since=moment_of(task["since"]),
                 path="/running",
             )
 
 
 @_check(public=False)
 def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Messages came within the past hour that no worker could execute."""
+    """Within the past hour, messages arrived that no worker could execute."""
     for reason in dict.fromkeys(each.type for each in facts.rejected):
         these = [each for each in facts.rejected if each.type == reason]
         names = list(dict.fromkeys(each.task_name[:_LONGEST_NAME] or "no task" for each in these))
@@ -354,7 +353,7 @@ def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
         yield Alert(
             severity=Severity.CRITICAL if reason == "poison" else Severity.WARNING,
             summary=f"{counted(len(these), 'message', 'messages')} could not be executed ({reason}): {which}",
-            remedy=_REJECTED_REMEDIES.get(reason, "`diracx-task-run dlq list` has them"),
+            remedy=_REJECTED_REMEDIES.get(reason, "see `diracx-task-run dlq list`"),
             count=len(these),
             subject=reason,
             since=these[-1].at,
@@ -364,7 +363,7 @@ def messages_rejected(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]
 
 @_check(public=False)
 def locks_held(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """A task holds a lock for long while others wait for it."""
+    """A task has held a lock for a long time while others wait for it."""
     for lock in facts.contended:
         held = (facts.seen.at - lock.since).total_seconds()
         if held > limits.lock_held_seconds:
@@ -382,13 +381,13 @@ def locks_held(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 @_check(public=True)
 def groups_stuck(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Callback groups have shown no sign of life for a day."""
+    """Callback groups have not progressed for a day."""
     if facts.seen.groups_stuck:
         yield Alert(
             severity=Severity.WARNING,
             summary=f"{counted(facts.seen.groups_stuck, 'callback group', 'callback groups')} failed without "
-            "a callback for that, or had no child that ended for a day",
-            remedy="`diracx-task-run group list` has them; submit failed children again, or fire the callback",
+            "an on_failure callback, or had no child that ended for a day",
+            remedy="see `diracx-task-run group list`; submit failed children again, or fire the callback",
             count=facts.seen.groups_stuck,
             path="/groups",
         )
@@ -403,8 +402,8 @@ def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
         yield Alert(
             severity=Severity.WARNING,
             summary=f"{dead_letters} in Redis: no worker has stored them in the database",
-            remedy="`diracx-task-run dlq waiting` has them; workers with DIRACX_DB_URL_TASKDB import them: see "
-            "that one runs, that this database answers, and whether the log says that it refuses them",
+            remedy="see `diracx-task-run dlq waiting`; workers with DIRACX_DB_URL_TASKDB import them: check that "
+            "one runs, that the database responds, and whether the log has errors of it",
             count=seen.dead_letters_waiting,
             since=seen.dead_letters_waiting_since,
             path="/dead-letters",
@@ -413,14 +412,14 @@ def dead_letters_waiting(facts: Facts, limits: HealthThresholds) -> Iterator[Ale
 
 @_check(public=True)
 def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
-    """Workers have died within the last three minutes; others take over what they ran."""
+    """Workers have crashed within the last three minutes; others reclaim their tasks."""
     dead: list[Worker] = [worker for worker in facts.seen.workers if not worker.alive]
     if dead:
         names = ", ".join(worker.name for worker in dead[:3]) + (", …" if len(dead) > 3 else "")
         yield Alert(
             severity=Severity.WARNING,
             summary=f"{counted(len(dead), 'worker is', 'workers are')} dead: {names}",
-            remedy="others take over what they ran; find out what they died of: their log, the kernel's (memory?)",
+            remedy="other workers reclaim their tasks; see their log, and that of the kernel (out of memory?)",
             count=len(dead),
             since=_earliest([worker.lease_until or worker.seen for worker in dead]),
             path="/workers",
@@ -428,19 +427,19 @@ def workers_dead(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
 
 
 def describe(check: str) -> str:
-    """Describe what a check looks for, in a line without names."""
+    """Describe a check in one line: the first of its docstring."""
     found = CHECKS.get(check)
     return check.replace("_", " ") if found is None else (found.__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def find_alerts(facts: Facts, limits: HealthThresholds) -> list[Alert]:
-    """Run all health checks; of each return the first 20 alerts, and one that counts the rest."""
+    """Run all health checks. Returns at most 20 alerts of each, and one that counts the rest."""
     alerts: list[Alert] = []
     for name, check in CHECKS.items():
         found = list(check(facts, limits))
         alerts += found[:LISTED]
         if more := found[LISTED:]:
-            summary = f"{len(more)} more of the kind {name}"
+            summary = f"{len(more)} more alerts of {name}"
             worst = max(more, key=lambda each: each.severity.rank)
             alerts.append(
                 Alert(
@@ -457,7 +456,7 @@ def find_alerts(facts: Facts, limits: HealthThresholds) -> list[Alert]:
 
 
 def _served(facts: Facts) -> set[str | None]:
-    """Sizes of the workers that live; None among them: of one that has not reported yet."""
+    """Return the sizes of live workers; None for one that has not reported yet."""
     return {worker.size for worker in facts.seen.workers if worker.alive}
 
 

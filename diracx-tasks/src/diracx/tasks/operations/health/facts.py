@@ -1,4 +1,4 @@
-"""Reads what health checks judge: a fixed number of round trips, however much is queued."""
+"""Reads the input of the health checks, in a fixed number of round trips."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from redis.asyncio import Redis
 from ...plumbing.broker.locking import waiter_counts
 from ...plumbing.broker.scheduling import schedule_problems
 from ...plumbing.broker.server_check import Server, read_server
+from ...plumbing.broker.stored import moment_of
 from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.persistence.dead_letter import DeadLetterReason
 from ...plumbing.worker.reporter import REJECTED
-from ..cursors import moment
 from ..models import Failure, Snapshot, TaskStats
 from ..processes import reported_running
 from ..queued import snapshot
 from ..statistics import failures, stats
 
-#: Locks of long-running tasks that are looked at.
+#: Maximum number of checked locks, those of the longest running tasks.
 _LOCKS = 200
 _FAILURES = 100
 _PROBLEM_LENGTH = 200
@@ -34,34 +34,30 @@ class Contended:
     task_id: str
     task_name: str
     since: datetime
-    """Time when its task began."""
+    """Start of its task."""
     waiters: int
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The whole system at one moment, as far as the server knows it."""
+    """Input of the health checks: the state of the whole system at one moment."""
 
     seen: Snapshot
     stats: list[TaskStats]
     """Of the past hour."""
     configurations: list[ActiveConfig]
     running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Worker, and what it says of a task that it runs."""
+    """Running tasks: name of the worker and its report about the task."""
     contended: list[Contended] = field(default_factory=list)
     rejected: list[Failure] = field(default_factory=list)
-    """Messages of the past hour that could not be executed, the newest first."""
+    """Messages of the past hour that could not be executed, newest first."""
     schedule_problems: dict[str, str] = field(default_factory=dict)
     """Schedule -> why it cannot be submitted."""
     server: Server = field(default_factory=Server)
 
 
 async def read_facts(redis: Redis) -> Facts:
-    """All facts.
-
-    Raises:
-        redis.exceptions.RedisError: when the server does not answer, or refuses.
-    """
+    """Read all facts."""
     seen = await snapshot(redis)
     problems = await schedule_problems(redis)
     alive = [worker.name for worker in seen.workers if worker.alive]
@@ -87,7 +83,7 @@ async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) ->
     )[:_LOCKS]
     waiting = await waiter_counts(redis, [key for _, key, _ in holders])
     return [
-        Contended(key, task["task_id"], task["task_name"], moment(since), waiters)
+        Contended(key, task["task_id"], task["task_name"], moment_of(since), waiters)
         for (since, key, task), waiters in zip(holders, waiting, strict=True)
         if waiters
     ]

@@ -1,33 +1,33 @@
-"""The result of all health checks, and what a viewer may see of it."""
+"""Result of all health checks, and its reduction for members of a VO."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..models import Shown, Snapshot
+from ..models import ReadModel, Snapshot
 from ..visibility import Viewer
 from .alerts import Alert, Severity
 from .checks import describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Health(Shown):
+class Health(ReadModel):
     """Result of all health checks at one moment."""
 
     severity: Severity
-    """The worst there is."""
+    """The highest severity of the alerts."""
     alerts: list[Alert] = field(default_factory=list)
-    """The worst first."""
+    """Alerts by descending severity."""
     unchecked: list[str] = field(default_factory=list)
-    """Checks that cannot be run from here, each with the reason."""
+    """Checks that are not configured, each with the reason."""
     snapshot: Snapshot | None = None
-    """The whole system; None when the server did not answer."""
+    """The whole system; None if the server did not respond."""
     error: Exception | None = None
-    """Error with which the server did not answer."""
+    """Error of the server if it did not respond."""
 
     def for_viewer(self, viewer: Viewer) -> Health:
-        """Reduce it to what a viewer may see: of what concerns other VOs only that it is so."""
+        """Reduce it for a viewer of one VO: alerts that are not public are merged by check, without names."""
         if viewer.vo is None:
             return self
         shown = [alert for alert in self.alerts if alert.public]
@@ -41,7 +41,7 @@ class Health(Shown):
                     check=check,
                     severity=severity,
                     summary=describe(check),
-                    remedy="administrators see which, and what to do",
+                    remedy="ask an administrator, who sees the details",
                     count=len(these),
                     since=min((each.since for each in these if each.since is not None), default=None),
                 )
@@ -51,11 +51,11 @@ class Health(Shown):
         return replace(self, alerts=shown, snapshot=snapshot, unchecked=[])
 
     def names(self) -> list[str]:
-        """`{severity} {check}` of each alert, once: for those who may not see more."""
+        """Return `{severity} {check}` of each alert, without duplicates."""
         return list(dict.fromkeys(f"{alert.severity} {alert.check}" for alert in self.alerts))
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`: the alerts, beside the fields of the snapshot."""
+        """Return the alerts and the fields of the snapshot for `json.dumps`."""
         return {
             **({} if self.snapshot is None else self.snapshot.as_json()),
             "severity": str(self.severity),

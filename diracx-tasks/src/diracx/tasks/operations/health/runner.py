@@ -1,4 +1,4 @@
-"""Runs the health checks: those of the server, of the dead letters, and of other distributions."""
+"""Runs the health checks of the server, of the database of dead letters, and of other distributions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from ...plumbing._util.retrying import reason
 from ...plumbing.broker.inspection import note_alerts
 from ...plumbing.broker.server_check import obstacle, read_server
-from ...plumbing.broker.stored import UnreadableKeyError
-from ..cursors import moment
+from ...plumbing.broker.stored import UnreadableKeyError, moment_of
 from ..single_flight import SingleFlightCache
 from .alerts import Alert, Severity, counted, worst
 from .checks import CHECKS, find_alerts, unusable
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Checks that another distribution adds: an entry point of this group names a `HealthSource`.
+#: Entry points of this group name a `HealthSource` of another distribution.
 ENTRY_POINT_GROUP = "diracx.tasks_health"
-#: A function without arguments. Its context opens what is needed and yields what makes the checks, or None (or a
-#: line that says why) where they cannot be made. They are made every 15 s at most.
-Ask: TypeAlias = Callable[[], Awaitable[Sequence[Alert]]]
-HealthSource: TypeAlias = Callable[[], AbstractAsyncContextManager[Ask | str | None]]
+RunChecks: TypeAlias = Callable[[], Awaitable[Sequence[Alert]]]
+#: Function without arguments. Its context opens resources and yields a function that runs checks, at most every
+#: 15 s; or None, or a line with the reason, if it is not configured.
+HealthSource: TypeAlias = Callable[[], AbstractAsyncContextManager[RunChecks | str | None]]
 
 _FRESH_SECONDS = 15.0
 _ANSWER_SECONDS = 3.0
@@ -47,26 +46,26 @@ class HealthChecks:
 
     Args:
         redis: the server.
-        asks: further checks by the name of what they look at.
-        unchecked: what is not looked at, and why.
+        sources: additional checks by name of the checked resource.
+        unchecked: checks that are not configured, each with the reason.
     """
 
     def __init__(
         self,
         redis: Redis,
-        asks: dict[str, Ask] | None = None,
+        sources: dict[str, RunChecks] | None = None,
         unchecked: Sequence[str] = (),
         thresholds: HealthThresholds | None = None,
     ) -> None:
         self._redis = redis
-        self._asks = asks or {}
+        self._sources = sources or {}
         self._unchecked = list(unchecked)
         self._limits = thresholds or HealthThresholds()
-        self._answers = SingleFlightCache()
+        self._cache = SingleFlightCache()
 
     async def run(self) -> Health:
-        """Make all checks. What cannot be looked at is an alert; nothing is raised."""
-        alerts = [alert for part in await asyncio.gather(*map(self._ask, self._asks)) for alert in part]
+        """Run all checks. A check that fails results in an alert; nothing is raised."""
+        alerts = [alert for part in await asyncio.gather(*map(self._run_source, self._sources)) for alert in part]
         facts: Facts | None = None
         error: Exception | None = None
         try:
@@ -90,29 +89,29 @@ class HealthChecks:
         )
 
     async def _server_alert(self, error: Exception) -> Alert:
-        """Alert for a server that cannot be read: it does not answer, or it is one on which nothing works."""
+        """Make the alert for a server that does not respond or is unsupported."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 problem = obstacle(await read_server(self._redis))
         except (RedisError, OSError, TimeoutError):
             problem = None
-        return _server_away(error) if problem is None else unusable(problem)
+        return _server_away_alert(error) if problem is None else unusable(problem)
 
-    async def _ask(self, name: str) -> list[Alert]:
-        """Alerts of one source, as of some seconds ago; that it does not answer is an alert."""
+    async def _run_source(self, name: str) -> list[Alert]:
+        """Return the cached alerts of one source; its failure is an alert, too."""
 
-        async def ask() -> list[Alert]:
+        async def run_checks() -> list[Alert]:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    return list(await self._asks[name]())
+                    return list(await self._sources[name]())
             except Exception as error:
                 logger.debug("health of %s", name, exc_info=True)
-                return [_source_away(name, error)]
+                return [_source_away_alert(name, error)]
 
-        return await self._answers.get(name, ask, _FRESH_SECONDS)
+        return await self._cache.get(name, run_checks, _FRESH_SECONDS)
 
     async def _since(self, alerts: list[Alert]) -> list[Alert]:
-        """Since when each is so: by its data, else since it was first noticed by anybody."""
+        """Set `since` of alerts without it to the time at which a process first noticed them."""
         unknown = [alert for alert in alerts if alert.since is None]
         looked_at = [
             *CHECKS,
@@ -125,56 +124,56 @@ class HealthChecks:
             noticed = await note_alerts(
                 self._redis, looked_at, [f"{alert.check} {alert.subject}" for alert in unknown]
             )
-        except RedisError as error:  # a user that may only read
+        except RedisError as error:  # such as a read-only user
             logger.debug("alerts are not noted: %s", error)
             return alerts
-        moments = {id(alert): moment(ms / 1000) for alert, ms in zip(unknown, noticed, strict=True)}
+        moments = {id(alert): moment_of(ms / 1000) for alert, ms in zip(unknown, noticed, strict=True)}
         return [replace(alert, since=moments.get(id(alert), alert.since)) for alert in alerts]
 
 
-def _server_away(error: Exception) -> Alert:
+def _server_away_alert(error: Exception) -> Alert:
     refused = isinstance(error, AuthenticationError | NoPermissionError)
-    said = (
+    cause = (
         reason(error) if isinstance(error, RedisError) else str(error) or f"no answer within {_SERVER_SECONDS:g} s"
     )
     return Alert(
         check="server_away",
         severity=Severity.UNKNOWN if refused else Severity.CRITICAL,
-        summary=f"Redis cannot be asked: {said}" if refused else f"Redis does not answer: {said}",
+        summary=f"Redis refuses the user: {cause}" if refused else f"Redis does not respond: {cause}",
         remedy="give its user the rights on diracx:*"
         if refused
-        else "start it, or see what the network does; workers wait",
+        else "start it, or check the network; workers wait",
     )
 
 
 def unreadable(error: Exception) -> Alert:
-    """The alert for what another version, or something else, has written to Redis."""
+    """Make the alert for data in Redis that this version cannot read."""
     known = isinstance(error, UnreadableKeyError)
     logger.log(logging.DEBUG if known else logging.ERROR, "the health checks cannot read Redis", exc_info=error)
     return Alert(
         check="server_unreadable",
         severity=Severity.UNKNOWN,
-        summary=f"what is in Redis cannot be read: {error if known else f'{type(error).__name__}: {error}'}"[:300],
-        remedy="install the same version everywhere, or delete the key, which is written anew"
+        summary=f"data in Redis cannot be read: {error if known else f'{type(error).__name__}: {error}'}"[:300],
+        remedy="install the same version everywhere, or delete the key, which will be recreated"
         if known
-        else "something else writes to the keys diracx:*, or another version does: the log has the traceback",
+        else "another program or version writes to the keys diracx:*; the log has the traceback",
     )
 
 
-def _source_away(name: str, error: Exception) -> Alert:
-    said = f"no answer within {_ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else database_error(error)
+def _source_away_alert(name: str, error: Exception) -> Alert:
+    cause = f"no answer within {_ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else database_error(error)
     return Alert(
         check="source_away",
         severity=Severity.UNKNOWN,
-        summary=f"{name} cannot be looked at: {said}",
-        remedy="see whether that database runs, and whether its address and password are right",
+        summary=f"{name} cannot be checked: {cause}",
+        remedy="check that the database runs, and its address and password",
         subject=name,
         path="/dead-letters" if name == DEAD_LETTERS else "/",
     )
 
 
 def database_error(error: BaseException) -> str:
-    """Error of a database driver on one line: without the statement, and what SQLAlchemy adds."""
+    """Format an error of a database driver on one line, without the statement and other text of SQLAlchemy."""
     cause = error.__cause__ if type(error).__name__ == "DBUnavailableError" and error.__cause__ else error
     return " ".join(str(getattr(cause, "orig", None) or cause).split())[:300] or type(cause).__name__
 
@@ -184,45 +183,45 @@ DEAD_LETTERS = "the database of dead letters"
 
 @asynccontextmanager
 async def health_checks(redis: Redis, task_db: TaskDB | None) -> AsyncIterator[HealthChecks]:
-    """All there are, opened. What cannot be opened is named among what is not looked at.
+    """Open all health checks. A source that cannot be opened results in an alert.
 
     Args:
-        task_db: the database of dead letters, open; None where there is none.
+        task_db: the database of dead letters, open; None if not configured.
 
     Raises:
-        TaskConfigError: a threshold in the environment is wrong.
+        TaskConfigError: a threshold in the environment is invalid.
     """
-    thresholds = HealthThresholds.of_environment()
-    asks: dict[str, Ask] = {}
+    thresholds = HealthThresholds.from_environment()
+    sources: dict[str, RunChecks] = {}
     unchecked: list[str] = []
     if task_db is None:
         unchecked.append(f"{DEAD_LETTERS}: DIRACX_DB_URL_TASKDB is not set here")
     else:
-        asks[DEAD_LETTERS] = _open_letters(task_db)
+        sources[DEAD_LETTERS] = _open_dead_letters(task_db)
     async with AsyncExitStack() as stack:
         for name, entry in sorted({entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}.items()):
             try:
                 source: HealthSource = entry.load()
-                ask = await stack.enter_async_context(source())
+                run_checks = await stack.enter_async_context(source())
             except Exception as error:
-                asks[name] = _failing(error)
+                sources[name] = _failing(error)
                 continue
-            if isinstance(ask, str):
-                unchecked.append(ask)
-            elif ask is not None:
-                asks[name] = ask
-        yield HealthChecks(redis, asks, unchecked, thresholds)
+            if isinstance(run_checks, str):
+                unchecked.append(run_checks)
+            elif run_checks is not None:
+                sources[name] = run_checks
+        yield HealthChecks(redis, sources, unchecked, thresholds)
 
 
-def _failing(error: Exception) -> Ask:
-    async def ask() -> Sequence[Alert]:
+def _failing(error: Exception) -> RunChecks:
+    async def run_checks() -> Sequence[Alert]:
         raise error
 
-    return ask
+    return run_checks
 
 
-def _open_letters(db: TaskDB) -> Ask:
-    async def ask() -> list[Alert]:
+def _open_dead_letters(db: TaskDB) -> RunChecks:
+    async def run_checks() -> list[Alert]:
         number, since = await db.count_open()
         if not number:
             return []
@@ -231,12 +230,12 @@ def _open_letters(db: TaskDB) -> Ask:
                 check="dead_letters_open",
                 public=True,
                 severity=Severity.WARNING,
-                summary=f"{counted(number, 'dead letter is', 'dead letters are')} to be decided about",
-                remedy="mend the cause, then `diracx-task-run dlq retry` or `dlq discard`; `dlq list` has them",
+                summary=f"{counted(number, 'dead letter is', 'dead letters are')} open",
+                remedy="fix the cause, then `diracx-task-run dlq retry` or `dlq discard`; `dlq list` lists them",
                 count=number,
                 since=since,
                 path="/dead-letters",
             )
         ]
 
-    return ask
+    return run_checks

@@ -1,4 +1,4 @@
-"""From which values on a health check raises an alert."""
+"""Thresholds of the health checks, set by environment variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "DIRACX_TASKS_HEALTH_"
 
 
 class HealthThresholds(BaseModel):
-    """Each is set by an environment variable `DIRACX_TASKS_HEALTH_` and its name in capitals."""
+    """Thresholds of the health checks; the variable of each is `DIRACX_TASKS_HEALTH_` and its name in capitals."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,32 +25,32 @@ class HealthThresholds(BaseModel):
     late_seconds: float = Field(default=30.0, gt=0)
     """Schedules and delayed tasks that are overdue by more."""
     wait_seconds: float = Field(default=600.0, gt=0)
-    """The first task of a queue waits for longer; of background queues anything goes."""
+    """The first task of a queue waits for longer; not for background queues."""
     growing_backlog: int = Field(default=1_000, ge=1)
-    """Tasks that wait in a queue while more come in than go out."""
+    """Tasks queued while more are submitted than executed."""
     silent_seconds: float = Field(default=90.0, gt=0)
-    """A worker that lives and has not reported for longer; workers report every 5 s, idle ones every 50 s."""
+    """A live worker has not reported for longer; workers report every 5 s, idle ones every 50 s."""
     overdue_task_seconds: float = Field(default=10.0, gt=0)
-    """A task goes on for longer after its time limit or its cancellation."""
+    """A task continues for longer after its time limit or its cancellation."""
     deliveries: int = Field(default=3, ge=2)
-    """A running task was handed out so often: workers have died with it."""
+    """Deliveries of a running task: workers have crashed with it."""
     failure_warning_share: float = Field(default=0.5, gt=0, le=1)
-    """Attempts of a class of tasks that failed within the past hour: warning."""
+    """Share of failed attempts of a task class within the past hour: warning."""
     failure_critical_share: float = Field(default=0.9, gt=0, le=1)
     """The same: critical."""
     failure_attempts: int = Field(default=3, ge=1)
-    """With fewer attempts within the past hour nothing is said about a class."""
+    """A class with fewer attempts within the past hour is not checked."""
     lock_held_seconds: float = Field(default=600.0, gt=0)
     """A task holds a lock for longer while others wait for it."""
     configuration_seconds: float = Field(default=60.0, gt=0)
-    """Processes go by different configurations for longer."""
+    """Processes use different configurations for longer."""
 
     @classmethod
-    def of_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Read the thresholds from the environment; the defaults where it has none.
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Read the thresholds from the environment.
 
         Raises:
-            TaskConfigError: naming the variable, its value and what is wrong.
+            TaskConfigError: names the variable, its value and the problem.
         """
         environment = os.environ if environment is None else environment
         given = {name: text for name in cls.model_fields if (text := environment.get(PREFIX + name.upper()))}

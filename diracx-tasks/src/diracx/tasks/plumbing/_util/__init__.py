@@ -1,1 +1,1 @@
-"""Helpers that know nothing of tasks: retrying, lazy imports, telemetry, text."""
+"""General helpers: retrying, lazy imports, telemetry, text."""

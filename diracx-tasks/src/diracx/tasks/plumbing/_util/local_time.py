@@ -1,9 +1,8 @@
-"""Occurrences in the local time of a zone whose clocks are changed.
+"""Occurrences in local time across daylight-saving changes.
 
-A wall time that the clocks skip is taken as if they had not been set forward yet (RFC 5545, 3.3.5): it runs once,
-and no day is left out. One that comes twice runs the first time only, unless the rule has a rhythm: then it goes
-on, and what runs round the clock never pauses for longer than on other days. For that it may run once between its
-wall times.
+A skipped wall time is interpreted with the UTC offset before the change (RFC 5545, 3.3.5), so that it runs once. A
+repeated wall time runs the first time only, unless the rule has a rhythm: then it continues, so that the interval
+between runs does not become longer. For that, one run may be at another wall time.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from datetime import datetime, timedelta, tzinfo
 
-#: The International Date Line was moved around whole islands: no clock was ever changed by more.
+#: Largest change of a UTC offset: across the International Date Line.
 _LONGEST_CHANGE = timedelta(days=1)
 _MOMENT = timedelta(microseconds=1)
 
@@ -24,15 +23,15 @@ def next_in_zone(
     """Return the first occurrence strictly after `moment` (UTC), or None.
 
     Args:
-        after: the first occurrence (UTC) strictly after a moment (UTC), were the UTC offset always the given one.
-        rhythm_hours: local hours in which the rhythm of the rule must not pause; none for a rule that names its
+        after: returns the first occurrence (UTC) strictly after a moment (UTC), for a constant UTC offset.
+        rhythm_hours: local hours in which the rhythm of the rule must not pause; none for a rule with fixed
             times.
     """
-    begin = (moment - _LONGEST_CHANGE).replace(microsecond=0)  # what the clocks skipped before is over
+    begin = (moment - _LONGEST_CHANGE).replace(microsecond=0)  # earlier changes have no effect any more
     offset = _offset(zone, begin)
     found: datetime | None = None
     while found is None or begin < found:
-        # In the time from `begin` to the next change of the clocks, and for a while after it.
+        # Valid from `begin` to the next change, and for some time after it.
         candidate = after(max(moment, begin - _MOMENT), offset)
         known = [each for each in (candidate, found) if each is not None]
         change = _first_change(zone, begin, min(known, default=max(begin, moment) + 2 * _LONGEST_CHANGE))
@@ -41,9 +40,9 @@ def next_in_zone(
         jump = _offset(zone, change) - offset
         until: datetime | None = change
         if jump > timedelta(0):
-            until = change + jump  # what is skipped comes as much later
+            until = change + jump  # skipped times are as much later
         elif rhythm_hours:
-            until = after(change - _MOMENT, offset + jump)  # goes on until the new time has taken over
+            until = after(change - _MOMENT, offset + jump)  # continues until the first run in the new offset
             while candidate and until and change <= candidate < until:
                 if candidate.astimezone(zone).hour in rhythm_hours:
                     break
@@ -56,12 +55,12 @@ def next_in_zone(
 
 
 def _first_change(zone: tzinfo, begin: datetime, end: datetime) -> datetime | None:
-    """Find the first change of the UTC offset after `begin` (a whole second), until `end`; None: there is none."""
+    """Find the first change of the UTC offset after `begin` (a whole second) and until `end`, if any."""
     offset = _offset(zone, begin)
     while begin < end:
-        here = min(begin + _LONGEST_CHANGE, end)
-        if _offset(zone, here) != offset:
-            low, high = 0, -(-(here - begin) // timedelta(seconds=1))
+        step_end = min(begin + _LONGEST_CHANGE, end)
+        if _offset(zone, step_end) != offset:
+            low, high = 0, -(-(step_end - begin) // timedelta(seconds=1))
             while high - low > 1:
                 middle = (low + high) // 2
                 if _offset(zone, begin + timedelta(seconds=middle)) == offset:
@@ -69,7 +68,7 @@ def _first_change(zone: tzinfo, begin: datetime, end: datetime) -> datetime | No
                 else:
                     high = middle
             return begin + timedelta(seconds=high)
-        begin = here
+        begin = step_end
     return None
 
 

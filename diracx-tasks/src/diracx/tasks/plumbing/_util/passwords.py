@@ -6,7 +6,7 @@ import re
 from urllib.parse import unquote_plus
 
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]{0,31}://")
-#: What follows the host where there is no user: a port, and perhaps a path.
+#: Port and optional path after a host without user.
 _PORT = re.compile(r"\d{1,5}(?:[/?#,].*)?")
 _PARAMETER = re.compile(r"([?&;])([\w.%+-]{1,64})=")
 _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|api.?key|access.?key", re.IGNORECASE)
@@ -15,12 +15,11 @@ _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|api.?key|access.?ke
 def mask(text: str, longest: int | None = None) -> str:
     """Replace the passwords of all URLs in a text by `***`: those of the user, and those in the query.
 
-    Where a password ends cannot be told in a text, for it may hold quotes, blanks and `@`: all is masked up to the
-    last `@` of the line, and a line that begins with a URL is taken for nothing but a URL. The work grows with
-    the length of the text.
+    The end of a password is ambiguous, as it may have quotes, blanks and `@`: all is masked up to the last `@` of
+    the line, and a line that begins with a URL is treated as one URL. Runs in linear time.
 
     Args:
-        longest: cut the text after so many characters; a password that is cut there is masked as well.
+        longest: truncate the text to this number of characters; a truncated password is masked, too.
     """
     cut = longest is not None and len(text) > longest
     if cut:
@@ -32,9 +31,9 @@ def mask(text: str, longest: int | None = None) -> str:
 
 
 def last_lines(text: str, longest: int) -> str:
-    """Cut a text to its last whole lines; to the beginning of its last line where that is too long.
+    """Truncate a text to its last whole lines, or to the beginning of its last line if that is too long.
 
-    No password that `mask` would find is cut.
+    Passwords that `mask` would find are not truncated.
     """
     if len(text) <= longest:
         return text
@@ -56,11 +55,11 @@ def _masked_line(line: str, cut: bool = False) -> str:
 
 
 def _without_password(after: str, alone: bool, cut: bool) -> str:
-    """Mask the password in what follows a `://`.
+    """Mask the password in the text after a `://`.
 
     Args:
-        alone: nothing but a URL.
-        cut: it is the beginning of something longer.
+        alone: the line is one URL.
+        cut: the text is truncated.
     """
     user, colon, password = after.partition(":")
     if not colon or "/" in user or "?" in user or "#" in user or password.startswith("***@"):
@@ -77,7 +76,7 @@ def _without_password(after: str, alone: bool, cut: bool) -> str:
 
 
 def _without_parameters(line: str, alone: bool) -> str:
-    """Mask the values of secret parameters in a line: up to the next parameter, and no blank in a text."""
+    """Mask the values of secret parameters in a line: up to the next parameter, or the next blank of a text."""
     shown, done = [], 0
     for found in _PARAMETER.finditer(line):
         if found.start() < done or not _SECRET_NAME.search(unquote_plus(found[2])):

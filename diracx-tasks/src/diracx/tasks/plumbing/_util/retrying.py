@@ -1,4 +1,4 @@
-"""Retry calls while a server is unavailable: back off, try again, log it once."""
+"""Retries calls while a server is unavailable, with backoff and one line in the log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -29,12 +30,12 @@ from redis.sentinel import MasterNotFoundError as SyncMasterNotFoundError
 
 logger = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 _SHORTEST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 2.0
-#: Refusals that pass by themselves. Where redis-py has a class for one, its message lacks the first word.
-_PASSING = (
+#: Transient errors that have a class in redis-py, without the error code in their message.
+_TRANSIENT = (
     RedisConnectionError,  # and LOADING
     RedisTimeoutError,
     ClusterDownError,
@@ -44,39 +45,38 @@ _PASSING = (
     TryAgainError,
     OSError,
 )
-#: When the sentinels know of none, or do not answer.
+#: Errors if no sentinel knows a primary, or responds.
 NO_PRIMARY = (MasterNotFoundError, SyncMasterNotFoundError)
-#: What a server says that cannot do what is asked, whatever the data.
-_CANNOT = re.compile(
+#: Messages of unsupported commands and scripts, which do not depend on the data.
+_UNSUPPORTED = re.compile(
     r"unknown (redis |sub)?command|error compiling script|not allowed from script|undeclared key"
     r"|script attempted to access (a slot not served|a non local key|keys that do not hash)",
     re.IGNORECASE,
 )
-#: First words of the others. UNBLOCKED: the server became a replica, or had to close, while we waited.
-_PASSING_WORDS = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
+#: Codes of other transient errors. UNBLOCKED: the server became a replica during a blocking command.
+_TRANSIENT_CODES = frozenset({"BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED", "UNKILLABLE"})
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the server may accept the same call a little later."""
+    """Return whether the server may accept the same call later."""
     if isinstance(error, AuthenticationError | AuthorizationError):
         return False
-    if isinstance(error, _PASSING):
+    if isinstance(error, _TRANSIENT):
         return True
-    # Of a command in a pipeline, redis-py gives the words as a tuple at the end of its own.
-    words = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"")
-    return isinstance(error, ResponseError) and words.split(" ", 1)[0] in _PASSING_WORDS
+    # For a command in a pipeline, redis-py appends the message as a tuple.
+    message = str(error).rpartition(" of pipeline caused error: ")[2].lstrip("('\"")
+    return isinstance(error, ResponseError) and message.split(" ", 1)[0] in _TRANSIENT_CODES
 
 
 def may_pass(error: BaseException) -> bool:
-    """Return whether an operator may repair the data that the server refuses, as a key of another type than it
-    should be. For what a process does all the time, and must not end for.
+    """Return whether the error is transient, or caused by data that an operator can repair.
 
-    No repair of data helps where the server, or the user, cannot do what is asked.
+    For loops of a process that must continue. Missing permissions and unsupported commands are permanent.
     """
     if is_transient(error):
         return True
     refused = isinstance(error, NoPermissionError | ClusterCrossSlotError | AskError)  # AskError: MOVED, too
-    return isinstance(error, ResponseError) and not refused and not _CANNOT.search(str(error))
+    return isinstance(error, ResponseError) and not refused and not _UNSUPPORTED.search(str(error))
 
 
 def is_write_to_closed(error: BaseException) -> bool:
@@ -88,11 +88,11 @@ def is_write_to_closed(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an error on one line, without redis-py's own objects."""
+    """Return the message of an error on one line, without the objects of redis-py."""
     text = str(error).rstrip(".") or type(error).__name__
     if isinstance(error, NO_PRIMARY):
-        said, silent, _ = text.partition(" : ")
-        return f"{said}; not every sentinel answers" if silent else f"{said}: no sentinel knows it"
+        message, errors, _ = text.partition(" : ")
+        return f"{message}; not every sentinel responds" if errors else f"{message}: no sentinel knows it"
     return text
 
 
@@ -113,32 +113,60 @@ class Backoff:
         self._pause = _SHORTEST_PAUSE_SECONDS
 
 
+class Outage(Backoff):
+    """Unavailability of a server, for a loop that retries: one line in the log when it begins, one when it ends.
+
+    Args:
+        what: the action for the log.
+    """
+
+    def __init__(self, what: str, log: logging.Logger = logger) -> None:
+        super().__init__()
+        self._what, self._log = what, log
+        self.since: float | None = None
+        """Time (`time.monotonic`) of the first failure; None if the last call succeeded."""
+
+    def failed(self, why: str, since: float | None = None) -> float:
+        """Note a failure; return the pause before the next attempt (s).
+
+        Args:
+            since: start of the failed call, by default now.
+        """
+        if self.since is None:
+            self.since = time.monotonic() if since is None else since
+            self._log.warning("cannot %s: %s; trying again until it works", self._what, why)
+        return self.next()
+
+    def over(self) -> None:
+        """Note a success."""
+        if self.since is not None:
+            self.since = None
+            self._log.warning("can %s again", self._what)
+            self.succeeded()
+
+
 async def retry_until_available(
-    call: Callable[[], Awaitable[_Answer]],
+    call: Callable[[], Awaitable[_Result]],
     what: str,
     *,
     passing: Callable[[BaseException], bool] = is_transient,
     stop: asyncio.Event | None = None,
-) -> _Answer:
-    """Repeat a call until the server answers. Only for calls that may be repeated.
+) -> _Result:
+    """Repeat an idempotent call until the server responds.
 
     Args:
-        what: what is being attempted, for the log: one line when it begins to fail, one when it succeeds again.
-        stop: once it is set, an error is raised instead of being waited out.
+        what: the action for the log, see `Outage`.
+        passing: returns whether to retry after an error.
+        stop: once it is set, errors are raised.
     """
-    pauses = Backoff()
-    failed = False
+    outage = Outage(what)
     while True:
         try:
-            answer = await call()
+            result = await call()
         except Exception as error:
             if not passing(error) or (stop is not None and stop.is_set()):
                 raise
-            if not failed:
-                logger.warning("cannot %s: %s; trying again until it works", what, reason(error))
-            failed = True
-            await asyncio.sleep(pauses.next())
+            await asyncio.sleep(outage.failed(reason(error)))
         else:
-            if failed:
-                logger.warning("can %s again", what)
-            return answer
+            outage.over()
+            return result

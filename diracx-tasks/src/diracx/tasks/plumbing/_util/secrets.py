@@ -1,4 +1,4 @@
-"""Hide secret values in texts: as they are, escaped or encoded, and fragments of them."""
+"""Removes secret values from texts: plain, escaped, encoded, and fragments of them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-#: What stands where a value is not for everybody's eyes.
+#: Text in place of a secret value.
 MASK = "•••"
-#: So many characters of a secret in a row are hidden, wherever the rest of it was cut off.
+#: Minimum length of fragments of a secret that are removed.
 _FRAGMENT = 6
-#: Longer secrets and texts are not searched for each other: the text is hidden as a whole.
+#: Limits of the search; a longer text, or a text with longer secrets, is replaced as a whole.
 _LONGEST_SECRET, _LONGEST_TEXT = 50_000, 200_000
-#: Shorter parts of a secret that is no text itself, as the user of a pair, would be found anywhere.
+#: Minimum length of parts of a composite secret; shorter ones would match anywhere.
 _SHORTEST_PART = 4
 
 
 def hide(text: str, secrets: Iterable[Any]) -> str:
-    """Remove these values, and fragments of them, from a text: as they are, escaped or encoded.
-
-    The work grows with the length of the text plus that of the secrets.
-    """
+    """Replace these values, plain, escaped or encoded, and fragments of them. Runs in linear time."""
     forms = {form for value in secrets for form in _forms(value)}
     if not forms:
         return text
@@ -32,25 +29,25 @@ def hide(text: str, secrets: Iterable[Any]) -> str:
         return MASK
     hidden = bytearray(len(text))
     for form in forms:
-        if 1 < len(form) < _FRAGMENT:  # a single character is everywhere
+        if 1 < len(form) < _FRAGMENT:  # single characters would match anywhere
             for found in re.finditer(re.escape(form), text):
                 hidden[found.start() : found.end()] = b"\1" * len(form)
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for start in range(len(text) - _FRAGMENT + 1):
-        places.setdefault(text[start : start + _FRAGMENT], []).append(start)
-    for written in {each for form in forms for each in (form, *_encoded(form))}:
-        for start in range(len(written) - _FRAGMENT + 1):
-            for place in places.pop(written[start : start + _FRAGMENT], ()):
-                hidden[place : place + _FRAGMENT] = b"\1" * _FRAGMENT
+        positions.setdefault(text[start : start + _FRAGMENT], []).append(start)
+    for encoded in {each for form in forms for each in (form, *_encoded(form))}:
+        for start in range(len(encoded) - _FRAGMENT + 1):
+            for position in positions.pop(encoded[start : start + _FRAGMENT], ()):
+                hidden[position : position + _FRAGMENT] = b"\1" * _FRAGMENT
     runs = re.finditer(b"\0+|\1+", hidden)
     return "".join(MASK if hidden[run.start()] else text[run.start() : run.end()] for run in runs)
 
 
 def _forms(value: Any) -> Iterator[str]:
-    """List the forms in which a value may stand in a text."""
+    """Yield the texts of a value and its parts."""
     if hasattr(value, "get_secret_value"):
         value = value.get_secret_value()
-    if value is None or isinstance(value, bool):  # in every text, and no secret
+    if value is None or isinstance(value, bool):  # too common to be secret
         return
     yield str(value)
     yield repr(value)
@@ -87,6 +84,6 @@ def _encoded_bytes(data: bytes) -> Iterator[str]:
     for url in (quote(data), quote(data, safe=""), quote_plus(data)):
         yield from (url, re.sub("%..", lambda found: found[0].lower(), url))
     yield from (data.hex(), data.hex().upper())
-    for skipped in range(3):  # what stands before it moves it by so many bytes
+    for skipped in range(3):  # alignment in base64 depends on the bytes before it
         whole = data[skipped : skipped + (len(data) - skipped) // 3 * 3]
         yield from (base64.b64encode(whole).decode(), base64.urlsafe_b64encode(whole).decode())

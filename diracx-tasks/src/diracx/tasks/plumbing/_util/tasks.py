@@ -1,4 +1,4 @@
-"""Cancel asyncio tasks, and wait for their end."""
+"""Cancels asyncio tasks and waits for their end."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _CANCEL_AGAIN_SECONDS = 0.1
-#: Cancellations in one round of the event loop: their tasks end in the next ones, a few ms each.
-_AT_ONCE = 10
+#: Calls in one iteration of the event loop.
+_BATCH = 10
 
 
 class CallsInRounds:
-    """Makes a few calls in each round of the event loop, so that nothing else waits for all of them."""
+    """Runs queued calls in batches, one per iteration of the event loop, so that other work is not delayed."""
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], object]] = deque()
-        self._going = False
+        self._scheduled = False
 
     def add(self, calls: Iterable[Callable[[], object]]) -> None:
-        """Make these calls after those that were added before, which must not raise."""
+        """Queue calls, which must not raise."""
         self._calls.extend(calls)
-        if not self._going:
-            self._go_on()
+        if not self._scheduled:
+            self._run_batch()
 
-    def _go_on(self) -> None:
-        some = [self._calls.popleft() for _ in range(min(_AT_ONCE, len(self._calls)))]
-        self._going = bool(some)
-        for call in some:
+    def _run_batch(self) -> None:
+        batch = [self._calls.popleft() for _ in range(min(_BATCH, len(self._calls)))]
+        self._scheduled = bool(batch)
+        for call in batch:
             call()
-        if some:
-            asyncio.get_running_loop().call_soon(self._go_on)
+        if batch:
+            asyncio.get_running_loop().call_soon(self._run_batch)
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel these, and return when all of them have ended, with whatever result.
+    """Cancel tasks and wait for their end; their results and exceptions are ignored.
 
-    They are cancelled more than once if need be: `asyncio.wait_for`, inside a client library, loses a
-    cancellation that comes together with its answer (Python 3.11).
+    The cancellation is repeated, as `asyncio.wait_for` of Python 3.11 loses one that comes together with its
+    result.
     """
     while running := [task for task in tasks if not task.done()]:
         for task in running:
@@ -48,4 +48,4 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
         await asyncio.wait(running, timeout=_CANCEL_AGAIN_SECONDS)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # it counts as retrieved
+            task.exception()  # marks it as retrieved

@@ -1,12 +1,13 @@
 """Message storage: key names, message models, the Lua steps and the broker that calls them.
 
-The names here are loaded at their first use: who wants a key or a limit needs no client of Redis.
+Names are imported at first use, so that a program that needs only a key or a limit does not import redis-py.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .models import Delivery as ReceivedMessage
@@ -23,12 +24,12 @@ __all__ = [
     "TaskResult",
     "submit_task",
 ]
-_HOME = {"RedisStreamBroker": "redis_streams", "RedisResultBackend": "result_backend"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME.get(name, 'models')}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".models": ["ReceivedMessage", "TaskBinding", "TaskMessage", "TaskResult", "submit_task"],
+        ".redis_streams": ["RedisStreamBroker"],
+        ".result_backend": ["RedisResultBackend"],
+    },
+)

@@ -18,8 +18,8 @@ async def append(redis: Redis, vo: str | None, data: str, *, kept: int, ttl_seco
     """Add an entry, and return its id.
 
     Args:
-        vo: of the member whose action it is; None: an administrator's.
-        kept: about so many entries stay.
+        vo: VO of the member who acted; None: an administrator.
+        kept: approximate number of entries that the stream keeps.
     """
     async with redis.pipeline(transaction=True) as pipe:
         pipe.execute_command("XADD", _key(vo), "MAXLEN", "~", kept, "*", "data", data)
@@ -32,7 +32,7 @@ async def append(redis: Redis, vo: str | None, data: str, *, kept: int, ttl_seco
 async def entries(
     redis: Redis, vo: str | None, first: str, count: int, *, backwards: bool = False
 ) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries from `first` on (as of XRANGE), or backwards from there (as of XREVRANGE)."""
+    """Entries from `first` on, as by XRANGE, or backwards from `first`, as by XREVRANGE."""
     read: Any = redis.xrevrange if backwards else redis.xrange
     found: list[tuple[bytes, dict[bytes, bytes]]] = await read(_key(vo), first, "-" if backwards else "+", count)
     return found

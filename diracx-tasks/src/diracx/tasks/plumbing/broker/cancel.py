@@ -1,9 +1,9 @@
-"""Cancelling tasks, wherever they are: queued, delayed, waiting for a lock, or running.
+"""Cancels tasks: queued, delayed, waiting for a lock, or running.
 
-First each task is marked, which takes effect for what is about to run: workers find the mark with whatever they
-take in. Then its place is looked for. The delayed set knows tasks by their id; the streams do not, and are gone
-through in small parts, so that a queue of a million tasks holds up nobody. What runs is found at their heads, and
-the worker that runs it is told.
+First each task is marked: a worker that gets its delivery finds the mark and does not start it. Then the task is
+searched for. The delayed set is indexed by task id; the streams are not, and are scanned in small parts, so that a
+queue of a million tasks delays no other command. Running tasks are at the heads of the streams, and their workers
+are notified.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..exceptions import TaskCancelledError
 from ..messages.error_info import describe_exception
 from . import keys, scripts
 from .effects import completion_effects
-from .groups import ask_for_audit, group_of
+from .groups import group_of, request_audit
 from .models import TaskMessage, TaskResult
 from .stored import SCANNED
 
@@ -26,31 +26,32 @@ if TYPE_CHECKING:
 
     from .requests import CancelRequest
 
-#: How long a mark outlives its cancellation, should the worker that runs the task never hear of it: 7 days.
+#: How long the mark of a running task is kept, in case its worker misses the notification: 7 days.
 MARK_SECONDS = 604_800
-#: Stream entries that one script call looks at, one by one: about a ms of the server's time.
+#: Stream entries that one script call examines: about 1 ms of the server's time.
 FIND_BATCH = 200
 #: Tasks that one script call cancels.
 CANCEL_BATCH = 100
-#: A task that moved while we looked for it is behind us once; more often is bad luck, and the mark is there.
+#: Rounds of the search: a task that moves during a round can be missed. The mark covers a task missed in all
+#: rounds.
 _ROUNDS = 3
 _CANCELLED = "cancelled before it had begun"
 
 
 class TaskPlace(StrEnum):
-    """Place in which a task was found."""
+    """State in which a task was found."""
 
     QUEUED = "queued"
     DELAYED = "delayed"
-    """Until the time that `schedule(at_time=…)` gave."""
+    """Until its `at_time`."""
     RETRYING = "retrying"
     """Between a failed attempt and the next."""
     WAITING = "waiting"
     """For a lock, or for quota."""
     RUNNING = "running"
-    """In the hands of a worker, which is told to cancel it."""
+    """Held by a worker, which is notified to cancel it."""
     UNKNOWN = "unknown"
-    """Nowhere: there never was such a task, or it has ended."""
+    """Not found: there never was such a task, or it has ended."""
 
 
 _PLACES = {
@@ -64,12 +65,12 @@ _PLACES = {
 
 
 async def cancel(redis: Redis, task_ids: Sequence[str], result_ttl_seconds: float | None) -> dict[str, TaskPlace]:
-    """See `RedisStreamBroker.cancel`. Whatever is due has to be in its stream."""
+    """See `RedisStreamBroker.cancel`. Due tasks must have been promoted to their streams before."""
     search = CancellationSearch(redis, task_ids, result_ttl_seconds)
     try:
-        for turn in range(_ROUNDS):
-            await search.ask([{"task": task, "marked": turn} for task in search.missing])
-            await search.look_into_streams()
+        for round_ in range(_ROUNDS):
+            await search.request([{"task": task, "marked": round_} for task in search.missing])
+            await search.search_streams()
             if not search.missing:
                 break
     finally:
@@ -78,6 +79,8 @@ async def cancel(redis: Redis, task_ids: Sequence[str], result_ttl_seconds: floa
 
 
 class CancellationSearch:
+    """Searches for the tasks of one cancellation, and cancels each where it is found."""
+
     def __init__(self, redis: Redis, task_ids: Sequence[str], ttl_seconds: float | None) -> None:
         self._redis = redis
         self._ttl_seconds = ttl_seconds
@@ -85,25 +88,25 @@ class CancellationSearch:
         self.missing = dict.fromkeys(task_ids)
         self.found: dict[str, TaskPlace] = {}
 
-    async def ask(self, wanted: Sequence[CancelRequest]) -> None:
-        """Cancel what is where we believe it to be; of the delayed ones, look at the message and ask again."""
+    async def request(self, requests: Sequence[CancelRequest]) -> None:
+        """Cancel tasks at their supposed positions; for a delayed one, read the returned message and repeat."""
         first = 0
-        while first < len(wanted):
-            batch = wanted[first : first + CANCEL_BATCH]
+        while first < len(requests):
+            batch = requests[first : first + CANCEL_BATCH]
             replies = await scripts.cancel(self._redis, MARK_SECONDS * 1000, batch)
             first += len(replies)
             again: list[CancelRequest] = []
-            for asked, (place, message) in zip(batch, replies, strict=False):
-                task = asked["task"]
+            for request, (place, message) in zip(batch, replies, strict=False):
+                task = request["task"]
                 if message:
-                    again.append(await self._known(task, message))
+                    again.append(await self._with_effects(task, message))
                 elif place:
                     self.found[task] = _PLACES[place]
                     self.missing.pop(task, None)
-            await self.ask(again)
+            await self.request(again)
 
-    async def look_into_streams(self) -> None:
-        """Go through all streams, side by side, from where the last look ended: what runs is at their heads."""
+    async def search_streams(self) -> None:
+        """Scan all streams in parallel, from the end of the last scan: running tasks are at their heads."""
         unread = list(self._begin)
         while unread and self.missing:
             for stream in list(unread):
@@ -112,16 +115,16 @@ class CancellationSearch:
                     self._begin[stream] = f"({last}"
                 else:
                     unread.remove(stream)
-                await self.ask(
+                await self.request(
                     [
-                        {**await self._known(task, message), "stream": stream, "entry": entry}
+                        {**await self._with_effects(task, message), "stream": stream, "entry": entry}
                         for task, entry, message in found
-                        if task in self.missing  # and not one that another call cancels
+                        if task in self.missing  # skip tasks marked by another call
                     ]
                 )
 
     async def unmark(self) -> None:
-        """Remove the marks of tasks that were found nowhere. One that is gone was taken away by the settlement."""
+        """Remove the marks of tasks that were not found. A missing mark was removed by the task's settlement."""
         tasks = list(self.missing)
         if not tasks:
             return
@@ -138,71 +141,71 @@ class CancellationSearch:
                     del self.missing[task]
 
     async def _announce_to_workers_after_data_loss(self, tasks: Sequence[str]) -> None:
-        """Announce tasks that run on after a loss of the server's data: only their workers know of them."""
+        """Notify workers of tasks that go on after a loss of the server's data, and are in no stream any more."""
         redis = self._redis
         alive: Any = await redis.zrange(keys.ALIVE, 0, -1)
         workers = [worker.decode(errors="replace") for worker in alive]
         cursors = dict.fromkeys(workers, 0)
-        noting = set()
+        recording = set()
         while cursors:
             async with redis.pipeline(transaction=False) as pipe:
                 for worker, cursor in cursors.items():
                     pipe.hscan(keys.HELD_PREFIX + worker, cursor, match="entry:*", count=SCANNED)
                 found = await pipe.execute(raise_on_error=False)
-            asked, cursors = cursors, {}
-            for worker, answer in zip(asked, found, strict=True):
-                if isinstance(answer, Exception):  # a key of another type
+            previous, cursors = cursors, {}
+            for worker, answer in zip(previous, found, strict=True):
+                if isinstance(answer, Exception):  # a key of the wrong type
                     continue
-                cursor, noted = answer
-                if noted:
-                    noting.add(worker)
+                cursor, records = answer
+                if records:
+                    recording.add(worker)
                 elif cursor:
                     cursors[worker] = cursor
         for worker in workers:
-            if worker in noting:
+            if worker in recording:
                 for first in range(0, len(tasks), CANCEL_BATCH):
                     announced = scripts.pack(tasks[first : first + CANCEL_BATCH])
                     await redis.publish(keys.CANCELLED_CHANNEL_PREFIX + worker, announced)
 
-    async def _known(self, task: str, data: bytes) -> CancelRequest:
+    async def _with_effects(self, task: str, data: bytes) -> CancelRequest:
         request: CancelRequest = {"task": task, "known": 1, "marked": 1}
-        known = _add_effects(request, data, self._ttl_seconds)
-        if not known and (group := await group_of(self._redis, task.encode())):
+        readable = _add_effects(request, data, self._ttl_seconds)
+        if not readable and (group := await group_of(self._redis, task.encode())):
             error = f"{TaskCancelledError.__name__}: {_CANCELLED}"
             request["group"] = {"id": group, "child": task, "error": error}
         return request
 
 
 async def cancel_waiting(redis: Redis, stream: str, entries: Sequence[tuple[str, bytes]]) -> int:
-    """Cancel tasks that wait in a stream. Whatever a worker has taken meanwhile goes on.
+    """Cancel tasks that wait in a stream, but not those that a worker has taken meanwhile.
 
     Args:
         entries: id and message of each.
 
     Returns:
-        How many still waited.
+        Number of cancelled tasks.
     """
     places: list[tuple[str, bytes]] = []
     unreadable = False
     while len(places) < len(entries):
-        wanted: list[CancelRequest] = []
+        requests: list[CancelRequest] = []
         for entry, data in entries[len(places) : len(places) + CANCEL_BATCH]:
             try:
                 task = TaskMessage.loadb(data).task_id
             except ValueError:
                 task, unreadable = "", True
-            wanted.append({"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1})
-            _add_effects(wanted[-1], data, None)
-        places += await scripts.cancel(redis, MARK_SECONDS * 1000, wanted)
+            requests.append({"task": task, "stream": stream, "entry": entry, "known": 1, "waiting": 1})
+            _add_effects(requests[-1], data, None)
+        places += await scripts.cancel(redis, MARK_SECONDS * 1000, requests)
     if unreadable:
-        await ask_for_audit(redis)
+        await request_audit(redis)
     return sum(place == "queued" for place, _ in places)
 
 
 def _add_effects(request: CancelRequest, data: bytes, ttl_seconds: float | None) -> bool:
-    """Add what follows from the end of a task that is cancelled before it began.
+    """Add the completion effects of a task that is cancelled before its start.
 
-    False when it cannot be read, as one of a later version.
+    Returns False when the message cannot be read, such as one of a later version.
     """
     try:
         message = TaskMessage.loadb(data)

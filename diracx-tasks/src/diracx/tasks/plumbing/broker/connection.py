@@ -1,6 +1,6 @@
-"""From the address of a server to clients of it, blocking or not: one way in for broker, lease keeper and CLI.
+"""Makes clients of a server from its URL, blocking or not, for broker, lease keeper and CLI.
 
-Addresses are read in `address.py`.
+`address.py` parses the URL.
 """
 
 from __future__ import annotations
@@ -34,47 +34,48 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A dead peer is noticed; the time-out is longer than any call that blocks on purpose.
+#: Detect a dead peer; the timeout is longer than any blocking read.
 _DEFAULTS: Mapping[str, Any] = {
     "socket_connect_timeout": 5.0,
     "socket_timeout": 30.0,
     "socket_keepalive": True,
 }
-#: What scripts and replies rely on.
+#: Options on which scripts and the parsing of replies depend.
 _FIXED: Mapping[str, Any] = {"protocol": 2, "decode_responses": False}
-#: A sentinel that is down must not keep us from asking the next one.
+#: Short timeout, to try the next sentinel soon when one is down.
 _SENTINEL_SECONDS = 1.0
 
 
 def async_client(url: str, *, max_connections: int | None = None, **options: Any) -> Redis:
-    """A client for an event loop. Opens no connection yet.
+    """Make a client for an event loop, without a connection so far.
 
     Args:
-        max_connections: for commands; who needs one more waits for it. By default what the URL says, or any
-            number. What listens to channels has a connection of its own.
-        options: as those of `redis.asyncio.Redis`; they win over what the URL says.
+        max_connections: limit of connections for commands; callers wait for a free one. By default the limit in
+            the URL, or none. Subscriptions have connections of their own.
+        options: options of `redis.asyncio.Redis`; they take precedence over the URL.
 
     Raises:
-        AddressError: when the URL cannot be used.
-        ValueError: when an option cannot be.
+        AddressError: when the URL is malformed.
+        ValueError: when an option cannot be set.
     """
     from .clients import client_of
 
-    address = _usable(url)
+    address = _parse(url)
     if fixed := _FIXED.keys() & options.keys():
         raise ValueError(f"{min(fixed)} is fixed: leave it out")
     if max_connections is not None and max_connections < LEAST_CONNECTIONS:
         raise ValueError(f"{max_connections} connections are not enough: at least {LEAST_CONNECTIONS} are needed")
     options = _options(address, options)
     _check_tls(address, options)
-    return client_of(address, options, _of_sentinels(address, options), max_connections or address.max_connections)
+    sentinel_options = _sentinel_options(address, options)
+    return client_of(address, options, sentinel_options, max_connections or address.max_connections)
 
 
 def sync_client(url: str, *, channels: bool = False, **options: Any) -> SyncRedis:
-    """A blocking client: the same for a thread.
+    """Make a blocking client, for a thread.
 
     Args:
-        channels: whether its connections may listen to channels between commands: they speak RESP3.
+        channels: use RESP3, so that a connection can receive messages of channels between commands.
     """
     from redis import Redis
     from redis.backoff import NoBackoff
@@ -82,36 +83,36 @@ def sync_client(url: str, *, channels: bool = False, **options: Any) -> SyncRedi
     from redis.retry import Retry
     from redis.sentinel import Sentinel
 
-    address = _usable(url)
+    address = _parse(url)
     options = _options(address, options)
     if channels:
         options["protocol"] = 3
     if address.service:
-        of_sentinels = {**_of_sentinels(address, options), "retry": Retry(NoBackoff(), 0)}
-        sentinel = Sentinel(address.sentinels, sentinel_kwargs=of_sentinels)
+        sentinel_options = {**_sentinel_options(address, options), "retry": Retry(NoBackoff(), 0)}
+        sentinel = Sentinel(address.sentinels, sentinel_kwargs=sentinel_options)
         client: SyncRedis = sentinel.master_for(address.service, ssl=address.tls, **options)
         return client
-    kinds = (SSLConnection if address.tls else Connection, UnixDomainSocketConnection)
-    return Redis.from_pool(ConnectionPool(connection_class=kinds["path" in options], **options))
+    classes = (SSLConnection if address.tls else Connection, UnixDomainSocketConnection)
+    return Redis.from_pool(ConnectionPool(connection_class=classes["path" in options], **options))
 
 
-def _usable(url: str) -> Address:
+def _parse(url: str) -> Address:
     try:
         return parsed(url)
     except AddressError as error:
         raise AddressError(f"the URL of the broker {error}") from None
 
 
-def _options(address: Address, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of connections to the server."""
-    options = {**_DEFAULTS, **address.options, **given, **_FIXED}
+def _options(address: Address, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of connections to the server."""
+    options = {**_DEFAULTS, **address.options, **overrides, **_FIXED}
     if "path" in options:
         del options["socket_keepalive"]
     return options
 
 
-def _of_sentinels(address: Address, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of connections to sentinels. There are others to ask, so none is asked twice."""
+def _sentinel_options(address: Address, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of connections to sentinels, without retries: the next sentinel is tried instead."""
     return {
         "socket_connect_timeout": _SENTINEL_SECONDS,
         "socket_timeout": _SENTINEL_SECONDS,
@@ -122,10 +123,10 @@ def _of_sentinels(address: Address, options: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_tls(address: Address, options: Mapping[str, Any]) -> None:
-    """Read the certificates now, and say what is not checked.
+    """Read the certificates, and log a warning about disabled checks.
 
     Raises:
-        AddressError: when they cannot be used.
+        AddressError: when a certificate or an option cannot be used.
     """
     if not address.tls:
         return
@@ -133,7 +134,7 @@ def _check_tls(address: Address, options: Mapping[str, Any]) -> None:
 
     try:
         SSLConnection(**options).ssl_context.get()
-    except Exception as error:  # of files, of their contents, of numbers that mean no version
+    except Exception as error:  # an unreadable file, a bad certificate, an unknown version of TLS
         raise AddressError(f"the URL of the broker has options of TLS that cannot be used: {error}") from error
     if options.get("ssl_cert_reqs") == "none":
         unchecked = (

@@ -1,4 +1,4 @@
-"""A connection for commands that hears channels as well (RESP3), for a thread of its own."""
+"""A connection for commands and pub/sub messages (RESP3), for use in a thread."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ _MESSAGE, _SUBSCRIBED = b"message", b"subscribe"
 
 
 class ControlConnection:
-    """Executes commands from any thread, and hears channels while one thread calls `listen`.
+    """Executes commands from any thread, and receives messages while one thread calls `listen`.
 
     Args:
-        url: of the server.
-        channels: what to subscribe to, each time the connection is made.
-        hear: called with channel and data of each message, in the thread that reads it; must not block nor raise.
-        connected: called when the channels are subscribed to: what was said before was not heard.
-        options: of the connection.
+        url: URL of the server.
+        channels: channels to subscribe to, each time the connection is made.
+        receive: called with channel and data of each message, in the thread that reads; must not block or raise.
+        connected: called after each subscription: earlier messages were missed.
+        options: options of the connection.
     """
 
     def __init__(
         self,
         url: str,
         channels: Sequence[str],
-        hear: Callable[[bytes, bytes], None],
+        receive: Callable[[bytes, bytes], None],
         connected: Callable[[], None],
         **options: Any,
     ) -> None:
         self._client: SyncRedis = sync_client(url, channels=True, **options)
         self._connection: Any = self._client.connection_pool.make_connection()
         self._channels = channels
-        self._hear, self._connected = hear, connected
-        self._deaf = False
+        self._receive, self._connected = receive, connected
+        self._subscription_refused = False
         self._run_id = ""
         self._in_use = threading.Lock()
-        self._woken, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
 
     def execute_command(self, *command: Any) -> Any:
-        """The answer to a command.
+        """Return the answer to a command.
 
         Raises:
             redis.exceptions.RedisError: when the server refuses, or does not answer.
@@ -73,11 +73,11 @@ class ControlConnection:
             except ResponseError:
                 raise
             except BaseException:
-                connection.disconnect()  # or others would get what is still answered
+                connection.disconnect()  # or the next command would read the remaining answer
                 raise
 
     def run_id(self) -> str:
-        """Run id of the server's process, another one after each restart or failover; empty when it does not say.
+        """Run id of the server's process, which changes with each restart or failover; empty if INFO is refused.
 
         Raises:
             redis.exceptions.RedisError: when no server answers.
@@ -100,72 +100,72 @@ class ControlConnection:
         try:
             for _ in self._channels:
                 connection.read_response(push_request=True)
-        except ResponseError as error:  # commands are what counts
-            if not self._deaf:
+        except ResponseError as error:  # commands work all the same
+            if not self._subscription_refused:
                 logger.warning(
                     "cannot listen for cancellations (%s); they take up to a third of a lease, and without a "
                     "scheduler delayed tasks are late",
                     error,
                 )
-            self._deaf = True
+            self._subscription_refused = True
         else:
-            self._deaf = False
+            self._subscription_refused = False
             self._connected()
 
     def _is_message(self, answer: Any) -> bool:
-        """True if this is no answer, but the message of a channel, which is passed on."""
+        """True for a message of a channel, which is passed to `receive`; False for an answer to a command."""
         if not (isinstance(answer, list) and answer and answer[0] in (_MESSAGE, _SUBSCRIBED)):
             return False
         if answer[0] == _MESSAGE:
-            self._hear(answer[1], answer[2])
+            self._receive(answer[1], answer[2])
         return True
 
     def listen(self, seconds: float) -> bool:
-        """Pass messages on for so long, or until `interrupt` is called or the connection is lost.
+        """Receive messages for `seconds`, or until `interrupt` is called or the connection is lost.
 
         Returns:
-            Whether the connection was lost.
+            True if the connection was lost.
         """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             events = select.poll()
-            events.register(self._woken, select.POLLIN)
+            events.register(self._wake_read, select.POLLIN)
             with self._in_use:
                 socket = self._connection._sock
                 if socket is not None:
                     events.register(socket, select.POLLIN)
             ready = [descriptor for descriptor, _ in events.poll(1000 * left)]
-            if self._woken in ready:
-                os.read(self._woken, 4096)
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
                 return False
             if ready and not self._read_messages():
                 return True
         return False
 
     def _read_messages(self) -> bool:
-        """Pass on what has come. False when the connection is lost."""
+        """Receive the messages that have arrived. False when the connection is lost."""
         with self._in_use:
             connection = self._connection
             try:
                 while connection._sock is not None and connection.can_read(0):
                     if not self._is_message(connection.read_response(push_request=True)):
-                        raise RedisError("an answer that nobody has asked for")
+                        raise RedisError("an answer without a command")
             except RedisError as error:
                 logger.debug("a connection is lost: %s", error)
                 connection.disconnect()
             return connection._sock is not None
 
     def interrupt(self) -> None:
-        """End the call of `listen`, or the next one; from any thread."""
-        with suppress(OSError):  # it was called often, or after the end
-            os.write(self._waker, b".")
+        """End the current or the next call of `listen`, from any thread."""
+        with suppress(OSError):  # the pipe is full of earlier calls, or closed
+            os.write(self._wake_write, b".")
 
     def close(self) -> None:
-        """Close the connection; nobody may use it any more."""
+        """Close the connection, which must not be used again."""
         with self._in_use:
             self._connection.disconnect()
         self._client.close()
-        called, waker = self._woken, self._waker
-        self._woken = self._waker = -1
-        os.close(called)
-        os.close(waker)
+        read, write = self._wake_read, self._wake_write
+        self._wake_read = self._wake_write = -1
+        os.close(read)
+        os.close(write)

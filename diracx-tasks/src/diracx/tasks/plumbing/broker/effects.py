@@ -1,4 +1,4 @@
-"""Completion effects: what the end of a task means to those who wait for its result, its group, its schedule."""
+"""Completion effects of a task: its stored result, its group, and the outcome of its schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .models import TaskMessage, TaskResult
 from .requests import Effects, GroupEffect, ScheduleEffect
 from .sizes import MAX_BYTES
 
-#: What a group shows of a child's error.
+#: Characters of a child's error that its group keeps.
 _LONGEST_ERROR = 500
 
 
@@ -29,11 +29,11 @@ def completion_effects(
     """Effects of the end of a task.
 
     Args:
-        make: makes its result, which is stored where it was asked for.
-        error: None when it has succeeded.
-        seconds: how long the last execution took.
-        ttl_seconds: how long the result is kept where the task's own label says nothing; None: not at all.
-        longest: bytes; of a result that is larger, only that is kept that it was.
+        make: makes the result; called only if the result is stored.
+        error: None when the task has succeeded.
+        seconds: duration of the last execution.
+        ttl_seconds: time to live of the result when the task has no label for it; None: it is not stored.
+        longest: limit in bytes; a larger result is replaced by an error.
     """
     effects: Effects = {}
     labels = message.labels
@@ -51,15 +51,15 @@ def completion_effects(
         if labels.get(LABEL_GROUP_RESULTS):
             ended["result"] = _packed(make(), longest)
         effects["group"] = ended
-    if (asked := labels.get(LABEL_CHILD_RESULTS)) is not None:
-        effects["release_results"] = asked["group"]
+    if (request := labels.get(LABEL_CHILD_RESULTS)) is not None:
+        effects["release_results"] = request["group"]
     if (outcome := _schedule_effect(message, error, seconds)) is not None:
         effects["outcome"] = outcome
     return effects
 
 
 def retry_effects(message: TaskMessage, error: ErrorInfo, seconds: float, retry_seconds: float) -> Effects:
-    """Effects of an attempt after which the task is tried again, in so many seconds: its group is kept."""
+    """Effects of an attempt with a retry in `retry_seconds`: the group is kept, the schedule notes the failure."""
     effects: Effects = {}
     if (group := message.labels.get(LABEL_GROUP)) is not None:
         effects["group"] = {"id": group}
@@ -74,12 +74,12 @@ def _schedule_effect(
     schedule = message.labels.get(LABEL_SCHEDULE)
     if not isinstance(schedule, str):
         return None
-    shown: dict[str, Any] = {"task_id": message.task_id, "ok": error is None, "seconds": round(seconds, 3)}
+    outcome: dict[str, Any] = {"task_id": message.task_id, "ok": error is None, "seconds": round(seconds, 3)}
     if error is not None:
-        shown |= {"error": error["type"], "message": error["message"][:_LONGEST_ERROR]}
+        outcome |= {"error": error["type"], "message": error["message"][:_LONGEST_ERROR]}
     if retry_seconds is not None:
-        shown["retry_seconds"] = retry_seconds
-    return {"id": schedule, "text": json.dumps(shown)}
+        outcome["retry_seconds"] = retry_seconds
+    return {"id": schedule, "text": json.dumps(outcome)}
 
 
 def _packed(result: TaskResult[Any], longest: int) -> bytes:
@@ -91,6 +91,6 @@ def _packed(result: TaskResult[Any], longest: int) -> bytes:
             f"the result has {len(data)} bytes, more than {longest}: it is not kept; return where the data are, "
             "or raise max_result_bytes"
         )
-    except BaseException as error:  # a property of the value's own may raise anything
-        # The work is done and stays done; who waits learns why there is no value.
+    except BaseException as error:  # encoding the value may run user code, which may raise anything
+        # The task has succeeded all the same; the stored error explains the missing value.
         return TaskResult.from_exception(error, result.execution_time).dumpb()

@@ -1,7 +1,7 @@
 """Finds children of groups that the server has lost, and fails them, so that their group ends.
 
-A server that restarts, or a replica that takes over, may lack the last writes. A group of which a child is lost
-would wait for it until it is forgotten.
+A server that restarts, or a replica that takes over, may lack the last writes. A group would wait for a lost child
+until the group expires.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How often the leading scheduler looks whether there is a reason for an audit.
+#: Interval at which the leading scheduler checks whether an audit is due.
 POLL_SECONDS = 15.0
-#: An audit without a reason, since the last one.
+#: Interval of audits without a restart or failover.
 AUDIT_SECONDS = 86_400
-#: A child that moves while we look for it is behind us; in each of so many rounds it is not.
+#: Rounds of the search: a child that moves during a round can be missed.
 _ROUNDS = 3
 ENTRIES = 100
 CHILDREN = 200
 _ERROR = "LostByServer: it is in no place any more; the server has lost it"
 
 
-async def audit_for_ever(redis: Redis) -> None:
-    """Audit whenever there is a reason. Goes on when the server is away."""
+async def audit_periodically(redis: Redis) -> None:
+    """Audit whenever it is due, until cancelled; goes on after errors of the server."""
     while True:
         try:
             await audit_if_due(redis)
@@ -45,10 +45,10 @@ async def audit_for_ever(redis: Redis) -> None:
 
 
 async def audit_if_due(redis: Redis) -> int | None:
-    """Audit if the server is another one than at the last audit, or that is a day ago.
+    """Audit if the server was restarted or replaced since the last audit, or that is a day ago.
 
     Returns:
-        How many children were failed; None without an audit.
+        Number of failed children; None without an audit.
     """
     server = await _identity(redis)
     audited: Any = await redis.get(keys.GROUPS_AUDITED)
@@ -60,19 +60,19 @@ async def audit_if_due(redis: Redis) -> int | None:
 
 
 async def _identity(redis: Redis) -> bytes:
-    """Another one after each restart and each change of the primary."""
+    """Id of the server's process and its replication history: changes with each restart and failover."""
     try:
         server, replication = await redis.info("server"), await redis.info("replication")
-    except ResponseError:  # we may not ask: then once a day
+    except ResponseError:  # INFO is not permitted: audit once a day
         return b"unknown"
     return f"{server.get('run_id')} {replication.get('master_replid')}".encode()
 
 
 async def fail_lost_children(redis: Redis) -> int:
-    """Fail the children that are in no stream and not delayed, although their group waits for them.
+    """Fail children that are neither in a stream nor delayed, although their group waits for them.
 
     Returns:
-        How many there were.
+        Number of failed children.
     """
     missing = await _awaited_children(redis)
     for _ in range(_ROUNDS):
@@ -97,7 +97,7 @@ async def fail_lost_children(redis: Redis) -> int:
 
 
 async def _awaited_children(redis: Redis) -> dict[bytes, str]:
-    """Child -> group of all that complete groups wait for."""
+    """Child -> group, for all children that completely submitted groups wait for."""
     found: dict[bytes, str] = {}
     for group in await group_ids(redis):
         key = keys.GROUPS_PREFIX + group
@@ -106,7 +106,7 @@ async def _awaited_children(redis: Redis) -> dict[bytes, str]:
                 continue
             async for child in redis.sscan_iter(f"{key}:pending", count=SCANNED):
                 found[child] = group
-        except ResponseError as error:  # as for a key of another type: it must not keep the others from ending
+        except ResponseError as error:  # a key of the wrong type, say: go on with the other groups
             logger.warning("cannot look for lost children of group %r: %s", group, error)
     return found
 

@@ -1,4 +1,4 @@
-"""Callback groups as they can be seen: how far they are, what failed, and the results kept for a callback."""
+"""Reads callback groups: progress, failures, and the results kept for a callback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUPS_BATCH = 100
 
 
 class GroupState(StrEnum):
-    """State of a group. One that has called back is not there any more."""
+    """State of a group. A group that has called back is deleted."""
 
     SUBMITTING = "submitting"
     """Not all its children have arrived; none of them runs."""
@@ -52,15 +52,15 @@ class GroupStatus:
     """Registry name of the task that is submitted instead when one has failed."""
     created: datetime
     expires: datetime
-    """Time when it is forgotten, if nothing happens until then."""
+    """Time when the group is deleted, if nothing happens until then."""
     pending_children: list[str] = field(default_factory=list)
-    """Their task ids; filled by `read_group` only, like the next."""
+    """Task ids; filled by `read_group` only, like `failed_children`."""
     failed_children: dict[str, str] = field(default_factory=dict)
     """Task id -> type and message of the error."""
 
 
 async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
-    """One group with its children; None when there is none (any more)."""
+    """Read one group with its children; None when it does not exist (any more)."""
     key = keys.GROUPS_PREFIX + group_id
     statuses = await _read(redis, [group_id])
     if not statuses:
@@ -74,33 +74,33 @@ async def read_group(redis: Redis, group_id: str) -> GroupStatus | None:
 
 
 async def group_ids(redis: Redis) -> list[str]:
-    """All groups, those that expire first at the beginning."""
+    """Ids of all groups, ordered by expiry."""
     found = {text_of(group): expires async for group, expires in redis.zscan_iter(keys.GROUPS, count=SCANNED)}
     return sorted(found, key=lambda group: found[group])
 
 
 async def group_of(redis: Redis, child: bytes) -> str | None:
-    """The group that waits for this task; None when none does. Looks through all groups."""
+    """Search all groups for the one that waits for this task; None when none does."""
     for batch in _batches(await group_ids(redis), _GROUPS_BATCH):
         async with redis.pipeline(transaction=False) as pipe:
             for group in batch:
                 pipe.execute_command("SISMEMBER", f"{keys.GROUPS_PREFIX}{group}:pending", child)
             for group, waits in zip(batch, await pipe.execute(raise_on_error=False), strict=True):
-                if waits == 1:  # and no error: the key of another group may be of another type
+                if waits == 1:  # not an error, as for a key of the wrong type
                     return group
     return None
 
 
-async def ask_for_audit(redis: Redis) -> None:
-    """A message is gone that cannot be read: the leading scheduler soon looks for a group that waits for it."""
+async def request_audit(redis: Redis) -> None:
+    """Make the leading scheduler audit the groups soon, as an unreadable message may have been a child of one."""
     await redis.delete(keys.GROUPS_AUDITED)
 
 
 async def list_groups(redis: Redis, limit: int | None = None) -> list[GroupStatus]:
-    """All groups that have not called back, oldest first.
+    """Read all groups that have not called back, oldest first.
 
     Args:
-        limit: only so many, those that expire first.
+        limit: read at most so many groups, those that expire first.
     """
     if limit is None:
         listed = await group_ids(redis)
@@ -130,7 +130,7 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
     for position, group_id in enumerate(group_ids):
         answers = replies[4 * position : 4 * position + 4]
         refused = [answer for answer in answers if isinstance(answer, ResponseError)]
-        if refused and str(refused[0]).startswith("WRONGTYPE"):  # no group, and it must not hide the others
+        if refused and str(refused[0]).startswith("WRONGTYPE"):  # not a group: go on with the others
             continue
         if refused:
             raise refused[0]
@@ -160,10 +160,10 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
 
 
 async def read_results(redis: Redis, group_id: str, total: int) -> dict[str, TaskResult[Any]]:
-    """The results of a group's children, in the order of the children; without those that have none yet.
+    """Results of a group's children by task id, in the order of the children; without children that have none yet.
 
     Args:
-        total: how many children there are.
+        total: number of children.
 
     Raises:
         ResultIsMissingError: when the results were not kept, or have expired.
@@ -187,5 +187,5 @@ async def read_results(redis: Redis, group_id: str, total: int) -> dict[str, Tas
 
 
 async def fire(redis: Redis, group_id: str) -> bool:
-    """Fire a group's callback now. False when there is nothing to fire (any more)."""
+    """Submit a group's callback now. False when the group does not exist (any more)."""
     return bool(await script("fire")(redis, args=[group_id]) == 1)

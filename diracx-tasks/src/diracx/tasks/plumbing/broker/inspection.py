@@ -1,4 +1,4 @@
-"""Read the state of the whole system for operators: numbers, heads of messages, counters, failures."""
+"""Reads the state of the whole system for operators: numbers, heads of messages, counters, failures."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from .stored import text_of
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: Names the stream of failures in messages.
+#: Name of the stream of failures, for error messages.
 FAILURES = keys.FAILURES
 
 
 async def snapshot(redis: Redis) -> dict[str, Any]:
-    """Everything that can be counted. See lua/snapshot.lua."""
+    """Read the numbers of tasks, workers, locks and schedules in one call. See lua/snapshot.lua."""
     found: dict[str, Any] = msgpack.unpackb(await script("snapshot")(redis, args=[QUEUES]))
     return found
 
 
 async def note_alerts(redis: Redis, checks: Sequence[str], alerts: Sequence[str]) -> list[int]:
-    """Note what health checks found. Returns since when each alert is noticed (ms). See lua/alerts.lua."""
+    """Store the alerts of health checks; return the time when each was first noticed (ms). See lua/alerts.lua."""
     return [int(since) for since in await script("alerts")(redis, args=[pack(checks), pack(alerts)])]
 
 
 async def stream_heads(
     redis: Redis, ranges: Sequence[tuple[str, str, str, int]], at_most: int
 ) -> list[list[tuple[str, dict[bytes, bytes], int]]]:
-    """The entries of ranges of streams: id, fields cut off after `at_most` bytes, and their length in bytes.
+    """Entries of ranges of streams: id, fields truncated to `at_most` bytes, and their length in bytes.
 
     Args:
-        ranges: stream, first and last entry as of XRANGE, and the most entries of each.
+        ranges: stream, first and last entry as for XRANGE, and the limit of entries of each.
     """
     heads: list[list[tuple[str, dict[bytes, bytes], int]]] = [[] for _ in ranges]
-    at, more = 0, 1
+    current, more = 0, 1
     while more:
-        unread = list(ranges[at:])
-        if heads[at:] and heads[at]:
+        unread = list(ranges[current:])
+        if heads[current:] and heads[current]:
             stream, _, last, count = unread[0]
-            unread[0] = (stream, f"({heads[at][-1][0]}", last, count - len(heads[at]))
+            unread[0] = (stream, f"({heads[current][-1][0]}", last, count - len(heads[current]))
         found, _, more = await script("heads")(redis, args=[at_most, pack(unread), pack([]), CALL_BYTES])
-        for position, part in enumerate(found, start=at):
+        for position, part in enumerate(found, start=current):
             heads[position] += [
                 (entry.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), length)
                 for entry, fields, length in part
             ]
-        at += max(0, len(found) - 1)
+        current += max(0, len(found) - 1)
     return heads
 
 
 async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> list[tuple[bytes, int] | None]:
-    """Stored heads of delayed tasks: cut off after `at_most` bytes, and the whole length; None: it is gone."""
+    """Messages of delayed tasks, truncated to `at_most` bytes, and their length; None: no longer delayed."""
     heads: list[tuple[bytes, int] | None] = []
     while len(heads) < len(tasks):
         unread = pack(tasks[len(heads) :])
@@ -66,48 +66,48 @@ async def delayed_heads(redis: Redis, tasks: Sequence[str], at_most: int) -> lis
 
 
 async def server_time(redis: Redis) -> float:
-    """The server's clock, in seconds since 1970."""
+    """Time of the server's clock, in seconds since 1970."""
     seconds, microseconds = await redis.execute_command("TIME")
     return int(seconds) + int(microseconds) / 1e6
 
 
 async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> Any:
     """Ids and due times (ms) of delayed tasks, in the order in which they are due, from a score on."""
-    wanted = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, count, "WITHSCORES")
-    return await redis.execute_command(*wanted)
+    command = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, count, "WITHSCORES")
+    return await redis.execute_command(*command)
 
 
 async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
-    """Time of the next poll of the line of each lock (ms); None: there is none."""
+    """Time of the next poll of each lock's waiting tasks (ms); None: none is planned."""
     return dict(zip(locks, await redis.execute_command("ZMSCORE", keys.LINES, *locks), strict=True))
 
 
 async def last_entry(redis: Redis, stream: str) -> str | None:
-    """The id of the last entry of a stream; None: it is empty."""
+    """Id of the last entry of a stream; None: it is empty."""
     found: Any = await redis.xrevrange(stream, count=1)
     return text_of(found[0][0]) if found else None
 
 
 async def entry_data(redis: Redis, stream: str, entry: str) -> bytes | None:
-    """The message of an entry; None: it is gone, or has none."""
+    """Message of an entry; None: the entry does not exist, or has no message."""
     found: Any = await redis.xrange(stream, entry, entry)
     return found[0][1].get(b"data") if found else None
 
 
 async def last_delivered(redis: Redis, stream: str) -> str | None:
-    """The last entry of a stream that was given to a worker; None: there is no such stream."""
+    """Id of the last entry of a stream that was delivered to a worker; None: there is no such stream."""
     try:
         found: Any = await redis.xinfo_groups(stream)
     except Exception as error:
         if "no such key" in str(error):
             return None
         raise
-    ours = [group for group in found if text_of(group["name"]) == keys.GROUP]
-    return text_of(ours[-1]["last-delivered-id"]) if ours else "0-0"
+    groups = [group for group in found if text_of(group["name"]) == keys.GROUP]
+    return text_of(groups[-1]["last-delivered-id"]) if groups else "0-0"
 
 
 def counter_key(period: str, bucket: int) -> str:
-    """The key of the counters of a minute or an hour.
+    """Key of the counters of a minute or an hour.
 
     Args:
         period: `minute` or `hour`.
@@ -117,13 +117,13 @@ def counter_key(period: str, bucket: int) -> str:
 
 
 async def counters(redis: Redis, period: str, buckets: Sequence[int]) -> list[Any]:
-    """Counters of the executions that ended in each of these periods: task -> counters (msgpack)."""
+    """Counters of the executions that ended in each period: task -> counters (msgpack)."""
     return await _hashes(redis, [counter_key(period, bucket) for bucket in buckets])
 
 
 async def throughput(redis: Redis, minutes: Sequence[int]) -> list[Any]:
-    """Throughput of each queue in these minutes: tasks that came in, and that ended."""
-    return await _hashes(redis, [f"{keys.FLOW_PREFIX}{minute}" for minute in minutes])
+    """Throughput of each queue in these minutes: submitted and ended tasks."""
+    return await _hashes(redis, [f"{keys.THROUGHPUT_PREFIX}{minute}" for minute in minutes])
 
 
 async def _hashes(redis: Redis, names: Iterable[str]) -> list[Any]:
@@ -140,7 +140,7 @@ async def failed_attempts(redis: Redis, newest: str, count: int) -> Any:
 
 
 async def unfinished(redis: Redis) -> dict[str, int]:
-    """Number of tasks in each place from which they go on without waiting for a moment: at one instant."""
+    """Number of unfinished tasks per stream or key, without those delayed to a later time; one atomic read."""
     now_ms = int(await server_time(redis) * 1000)
     async with redis.pipeline(transaction=True) as pipe:
         for stream in keys.EVERY_STREAM:
@@ -149,12 +149,12 @@ async def unfinished(redis: Redis) -> dict[str, int]:
         pipe.llen(keys.GROUP_OUTBOX)
         pipe.hvals(keys.DELAYED_DATA)
         *lengths, due, staged, delayed = await pipe.execute()
-    # Tasks that a lock or limiter holds up are queued, whatever their timer says.
+    # Tasks that wait for a lock or limiter count, whatever their due time is.
     reasons = [header.split(b"\n", 1)[0].split(b" ")[1] for header in delayed]
-    places = {
+    numbers = {
         **dict(zip(keys.EVERY_STREAM, lengths, strict=True)),
         keys.DELAYED: due,
         keys.GROUP_OUTBOX: staged,
         "waiting for locks": sum(reason in {b"lock", b"rate"} for reason in reasons),
     }
-    return {place: number for place, number in places.items() if number}
+    return {place: number for place, number in numbers.items() if number}

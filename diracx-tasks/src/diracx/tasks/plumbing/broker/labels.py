@@ -1,4 +1,4 @@
-"""Labels of a message that have a meaning for the task system, and what each may hold."""
+"""Labels of a message that have a meaning for the task system, and checks of their values."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from ..enums import Priority, Size
 from .keys import stream_name_for
 
 LABEL_ATTEMPTS = "attempts"
-#: How often it was retried after a failure, as version 0.7 counts it.
+#: Number of retries after a failure, in the format of version 0.7.
 LABEL_RETRIES = "_retry_attempt"
-#: As version 0.7 writes it.
+#: Id of the callback group, in the format of version 0.7.
 LABEL_GROUP = "group_id"
 LABEL_GROUP_RESULTS = "group_results"
 LABEL_CHILD_RESULTS = "child_results"
-#: Positions of the arguments that nobody is to see, for those who do not know the class.
+#: Positions of secret arguments, to mask them in programs that do not have the task class.
 LABEL_SECRET = "secret"  # noqa: S105  # the name of a label
 LABEL_RESULT_TTL = "result_ttl_seconds"
-#: The VO of a task whose class has no argument `vo`: set by a submitter who knows for whom it is.
+#: VO of a task whose class has no argument `vo`, set by the submitter.
 LABEL_VO = "vo"
-#: Set on what the scheduler submits: which schedule, and when that occurrence was due (ms since the epoch).
+#: Set by the scheduler: the schedule, and the due time of the occurrence (ms since the epoch).
 LABEL_SCHEDULE = "schedule"
 LABEL_DUE = "schedule_due_ms"
 
-#: Route a message, as in DiracX's own task system, where its class does not say otherwise.
+#: Labels with completion effects: the end of the task changes more than the delivery.
+COMPLETION_LABELS = frozenset({LABEL_RESULT_TTL, LABEL_GROUP, LABEL_CHILD_RESULTS, LABEL_SCHEDULE})
+
+#: Choose the queue of a message, as in DiracX's own task system, unless the task class does.
 LABEL_PRIORITY = "priority"
 LABEL_SIZE = "size"
 
-#: A time to live that every server takes: ten years.
+#: Longest time to live: ten years, which every server accepts.
 LONGEST_TTL_SECONDS = 315_576_000
 _LONGEST_SHOWN = 100
 _Check = Callable[[Any], bool]
@@ -51,7 +54,7 @@ def _all(check: _Check) -> _Check:
     return lambda value: isinstance(value, list | tuple) and all(map(check, value))
 
 
-#: What each of them may hold, and in words.
+#: Check of each label's value, and its description.
 _CHECKS: Mapping[str, tuple[_Check, str]] = {
     LABEL_ATTEMPTS: (_all(_is_attempt), "a list of failed attempts"),
     LABEL_RETRIES: (_is_number, "a number of retries"),
@@ -69,10 +72,10 @@ _CHECKS: Mapping[str, tuple[_Check, str]] = {
 
 
 def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The labels as they may be submitted.
+    """Return a copy of the labels for a submission.
 
     Raises:
-        ValueError: when one that has a meaning for the task system has no meaningful value.
+        ValueError: when a label with a meaning for the task system has an invalid value.
     """
     checked = dict(labels or {})
     if LABEL_ATTEMPTS in checked:
@@ -85,10 +88,10 @@ def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
 def stream_of_labels(
     labels: Mapping[str, Any], priority: Priority | str | None = None, size: Size | str | None = None
 ) -> str:
-    """The stream for a message: what is given goes before its labels `priority` and `size`.
+    """Stream for a message: `priority` and `size`, else the labels of these names, else normal and medium.
 
     Raises:
-        ValueError: names the label, its value and what it must be.
+        ValueError: names the label, its value and the possible values.
     """
     return stream_name_for(
         priority or _routing(labels, LABEL_PRIORITY, Priority.NORMAL),
@@ -97,27 +100,30 @@ def stream_of_labels(
 
 
 def _routing(labels: Mapping[str, Any], name: str, default: Priority | Size) -> str:
-    value, possible = labels.get(name, default), [str(each) for each in type(default)]
+    value = labels.get(name, default)
+    if value is default:  # nearly always
+        return str(value)
+    possible = [str(each) for each in type(default)]
     if value not in possible:
         raise ValueError(f"the label {name} must be {', '.join(possible)}, not {_shown(value)}")
     return str(value)
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
-    """Check those of a message of any origin.
+    """Check the labels of a message of any origin.
 
     Raises:
-        ValueError: names the label, its value and what it must be.
+        ValueError: names the label, its value and the possible values.
     """
     for name in _CHECKS.keys() & labels.keys():
-        fits, wanted = _CHECKS[name]
-        if not fits(labels[name]):
-            raise ValueError(f"the label {name} must be {wanted}, not {_shown(labels[name])}")
+        is_valid, expected = _CHECKS[name]
+        if not is_valid(labels[name]):
+            raise ValueError(f"the label {name} must be {expected}, not {_shown(labels[name])}")
 
 
 def _shown(value: Any) -> str:
     try:
         shown = repr(value)
-    except Exception:  # as of a number of more than 4,300 digits
+    except Exception:  # a number of more than 4,300 digits, say
         shown = f"a {type(value).__name__}"
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"

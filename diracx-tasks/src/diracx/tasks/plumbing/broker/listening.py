@@ -1,4 +1,4 @@
-"""Subscribe to a channel, to react at once and not at the next poll."""
+"""Subscribes to a channel, to react at once and not at the next poll."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How long the subscription may take.
+#: Timeout of the subscription.
 _ANSWER_SECONDS = 5.0
-#: How long one wait on the connection takes. Nothing is sent when it ends.
+#: Timeout of one wait for a message, after which the next wait begins.
 _WAIT_SECONDS = 60.0
 
 
 @asynccontextmanager
 async def listening(
-    redis: Redis, channel: str, hear: Callable[[bytes], None]
+    redis: Redis, channel: str, receive: Callable[[bytes], None]
 ) -> AsyncIterator[asyncio.Task[None] | None]:
-    """Call `hear` with each message of a channel from now on, on a connection of its own.
+    """Call `receive` with each message of a channel from now on, on a connection of its own.
 
-    Yields the task that listens, which ends only with an error; None where the server's ACL forbids the channel.
+    Yields the asyncio task that listens, which ends only with an error; None if the server's ACL forbids the
+    channel.
     """
     async with redis.pubsub() as pubsub:
         try:
@@ -41,15 +42,15 @@ async def listening(
             logger.warning("may not listen on the channel %s: allow &diracx:* to its user", channel)
             yield None
             return
-        hearing = asyncio.create_task(_hear(pubsub, hear))
+        receiving = asyncio.create_task(_receive_all(pubsub, receive))
         try:
-            yield hearing
+            yield receiving
         finally:
-            await cancel_and_wait(hearing)
+            await cancel_and_wait(receiving)
 
 
-async def _hear(pubsub: Any, hear: Callable[[bytes], None]) -> None:
+async def _receive_all(pubsub: Any, receive: Callable[[bytes], None]) -> None:
     while True:
         message = await pubsub.get_message(timeout=_WAIT_SECONDS)
         if message is not None and message["type"] == "message":
-            hear(message["data"])
+            receive(message["data"])

@@ -1,4 +1,4 @@
-"""Take, renew and give back locks; see who holds them and how many tasks wait for them."""
+"""Takes, renews and releases locks; reads their holders and the number of waiting tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgpack
 
 from ..enums import Size
 from . import keys
+from .requests import LOCK_KINDS
 from .scripts import pack, script
 from .sizes import in_calls
 from .stored import SCANNED, text_of
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
 
     from .requests import LockSpec
 
-#: Locks that one script call gives back, or renews: 1 ms of the server's time.
+#: Locks that one script call releases or renews: 1 ms of the server's time.
 RELEASE_BATCH = 200
+#: Beginnings of the keys of all locks.
+PREFIXES = tuple(dict.fromkeys(f"{kind.prefix}:" for kind in LOCK_KINDS.values()))
+
+
+def kind_of(key: str) -> str | None:
+    """Kind of a lock by its key, the first of kinds that share their keys; None: it is not the key of a lock."""
+    return next((name for name, kind in LOCK_KINDS.items() if key.startswith(f"{kind.prefix}:")), None)
 
 
 async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:
@@ -30,7 +38,7 @@ async def acquire(redis: Redis, locks: Sequence[LockSpec]) -> int | None:
 
 
 async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
-    """Give the locks back, some in each call, and wake who waits for them. Returns how many were still held."""
+    """Release the locks, in batches, and grant them to waiting tasks. Returns how many were still held."""
     held = 0
     for part in in_calls(locks, RELEASE_BATCH, lambda _: 0):
         held += int(await script("release")(redis, args=[pack(part)]))
@@ -38,7 +46,7 @@ async def release(redis: Redis, locks: Sequence[LockSpec]) -> int:
 
 
 async def extend(redis: Redis, locks: Sequence[LockSpec]) -> list[bool]:
-    """Renew the locks to their full time to live. Returns which of them are still ours."""
+    """Renew the locks to their full time to live. Returns for each whether its owner still holds it."""
     kept: list[bool] = []
     for part in in_calls(locks, RELEASE_BATCH, lambda _: 0):
         kept += [reply == 1 for reply in await script("extend")(redis, args=[pack(part)])]
@@ -51,12 +59,12 @@ def extend_now(redis: SyncRedis, locks: Sequence[LockSpec]) -> None:
 
 
 async def reset_rate(redis: Redis, key: str) -> bool:
-    """Give all spent quota of a rate limiter back. False: none was spent."""
+    """Reset the spent quota of a rate limiter. False: none was spent."""
     return bool(await redis.unlink(key))
 
 
 def can_be_packed(value: Any) -> bool:
-    """True if a value, as a lock of the user's own kind, can be sent to the server."""
+    """True if a value, such as a custom lock, can be encoded for a script."""
     try:
         pack(value)
     except Exception:
@@ -65,19 +73,19 @@ def can_be_packed(value: Any) -> bool:
 
 
 async def inspect(redis: Redis, locks: Sequence[Mapping[str, Any]], at_most: int) -> list[list[Any]]:
-    """Holders of locks, and the number of waiting tasks. See lua/inspect.lua."""
+    """Read the holders of locks, and the number of waiting tasks. See lua/inspect.lua."""
     packed = await script("inspect")(redis, args=[pack(locks), at_most])
     found: list[list[Any]] = msgpack.unpackb(packed, unicode_errors="replace", strict_map_key=False)
     return found
 
 
 async def reported_locks(redis: Redis) -> list[str]:
-    """Limiters, and locks that have refused a task, as workers reported them: "{…} {limit} {window} {key}"."""
+    """Limiters, and locks that have refused a task, as reported by workers: "{kind} {limit} {window} {key}"."""
     return [text_of(member) for member in await redis.zrange(keys.LOCKS_SEEN, 0, -1)]
 
 
 async def held_locks_records(redis: Redis, workers: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The held-locks record of each worker: "{owner}:{key}" -> lock."""
+    """Held-locks record of each worker: "{owner}:{key}" -> lock."""
     cursors = dict.fromkeys(workers, 0)
     found: dict[str, dict[str, str]] = {worker: {} for worker in workers}
     while cursors:
@@ -99,4 +107,4 @@ async def waiter_counts(redis: Redis, locks: Sequence[str]) -> list[int]:
                 pipe.zcard(line)
         counts: list[int] = await pipe.execute() if locks else []
     sizes = len(Size)
-    return [sum(counts[at : at + sizes]) for at in range(0, len(counts), sizes)]
+    return [sum(counts[first : first + sizes]) for first in range(0, len(counts), sizes)]

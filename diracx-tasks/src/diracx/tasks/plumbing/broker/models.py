@@ -1,9 +1,9 @@
-"""Messages and their life: message of a task, its delivery to a worker, its outcome, and the settlement."""
+"""Models of the broker: message of a task, its result, its delivery to a worker, and the settlement."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
@@ -16,6 +16,7 @@ from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..messages.codec import dumps, loads
 from ..messages.error_info import ErrorInfo, cut, describe_exception
 from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
+from .replies import SettleReply
 from .requests import (
     DelayedRetry,
     GroupEffect,
@@ -26,6 +27,7 @@ from .requests import (
     StoredDeadLetter,
 )
 from .sizes import LOCK_BYTES, SMALL_BYTES, checked_size
+from .stored import number_of, text_of
 
 _Value = TypeVar("_Value")
 
@@ -33,13 +35,13 @@ _SEQUENCE = (list, tuple)
 _LONGEST_REASON = 300
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-#: Of messages. One that older versions cannot execute, or not decode, says so by a greater number in its field
+#: Format of messages. A message that older versions cannot decode or execute has a greater number in its field
 #: `format`, and is still a msgpack map that begins with the task's id.
 FORMAT = 1
 
 
 def new_task_id() -> str:
-    """A new task id: 32 hexadecimal digits."""
+    """Make a task id: 32 hexadecimal digits."""
     return os.urandom(16).hex()
 
 
@@ -52,7 +54,7 @@ def in_ms(moment: datetime) -> int:
 
 @dataclass(kw_only=True, slots=True)
 class TaskMessage:
-    """A task on its way. The same id goes with it for its whole life."""
+    """Message of a task. Its id stays the same through retries and redeliveries."""
 
     task_id: str
     task_name: str
@@ -63,19 +65,19 @@ class TaskMessage:
     trace_context: dict[str, str] = field(default_factory=dict)
     """W3C trace headers of the submitter."""
     sig: int = 0
-    """Hash of the names of the fields whose values are in `task_args`; 0: not known. Others pass it over."""
+    """Hash of the field names of the values in `task_args`; 0: unknown. Other implementations ignore it."""
     later_fields: dict[str, Any] | None = field(default=None, init=False)
-    """Fields that a later version has added: kept, and sent on."""
+    """Fields that a later version has added: kept when the message is stored again."""
 
     def dumpb(self) -> bytes:
-        """The message as it is stored, with all fields that version 0.7 needs.
+        """Encode the message, with all fields that version 0.7 needs.
 
         Raises:
-            TypeError: when an argument or a label has a type that cannot travel.
+            TypeError: when an argument or a label has a type that cannot be encoded.
         """
         fields: dict[str, Any] = {"task_id": self.task_id, "task_name": self.task_name}  # the id must be the first
         fields["labels"] = self.labels
-        if self.sig:  # before the arguments: who reads a beginning only, must know whose they are
+        if self.sig:  # before the arguments, so that a reader of a truncated message has it
             fields["sig"] = self.sig
         fields["task_args"] = self.task_args
         fields["task_kwargs"] = self.task_kwargs
@@ -86,10 +88,10 @@ class TaskMessage:
 
     @classmethod
     def loadb(cls, data: bytes, *, careful: bool = False) -> Self:
-        """Read a stored message.
+        """Decode a message.
 
         Args:
-            careful: see `wire.loads`.
+            careful: see `codec.loads`.
 
         Raises:
             NewerMessageError: when it is for a later version; a ValueError.
@@ -100,12 +102,12 @@ class TaskMessage:
                 fields = loads(data, careful=careful)
             except ValueError:
                 if not careful:
-                    _refuse_newer(_format_of(data))  # it may have values of a type that came later
+                    _refuse_newer(_format_of(data))  # it may have values of a type that a later version has added
                 raise
             _refuse_newer(fields.get("format"))
             try:
                 message = cls(**fields)
-            except TypeError:  # those of a later version are carried along
+            except TypeError:  # fields of a later version are kept
                 later = {name: fields.pop(name) for name in list(fields) if name not in _FIELDS}
                 message = cls(**fields)
                 message.later_fields = later
@@ -127,7 +129,8 @@ class TaskMessage:
                 f"{message.task_id}{message.task_name}".encode()
             except UnicodeEncodeError as error:
                 raise ValueError("not a task message: its id or name is no text") from error
-        if not all(isinstance(text, str) for pair in message.trace_context.items() for text in pair):
+        context = message.trace_context
+        if context and not all(isinstance(text, str) for pair in context.items() for text in pair):
             raise ValueError("not a task message: its trace context is no text")
         if message.labels:
             try:
@@ -138,7 +141,7 @@ class TaskMessage:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        """The failed attempts so far, oldest first: type, message, traceback, host, started, ended."""
+        """Failed attempts so far, oldest first: type, message, traceback, host, started, ended."""
         found: list[dict[str, Any]] = self.labels.get(LABEL_ATTEMPTS, [])
         return found
 
@@ -149,7 +152,7 @@ def _refuse_newer(number: Any) -> None:
 
 
 def _format_of(data: bytes) -> Any:
-    """The field `format` of a whole message, without decoding other values; None where there is none."""
+    """Field `format` of a complete message, without decoding other values; None if it is missing."""
     unpacker, number = msgpack.Unpacker(strict_map_key=False), None
     unpacker.feed(data)
     try:
@@ -158,7 +161,7 @@ def _format_of(data: bytes) -> Any:
                 number = unpacker.unpack()
             else:
                 unpacker.skip()
-    except Exception:  # msgpack has no common class of its errors
+    except Exception:  # msgpack's errors have no common base class
         return None
     return number if unpacker.tell() == len(data) else None
 
@@ -169,9 +172,9 @@ _FIXED_TEXT, _TEXT_8 = range(0xA0, 0xC0), 0xD9
 
 
 def id_at_head(data: bytes) -> bytes | None:
-    """The task id of a message that may be unreadable otherwise; None when it is not where we write it.
+    """Task id of a message that may be unreadable otherwise; None when the id is not at its usual position.
 
-    As `task_of` in lua/_cancel.lua does it.
+    `task_of` in lua/_cancel.lua does the same.
     """
     if data[1:9] != _HEAD or len(data) < 11:
         return None
@@ -182,12 +185,12 @@ def id_at_head(data: bytes) -> bytes | None:
 
 @dataclass(kw_only=True, slots=True)
 class TaskResult(Generic[_Value]):
-    """Result of a task, as it is stored for its reader."""
+    """Stored result of a task."""
 
     is_err: bool
     return_value: _Value
     execution_time: float
-    """Seconds that the last execution took."""
+    """Duration of the last execution (s)."""
     error: dict[str, str] | None = None
     """`type`, `message` and `traceback` of the exception, when it failed."""
     labels: dict[str, Any] = field(default_factory=dict)
@@ -196,21 +199,21 @@ class TaskResult(Generic[_Value]):
     def from_value(
         cls, value: Any, execution_time: float, labels: dict[str, Any] | None = None
     ) -> TaskResult[Any]:
-        """The result of a task that succeeded."""
+        """Result of a task that succeeded."""
         return TaskResult(is_err=False, return_value=value, execution_time=execution_time, labels=labels or {})
 
     @classmethod
     def from_exception(
         cls, exc: BaseException, execution_time: float, labels: dict[str, Any] | None = None
     ) -> TaskResult[None]:
-        """The result of a task that finally failed."""
+        """Result of a task that failed permanently."""
         return cls.from_error(describe_exception(exc), execution_time, labels)
 
     @classmethod
     def from_error(
         cls, error: ErrorInfo, execution_time: float, labels: dict[str, Any] | None = None
     ) -> TaskResult[None]:
-        """The same, of an exception that is text already."""
+        """Result of a task that failed permanently, from a formatted exception."""
         return TaskResult(
             is_err=True, return_value=None, execution_time=execution_time, error=error, labels=labels or {}
         )
@@ -227,7 +230,7 @@ class TaskResult(Generic[_Value]):
         return self
 
     def dumpb(self) -> bytes:
-        """The result as it is stored."""
+        """Encode the result."""
         return dumps(
             {
                 "is_err": self.is_err,
@@ -240,10 +243,10 @@ class TaskResult(Generic[_Value]):
 
     @classmethod
     def loadb(cls, data: bytes | None) -> TaskResult[Any]:
-        """Read a stored result.
+        """Decode a stored result.
 
         Raises:
-            ResultIsMissingError: when there is none.
+            ResultIsMissingError: when `data` is None.
             ValueError: when the bytes are no result.
         """
         if data is None:
@@ -261,92 +264,126 @@ class TaskResult(Generic[_Value]):
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A message and the queue it goes to."""
+    """A message and the stream of its queue."""
 
     message: TaskMessage
     stream: str
     at_time: datetime | None = None
-    """Not before this moment; None for now."""
+    """Earliest start; None: now."""
 
     def dumpb(self) -> bytes:
-        """The message as it is sent.
+        """Encode the message and check its size.
 
         Raises:
-            TypeError: when an argument or a label has a type that cannot travel.
+            TypeError: when an argument or a label has a type that cannot be encoded.
             TaskTooLargeError: when it is too large.
         """
         data = self.message.dumpb()
         return data if len(data) <= SMALL_BYTES else checked_size(data, self.message.task_name)
 
 
-@dataclass(slots=True)  # frozen would cost more than everything else that is done to make one
+@dataclass(slots=True)  # frozen would take longer than the rest of its construction
 class Delivery:
-    """A message in the hands of one worker. Whoever settles it must still be its owner."""
+    """A message reserved for one worker, which alone may settle it while it is the entry's owner."""
 
     stream: str
     entry: str
     """Id of the stream entry."""
     deliveries: int
-    """Number of deliveries, this one included: more than one means that a worker died with it."""
+    """Number of deliveries of the entry, including this one: more than one means that a worker was lost."""
     data: bytes | None
-    """The stored message; None when the entry has none."""
+    """Encoded message; None when the entry has none."""
     raw: bytes
-    """Everything the entry holds, for the dead-letter queue when it cannot be read."""
+    """All fields of the entry, for the dead letter of an unreadable message."""
     since: str = "0"
-    """Time when it first began to wait for a lock (µs since the epoch), or 0."""
+    """Time when the task was first parked for a lock (µs since the epoch), or 0."""
     earlier_redeliveries: int = 0
-    """Number of workers that died with it before it was parked or handed back: entries before this one."""
+    """Number of workers lost with the task's earlier entries, before it was parked or handed back."""
     occurrence: str | None = None
-    """Of which schedule it is an occurrence: a mark that the scripts put on it and that must stay with it."""
+    """Schedule of which this is an occurrence: set by the scripts, and kept with the task."""
     survived: int = 0
-    """Number of the workers that lost this entry but are alive."""
+    """Number of workers that lost this entry but are alive."""
     granted: bytes | None = None
-    """The key of the lock for which it was granted the turn, after it had waited."""
+    """Key of the lock that was granted to the task after it had waited."""
+
+    @classmethod
+    def of_fields(cls, stream: str, entry: str, times: int, fields: Sequence[bytes]) -> Self:
+        """Make the delivery of an entry that has other fields than its message."""
+        values = dict(zip(fields[::2], fields[1::2], strict=False))
+        data = values.get(b"data")
+        return cls(
+            stream,
+            entry,
+            times,
+            data,
+            raw=data if data is not None else msgpack.packb(fields),
+            since=str(number_of(values.get(b"since"))),
+            earlier_redeliveries=number_of(values.get(b"deaths")),
+            survived=number_of(values.get(b"survived")),
+            occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
+            granted=values.get(b"woken"),
+        )
 
     @property
     def redelivery_count(self) -> int:
-        """Number of workers that died with it since it was submitted or last retried."""
+        """Number of workers lost with the task since its submission or last retry."""
         return self.earlier_redeliveries + self.deliveries - 1 - self.survived
 
     @property
     def redelivered(self) -> bool:
-        """True if another worker had it before, and may have begun it."""
+        """True if another worker had the task before, and may have started it."""
         return self.earlier_redeliveries + self.deliveries > 1
 
     cancelled: bool = False
-    """True if it was cancelled before it got here."""
+    """True if the task was cancelled before this delivery."""
 
     @property
     def queued_at(self) -> float:
-        """Time when it came, or began to wait for a lock: seconds since the epoch, by the server's clock."""
+        """Time of the submission, or of the first wait for a lock (s since the epoch, by the server's clock)."""
         return int(self.since) / 1e6 if self.since != "0" else int(self.entry.partition("-")[0]) / 1e3
 
     @property
     def priority(self) -> Priority:
-        """Taken from the name of the stream."""
+        """Priority in the name of the stream."""
         return Priority(self.stream.split(":")[2])
+
+
+#: Number of lost workers from which a message is a poison candidate.
+_CANDIDATE_FROM = 2
+
+
+def candidate_from(max_deliveries: int) -> int:
+    """Number of lost workers from which a message runs alone: at the latest before its last delivery, so that a
+    message does not become poison because of another task on the same workers.
+    """
+    return max(1, min(_CANDIDATE_FROM, max_deliveries - 1))
+
+
+def is_poison_candidate(delivery: Delivery, max_deliveries: int) -> bool:
+    """True if the message may have killed its workers, but is to run again."""
+    return candidate_from(max_deliveries) <= delivery.redelivery_count < max_deliveries
 
 
 @dataclass(slots=True)
 class Settlement:
-    """Settlement of one delivery. At most one of retry, requeue, aside and dead is set."""
+    """Settlement of one delivery. At most one of retry, requeue, isolate and dead is set."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
     result: ResultEffect | None = None
     retry: DelayedRetry | None = None
     requeue: Requeue | None = None
-    aside: bool = False
-    """Leave it for a worker that holds nothing else."""
+    isolate: bool = False
+    """Leave the task for a worker that holds nothing else."""
     group: GroupEffect | None = None
     dead: StoredDeadLetter | None = None
     release_results: str | None = None
-    """The group whose children's results are needed no more: its callback has ended."""
+    """Group whose callback has ended: the results of its children are deleted."""
     outcome: ScheduleEffect | None = None
-    """Outcome that a schedule stores of its occurrence."""
+    """Outcome to store for the task's schedule."""
 
     def effects(self) -> dict[str, Any]:
-        """Effects that are set, for lua/settle.lua; of most tasks none is."""
+        """Effects that are set, for lua/settle.lua; most tasks have none."""
         values = _effects(self)
         found = {name: value for name, value in zip(_EFFECTS, values, strict=True) if value} if any(values) else {}
         if self.delivery.granted and not self.requeue:
@@ -354,25 +391,35 @@ class Settlement:
         return found
 
     def bytes(self) -> int:
-        """About how much has to be sent, or keeps the server busy for as long."""
+        """Approximate size in a call, with `LOCK_BYTES` for each lock."""
         size = 100 + LOCK_BYTES * (len(self.locks) or bool(self.delivery.granted))
-        if not (self.result or self.retry or self.requeue or self.group or self.dead):  # nearly always
+        if not (self.result or self.retry or self.requeue or self.group or self.dead):  # the usual case
             return size
         parts = (self.result, self.retry, self.requeue, self.group, self.dead)
         values = [value for part in parts if part for value in part.values()]
         return size + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
-_EFFECTS = ("locks", "result", "retry", "requeue", "aside", "group", "dead", "release_results", "outcome")
+@dataclass(frozen=True, slots=True)
+class SettlingCall:
+    """Settlements to send in one write with the blocking read that follows."""
+
+    settlements: Sequence[Settlement]
+    dataset_id: str
+    answered: Callable[[Sequence[SettleReply] | None], None]
+    """Called with the replies, or None when the server has refused the call; not called without an answer."""
+
+
+_EFFECTS = ("locks", "result", "retry", "requeue", "isolate", "group", "dead", "release_results", "outcome")
 _effects = attrgetter(*_EFFECTS)
 
 
 ReceivedMessage = Delivery
-"""The published name of what a worker receives. Its fields are ours."""
+"""Published name of a delivery, with other fields than the published class."""
 
 
 class SubmitsMessages(Protocol):
-    """A broker, as `submit_task` needs it."""
+    """The part of a broker that `submit_task` needs."""
 
     async def submit(self, submissions: Sequence[Submission]) -> None:
         """Submit messages."""
@@ -393,13 +440,13 @@ async def submit_task(
     """Submit a task by its registry name, without its class. Returns its id.
 
     Args:
-        priority: else the label of this name, else normal.
-        size: else the label of this name, else medium.
-        task_id: the id, instead of a new one. One id is one task, as long as it waits.
+        priority: priority of the queue; by default the label `priority`, else normal.
+        size: size of the queue; by default the label `size`, else medium.
+        task_id: id of the task, instead of a new one. It must not be that of a task that waits.
 
     Raises:
         SendTaskError: when the broker cannot be reached.
-        DuplicateTaskIdError: when it is not due yet, and another task with this id waits.
+        DuplicateTaskIdError: when `run_at` is set and another task with this id waits.
     """
     message = TaskMessage(
         task_id=task_id or new_task_id(),
@@ -414,7 +461,7 @@ async def submit_task(
 
 @dataclass
 class TaskBinding:
-    """The registry name of a task at a broker."""
+    """Registry name of a task, bound to a broker."""
 
     broker: SubmitsMessages
     task_name: str

@@ -1,7 +1,7 @@
 """Compatibility with the published package 0.7, whose data may be in Redis and whose processes may still run.
 
-Its delayed tasks and groups are converted by `lua/_published*.lua` as they are met; `scheduling.py` holds its lock
-of the leading scheduler together with ours. To forget 0.7, delete these, `lua/finished.lua` and their callers.
+`lua/_published*.lua` convert its delayed tasks and groups when scripts read them; `scheduling.py` takes its leader
+lock as well. To drop the compatibility, delete these, `lua/finished.lua` and their callers.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A worker of 0.7 asks for messages every 2 s. One that has not for `LIVING_MS` has ended or blocks its event
-#: loop, and after `DEAD_MS` its messages are taken over.
+#: A worker of 0.7 polls for messages every 2 s. Without a poll for `LIVING_MS` it has ended or its event loop is
+#: blocked; after `DEAD_MS` its messages are reclaimed.
 LIVING_MS, DEAD_MS = 10_000, 30_000
-#: After so long it takes over messages of others itself.
+#: Idle time after which a worker of 0.7 reclaims messages of other workers.
 IDLE_MS = 600_000
-#: Entries that one script call looks at.
+#: Entries that one script call examines.
 FINISHED_BATCH = 250
 _SEEN_SECONDS = 86_400
 _BATCH = 100
 _NAME = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
-#: Due times of ours are in ms, those of 0.7 in seconds.
-_OURS_FROM = 1e11
+#: Scores from here on are due times of this version, in ms; those of 0.7 are in seconds.
+_FIRST_MS_SCORE = 1e11
 _EXTENSIONS = (msgpack.ExtType, msgpack.Timestamp)
 
 Consumers = Sequence[Mapping[str, Any]]
 
 
 def silent_ms(streams: Sequence[Consumers]) -> dict[bytes, int]:
-    """Worker of 0.7 -> for how long it has not asked for messages, from the consumers of streams."""
+    """Worker of 0.7 -> time since its last poll for messages (ms), from the consumers of streams."""
     found: dict[bytes, int] = {}
     for consumer in (each for consumers in streams for each in consumers):
         if _NAME.fullmatch(consumer["name"]):
@@ -55,7 +55,7 @@ def silent_ms(streams: Sequence[Consumers]) -> dict[bytes, int]:
 
 
 async def living_worker(redis: Redis) -> str | None:
-    """Names a worker of 0.7 that asks for messages, on one line; None when there is none."""
+    """Describe a running worker of 0.7, on one line; None when there is none."""
     async with redis.pipeline(transaction=False) as pipe:
         for stream in keys.ALL_STREAM_NAMES:
             pipe.xinfo_consumers(stream, keys.GROUP)
@@ -63,21 +63,22 @@ async def living_worker(redis: Redis) -> str | None:
     silent = silent_ms([consumers for consumers in found if not isinstance(consumers, ResponseError)])
     for name, ms in silent.items():
         if ms < LIVING_MS:
-            return f"worker {text_of(name)} of diracx-tasks 0.7, which asked for tasks {ms / 1000:.1f} s ago"
+            return f"worker {text_of(name)} of diracx-tasks 0.7, which fetched tasks {ms / 1000:.1f} s ago"
     return None
 
 
-async def look_after(redis: Redis, streams: Sequence[Consumers], now_ms: int) -> None:
-    """Note the workers of 0.7: those that are silent are to be reclaimed, and what they have finished is deleted.
+async def track_workers(redis: Redis, streams: Sequence[Consumers], now_ms: int) -> None:
+    """Enter workers of 0.7 into the list of workers, to be reclaimed when silent, and delete their finished
+    entries.
 
     Args:
-        streams: the consumers of each stream.
+        streams: consumers of each stream.
     """
     ends_ms = {}
     for name, ms in silent_ms(streams).items():
         ends_ms[name] = now_ms + (IDLE_MS if ms < LIVING_MS else DEAD_MS - ms)
         if ms < LIVING_MS:
-            text = "worker %s of diracx-tasks 0.7 takes tasks beside us: it tells no group of ours; stop it"
+            text = "worker %s of diracx-tasks 0.7 still takes tasks, and updates no callback groups: stop it"
             logger.error(text, text_of(name))
     if ends_ms:
         await redis.set(keys.PUBLISHED_SEEN, len(ends_ms), ex=_SEEN_SECONDS)
@@ -98,24 +99,24 @@ async def _delete_finished(redis: Redis) -> None:
         logger.info("%d entries are deleted that diracx-tasks 0.7 had finished", total)
 
 
-# --- the way back -------------------------------------------------------------------------------------------
+# --- downgrade ----------------------------------------------------------------------------------------------
 
 
 class StillRunningError(Exception):
-    """Processes of ours run, and would change what is converted. The message names one."""
+    """Processes of this version run, and would change the converted data. The message names one."""
 
 
 async def downgrade(redis: Redis) -> dict[str, int]:
-    """Give everything that waits the form of 0.7: what was delayed, reserved or resumed, and groups.
+    """Convert tasks and groups to the format of 0.7: delayed, reserved and resumed tasks, and callback groups.
 
-    Safe to repeat. Nothing of ours may run meanwhile.
+    Safe to repeat. No process of this version may run meanwhile.
 
     Returns:
-        How many `reserved`, `delayed` and `groups` were converted; `kept`: delayed tasks that 0.7 would lose for
-        the types of their arguments. They stay as they are.
+        Numbers of converted `reserved`, `delayed` and `groups`; `kept`: number of delayed tasks that stay as they
+        are, for 0.7 would lose them because of the types of their arguments.
 
     Raises:
-        StillRunningError: when a worker or scheduler of ours runs.
+        StillRunningError: when a worker or scheduler of this version runs.
     """
     seconds, microseconds = await redis.time()
     now_ms = seconds * 1000 + microseconds // 1000
@@ -123,7 +124,7 @@ async def downgrade(redis: Redis) -> dict[str, int]:
         raise StillRunningError(f"worker {text_of(living[0])} runs, or was lost less than its lease ago")
     if await redis.exists(keys.LEADER):
         raise StillRunningError("a scheduler leads, or was lost some seconds ago")
-    for stream in keys.ALL_STREAM_NAMES:  # 0.7 makes groups that leave out what is there
+    for stream in keys.ALL_STREAM_NAMES:  # 0.7 would create groups that skip the existing entries
         with suppress(ResponseError):
             await redis.xgroup_create(stream, keys.GROUP, "0", mkstream=True)
     reserved = sum([await _queue_again(redis, stream) for stream in keys.EVERY_STREAM])
@@ -132,15 +133,15 @@ async def downgrade(redis: Redis) -> dict[str, int]:
 
 
 async def _queue_again(redis: Redis, stream: str) -> int:
-    """Put what is in hand, or was resumed, into the queue once more. Returns how many."""
-    target, first, moved = stream.removesuffix(keys.HANDOVER), "-", 0
+    """Move reserved and resumed entries into the queue of new tasks. Returns how many."""
+    target, first, moved = stream.removesuffix(keys.RESUMED_SUFFIX), "-", 0
     while entries := await redis.execute_command("XRANGE", stream, first, "+", "COUNT", _BATCH):
         first = "(" + text_of(entries[-1][0])
         for entry, fields in entries:
             if target == stream:
                 try:
                     pending: Any = await redis.xpending_range(stream, keys.GROUP, entry, entry, 1)
-                except ResponseError:  # no group: nobody has any
+                except ResponseError:  # no consumer group: no entry is reserved
                     return moved
                 if not pending:
                     continue
@@ -157,16 +158,16 @@ async def _delayed_as_published(redis: Redis, now_ms: int) -> tuple[int, int]:
     moved = kept = 0
     while found := cast(
         list[tuple[bytes, float]],
-        await redis.zrangebyscore(keys.DELAYED, _OURS_FROM, "+inf", kept, _BATCH, withscores=True),
+        await redis.zrangebyscore(keys.DELAYED, _FIRST_MS_SCORE, "+inf", kept, _BATCH, withscores=True),
     ):
         stored: Any = await redis.execute_command("HMGET", keys.DELAYED_DATA, *(task for task, _ in found))
         async with redis.pipeline(transaction=True) as pipe:
-            for (task, due_ms), whole in zip(found, stored, strict=True):
-                header, _, data = (whole or b"").partition(b"\n")
+            for (task, due_ms), value in zip(found, stored, strict=True):
+                header, _, data = (value or b"").partition(b"\n")
                 if not _promotable(data):
                     kept += 1
                     continue
-                waits = header.split(b" ")[1] in (b"lock", b"rate")  # it asks again
+                waits = header.split(b" ")[1] in (b"lock", b"rate")  # due now: 0.7 tries the lock again
                 pipe.zrem(keys.DELAYED, task)
                 pipe.hdel(keys.DELAYED_DATA, task)
                 pipe.zadd(keys.DELAYED, {data: (now_ms if waits else due_ms) / 1000})
@@ -179,7 +180,7 @@ async def _delayed_as_published(redis: Redis, now_ms: int) -> tuple[int, int]:
 
 
 def _is_plain(value: Any) -> bool:
-    """True if it has no value of an extension type, as a moment: 0.7 loses what is delayed and has one."""
+    """True if it has no value of a msgpack extension type, e.g. a datetime: 0.7 loses delayed tasks with one."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, _EXTENSIONS)

@@ -1,4 +1,4 @@
-"""The broker: every verb by which a task's state changes, each one atomic step on the server.
+"""The broker: the operations that change the state of a task, each one atomic step on the server.
 
     submit → fetch | reclaim → start → settle      promote (delayed → queued)
 
@@ -9,101 +9,82 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import msgpack
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from .._util.passwords import mask
 from ..enums import Size
-from ..exceptions import DuplicateTaskIdError, SendTaskError
-from . import cancel, keys, published, scripts
+from . import cancel, keys, published, scripts, submitting
 from .clients import DirectConnection
 from .connection import async_client
-from .counts import Counts
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
+from .lease_audit import audit_leases
 from .locking import RELEASE_BATCH
-from .models import Delivery, Settlement, Submission, TaskMessage, TaskResult, in_ms
+from .models import Delivery, Settlement, Submission, TaskMessage, candidate_from
+from .result_backend import ResultReader
 from .schema_version import check_version, note_version
 from .scripts import EVERY_STREAM, script
 from .server_check import Role, UnusableServerError, obstacle, read_server
-from .sizes import ALWAYS_TAKEN_BYTES, CALL_BYTES, in_calls
-from .spans import submission_spans
-from .stored import SCANNED, number_of, text_of
+from .sizes import CALL_BYTES, in_calls
+from .stored import SCANNED, text_of
+from .telemetry import Counts, submission_spans
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .requests import GroupChild, GroupFields, LockSpec, Resubmission, StartRequest
+    from .models import SettlingCall
+    from .replies import SettleReply, StartReply
+    from .requests import GroupFields, LockSpec, StartRequest
+
 __all__ = ["ALL_STREAM_NAMES", "RedisStreamBroker", "stream_name_for"]
 
-#: Everything that the script may need to know of all streams, size by size.
+#: Names of all streams, size by size, for lua/reclaim.lua.
 _STREAMS_BY_SIZE = msgpack.packb([keys.streams_of(size) for size in Size])
 
 logger = logging.getLogger(__name__)
 
-#: Lines of locks that one script call looks at.
+#: Locks with waiting tasks that one script call polls.
 LINES_BATCH = 50
 #: Tasks promoted by one script call: 1 ms of the server's time, with a million of them.
 PROMOTE_BATCH = 100
-#: Messages submitted by one script call.
-SUBMIT_BATCH = 500
-DELAY_BATCH = 100
-#: Children of a group in one script call.
-GROUP_BATCH = 500
-#: So many workers have died with a message that may be what killed them.
-_SUSPECT_FROM = 2
-#: How often consumers are looked for that are on no list: only a list that was lost has left some.
-AUDIT_LEASES = 4
-#: The least that a worker may be silent of which not even the length of its lease is known.
-_UNKNOWN_LEASE_MS = 30_000
-#: Messages that one script call finds again.
+#: Messages that one script call recovers.
 RECOVER_BATCH = 100
 #: Settlements in one script call.
 SETTLE_BATCH = 200
-#: How long the server remembers that a dead letter was submitted again: a broken-off attempt may be repeated
-#: within this time.
+#: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
+#: be repeated.
 RESUBMITTED_TTL_SECONDS = 30 * 86400
 
 
 def new_worker_id() -> str:
-    """A name for a worker that tells where to find it: `host:pid:random`."""
+    """Make a name for a worker that contains its host and process: `host:pid:random`."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
-def _candidate_from(max_deliveries: int) -> int:
-    """Before its last chance at the latest, or a message would be poison for what its neighbour has done."""
-    return max(1, min(_SUSPECT_FROM, max_deliveries - 1))
-
-
-def is_poison_candidate(delivery: Delivery, max_deliveries: int) -> bool:
-    """True if it may be what its workers died of, and runs once more all the same."""
-    return _candidate_from(max_deliveries) <= delivery.redelivery_count < max_deliveries
-
-
-class RedisStreamBroker:
+class RedisStreamBroker(ResultReader):
     """Messages in the streams of one Redis or Valkey server.
 
     Args:
         url: `redis://`, `rediss://`, `unix://` or `redis+sentinel://` address: see `address.py`.
-        worker_size: the size of the worker that fetches through this broker.
+        worker_size: size of the worker that fetches through this broker.
         consumer_name: name of that worker; a unique one by default.
-        max_connection_pool_size: connections for commands, at least 2; who needs one more waits for it. What waits
-            or listens has up to 3 more. By default what the URL says, else any number.
+        max_connection_pool_size: limit of connections for commands, at least 2; callers wait for a free one.
+            Blocking reads and subscriptions use up to 3 more. By default the limit in the URL, or none.
         connection_kwargs: passed to redis-py.
 
     Raises:
-        AddressError: when the URL cannot be used; a ValueError.
+        AddressError: when the URL is malformed; a ValueError.
     """
 
     def __init__(
@@ -120,8 +101,8 @@ class RedisStreamBroker:
         self.consumer_name = consumer_name or new_worker_id()
         self.streams = keys.streams_of(self.worker_size)
         self.counts = Counts()
-        # A submission that was sent and not answered must not be sent again behind the caller's back,
-        # hence no retries in the client: what can repeat safely (the worker) does so itself.
+        # No retries in the client: it would send a submission again whose answer was lost. Callers whose calls are
+        # safe to repeat (the worker) retry themselves.
         self.redis: Redis = async_client(
             url,
             max_connections=max_connection_pool_size,
@@ -129,28 +110,28 @@ class RedisStreamBroker:
         )
         self._submitting, self._waiting = DirectConnection(self.redis), DirectConnection(self.redis)
         self._large_bytes = 1
-        """About the largest message that came lately."""
+        """Approximate size of the largest recent message."""
 
     @property
     def reconnects(self) -> int:
-        """Number of connections that were lost and opened again: each time, perhaps, to another server."""
+        """Number of lost connections that were opened again, perhaps to another server."""
         pool: Any = self.redis.connection_pool
         return int(pool.reconnects)
 
     @property
-    def patience_seconds(self) -> float:
-        """Time within which the server has to answer before the connection counts as dead."""
+    def answer_timeout_seconds(self) -> float:
+        """Timeout of answers, after which the connection counts as dead."""
         seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")
         return seconds or float("inf")
 
     async def startup(self, role: Role | None = None) -> None:
-        """Check that the server answers, and that the task system can work on it.
+        """Check that the server answers, and that the task system can work with it.
 
         Args:
-            role: for which its user must have the rights.
+            role: the role of this process, whose commands the server's user must be allowed to send.
 
         Raises:
-            UnusableServerError: when it cannot.
+            UnusableServerError: when the task system cannot work with the server.
             redis.exceptions.RedisError: when the server does not answer.
         """
         problem = obstacle(await read_server(self.redis, role, settings=False))
@@ -162,10 +143,10 @@ class RedisStreamBroker:
         if role in (Role.WORKER, Role.SCHEDULER):
             await check_version(self.redis)
             await note_version(self.redis)
-        await self.close_spare_connections(0, keep=0)  # it may be long until the next is needed
+        await self.close_spare_connections(0, keep=0)  # the next call may come much later
 
     async def close_spare_connections(self, unused_seconds: float, keep: int = 1) -> None:
-        """Close connections that were opened for many calls at a time and have not been used for so long."""
+        """Close connections that have been unused for `unused_seconds`, all but `keep`."""
         from .clients import close_spare
 
         await close_spare(self.redis, unused_seconds, keep)
@@ -179,82 +160,53 @@ class RedisStreamBroker:
     # --- submitting -------------------------------------------------------------------------------------
 
     async def enqueue(self, message: TaskMessage, stream: str | None = None) -> None:
-        """Submit one message, by default to the queue of its labels `priority` and `size`: else normal, medium."""
+        """Submit one message, by default to the queue of its labels `priority` and `size` (normal, medium)."""
         await self.submit([Submission(message, stream or stream_of_labels(message.labels))])
 
     async def submit(self, submissions: Sequence[Submission]) -> None:
-        """Submit messages: one round trip for each queue and each `SUBMIT_BATCH` of them, and for each
-        `DELAY_BATCH` of those that are not due yet.
+        """Submit messages: one round trip per queue and 500 messages, and one per 100 delayed messages.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
-            DuplicateTaskIdError: when two have one id (nothing is sent then), or one that is not due yet has that
-                of another task that waits (nothing of its batch is sent).
-            TypeError: when an argument cannot travel; nothing is sent then.
+            DuplicateTaskIdError: when two messages have the same id (nothing is sent then), or a delayed one has
+                the id of another task that waits (nothing of its batch is sent).
+            TypeError: when an argument cannot be encoded; nothing is sent then.
             TaskTooLargeError: when a message is too large; nothing is sent then.
         """
         with submission_spans(submissions):
-            await self._submit(submissions)
+            if len(submissions) == 1 and submissions[0].at_time is None:
+                await self._submit_one(submissions[0])
+            else:
+                await submitting.submit(self.redis, submissions)
         self.counts.note_submitted(submissions)
 
-    async def _submit(self, submissions: Sequence[Submission]) -> None:
-        packed = [(submission, submission.dumpb()) for submission in submissions]
-        _check_ids(submissions)
+    async def _submit_one(self, submission: Submission) -> None:
+        data = submission.dumpb()
+        command = ("XADD", submission.stream, "*", "data", data)
         try:
-            if len(packed) == 1 and packed[0][0].at_time is None:
-                submission, data = packed[0]
-                await self._add(submission.stream, data)
+            if self._submitting.in_use:
+                await self.redis.execute_command(*command)
                 return
-            now: dict[str, list[bytes]] = {}
-            for submission, data in packed:
-                if submission.at_time is None:
-                    now.setdefault(submission.stream, []).append(data)
-            for stream, messages in now.items():
-                for portion in in_calls(messages, SUBMIT_BATCH, len):
-                    await scripts.submit(self.redis, stream, portion)
-            later = [
-                (each.message.task_id, in_ms(each.at_time), each.stream, "at_time", data)
-                for each, data in packed
-                if each.at_time is not None
-            ]
-            later.sort(key=lambda message: message[1])  # the server tells of each that is earlier than all before
-            for delayed in in_calls(later, DELAY_BATCH, lambda message: len(message[-1])):
-                taken = await scripts.delay(self.redis, delayed)
-                if taken is not None:
-                    name = taken.decode(errors="replace")
-                    raise DuplicateTaskIdError(
-                        f"task id {name!r} belongs to a task that waits: leave it out, or cancel that task first"
-                    )
+            [answer] = await self._submitting.execute(command)
+            if isinstance(answer, Exception):
+                raise answer
         except RedisError as error:
-            names = {submission.message.task_name for submission in submissions}
-            largest = max(len(data) for _, data in packed)
-            raise SendTaskError(
-                f"cannot submit {', '.join(sorted(names))}: {error}{_about_size(largest)}"
-            ) from error
-
-    async def _add(self, stream: str, data: bytes) -> None:
-        command = ("XADD", stream, "*", "data", data)
-        if self._submitting.in_use:
-            await self.redis.execute_command(*command)
-            return
-        [answer] = await self._submitting.execute(command)
-        if isinstance(answer, Exception):
-            raise answer
+            raise submitting.send_error(submission.message.task_name, error, len(data)) from error
 
     async def submit_group(
         self, group_id: str, children: Sequence[Submission], fields: GroupFields, ttl_seconds: int
     ) -> None:
         """Create a callback group and submit its children: all of them or none.
 
-        However many there are, no step takes the server more than a few ms. The children of a large group
-        begin when all of them have arrived; if this process dies before that, none does, and if it dies
-        after that, workers go on.
+        Each call takes the server a few ms at most, for any number of children. The children of a large group
+        start when all of them have arrived. If this process dies before that, none starts; if later, workers go
+        on.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
         with submission_spans(children):
-            reply = await self._submit_group(group_id, children, fields, ttl_seconds)
+            reply = await submitting.submit_group(self.redis, group_id, children, fields, ttl_seconds)
         self.counts.note_submitted(children)
         if reply == 2:
             try:
@@ -262,92 +214,88 @@ class RedisStreamBroker:
             except RedisError as error:
                 logger.warning("group %s is submitted; workers will move its children: %s", group_id, error)
 
-    async def _submit_group(
-        self, group_id: str, children: Sequence[Submission], fields: GroupFields, ttl_seconds: int
-    ) -> int:
-        _check_ids(children)
-        packed: list[GroupChild] = [
-            {"task": c.message.task_id, "staged": c.stream.encode() + b"\n" + c.dumpb()} for c in children
-        ]
-        first_fields: GroupFields | None = {**fields, "ttl_ms": int(ttl_seconds * 1000)}
-        reply = 0
-        try:
-            portions = list(in_calls(packed, GROUP_BATCH, lambda child: len(child["staged"]))) or [[]]
-            for position, portion in enumerate(portions, start=1):
-                last = position == len(portions)
-                reply = await scripts.group(self.redis, group_id, first_fields, portion, last)
-                first_fields = None
-                if reply < 0:
-                    raise SendTaskError(f"cannot submit group {group_id}: the server has lost its beginning")
-        except RedisError as error:
-            largest = max((len(child["staged"]) for child in packed), default=0)
-            raise SendTaskError(f"cannot submit group {group_id}: {error}{_about_size(largest)}") from error
-        return reply
-
     async def resubmit(self, tickets: Sequence[tuple[str, Submission]]) -> list[bool]:
         """Submit dead letters again, each ticket once in `RESUBMITTED_TTL_SECONDS`. Safe to repeat.
 
         Returns:
-            Which were submitted now; the others had been before.
+            For each ticket, True if it was submitted now, False if it had been before.
 
         Raises:
             SendTaskError: when the server could not be reached or refused.
         """
-        requests: list[Resubmission] = [
-            {"ticket": ticket, "stream": submission.stream, "data": submission.message.dumpb()}
-            for ticket, submission in tickets
-        ]
-        done: list[bool] = []
-        try:
-            for portion in in_calls(requests, SUBMIT_BATCH, lambda each: len(each["data"])):
-                done += await scripts.resubmit(self.redis, portion, RESUBMITTED_TTL_SECONDS * 1000)
-        except RedisError as error:
-            raise SendTaskError(f"cannot submit {len(requests)} dead letters again: {error}") from error
+        done = await submitting.resubmit(self.redis, tickets, RESUBMITTED_TTL_SECONDS * 1000)
         self.counts.note_submitted(submission for (_, submission), new in zip(tickets, done, strict=True) if new)
         return done
 
     # --- fetching ---------------------------------------------------------------------------------------
 
     async def fetch(
-        self, free: int, *, lease_seconds: float = 0, last_ids: Sequence[str] = ()
+        self,
+        free: int,
+        *,
+        lease_seconds: float = 0,
+        last_ids: Sequence[str] = (),
+        settling: SettlingCall | None = None,
     ) -> tuple[list[Delivery], list[str]]:
         """Reserve up to `free` messages, most urgent first.
 
         Args:
-            lease_seconds: the lease of the worker, which begins with this call if it has ended before.
-            last_ids: of each stream, an id up to which all has been delivered.
+            lease_seconds: lease of the worker; a new one starts with this call if it has ended.
+            last_ids: for each stream, an id up to which all is delivered.
+            settling: settlements to send in the same write, before the fetch.
 
         Returns:
-            The deliveries, and when there are none the last id of each stream, to wait from.
+            The deliveries; without any, the last id of each stream, from which to wait.
         """
-        args = [self.consumer_name, self._at_once(free), int(lease_seconds * 1000), *last_ids]
-        messages, new_ids = await script("fetch")(self._waiting, self.streams, args)
+        args = [self.consumer_name, self._call_limit(free), int(lease_seconds * 1000), *last_ids]
+        if settling is None:
+            messages, new_ids = await script("fetch")(self._waiting, self.streams, args)
+        else:
+            command = ("EVALSHA", script("fetch").sha, len(self.streams), *self.streams, *args)
+            [answer] = await self._execute_after(settling, command)
+            if isinstance(answer, NoScriptError):
+                answer = await script("fetch")(self._waiting, self.streams, args)
+            if isinstance(answer, Exception):
+                raise answer
+            messages, new_ids = answer
         if messages:
             return self._deliveries(messages), []
         now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
         return [], [now or before for now, before in zip(now_last, last_ids or now_last, strict=True)]
 
     async def reserve_next(
-        self, at_most: int, timeout: float, sent: Callable[[int], None] = lambda socket: None
+        self,
+        at_most: int,
+        timeout: float,
+        sent: Callable[[int], None] = lambda socket: None,
+        settling: SettlingCall | None = None,
     ) -> tuple[list[Delivery], bool]:
-        """Wait for up to `timeout` seconds for messages and reserve up to `at_most` of the stream that has some.
+        """Wait up to `timeout` seconds for messages, with a blocking read that reserves up to `at_most` per
+        stream.
 
-        No other worker is called for them. If several streams have some, it is as many of each, most urgent first.
+        The server gives them to this worker alone. Messages of several streams are sorted, most urgent first.
 
         Args:
-            sent: called with the descriptor of the socket by which the answer comes, before it can be read.
+            sent: called with the descriptor of the socket once the command is sent, before the answer is read.
+            settling: settlements to send in the same write, before the read.
 
         Returns:
-            The deliveries; and whether there are cancelled tasks, so that what was reserved has to be looked at:
-            `recover` does.
+            The deliveries; and True if there are marks of cancelled tasks, so that the deliveries have to be
+            checked with `recover`.
 
         Raises:
-            redis.exceptions.ResponseError: a stream or group is missing, as after `end_wait`; `fetch` makes them.
+            redis.exceptions.ResponseError: a stream or group is missing, as after `end_wait`; `fetch` creates
+                them.
         """
-        group = ("XREADGROUP", "GROUP", keys.GROUP, self.consumer_name, "COUNT", self._at_once(at_most))
+        group = ("XREADGROUP", "GROUP", keys.GROUP, self.consumer_name, "COUNT", self._call_limit(at_most))
         streams = (*self.streams, keys.WAIT_PREFIX + self.consumer_name)
         wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *streams, *[">"] * len(streams))
-        answers = await self._waiting.execute(wait, ("EXISTS", keys.CANCELLED), sent=sent)
+        marked = ("EXISTS", keys.CANCELLED)
+        answers = await (
+            self._waiting.execute(wait, marked, sent=sent)
+            if settling is None
+            else self._execute_after(settling, wait, marked, sent=sent)
+        )
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -359,80 +307,60 @@ class RedisStreamBroker:
                 messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
         return self._deliveries(messages), bool(marks and messages)
 
+    async def _execute_after(
+        self,
+        settling: SettlingCall,
+        *commands: Sequence[Any],
+        sent: Callable[[int], None] = lambda socket: None,
+    ) -> list[Any]:
+        """Return the answers to commands that are sent in one write after settlements."""
+        settle = scripts.settle_command(self.consumer_name, settling)
+        note = partial(scripts.note_settled, settling)
+        _, *answers = await self._waiting.execute(settle, *commands, sent=sent, first=note)
+        return answers
+
     async def end_wait(self) -> None:
-        """End `reserve_next` on the server, which gives us nothing more, nor on a later call before a `fetch`."""
+        """End `reserve_next` on the server. Later calls reserve nothing before the next `fetch`."""
         await self.redis.unlink(keys.WAIT_PREFIX + self.consumer_name)
 
     async def reclaim(
         self, free: int, *, audit: bool = False, lease_seconds: float = 30.0, max_deliveries: int = 3
     ) -> tuple[list[Delivery], float, bool]:
-        """Take over up to `free` messages of dead workers, and take what is new in more urgent queues.
+        """Reclaim up to `free` messages of dead workers, and fetch new ones from more urgent queues.
 
         Args:
-            audit: also look for consumers that are on no list, unless another worker has just done so.
+            audit: also search for consumers missing on the list of workers, unless another worker has just done
+                so.
             lease_seconds: the caller's lease, as for `fetch`.
-            max_deliveries: a message that so many workers have died with will not run again. One that nearly
-                as many have died with may be what they died of: such a candidate is given to a worker that holds
-                nothing else, so that the guilty one dies alone. Such a worker must not fetch.
+            max_deliveries: a message that has lost this many workers will not run again. One that has lost nearly
+                as many is a poison candidate: it is given to a worker that holds nothing else, so that it can kill
+                no other task. That worker must not fetch meanwhile.
 
         Returns:
-            The deliveries; in how many seconds to look again: when the next lease ends, or with the next free slot
-            (0) where the slots were too few; and whether the worker is to drain for a candidate: to fetch
-            nothing until it holds nothing, and then to look again.
+            The deliveries; the time until the next call (s): the end of the next lease, or 0, with the next free
+            slot, if there were too few slots; and True if the worker has to drain for a poison candidate: fetch
+            nothing until it holds nothing, then call again.
         """
         lease_ms = int(lease_seconds * 1000)
         if audit:
             await check_version(self.redis)
-            with suppress(OutOfMemoryError):  # a full server takes no new keys: another time
-                await self._audit(lease_ms)
-        args = [self.consumer_name, self._at_once(free), _STREAMS_BY_SIZE, lease_ms]
-        args += [_candidate_from(max_deliveries), max_deliveries]
-        messages, again_ms, make_room = await script("reclaim")(self._waiting, self.streams, args)
+            with suppress(OutOfMemoryError):  # a full server accepts no new keys: try at the next audit
+                await audit_leases(self.redis, self.consumer_name, lease_ms)
+        args = [self.consumer_name, self._call_limit(free), _STREAMS_BY_SIZE, lease_ms]
+        args += [candidate_from(max_deliveries), max_deliveries]
+        messages, again_ms, drain = await script("reclaim")(self._waiting, self.streams, args)
         deliveries = self._deliveries(messages)
         self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
-        return deliveries, again_ms / 1000, bool(make_room)
-
-    async def _audit(self, lease_ms: int) -> None:
-        """Enter consumers that are on no list of workers, as after a loss of data: one worker does it for all.
-
-        Each may be silent for its own lease, if that is still known, or for the longest that is.
-        """
-        shortest: Any = await self.redis.zrange(keys.LEASES, 0, 0, withscores=True)
-        kept_ms = (AUDIT_LEASES - 1) * min(lease_ms, *(length for _, length in shortest), math.inf)
-        # Over when the worker with the shortest lease comes again.
-        if not await self.redis.set(keys.AUDITOR, self.consumer_name, nx=True, px=max(1, int(kept_ms))):
-            return
-        sizes = [keys.streams_of(size) for size in Size]  # a worker makes all streams of its own
-        streams = [stream for size in sizes if await self.redis.exists(*size) for stream in size]
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.time()
-            pipe.zrange(keys.LEASES, -1, -1, withscores=True)
-            for stream in streams:
-                pipe.xinfo_consumers(stream, keys.GROUP)
-            (seconds, microseconds), longest, *found = await pipe.execute(raise_on_error=False)
-            now_ms = seconds * 1000 + microseconds // 1000
-            unknown_ms = max(_UNKNOWN_LEASE_MS, lease_ms, *(length for _, length in longest))
-            # No stream, or nobody has ever asked for what is in it: an error.
-            known = [consumers for consumers in found if not isinstance(consumers, ResponseError)]
-            await published.look_after(self.redis, known, now_ms)
-            names = list({consumer["name"] for consumers in known for consumer in consumers})
-            for first in range(0, len(names), SCANNED):
-                some = names[first : first + SCANNED]
-                lengths = zip(some, await self.redis.zmscore(keys.LEASES, some), strict=True)
-                ends_ms = {name: int(now_ms + (length or unknown_ms)) for name, length in lengths}
-                await self.redis.zadd(keys.ALIVE, ends_ms, nx=True)
-            # Workers that an earlier release took for dead: it knows nothing of these keys.
-            if gone := await self.redis.zdiff([keys.LEASES, keys.ALIVE]):
-                await self.redis.zrem(keys.LEASES, *gone)
+        return deliveries, again_ms / 1000, bool(drain)
 
     async def recover(
         self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None
     ) -> list[Delivery]:
-        """Deliveries that were reserved for us in a call whose answer was lost.
+        """Return deliveries that were reserved for the worker in a call whose answer was lost.
 
         Args:
-            known: stream and entry of what is in our hands.
-            locks: those that are in our hands; any other that the server takes for ours is given back.
+            known: stream and entry of each delivery that the worker holds.
+            locks: locks that the worker holds; others that the server has recorded for it are released.
         """
         held = [f"{stream} {entry}" for stream, entry in known]
         unknown = [] if locks is None else await self._unknown_locks(locks)
@@ -454,27 +382,27 @@ class RedisStreamBroker:
         return messages, more
 
     async def _unknown_locks(self, known: Iterable[LockSpec]) -> list[bytes]:
-        ours = {scripts.pack(f"{lock['owner']}:{lock['key']}") for lock in known}
-        noted = self.redis.hscan_iter(keys.HELD_PREFIX + self.consumer_name, count=SCANNED)
+        held = {scripts.pack(f"{lock['owner']}:{lock['key']}") for lock in known}
+        records = self.redis.hscan_iter(keys.HELD_PREFIX + self.consumer_name, count=SCANNED)
         try:
-            return [line async for line, kind in noted if kind and scripts.pack(line) not in ours]
-        except ResponseError:  # a key of another type is no record of ours
+            return [name async for name, kind in records if kind and scripts.pack(name) not in held]
+        except ResponseError:  # a key of the wrong type
             return []
 
-    def _at_once(self, free: int) -> int:
-        """Messages that one call may reserve: the next ones may be as large as the last ones."""
+    def _call_limit(self, free: int) -> int:
+        """Number of messages that one call may reserve, so that as large ones as lately fit into `CALL_BYTES`."""
         return min(free, max(1, CALL_BYTES // self._large_bytes))
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:
-        """From the flat list of lua/_cancel.lua's `hand_out`."""
+        """Parse the flat list that `hand_out` of lua/_cancel.lua returns."""
         deliveries = []
         each = iter(messages)
         for position, entry, data, times, cancelled in zip(each, each, each, each, each, strict=True):
             stream = self.streams[position - 1]
-            if type(data) is bytes:  # nearly always
+            if type(data) is bytes:  # the usual case
                 delivery = Delivery(stream, entry.decode(), times, data, data)
             else:
-                delivery = _with_fields(stream, entry.decode(), times, data)
+                delivery = Delivery.of_fields(stream, entry.decode(), times, data)
             if cancelled:
                 delivery.cancelled = True
             deliveries.append(delivery)
@@ -483,14 +411,14 @@ class RedisStreamBroker:
         return deliveries
 
     async def promote(self, *, lines: bool = True) -> int | None:
-        """Move everything that is due into its stream, and the children of complete groups.
+        """Move due tasks and the children of complete groups into their streams.
 
         Args:
-            lines: whether to look also at the lines of locks that are due.
+            lines: also poll locks with waiting tasks that are due.
 
         Returns:
-            In how many milliseconds to look again: when the next one is due, and not before the lead of a
-            scheduler would end, which sees to it. None: nothing is delayed.
+            Milliseconds until the next call: until the next due time, or until the lease of a leading scheduler,
+            which promotes tasks itself, would end. None: nothing is delayed.
         """
         while True:
             next_due, now, leads_ms, more = await self._promote()
@@ -511,10 +439,10 @@ class RedisStreamBroker:
         return next_due, now, leads_ms, more
 
     async def promote_batch(self) -> tuple[bool, int | None]:
-        """Move a batch of what is due, or look at lines of locks that are due.
+        """Promote a batch of due tasks or, if there are none, poll the locks with waiting tasks that are due.
 
         Returns:
-            Whether more may be due now; and when the next is (ms since the epoch), None: nothing is delayed.
+            True if more may be due now; and the next due time (ms since the epoch), None: nothing is delayed.
         """
         next_due, now, _, more = await self._promote()
         if more:
@@ -524,119 +452,41 @@ class RedisStreamBroker:
             await scripts.lines(self.redis, LINES_BATCH)
         return lines_are_due, next_due
 
-    # --- running and ending -----------------------------------------------------------------------------
+    # --- starting and settling --------------------------------------------------------------------------
 
     async def cancel(
         self, task_ids: Sequence[str], *, result_ttl_seconds: float | None = None
     ) -> dict[str, cancel.TaskPlace]:
-        """Cancel tasks, wherever they are. See `diracx.tasks.plumbing.cancellation`.
+        """Cancel tasks in any state. See `diracx.tasks.plumbing.cancellation`.
 
         Args:
-            result_ttl_seconds: keep an error as result of those that had not begun; by default only where
-                the task was submitted with that label.
+            result_ttl_seconds: store an error as the result of tasks that have not started; by default only of
+                those submitted with that label.
 
         Returns:
-            Where each was found.
+            The state in which each task was found.
         """
-        await self.promote(lines=False)  # the children of a group may be between two places
+        await self.promote(lines=False)  # moves children of groups into their streams, where the search finds them
         return await cancel.cancel(self.redis, task_ids, result_ttl_seconds)
 
-    async def start(
-        self, requests: Sequence[StartRequest], *, lease_seconds: float = 0
-    ) -> tuple[list[list[int]], int]:
-        """Take the locks of each delivery or park it.
+    async def start(self, requests: Sequence[StartRequest], *, lease_seconds: float = 0) -> list[StartReply]:
+        """Take the locks of each delivery, or park it."""
+        # Between two waits, and so by the connection that waits.
+        return await scripts.start(self._waiting, self.consumer_name, requests, int(lease_seconds * 1000))
 
-        Returns:
-            The replies of lua/start.lua, and the fencing token of the first: each of the others has the next one.
-        """
-        args = [self.consumer_name, scripts.pack(requests), int(lease_seconds * 1000)]
-        *replies, token = await script("start")(self.redis, args=args)
-        return [[int(number) for number in reply] for reply in replies], int(token)
-
-    async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[bool | str | None]:
-        """End deliveries.
+    async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[SettleReply]:
+        """Settle deliveries.
 
         Args:
             dataset_id: see `scripts.settle`.
-
-        Returns:
-            Which settlements were accepted. False: it had been taken over; None: the server has lost its data;
-            a text: what of it the server has refused.
         """
-        accepted: list[bool | str | None] = []
+        replies: list[SettleReply] = []
         for batch in (
             in_calls(settlements, SETTLE_BATCH, Settlement.bytes) if len(settlements) > 1 else [settlements]
         ):
-            accepted += await scripts.settle(self.redis, self.consumer_name, batch, dataset_id)
-        return accepted
+            replies += await scripts.settle(self.redis, self.consumer_name, batch, dataset_id)
+        return replies
 
     async def leave(self) -> bool:
-        """Take this broker's worker off every list. False: it holds messages, which others will reclaim."""
+        """Remove this broker's worker from the lists. False: it holds messages, which others will reclaim."""
         return bool(await script("leave")(self.redis, args=[self.consumer_name, EVERY_STREAM]) == 1)
-
-    # --- results ----------------------------------------------------------------------------------------
-
-    async def is_result_ready(self, task_id: str) -> bool:
-        """True if a result is stored under this id."""
-        return bool(await self.redis.exists(keys.RESULT_PREFIX + task_id))
-
-    async def get_result(self, task_id: str) -> TaskResult[Any]:
-        """The stored result of a task.
-
-        Raises:
-            ResultIsMissingError: when there is none (yet, or any more).
-        """
-        data: Any = await self.redis.get(keys.RESULT_PREFIX + task_id)
-        return TaskResult.loadb(data)
-
-    async def wait_result(self, task_id: str, timeout: float | None = None) -> TaskResult[Any]:
-        """Wait until the result of a task is there.
-
-        The worker announces it on a channel of the same name; a look now and then covers a lost message.
-
-        Raises:
-            TimeoutError: after `timeout` seconds.
-        """
-        key = keys.RESULT_PREFIX + task_id
-        async with asyncio.timeout(timeout), self.redis.pubsub() as pubsub:
-            await pubsub.subscribe(key)
-            while True:
-                data: Any = await self.redis.get(key)
-                if data is not None:
-                    return TaskResult.loadb(data)
-                while True:
-                    message = await pubsub.get_message(timeout=1.0)
-                    if message is None or message["type"] == "message":
-                        break
-
-
-def _check_ids(submissions: Sequence[Submission]) -> None:
-    """Raises `DuplicateTaskIdError` when two of them have the same id."""
-    ids = [submission.message.task_id for submission in submissions]
-    if len(set(ids)) < len(ids):
-        [(twice, _)] = Counter(ids).most_common(1)
-        raise DuplicateTaskIdError(f"two tasks have the id {twice!r}: nothing is submitted; leave the ids out")
-
-
-def _with_fields(stream: str, entry: str, times: int, fields: Sequence[bytes]) -> Delivery:
-    values = dict(zip(fields[::2], fields[1::2], strict=False))
-    data = values.get(b"data")
-    return Delivery(
-        stream,
-        entry,
-        times,
-        data,
-        raw=data if data is not None else msgpack.packb(fields),
-        since=str(number_of(values.get(b"since"))),
-        earlier_redeliveries=number_of(values.get(b"deaths")),
-        survived=number_of(values.get(b"survived")),
-        occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
-        granted=values.get(b"woken"),
-    )
-
-
-def _about_size(largest: int) -> str:
-    """Hint at the size of a large message, where the server does not say it: it closes the connection."""
-    if largest < ALWAYS_TAKEN_BYTES:
-        return ""
-    return f" (the largest message has {largest} bytes; the server's proto-max-bulk-len is its limit)"

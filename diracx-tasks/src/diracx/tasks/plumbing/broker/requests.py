@@ -1,9 +1,34 @@
-"""Arguments of the scripts. The headers of `lua/*.lua` say what each field means."""
+"""Types of the arguments of scripts. The headers of `lua/*.lua` explain each field."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, Required, TypedDict
+
+LockKind = Literal["mutex", "exclusive", "shared", "concurrency", "rate"]
+
+
+class KindOfLock(NamedTuple):
+    """Properties of a kind of lock. Its functions, and what only scripts have to know, are in lua/_kinds.lua."""
+
+    prefix: str
+    """Beginning of the Redis keys, before the first colon of the name."""
+    is_limiter: bool = False
+    """Has a limit, which the configuration may set."""
+    is_quota: bool = False
+    """Has no holders: what was taken is never given back."""
+    includes: str = ""
+    """Kind that a task does not need in addition, on the same key."""
+
+
+#: By name, which has no colon and no space.
+LOCK_KINDS: dict[str, KindOfLock] = {
+    "mutex": KindOfLock("lock:mutex"),
+    "exclusive": KindOfLock("lock:rw", includes="shared"),
+    "shared": KindOfLock("lock:rw"),
+    "concurrency": KindOfLock("limiter:conc", is_limiter=True),
+    "rate": KindOfLock("limiter:rate", is_limiter=True, is_quota=True),
+}
 
 
 class LockNumbers(TypedDict, total=False):
@@ -56,7 +81,7 @@ class ResultEffect(TypedDict):
 
 
 class GroupEffect(TypedDict):
-    """A child of a group has ended; without `child`, the group is kept."""
+    """End of a child of a group; without `child`, only the group's expiry is extended."""
 
     id: str
     child: NotRequired[str | bytes]
@@ -82,7 +107,7 @@ class StoredDeadLetter(TypedDict):
 
 
 class CancelRequest(Effects, total=False):
-    """A task that is to be cancelled, and where it is believed to be."""
+    """A task to cancel, and its supposed position."""
 
     task: Required[str]
     marked: int
@@ -93,7 +118,7 @@ class CancelRequest(Effects, total=False):
 
 
 class Occurrence(TypedDict):
-    """A run of a schedule that is due (ms since 1970); without a stream, it is passed over."""
+    """A due run of a schedule (times in ms since 1970); without a stream, it is skipped."""
 
     id: str
     due: int
@@ -104,7 +129,7 @@ class Occurrence(TypedDict):
 
 
 class PlanStep(TypedDict):
-    """A schedule that is new, changed (`fingerprint`), switched off, or forgotten (1)."""
+    """A schedule that is new, changed (`fingerprint`), disabled, or deleted (`forgotten` is 1)."""
 
     id: str | bytes
     fingerprint: NotRequired[str]
@@ -123,5 +148,5 @@ class Resubmission(TypedDict):
     data: bytes
 
 
-#: What a group is made with: its callbacks, their streams, and numbers.
+#: Fields of a new group: its callbacks, their streams, and numbers.
 GroupFields = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The configuration that each process runs with, as the processes publish it."""
+"""Publishes and reads the configuration with which each process runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_IN_FORCE", "announce", "announcements"]
 
 
-async def announce(redis: Redis, process: str, said: str, counts_ms: int, tidy: bool) -> None:
-    """Say with which configuration a process runs (empty: none any more)."""
-    await script("announce")(redis, args=[process, said, counts_ms, int(tidy)])
+async def announce(redis: Redis, process: str, text: str, counts_ms: int, tidy: bool) -> None:
+    """Publish the configuration with which a process runs; an empty text: the process has ended."""
+    await script("announce")(redis, args=[process, text, counts_ms, int(tidy)])
 
 
 async def announcements(redis: Redis) -> dict[str, str]:
-    """Process -> "{seen (ms)} {JSON}", as it was announced last."""
-    said = await redis.execute_command("HGETALL", CONFIG_IN_FORCE)
-    pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
+    """Read the last announcement of each process: "{seen (ms)} {JSON}"."""
+    reply = await redis.execute_command("HGETALL", CONFIG_IN_FORCE)
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return {text_of(process): text_of(value) for process, value in pairs}

@@ -1,4 +1,4 @@
-"""Schedules in Redis: their plan, their occurrences, the lead of one scheduler, and how all of it is read."""
+"""Schedules in Redis: plans and occurrences, the lead of one scheduler, and reading all of it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
     from .requests import LockSpec, Occurrence, PlanStep
 
-#: Says that nobody leads any more.
+#: Channel that announces a released lead.
 LEADER_CHANNEL = keys.LEADER
-#: Says that something earlier is due now, or is paused no more.
+#: Channel that wakes the leader, for an earlier due time or after a pause.
 WAKE_CHANNEL = keys.WAKE_SCHEDULER
 _PROBLEMS_BATCH = 250
-#: How often to look whether a scheduler of version 0.7 leads no more.
-_LOOK_MS = 400
+#: Interval of the polls for the end of the lead of a scheduler of version 0.7.
+_POLL_MS = 400
 
 #: Schedules that one script call pauses.
 PAUSE_BATCH = 500
 
 
 async def plan(redis: Redis, token: str, steps: Sequence[PlanStep]) -> bool:
-    """Bring schedules up to date, see lua/plan.lua. False when another scheduler leads."""
+    """Update planned schedules, see lua/plan.lua. False when another scheduler leads."""
     return bool(await script("plan")(redis, args=[token, pack(steps)]) == 1)
 
 
@@ -42,37 +42,37 @@ async def occur(redis: Redis, token: str, occurrences: Sequence[Occurrence]) -> 
     """Submit occurrences of schedules.
 
     Returns:
-        What became of each, see lua/occur.lua; None when another scheduler leads.
+        The reply for each, see lua/occur.lua; None when another scheduler leads.
     """
     replies: list[int] = await script("occur")(redis, args=[token, pack(occurrences)])
     return None if replies == [-1] else replies
 
 
 async def run_now(redis: Redis, schedule: str, stream: str, task_id: str, data: bytes) -> str | None:
-    """Submit a schedule's task at once. Returns the id of the earlier one that still waits, if there is one."""
+    """Submit a schedule's task at once, unless an earlier one still waits; its id is returned then."""
     waiting: bytes = await script("run_now")(redis, args=[schedule, stream, task_id, data])
     return waiting.decode() or None
 
 
 async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bool]:
-    """Pause schedules, or let them go on. Returns for which that is news."""
-    news: list[bool] = []
+    """Pause or resume schedules. Returns for each whether that changed its state."""
+    changed: list[bool] = []
     for part in in_calls(schedules, PAUSE_BATCH, lambda _: 0):
-        news += [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(part)])]
-    return news
+        changed += [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(part)])]
+    return changed
 
 
 # --- the lead -----------------------------------------------------------------------------------------------
 
 
 def _lead(token: str, lease_ms: int) -> list[LockSpec]:
-    """Ours, and that of version 0.7: one scheduler leads, of whichever."""
+    """Leader locks of this version and of 0.7, so that a single scheduler of either version leads."""
     locks = (keys.LEADER, keys.PUBLISHED_LEADER)
     return [{"kind": "mutex", "key": key, "owner": token, "ttl_ms": lease_ms} for key in locks]
 
 
 async def take_lead(redis: Redis, token: str, lease_ms: int) -> bool:
-    """Take the lead if it is free, or held with this token. True when it was granted."""
+    """Take the lead if it is free, or held with this token. False when another scheduler leads."""
     lead = _lead(token, lease_ms)
     return bool(await acquire(redis, lead)) or all(await extend(redis, lead))
 
@@ -83,16 +83,16 @@ async def renew_lead(redis: Redis, token: str, lease_ms: int) -> bool:
 
 
 async def release_lead(redis: Redis, token: str, lease_ms: int) -> None:
-    """Give the lead back, and tell those who stand by. Nothing happens when it is not held with this token."""
+    """Release the lead, and notify standby schedulers. Does nothing when it is not held with this token."""
     if await release(redis, _lead(token, lease_ms)):
         await redis.execute_command("PUBLISH", keys.LEADER, "free")
 
 
 async def lead_left_ms(redis: Redis) -> int:
-    """For how long one leads, if the lease is not renewed; below zero when nobody does."""
+    """Remaining lease of the leading scheduler (ms); below zero when there is no leader."""
     left_ms: int = await redis.execute_command("PTTL", keys.LEADER)
-    if left_ms < 0:  # 0.7 says nothing when it leads no more
-        left_ms = min(_LOOK_MS, await redis.execute_command("PTTL", keys.PUBLISHED_LEADER))
+    if left_ms < 0:  # 0.7 does not announce a released lead
+        left_ms = min(_POLL_MS, await redis.execute_command("PTTL", keys.PUBLISHED_LEADER))
     return left_ms
 
 
@@ -101,7 +101,7 @@ async def has_leader(redis: Redis) -> bool:
     return bool(await redis.execute_command("EXISTS", keys.LEADER))
 
 
-# --- what is stored -----------------------------------------------------------------------------------------
+# --- stored schedules ---------------------------------------------------------------------------------------
 
 
 async def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
@@ -110,12 +110,12 @@ async def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
 
 
 async def paused_schedules(redis: Redis) -> list[str]:
-    """Ids of the schedules that are paused."""
+    """Ids of paused schedules."""
     return [text_of(name) for name in await redis.execute_command("HKEYS", keys.PAUSED)]
 
 
 async def fingerprints(redis: Redis) -> dict[bytes, bytes]:
-    """Schedule -> fingerprint of the rule its next run was computed from."""
+    """Fingerprint of the rule from which the next run was computed, by schedule."""
     return {name: value async for name, value in _fields(redis, keys.FINGERPRINTS)}
 
 
@@ -132,7 +132,7 @@ async def next_run(redis: Redis, schedule: str) -> int | None:
 
 
 async def stored_schedules(redis: Redis) -> set[bytes]:
-    """Ids of all schedules of which anything is stored, but for pauses."""
+    """Ids of all schedules with stored data other than a pause."""
     stored: set[bytes] = {name async for name, _ in redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)}
     for key in (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS):
         stored |= {name async for name, _ in _fields(redis, key)}
@@ -140,20 +140,20 @@ async def stored_schedules(redis: Redis) -> set[bytes]:
 
 
 async def schedule_problems(redis: Redis) -> dict[str, str]:
-    """Schedule -> why the leader cannot submit it."""
+    """Reason for which the leader cannot submit a schedule, by schedule."""
     found: Any = await redis.execute_command("HGETALL", keys.PROBLEMS)
     pairs = found.items() if isinstance(found, Mapping) else zip(found[::2], found[1::2], strict=True)
     return {text_of(schedule): text_of(problem) for schedule, problem in pairs}
 
 
 async def publish_problems(redis: Redis, problems: Mapping[str, str]) -> None:
-    """Replace what is told of schedules that cannot be submitted."""
-    told = list(problems.items())
+    """Replace the published problems of schedules."""
+    items = list(problems.items())
     async with redis.pipeline(transaction=False) as pipe:
         pipe.execute_command("UNLINK", keys.PROBLEMS)
-        for first in range(0, len(told), _PROBLEMS_BATCH):
+        for first in range(0, len(items), _PROBLEMS_BATCH):
             pipe.execute_command(
-                "HSET", keys.PROBLEMS, *chain.from_iterable(told[first : first + _PROBLEMS_BATCH])
+                "HSET", keys.PROBLEMS, *chain.from_iterable(items[first : first + _PROBLEMS_BATCH])
             )
         await pipe.execute()
 
@@ -169,7 +169,7 @@ class Activity(StrEnum):
     RETRYING = "retrying"
     """Between a failed attempt and the next."""
     RUNNING = "running"
-    """In the hands of a worker."""
+    """Held by a worker."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,13 @@ class Outcome:
     """Type of the exception."""
     message: str | None = None
     retry_at: datetime | None = None
-    """Time when it is tried again; None when it has ended permanently."""
+    """Time of the next attempt; None when the task has ended."""
 
 
 @dataclass(frozen=True)
 class StoredSchedules:
+    """All stored data of schedules, by schedule id."""
+
     next_runs: Mapping[str, int]
     fingerprints: Mapping[str, str]
     last_runs: Mapping[str, tuple[str, str, str, int]]
@@ -199,13 +201,13 @@ class StoredSchedules:
 
 
 async def read_schedules(redis: Redis) -> StoredSchedules:
-    """Key by key and part by part: however many schedules there are, no call takes long."""
+    """Read all stored data of schedules, in short calls whatever their number."""
     hashes = (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PAUSED, keys.PROBLEMS)
     known, last_runs, outcomes, paused, problems = [
         {text_of(name): text_of(value) async for name, value in redis.hscan_iter(key, count=SCANNED)}
         for key in hashes
     ]
-    # After the fingerprints: what is planned meanwhile must not look as if it had no run left.
+    # Read after the fingerprints: a schedule planned meanwhile must not seem to have no next run.
     due = await next_runs(redis)
     with reading(keys.LAST_RUNS):
         last = {id_: _last_run(text) for id_, text in last_runs.items()}
@@ -222,8 +224,8 @@ def _last_run(text: str) -> tuple[str, str, str, int]:
 
 
 def _outcome(text: str) -> Outcome:
-    ended_ms, _, told = text.partition(" ")
-    fields: dict[str, Any] = json.loads(told)
+    ended_ms, _, outcome_json = text.partition(" ")
+    fields: dict[str, Any] = json.loads(outcome_json)
     ended, retry_seconds = moment_of(int(ended_ms) / 1000), fields.get("retry_seconds")
     retry_at = None if retry_seconds is None else ended + timedelta(seconds=retry_seconds)
     known = {name: value for name, value in fields.items() if name in Outcome.__dataclass_fields__}
@@ -231,7 +233,7 @@ def _outcome(text: str) -> Outcome:
 
 
 async def activities(redis: Redis, stored: StoredSchedules) -> dict[str, Activity]:
-    """States of those occurrences that have not ended."""
+    """States of the occurrences that have not ended."""
     open_ = {
         id_: last
         for id_, last in stored.last_runs.items()
@@ -246,16 +248,15 @@ async def activities(redis: Redis, stored: StoredSchedules) -> dict[str, Activit
             pipe.xpending_range(stream, keys.GROUP, entry, entry, 1)
         delayed, *rest = await pipe.execute(raise_on_error=False)
     entries, pending = rest[::2], rest[1::2]
-    return {
-        id_: _activity(*what) for id_, what in zip(open_, zip(delayed, entries, pending, strict=True), strict=True)
-    }
+    replies = zip(delayed, entries, pending, strict=True)
+    return {id_: _activity(*reply) for id_, reply in zip(open_, replies, strict=True)}
 
 
 def _activity(delayed: bytes | str | None, entry: Any, pending: Any) -> Activity:
     if delayed is not None:
         reason = text_of(delayed).split(" ", 2)[1]
         return Activity.RETRYING if reason == "retry" else Activity.WAITING
-    # A stream without a group has no pending entries. An entry that is gone has been granted the lock it
-    # waited for, and is under another id with a worker, or will be in a moment.
+    # A stream without a consumer group has no pending entries. A missing entry was granted the lock it waited for,
+    # and has another id: a worker has it, or will get it soon.
     in_stream = bool(entry) and not isinstance(entry, Exception)
     return Activity.WAITING if in_stream and (isinstance(pending, Exception) or not pending) else Activity.RUNNING

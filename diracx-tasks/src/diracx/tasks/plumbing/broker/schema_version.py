@@ -1,4 +1,4 @@
-"""The version of all that is in Redis: processes that do not know it stay out."""
+"""Version of the data in Redis, which keeps incompatible versions of the task system from working on it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .server_check import UnusableServerError
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-#: Raised with each change of what is in Redis.
+#: Schema of this version; raised with each change of the data in Redis.
 VERSION = 1
-#: The oldest version whose processes can work beside those of this one: raised with a change that they cannot.
+#: Oldest schema that is compatible with this one; raised with an incompatible change.
 OLDEST = 1
 
 
 async def note_version(redis: Redis) -> None:
-    """Note beside the data that processes of this version write, unless later ones have been there."""
-    with suppress(OutOfMemoryError):  # the next start will
+    """Record this version's schema in Redis, unless a later one is recorded."""
+    with suppress(OutOfMemoryError):  # the next start will record it
         await redis.zadd(keys.SCHEMA, {"version": VERSION, "oldest": OLDEST}, gt=True)
 
 
 async def check_version(redis: Redis) -> None:
-    """Look whether later processes have written what this version does not know.
+    """Check that this version can work with the data in Redis.
 
     Raises:
-        UnusableServerError: they have.
+        UnusableServerError: a later, incompatible version has written them.
     """
     version, oldest = await redis.zmscore(keys.SCHEMA, ["version", "oldest"])
     if oldest is not None and oldest > VERSION:

@@ -1,7 +1,7 @@
-"""The atomic steps of the task system: each `lua/*.lua` file as a typed coroutine function.
+"""Loads and calls the Lua scripts, the atomic steps of the task system; most have a typed coroutine function.
 
-A script is called by its hash. A server that does not know it (new, restarted, flushed) answers NOSCRIPT
-without having run anything, so sending the source instead is safe.
+A script is called by its hash. A server without it (new, restarted, flushed) answers NOSCRIPT and runs nothing, so
+sending the source then is safe.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import msgpack
 from redis.exceptions import NoScriptError
 
 from . import keys
+from .replies import ACCEPTED, DATA_LOST, TAKEN_OVER, SettleReply, StartReply
+from .requests import LOCK_KINDS
 from .sizes import CALL_BYTES
 
 if TYPE_CHECKING:
@@ -25,26 +27,28 @@ if TYPE_CHECKING:
 
     from .clients import DirectConnection
     from .control import ControlConnection
-    from .models import Settlement
-    from .requests import CancelRequest, GroupChild, GroupFields, Resubmission
+    from .models import Settlement, SettlingCall
+    from .requests import CancelRequest, GroupChild, GroupFields, Resubmission, StartRequest
 
-#: Everything a script may need to know about all streams.
+#: Names of all streams of tasks, for scripts.
 EVERY_STREAM = msgpack.packb(keys.EVERY_STREAM)
-#: The nine queues.
+#: Prefix of lua/settle.lua's error for a settlement that stays pending.
+_KEPT = "kept: "
+#: Names of the streams of the nine queues, for scripts.
 QUEUES = msgpack.packb(keys.ALL_STREAM_NAMES)
 
 
 def pack(value: Any) -> bytes:
-    """msgpack as the server's Lua understands it: raw strings only."""
+    """Encode as the msgpack that the server's Lua can decode: raw strings only."""
     try:
         packed: bytes = msgpack.packb(value, use_bin_type=False)
-    except UnicodeEncodeError:  # halves of surrogate pairs, as wire.py sends them
+    except UnicodeEncodeError:  # lone surrogates, as messages/codec.py encodes them
         packed = msgpack.packb(value, use_bin_type=False, unicode_errors="surrogatepass")
     return packed
 
 
 class Script:
-    """One Lua file, with its includes and key names filled in."""
+    """One Lua file, with its includes and key names substituted."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -62,7 +66,7 @@ class Script:
     def run(
         self, redis: SyncRedis | ControlConnection, script_keys: Sequence[str] = (), args: Sequence[Any] = ()
     ) -> Any:
-        """The same on a blocking connection: the lease keeper has a thread of its own."""
+        """Call the script on a blocking connection, for a thread."""
         try:
             return redis.execute_command("EVALSHA", self.sha, len(script_keys), *script_keys, *args)
         except NoScriptError:
@@ -78,13 +82,14 @@ def _source(name: str) -> str:
         source,
         flags=re.MULTILINE,
     )
-    # Comments and indents are for us, and more than half of what is sent.
-    text = re.sub(r"^ *(--.*\n)?|\n+(?=\n)| +-- .*$", "", text, flags=re.MULTILINE)
-    constants = keys.script_constants()
+    # Remove comments and indents, more than half of the source.
+    text = re.sub(r"^ *(--.*\n)?|\n+(?=\n)|(?<! ) +-- .*$", "", text, flags=re.MULTILINE)
+    constants = {**keys.script_constants(), "LOCK_KINDS": ", ".join(f"'{kind}'" for kind in LOCK_KINDS)}
     text = re.sub(r"\$([A-Z][A-Z_]*)", lambda found: constants[found[1]], text)
-    # The server wants flags in the first line. A script with that line and without allow-oom is refused as a whole
-    # when memory is short; one without that line only if its first write is one that may be refused.
-    # allow-oom: what ends tasks, or keeps what they hold, must get through; on the whole it frees some.
+    # The server reads flags from the first line. Without memory, it refuses a script with that line and without
+    # allow-oom before it starts; without that line, the script would fail at its first write, in the middle.
+    # Scripts that end tasks or renew leases and locks have allow-oom: they must work without memory, and most free
+    # some.
     flags = re.search(r"^-- #flags (.+)$", source, re.MULTILINE)
     first_line = f"#!lua flags={flags[1]}" if flags else "#!lua"
     return f"{first_line}\n{text}"
@@ -92,60 +97,91 @@ def _source(name: str) -> str:
 
 @cache
 def script(name: str) -> Script:
-    """The script of that name, read once per process."""
+    """Load the script of that name, once per process."""
     return Script(name)
 
 
 async def submit(redis: Redis, stream: str, messages: Sequence[bytes]) -> None:
-    """Put messages into a stream: all of them or none."""
+    """Add messages to a stream: all of them or none."""
     await script("submit")(redis, args=[stream, *messages])
 
 
 async def delay(redis: Redis, messages: Iterable[tuple[str, int, str, str, bytes]]) -> bytes | None:
-    """Put messages aside: all of them or none.
+    """Add messages to the delayed set: all of them or none.
 
-    Each is given by task id, when it is due (ms since the epoch, the server's clock), stream, reason and data.
+    Args:
+        messages: task id, due time (ms since the epoch, the server's clock), stream, reason and data of each.
 
-    Returns the first id under which something else waits already; None: they are put aside.
+    Returns:
+        The first id that another waiting task has; None: all are added.
     """
     reply: Any = await script("delay")(redis, args=[part for message in messages for part in message])
     return None if reply == 1 else reply
 
 
+async def start(
+    redis: DirectConnection, consumer: str, requests: Sequence[StartRequest], lease_ms: int
+) -> list[StartReply]:
+    """Take the locks of each delivery, or park it."""
+    *replies, token = await script("start")(redis, args=[consumer, pack(requests), lease_ms])
+    return [_start_reply(reply, each) for each, reply in enumerate(replies, start=int(token))]
+
+
+def _start_reply(reply: Sequence[Any], token: int) -> StartReply:
+    if reply[0] != 0:
+        return StartReply(reply[0] == 1, token)
+    return StartReply(False, refusing=int(reply[1]) - 1, next_poll_ms=int(reply[2]))
+
+
 async def settle(
     redis: Redis, consumer: str, settlements: Sequence[Settlement], dataset_id: str = ""
-) -> list[bool | str | None]:
-    """Tell the broker how executions ended.
+) -> list[SettleReply]:
+    """Settle deliveries.
 
     Args:
-        dataset_id: the life of the server's data in which the worker last renewed what it holds.
-
-    Returns:
-        Which settlements were accepted; None: the server has lost its data since, renew and ask again; a text:
-        what of it the server has refused.
+        dataset_id: id of the server's data at the worker's last renewal.
     """
-    unsettled = await script("settle")(redis, args=[consumer, dataset_id, *packed_settlements(settlements)])
-    accepted: list[bool | str | None] = [True] * len(settlements)
-    for position, why in zip(unsettled[::2], unsettled[1::2], strict=True):
-        accepted[position - 1] = why.decode(errors="replace") if isinstance(why, bytes) else None if why else False
-    return accepted
+    args = [consumer, dataset_id, *packed_settlements(settlements)]
+    return _settle_replies(await script("settle")(redis, args=args), settlements)
+
+
+def settle_command(consumer: str, call: SettlingCall) -> tuple[Any, ...]:
+    """The command of `settle`, to be sent with others; `note_settled` gets its answer."""
+    packed = packed_settlements(call.settlements)
+    return "EVALSHA", script("settle").sha, 0, consumer, call.dataset_id, *packed
+
+
+def note_settled(call: SettlingCall, answer: Any) -> None:
+    """Pass on the answer of `settle_command`."""
+    call.answered(None if isinstance(answer, Exception) else _settle_replies(answer, call.settlements))
+
+
+def _settle_replies(unsettled: Sequence[Any], settlements: Sequence[Settlement]) -> list[SettleReply]:
+    replies = [ACCEPTED] * len(settlements)
+    for position, code in zip(unsettled[::2], unsettled[1::2], strict=True):
+        if isinstance(code, bytes):
+            text = code.decode(errors="replace")
+            replies[position - 1] = SettleReply(not text.startswith(_KEPT), refused=text.removeprefix(_KEPT))
+        else:
+            replies[position - 1] = DATA_LOST if code else TAKEN_OVER
+    return replies
 
 
 def packed_settlements(settlements: Sequence[Settlement]) -> tuple[bytes, bytes]:
-    """The deliveries, and what follows on them, as lua/settle.lua wants them."""
-    places: list[Any] = []
-    follows = {}
+    """Encode the deliveries and their effects for lua/settle.lua."""
+    deliveries: list[Any] = []
+    effects_by_position = {}
     for position, settlement in enumerate(settlements, start=1):
         delivery = settlement.delivery
-        places += (delivery.stream, delivery.entry, delivery.deliveries)
-        if what := settlement.effects():
-            follows[position] = what
-    return pack(places), pack(follows)
+        deliveries += (delivery.stream, delivery.entry, delivery.deliveries)
+        if effects := settlement.effects():
+            effects_by_position[position] = effects
+    return pack(deliveries), pack(effects_by_position)
 
 
 async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int, bool, int]:
-    """Move what is due: (how many, next due in ms or None, now in ms, ms for which one leads, is there more, and
-    how many could not be read).
+    """Promote due tasks. Returns their number, the next due time (ms) or None, the server's time (ms), the
+    remaining lease of a leading scheduler (ms), whether more are due, and the number of unreadable ones.
     """
     moved, next_due, now, leads_ms, more, unreadable = await script("promote")(redis, args=[at_most, CALL_BYTES])
     next_due_ms = None if int(next_due) < 0 else int(next_due)
@@ -153,7 +189,7 @@ async def promote(redis: Redis, at_most: int) -> tuple[int, int | None, int, int
 
 
 async def lines(redis: Redis, at_most: int) -> None:
-    """Look at the lines of locks that are due."""
+    """Poll the locks with waiting tasks that are due."""
     await script("lines")(redis, args=[at_most])
 
 
@@ -164,37 +200,37 @@ async def group(
     children: Sequence[GroupChild],
     last: bool,
 ) -> int:
-    """Put children into a callback group; `fields` come with the first. See lua/group.lua for the reply."""
+    """Add children to a callback group, with `fields` in the first call. See lua/group.lua for the reply."""
     packed = b"" if fields is None else pack(fields)
     return int(await script("group")(redis, args=[group_id, packed, pack(children), int(last)]))
 
 
 async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[CancelRequest]) -> list[tuple[str, bytes]]:
-    """Cancel tasks: where each was, and its message if that has to be looked at. See lua/cancel.lua.
+    """Cancel tasks. Returns the state of each, and its message if the caller has to add the effects of its end.
 
-    Where messages are large, only the first ones: ask again for the others.
+    With large messages, only the first tasks are answered: repeat the call for the others. See lua/cancel.lua.
     """
     replies = await script("cancel")(redis, args=[keep_ms, pack(tasks), CALL_BYTES])
     return [(place.decode(), message) for place, message in replies]
 
 
 async def find(redis: Redis, stream: str, begin: str, at_most: int) -> tuple[str, list[tuple[str, str, bytes]]]:
-    """Look for marked tasks in a part of a stream: the last entry looked at; task, entry and message of each."""
+    """Find marked tasks in part of a stream. Returns the last entry examined; task, entry and message of each."""
     last, found = await script("find")(redis, [stream], [begin, at_most, CALL_BYTES])
     return last.decode(), [(task.decode(), entry.decode(), message) for task, entry, message in found]
 
 
 async def task_ids(redis: Redis, stream: str, begin: str, at_most: int) -> list[bytes]:
-    """The ids of the tasks in a part of a stream, behind the last entry looked at. See lua/task_ids.lua."""
+    """Task ids in a part of a stream, after the last examined entry as the first item. See lua/task_ids.lua."""
     found: list[bytes] = await script("task_ids")(redis, [stream], [begin, at_most, CALL_BYTES])
     return found
 
 
 async def fail_children(redis: Redis, group_id: str, error: str, children: Sequence[bytes]) -> int:
-    """Fail children of a group. Returns how many were still waited for."""
+    """Fail children of a group. Returns how many of them were pending."""
     return int(await script("fail_children")(redis, args=[group_id, error, *children]))
 
 
 async def resubmit(redis: Redis, requests: Sequence[Resubmission], ttl_ms: int) -> list[bool]:
-    """Submit dead letters again. Returns which of them were; the others had been before."""
+    """Submit dead letters again. Returns for each True if it was submitted now, False if it had been before."""
     return [reply == 1 for reply in await script("resubmit")(redis, args=[ttl_ms, pack(requests)])]

@@ -1,4 +1,4 @@
-"""Check of the server itself: what keeps the task system from working on it, and which settings can lose tasks."""
+"""Checks the server: obstacles to the task system, and settings with which the server can lose tasks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: `redis.acl_check_cmd`, flags of scripts and the ids of streams that the scripts rely on came with it.
+#: First version with `redis.acl_check_cmd`, flags of scripts and the stream ids that the scripts use.
 OLDEST_VERSION = (7, 0)
-#: `availability-zone` of the embedded server: it loses its data on purpose.
+#: `availability-zone` of the embedded server, which loses its data on purpose.
 EMBEDDED = "embedded"
-#: The server's own default of `min-replicas-max-lag`; so many seconds of accepted tasks a failover may lose.
+#: Default of `min-replicas-max-lag`: a failover may lose the accepted tasks of so many seconds.
 LONGEST_LAG_SECONDS = 10
-_CHANGED_SECONDS = 30.0
+CHANGED_SECONDS = 30.0
 _LISTED = 5
 _SECTIONS = ("server", "memory", "persistence", "stats", "replication", "cluster")
 _CONFIG = ("appendfsync", "min-replicas-max-lag")
@@ -51,11 +51,11 @@ _READ_CONFIG = " ".join(("CONFIG GET", *_CONFIG))
 
 
 class UnusableServerError(Exception):
-    """The task system cannot work on this server; the message says why, and the way out."""
+    """The task system cannot work with this server; the message names the reason and the remedy."""
 
 
 class Role(Enum):
-    """Role of a process: the commands without which it cannot work."""
+    """Role of a process, with the commands that it must be allowed to send."""
 
     SUBMITTER = (
         f"XADD {_STREAM} * data x",
@@ -95,14 +95,14 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Properties of a server. What its user may not ask is missing."""
+    """Properties of a server, without those that its user may not read."""
 
     info: Mapping[str, Any] = field(default_factory=dict)
-    """Of INFO."""
+    """Reply to INFO."""
     config: Mapping[str, str] = field(default_factory=dict)
-    """Of CONFIG GET: `appendfsync`, `min-replicas-max-lag`."""
+    """Reply to CONFIG GET: `appendfsync`, `min-replicas-max-lag`."""
     hello: Mapping[str, str] = field(default_factory=dict)
-    """Of HELLO, which everyone may ask: version, mode, role."""
+    """Reply to HELLO, which every user may send: version, mode, role."""
     refused: tuple[str, ...] = ()
     """Commands of the role that its user may not send."""
     script_error: str | None = None
@@ -112,32 +112,32 @@ class Server:
 
     @property
     def run_id(self) -> str | None:
-        """Another one for each process of a server."""
+        """Id of the server's process."""
         return self.info.get("run_id")
 
     @property
     def version(self) -> str | None:
-        """Of Redis, or that of Redis with which a Valkey is compatible."""
+        """Version of Redis, or the version of Redis with which a Valkey is compatible."""
         return self.hello.get("version") or self.info.get("redis_version")
 
 
-#: The only policy that keeps what it was given; with any other the server deletes tasks and locks to free memory.
+#: The only safe `maxmemory-policy`: with any other, the server deletes tasks and locks to free memory.
 SAFE_POLICY = "noeviction"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """Memory use and limit of the server. None where its user may not ask."""
+    """Memory use and limit of the server. None if its user may not use INFO."""
 
     used_bytes: int | None = None
     limit_bytes: int | None = None
-    """None also where no limit is set."""
+    """None also without a limit."""
     policy: str | None = None
     """`maxmemory-policy`."""
 
 
 async def read_memory(redis: Redis) -> ServerMemory:
-    """Ask with INFO, which managed servers allow where CONFIG is forbidden.
+    """Read memory use and limit with INFO, which managed servers allow when they forbid CONFIG.
 
     Raises:
         redis.exceptions.RedisError: when the server does not answer.
@@ -150,16 +150,16 @@ async def read_memory(redis: Redis) -> ServerMemory:
 
 
 def eviction_problem(policy: str | None, limit_bytes: int | None) -> str | None:
-    """Describe the problem with the server's `maxmemory-policy`; None when none is known.
+    """Describe the problem with the server's `maxmemory-policy`; None when there is none.
 
     Args:
-        policy: None: unknown.
-        limit_bytes: None: no limit is set.
+        policy: the policy; None: unknown.
+        limit_bytes: the server's `maxmemory`; None: no limit.
     """
     if policy is None or policy == SAFE_POLICY:
         return None
     when = "as soon as a maxmemory is set" if limit_bytes is None else "when its memory is full"
-    return f"Redis has maxmemory-policy {policy}: it deletes tasks and locks {when}, and says nothing"
+    return f"Redis has maxmemory-policy {policy}: it deletes tasks and locks {when}, without an error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,26 +173,26 @@ class Risk:
 
 
 async def read_server(redis: Redis, role: Role | None = None, *, settings: bool = True) -> Server:
-    """Ask the server in one round trip; one more for CONFIG where that is allowed, and for a script new to it.
+    """Read the properties in one round trip; one more for CONFIG if that is allowed, and one to load a new script.
 
     Args:
-        role: for which the rights of its user are checked.
-        settings: read those, too, which takes the right to use INFO.
+        role: check that the server's user may send the commands of this role.
+        settings: also read settings, which needs the right to use INFO.
 
     Raises:
-        redis.exceptions.RedisError: when the server does not answer, or will be able to a little later.
+        redis.exceptions.RedisError: when the server does not answer, or is temporarily unavailable.
     """
-    wanted = (_TOUCH, *((_READ_CONFIG,) if settings else ()), *(role.value if role else ()))
+    commands_to_check = (_TOUCH, *((_READ_CONFIG,) if settings else ()), *(role.value if role else ()))
     check = script("check")
     async with redis.pipeline(transaction=False) as pipe:
         pipe.execute_command("HELLO")
-        pipe.execute_command("EVALSHA", check.sha, 0, *wanted)
+        pipe.execute_command("EVALSHA", check.sha, 0, *commands_to_check)
         if settings:
             pipe.execute_command("INFO", *_SECTIONS)
         hello, refused, *info = await pipe.execute(raise_on_error=False)
     try:
         if isinstance(refused, NoScriptError):
-            refused = await check(redis, args=wanted)
+            refused = await check(redis, args=commands_to_check)
         elif isinstance(refused, Exception):
             raise refused
         commands, error = [command.decode() for command in refused], None
@@ -202,7 +202,7 @@ async def read_server(redis: Redis, role: Role | None = None, *, settings: bool 
         if is_transient(refusal):
             raise
         commands, error = [], str(refusal)
-    if isinstance(hello, ResponseError) and not info:  # before 6.2, HELLO takes no less than a version
+    if isinstance(hello, ResponseError) and not info:  # before 6.2, HELLO requires an argument
         with suppress(NoPermissionError):
             info = [await redis.info("server")]
     config: Any = {}
@@ -219,7 +219,7 @@ async def read_server(redis: Redis, role: Role | None = None, *, settings: bool 
 
 
 def _as_text(hello: Any) -> dict[str, str]:
-    """HELLO's pairs, whose last are lists."""
+    """Decode HELLO's reply, without the values that are lists."""
     if isinstance(hello, dict):
         hello = [part for pair in hello.items() for part in pair]
     pairs = list(zip(hello[::2], hello[1::2], strict=True)) if isinstance(hello, list) else []
@@ -227,7 +227,7 @@ def _as_text(hello: Any) -> dict[str, str]:
 
 
 def obstacle(server: Server) -> str | None:
-    """Obstacle to the whole task system, and the way out, on one line; None when none is known."""
+    """Describe the first obstacle to the task system, and its remedy, on one line; None when there is none."""
     version = server.version or ""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     mode = server.hello.get("mode") or server.info.get("redis_mode")
@@ -247,11 +247,11 @@ def obstacle(server: Server) -> str | None:
         f"does not allow its user {', '.join(refused[:_LISTED])}{more}: give it the rights of its role "
         "(deploy/redis/acl)": bool(refused),
     }
-    return next((problem for problem, is_so in found.items() if is_so), None)
+    return next((problem for problem, applies in found.items() if applies), None)
 
 
 def risks(server: Server) -> list[Risk]:
-    """The settings with which the server can lose tasks, as far as it tells."""
+    """Settings with which the server can lose tasks, among those that can be read."""
     info, found = server.info, []
     if info.get("aof_enabled") == 0 and info.get("availability_zone") != EMBEDDED:
         found.append(
@@ -294,7 +294,7 @@ def risks(server: Server) -> list[Risk]:
 
 
 async def report_risks(redis: Redis) -> Server:
-    """Log in one line which settings of the server can lose tasks, and what could not be checked.
+    """Log a warning about settings with which the server can lose tasks, and about unchecked ones.
 
     Raises:
         redis.exceptions.RedisError: when the server does not answer.
@@ -311,14 +311,14 @@ async def report_risks(redis: Redis) -> Server:
     return server
 
 
-async def report_changes(redis: Redis, server: Server) -> None:
-    """Report again when another server, or the same one started anew, has taken the place of this. Never ends."""
+async def report_changes(redis: Redis, server: Server, every_seconds: float = CHANGED_SECONDS) -> None:
+    """Repeat `report_risks` after each restart or failover of the server, until cancelled."""
     while True:
-        await asyncio.sleep(_CHANGED_SECONDS)
+        await asyncio.sleep(every_seconds)
         try:
             if (await redis.info("server")).get("run_id") != server.run_id:
                 server = await report_risks(redis)
         except NoPermissionError:
             return
-        except (RedisError, OSError):  # logged by what needs the server
+        except (RedisError, OSError):  # other users of the server log this
             continue

@@ -1,4 +1,4 @@
-"""Limits of the size of one message, and of one call of the server."""
+"""Limits of the size of a message, and of one call of the server."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from typing import TypeVar
 from ..exceptions import TaskConfigError, TaskTooLargeError
 
 MAX_MESSAGE_BYTES_VARIABLE = "DIRACX_TASKS_MAX_MESSAGE_BYTES"
-#: What every database of dead letters takes, too: MariaDB's packets have 16 MiB, and quoting can double the bytes.
+#: Default limit of a message. Every database accepts a dead letter of this size: MariaDB's packets have 16 MiB,
+#: and quoting can double the bytes.
 MAX_BYTES = 4 * 1024 * 1024
-#: Bytes in one call of a script, but for what is larger alone.
+#: Bytes in one call of a script; a single larger message gets a call of its own.
 CALL_BYTES = 1024 * 1024
-#: What a lock counts in a call: 100 of them, as one task may have, keep the server busy for up to 5 ms, where
-#: others wait for each.
+#: Weight of a lock in a call: 100 locks, the limit of a task, take the server up to 5 ms if other tasks wait for
+#: each of them.
 LOCK_BYTES = 10_000
-#: What every server takes: `proto-max-bulk-len` is at least 1 MiB.
+#: Size that every server accepts: `proto-max-bulk-len` is at least 1 MiB.
 ALWAYS_TAKEN_BYTES = 1_000_000
-#: No limit is below this.
+#: Smallest limit of a message that can be configured.
 SMALL_BYTES = 10_000
 
 _Item = TypeVar("_Item")
 
 
 def max_message_bytes() -> int:
-    """The largest message that may be submitted, from DIRACX_TASKS_MAX_MESSAGE_BYTES.
+    """Size of the largest message that may be submitted, from DIRACX_TASKS_MAX_MESSAGE_BYTES.
 
     Raises:
-        TaskConfigError: when that is no number, or too small.
+        TaskConfigError: when the variable is not a number, or too small.
     """
-    given = os.environ.get(MAX_MESSAGE_BYTES_VARIABLE)
-    if not given:
+    text = os.environ.get(MAX_MESSAGE_BYTES_VARIABLE)
+    if not text:
         return MAX_BYTES
-    if not (given.isascii() and given.isdigit() and int(given[:19]) >= SMALL_BYTES):
+    if not (text.isascii() and text.isdigit() and int(text[:19]) >= SMALL_BYTES):
         raise TaskConfigError(
-            f"{MAX_MESSAGE_BYTES_VARIABLE} must be a number of bytes, at least {SMALL_BYTES}, not {given[:50]!r}"
+            f"{MAX_MESSAGE_BYTES_VARIABLE} must be a number of bytes, at least {SMALL_BYTES}, not {text[:50]!r}"
         )
-    return int(given[:19])
+    return int(text[:19])
 
 
 def checked_size(data: bytes, task_name: str) -> bytes:
-    """The message as it may be submitted.
+    """Return the message if it is not too large.
 
     Raises:
         TaskTooLargeError: when it is too large.
@@ -55,15 +56,15 @@ def checked_size(data: bytes, task_name: str) -> bytes:
 
 
 def in_calls(items: Iterable[_Item], at_most: int, size_of: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """The items in portions for one call each: so many, and `CALL_BYTES`, at most."""
-    portion: list[_Item] = []
+    """Split items into batches for one call each: `at_most` items, and `CALL_BYTES` together."""
+    batch: list[_Item] = []
     total = 0
     for item in items:
         size = size_of(item)
-        if portion and (len(portion) == at_most or total + size > CALL_BYTES):
-            yield portion
-            portion, total = [], 0
-        portion.append(item)
+        if batch and (len(batch) == at_most or total + size > CALL_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
         total += size
-    if portion:
-        yield portion
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""Numbers, moments and texts as the server has them: reading them never fails."""
+"""Parses stored numbers, times and texts; most of these functions never fail."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-#: What is shown in place of what cannot be read.
+#: Text shown instead of an unreadable value.
 UNDECODABLE = "(cannot be decoded)"
-#: Fields or members that one command reads, however many there are: well below a ms of the server's time.
+#: Fields or members that one command reads: well below 1 ms of the server's time.
 SCANNED = 500
-#: Digits of a time in µs, until long after the calendar's end.
+#: Longest number in digits: enough for a time in µs long after the year 9999.
 _LONGEST_NUMBER = 18
-#: The last whole second of the calendar (s since the epoch).
+#: The last second that `datetime` can represent (s since the epoch).
 _LAST_SECOND = 253_402_300_799
 
 
 class UnreadableKeyError(ValueError):
-    """A key holds what this version of the task system has not written. The message names it."""
+    """The value of a key cannot be parsed. The message names the key."""
 
 
 @contextmanager
 def reading(key: str) -> Iterator[None]:
-    """Name the key in whatever goes wrong while what it holds is taken apart.
+    """Turn parse errors in the block into errors that name the key.
 
     Raises:
-        UnreadableKeyError: in place of the error of a decoder, or of a field that is missing or of another type.
+        UnreadableKeyError: instead of a decoding error, or of a missing field or one of the wrong type.
     """
     try:
         yield
@@ -38,19 +38,19 @@ def reading(key: str) -> Iterator[None]:
 
 
 def number_of(value: bytes | str | None) -> int:
-    """A number that a script has written; 0 for anything else."""
+    """Parse a number that a script has written; 0 for any other value."""
     return int(value) if value is not None and len(value) <= _LONGEST_NUMBER and value.isdigit() else 0
 
 
 def moment_of(seconds: float) -> datetime:
-    """The moment so many seconds since the epoch; one within the calendar, whatever the number is."""
-    if not seconds > 0:  # and not a number
+    """Time at `seconds` since the epoch, limited to the range of `datetime`."""
+    if not seconds > 0:  # also for NaN
         seconds = 0
     return datetime.fromtimestamp(min(seconds, _LAST_SECOND), UTC)
 
 
 def ms_of(score: bytes | str) -> int:
-    """A score of a sorted set that is a time (ms since the epoch); one within the calendar, infinity included."""
+    """Parse a score that is a time (ms since the epoch), limited to the range of `datetime`; accepts infinity."""
     return int(max(0.0, min(float(score), _LAST_SECOND * 1000)))
 
 
@@ -60,5 +60,5 @@ def text_of(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as every encoding takes it: halves of surrogate pairs are written out."""
+    """Replace lone surrogates by escapes, so that every encoding accepts the text."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

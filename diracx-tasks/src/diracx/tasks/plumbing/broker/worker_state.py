@@ -1,4 +1,4 @@
-"""State that a worker writes to the server outside its event loop, its reports, and how both are read."""
+"""Writes a worker's state to the server from threads, and its reports; reads both."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .models import Settlement
     from .requests import Entry, LockSpec
 
-#: The id of a task that is cancelled.
+#: Channel of ids of cancelled tasks.
 CANCELLED_CHANNEL = keys.CANCELLED
-#: In how many ms something earlier is due.
+#: Channel of new earliest due times (in how many ms).
 WAKE_CHANNEL = keys.WAKE_WORKERS
-#: A lease (ms) that is shorter than all others.
+#: Channel of leases (ms) that are shorter than all others.
 LEASES_CHANNEL = keys.LEASES
 
 
@@ -37,15 +37,18 @@ def renew(
     shortest_ms: int | None = None,
     may_be_declared_dead: bool = False,
 ) -> tuple[list[int], list[int], list[int], str, int, int]:
-    """Renew all a worker holds. Returns the positions of lost entries, of lost locks and of cancelled entries,
-    the dataset id, the shortest lease of all workers (ms), and for how long from now (ms) no lease can end.
+    """Renew the leases and locks of a worker.
 
     Args:
-        dataset_id: what the last call returned. When the server has another, its data were lost, or it went back
-            to earlier ones: nothing of what the worker runs is lost, but what another worker has by now.
-        shortest_ms: what the last call returned, if the server need not look whether its lists are complete: that
-            is to be done now and then.
+        dataset_id: the id that the last call returned. If the server has another one, its data were lost or
+            replaced by earlier ones: the worker keeps its entries, except those that another worker has by now.
+        shortest_ms: the shortest lease that the last call returned; None: also check that the server's lists are
+            complete, which is needed now and then.
         may_be_declared_dead: the lease of the worker may have ended.
+
+    Returns:
+        The positions of lost entries, of lost locks and of cancelled entries, the dataset id, the shortest lease
+        of all workers (ms), and the time in which no lease can end (ms).
     """
     known = "" if shortest_ms is None else shortest_ms
     run_id = redis.run_id() if isinstance(redis, ControlConnection) else ""
@@ -63,15 +66,17 @@ def hand_back(
     streams: Sequence[str],
     known: Sequence[tuple[str, str]],
 ) -> None:
-    """Put back into their queues what is reserved for the worker, and not among what it knows to hold (stream and
-    entry).
+    """Requeue deliveries that are reserved for the worker but not held.
+
+    Args:
+        known: stream and entry of each delivery that the worker holds.
     """
     held = pack([f"{stream} {entry}" for stream, entry in known])
     script("recover").run(redis, streams, [consumer, held, pack([]), 0, 0, 1])
 
 
 def end_wait(redis: SyncRedis, consumer: str) -> None:
-    """End a worker's wait for tasks on the server, which gives it none after this."""
+    """End a worker's blocking read on the server, which reserves nothing for it after this."""
     redis.unlink(keys.WAIT_PREFIX + consumer)
 
 
@@ -95,13 +100,15 @@ async def report(
     last: bool,
     sums_older_ms: int | None = None,
 ) -> tuple[int, bool, bool]:
-    """Tell what a worker does.
+    """Publish the report of a worker.
 
     Args:
-        sums_older_ms: add up all sums that workers have told, if the first of them is older than that.
+        line: state of the worker; empty: unchanged.
+        running: its running tasks; empty: unchanged.
+        sums_older_ms: add up the counters in the list, if the first of them are older than that; None: do not.
 
     Returns:
-        The server's time in ms, whether it knows what the worker said before, and whether there are more sums.
+        The server's time (ms), whether it has the worker's earlier report, and whether there are more counters.
     """
     packed = pack(added) if added else b""
     older = "" if sums_older_ms is None else sums_older_ms
@@ -111,11 +118,11 @@ async def report(
 
 
 async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int, *, again: bool) -> int:
-    """Send sums without a report; the report of some worker adds them up. Returns how many wait.
+    """Append counters to the list, which the next report of some worker adds up. Returns the length of the list.
 
     Args:
-        ttl_ms: how long they wait at most.
-        again: the last answer was lost, and with it perhaps that they are the first.
+        ttl_ms: time to live of the list.
+        again: the last answer was lost, so that the list may have no time to live yet.
     """
     waiting: int = await redis.execute_command("RPUSH", keys.SUMS, pack(sums))
     if waiting == 1 or again:
@@ -124,19 +131,19 @@ async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int, *, again: bo
 
 
 def report_blocked(redis: SyncRedis, worker: str, blocked: bytes, running: bytes) -> None:
-    """Say what blocks the event loop of a worker (empty: nothing any more), and what it runs."""
+    """Publish the task that blocks the event loop of a worker (empty: none any more), and the running tasks."""
     script("blocked").run(redis, args=[worker, blocked, running])
 
 
 def control_channels(worker: str) -> tuple[str, ...]:
-    """The channels that a worker listens to: ids of tasks that it runs and that are cancelled, of others that are
-    cancelled, that something earlier is due, and that a worker has a shorter lease than all others.
+    """Channels that a worker subscribes to: ids of its cancelled running tasks, ids of all cancelled tasks, new
+    earliest due times, and leases shorter than all others.
     """
     return keys.CANCELLED_CHANNEL_PREFIX + worker, CANCELLED_CHANNEL, WAKE_CHANNEL, LEASES_CHANNEL
 
 
 async def leases(redis: Redis) -> dict[str, float]:
-    """End of the lease of each worker (ms); below zero for those that are dead: see lua/reclaim.lua."""
+    """End of the lease of each worker (ms); below zero for dead workers: see lua/reclaim.lua."""
     return await _scores(redis, keys.ALIVE)
 
 
@@ -150,7 +157,7 @@ async def _scores(redis: Redis, key: str) -> dict[str, float]:
 
 
 def report_key(worker: str) -> str:
-    """The key of a worker's report, for messages."""
+    """Key of a worker's report."""
     return keys.REPORT_PREFIX + worker
 
 

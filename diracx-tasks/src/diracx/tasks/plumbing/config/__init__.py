@@ -1,8 +1,8 @@
-"""Configuration by operators: what they may change about tasks without touching code, and its sources.
+"""Configuration of tasks by operators, from a YAML file or the DiracX configuration.
 
-Either a YAML file (`DIRACX_TASKS_CONFIG`) or the `Systems.Tasks` section of the DiracX configuration::
+A YAML file (`DIRACX_TASKS_CONFIG`) or the section `Systems.Tasks` of the DiracX configuration::
 
-    common:                          # every VO, and tasks that know no VO
+    common:                          # every VO, and tasks without a VO
       "my_pilots:MyPilotTask":
         rate_limit: 100
         rate_window_seconds: 60
@@ -13,26 +13,26 @@ Either a YAML file (`DIRACX_TASKS_CONFIG`) or the `Systems.Tasks` section of the
             periodic: {schedule: "0 */2 * * *"}
           the-rest:
             args: {all_but: [ce01.example.org]}
-    vo_overrides:                    # on top of that, for one VO
+    vo_overrides:                    # overrides for one VO
       lhcb:
         "my_pilots:MySubmitPilotsTask":
           periodic: {schedule: "*/2 * * * *"}
-    limits:                          # of every limiter that tasks take, by the kind and key of its object
+    limits:                          # of all limiters, by kind and key of the object
       site:
         default: {concurrency_limit: 5}
         keys: {CERN: {concurrency_limit: 50}}
-    vo_limits:                       # on top of that, counting one VO's tasks only
+    vo_limits:                       # overrides for one VO, which count its tasks only
       lhcb:
         site:
           default: {concurrency_limit: 2}
 
-A task is named in full (`category:Class`) or by its class alone; the full name wins. Only what is written
-overrides; everything else stays as the code has it.
+A task is named in full (`category:Class`) or by its class alone; the full name takes precedence. Settings that are
+not configured are those of the code.
 """
 
 from __future__ import annotations
 
-from .effective import describe_schedule, instance_settings, object_settings, schedule_in_force, task_settings
+from .effective import describe_schedule, instance_settings, object_settings, schedule_settings, task_settings
 from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
 from .schema import (
     LimitConfig,
@@ -45,7 +45,7 @@ from .schema import (
     owner,
 )
 from .source import Problem, Source
-from .validate import check_written, checked_tasks_config, mistakes, problems, unknown_names
+from .validate import check_config, checked_tasks_config, problems, unknown_names
 
 __all__ = [
     "CONFIG_PATH_VARIABLE",
@@ -58,16 +58,15 @@ __all__ = [
     "TaskInstance",
     "TaskOverride",
     "TasksConfig",
-    "check_written",
+    "check_config",
     "checked_tasks_config",
     "describe_schedule",
     "instance_settings",
     "load_tasks_config",
-    "mistakes",
     "object_settings",
     "owner",
     "problems",
-    "schedule_in_force",
+    "schedule_settings",
     "task_settings",
     "unknown_names",
 ]

@@ -1,7 +1,4 @@
-"""Record in Redis of the configuration of each process, for everybody to read.
-
-`diracx-task-run config in-force` and dashboards read it; `ConfigWatcher` writes it.
-"""
+"""Active configuration of each process in Redis, written by `ConfigWatcher`, shown by `config in-force`."""
 
 from __future__ import annotations
 
@@ -19,42 +16,42 @@ from ..broker.running_configs import CONFIG_IN_FORCE, announce, announcements
 from ..broker.stored import reading
 from . import TasksConfig
 
-#: A process that has not said so for longer runs no more.
+#: A process that has not published its configuration for longer is regarded as ended.
 COUNTS_SECONDS = 60.0
-#: How often a process says so when nothing changes.
+#: Interval at which a process publishes an unchanged configuration.
 _REPEAT_SECONDS = 25.0
-#: Problems, and characters of each, that are published; the log has them all.
+#: Maximum number and length of published problems; the log has all.
 _PROBLEMS = 20
 _PROBLEM_LENGTH = 500
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveConfig:
-    """The configuration that one process runs with."""
+    """Active configuration of one process."""
 
     role: str
     """`worker small`, `worker medium`, `worker large` or `scheduler`."""
     source: str
     """Source of the settings: a path, `Systems.Tasks`, or `defaults`."""
     digest: str
-    """12 hexadecimal digits; the same for the same settings of tasks."""
+    """12 hexadecimal digits; equal for equal settings."""
     since: float
-    """Time when it came into force (s since the epoch, the clock of the process)."""
+    """Time at which it came into force (s since the epoch, clock of the process)."""
     vos: tuple[str, ...] | None = None
-    """The VOs that the process knows; None without a DiracX configuration."""
+    """The VOs; None without a DiracX configuration."""
     problems: tuple[str, ...] = ()
-    """Mistakes in the configuration as it is written now: the one in force is then an earlier one."""
+    """Mistakes in the current configuration; if there are any, an earlier one is in force."""
     problems_since: float | None = None
-    """Time when they appeared (s since the epoch)."""
+    """Time at which they appeared (s since the epoch)."""
     warnings: tuple[str, ...] = ()
-    """Mistakes in it that did not keep it from coming into force."""
+    """Mistakes that do not prevent a configuration from coming into force."""
     process: str = ""
     """`host:pid:random`."""
     seen: float = 0.0
-    """Time when the process last said so (s since the epoch, the clock of the server)."""
+    """Time of the last publication (s since the epoch, clock of the server)."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: moments as ISO 8601 in UTC."""
+        """Convert it for JSON, with times as ISO 8601 in UTC."""
         found = asdict(self)
         for name in ("since", "problems_since", "seen"):
             if found[name] is not None:
@@ -63,48 +60,40 @@ class ActiveConfig:
 
 
 def digest(config: TasksConfig) -> str:
-    """A short name for these settings, the same wherever and in whatever order they were read."""
+    """Return a short hash of settings, independent of their order and source."""
     written = json.dumps(config.model_dump(mode="json", exclude_unset=True), sort_keys=True)
     return hashlib.sha256(written.encode()).hexdigest()[:12]
 
 
-class Announcer:
-    """Says with which configuration this process runs."""
+class ActiveConfigPublisher:
+    """Publishes the active configuration of this process in Redis."""
 
     def __init__(self, redis: Redis, process: str) -> None:
         self._redis = redis
         self._process = process
-        self._said: str | None = None
+        self._published: str | None = None
         self._repeat_at = 0.0
         self._tidy_at = 0.0
 
-    async def say(self, in_force: ActiveConfig) -> None:
-        """Say it, if it is new or was said long ago.
-
-        Raises:
-            redis.exceptions.RedisError: when the server does not answer.
-        """
+    async def publish(self, in_force: ActiveConfig) -> None:
+        """Publish it if it is new, or was published some time ago."""
         shortened = replace(
             in_force, problems=_shortened(in_force.problems), warnings=_shortened(in_force.warnings)
         )
         content = asdict(shortened)
         del content["process"], content["seen"]
-        said = json.dumps(content)
+        text = json.dumps(content)
         now = time.monotonic()
-        if said == self._said and now < self._repeat_at:
+        if text == self._published and now < self._repeat_at:
             return
         tidy = now >= self._tidy_at
-        await announce(self._redis, self._process, said, _COUNTS_MS, tidy)
-        self._said, self._repeat_at = said, now + _REPEAT_SECONDS
+        await announce(self._redis, self._process, text, _COUNTS_MS, tidy)
+        self._published, self._repeat_at = text, now + _REPEAT_SECONDS
         if tidy:
             self._tidy_at = now + COUNTS_SECONDS
 
-    async def leave(self) -> None:
-        """Say that the process runs no more.
-
-        Raises:
-            redis.exceptions.RedisError: when the server does not answer; it is forgotten by itself then.
-        """
+    async def remove(self) -> None:
+        """Remove the configuration of this process."""
         await announce(self._redis, self._process, "", _COUNTS_MS, tidy=False)
 
 
@@ -117,12 +106,7 @@ def _shortened(lines: tuple[str, ...]) -> tuple[str, ...]:
 
 
 async def active_configs(redis: Redis) -> list[ActiveConfig]:
-    """With which configuration each living worker and scheduler runs, by role and process.
-
-    Raises:
-        redis.exceptions.RedisError: when the server does not answer.
-        UnreadableKeyError: when something else was written there.
-    """
+    """Return the active configuration of each live worker and scheduler, by role and process."""
     now = await server_time(redis)
     announced = await announcements(redis)
     found = []

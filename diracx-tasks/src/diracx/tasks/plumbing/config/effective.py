@@ -1,4 +1,4 @@
-"""Effective settings: the value of every setting of a task or of an object, and where it comes from."""
+"""Resolved settings of tasks and objects, and where they are set."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _LIMITS = ("rate_limit", "rate_window_seconds", "concurrency_limit")
 def task_settings(
     config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None
 ) -> dict[str, Setting]:
-    """The settings of a task by field; a path of None says that the code has it so.
+    """Return the settings of a task by field; a path of None: set in the code.
 
-    None as a value means none: no limit, no schedule. For retries it means that a policy of its own decides. What
-    only a periodic task has is there for those alone, and a schedule only without instances, which have theirs.
+    A value of None means no limit or schedule; for retries, that a custom policy decides. Only periodic tasks have
+    `enabled`, `schedule` and `missed`, the latter two only without instances.
     """
     override = config.get_override(name, vo)
     found: dict[str, Setting] = {}
     if issubclass(task_class, PeriodicBaseTask):
-        found = _shown(schedule_in_force(config, name, task_class, vo))
+        found = _shown(schedule_settings(config, name, task_class, vo))
         if override.instances:
             del found["schedule"], found["missed"]
     found |= _limits(config, name, task_class, vo, override)
@@ -39,11 +39,11 @@ def task_settings(
 def instance_settings(
     config: TasksConfig, name: str, task_class: type[PeriodicBaseTask], vo: str | None
 ) -> dict[str, dict[str, Setting]]:
-    """By instance what each has for itself; the rest is as `task_settings`."""
+    """Return the settings of each instance that differ from `task_settings`."""
     override = config.get_override(name, vo)
     return {
         key: {
-            **_shown(schedule_in_force(config, name, task_class, vo, key)),
+            **_shown(schedule_settings(config, name, task_class, vo, key)),
             "args": Setting(instance.args, config.path_of(name, vo, "args", key)),
         }
         for key, instance in override.instances.items()
@@ -53,7 +53,7 @@ def instance_settings(
 def object_settings(
     config: TasksConfig, vo: str | None = None
 ) -> Iterator[tuple[str, str | None, dict[str, Setting]]]:
-    """Kind, key (None: the default) and numbers of each object that has limits; for a VO, those of its tasks."""
+    """Iterate over kind, key (None: the default) and limits of each object; for a VO, those of its tasks."""
     sections = [config.limits, config.vo_limits.get(vo, {}) if vo is not None else {}]
     for obj in dict.fromkeys(obj for section in sections for obj in section):
         keys = dict.fromkeys(key for section in sections if obj in section for key in section[obj].keys)
@@ -64,7 +64,7 @@ def object_settings(
 
 
 def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
-    """A schedule in words."""
+    """Describe a schedule in words."""
     match schedule:
         case None:
             return None
@@ -79,8 +79,8 @@ def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
     return f"{kind} {' '.join(text.split())}" + (f" ({zone})" if zone else "")
 
 
-class ScheduleInForce(NamedTuple):
-    """Settings that decide if and when a periodic task, or an instance, runs, each with its place."""
+class ScheduleSettings(NamedTuple):
+    """Settings of the schedule of a periodic task or an instance."""
 
     enabled: Setting
     rule: Setting
@@ -88,14 +88,14 @@ class ScheduleInForce(NamedTuple):
     missed: Setting
 
 
-def schedule_in_force(
+def schedule_settings(
     config: TasksConfig,
     name: str,
     task_class: type[PeriodicBaseTask],
     vo: str | None,
     instance: str | None = None,
-) -> ScheduleInForce:
-    """The schedule of a periodic task, or of one of its instances, as it holds for a VO."""
+) -> ScheduleSettings:
+    """Return the schedule of a periodic task, or of one of its instances, for a VO."""
     override = config.get_override(name, vo)
     own = override if instance is None else override.instances[instance]
     rule, missed = None, None
@@ -111,7 +111,7 @@ def schedule_in_force(
         enabled = Setting(False, off)
     else:
         enabled = Setting(True, next((path for _, path in switches if path is not None), None))
-    return ScheduleInForce(
+    return ScheduleSettings(
         enabled,
         Setting(
             rule or getattr(task_class, "default_schedule", None), config.path_of(name, vo, "periodic", instance)
@@ -120,7 +120,7 @@ def schedule_in_force(
     )
 
 
-def _shown(found: ScheduleInForce) -> dict[str, Setting]:
+def _shown(found: ScheduleSettings) -> dict[str, Setting]:
     rule = Setting(describe_schedule(found.rule.value), found.rule.path)
     return {"enabled": found.enabled, "schedule": rule, "missed": found.missed}
 
@@ -128,7 +128,7 @@ def _shown(found: ScheduleInForce) -> dict[str, Setting]:
 def _limits(
     config: TasksConfig, name: str, task_class: type[BaseTask], vo: str | None, override: TaskOverride
 ) -> dict[str, Setting]:
-    """Of the limiters that count all tasks of the class; those on other objects are known when a task is."""
+    """Return the limits of all tasks of the class; limits of other objects depend on the task."""
     of_object: dict[str, Setting] = {}
     if task_class.execution_locks is BaseTask.execution_locks:
         of_object = config.get_limits(TASK, task_class.__name__, vo=vo)
@@ -156,7 +156,7 @@ def _retries(
         in_code = 0, None
     found = {}
     for field, value in zip(("max_retries", "retry_base_delay_seconds"), in_code, strict=True):
-        written: Any = getattr(override, field)
-        path = None if written is None else config.path_of(name, vo, field)
-        found[field] = Setting(value if written is None else written, path)
+        configured: Any = getattr(override, field)
+        path = None if configured is None else config.path_of(name, vo, field)
+        found[field] = Setting(value if configured is None else configured, path)
     return found

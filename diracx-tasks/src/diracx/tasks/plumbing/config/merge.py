@@ -1,7 +1,7 @@
-"""Merging of the layers of a configuration, field by field.
+"""Merges the layers of a configuration, field by field.
 
-Everything here works on plain mappings that need not be valid, so that what is wrong with the layers together
-is reported beside what is wrong with each.
+Works on plain mappings that need not be valid, so that problems of the merged layers are reported together with
+those of each layer.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from typing import Any
 
 from ..schedules import CronSchedule, RRuleSchedule
 
-#: Where something is written: the keys from the top of the file on.
+#: Keys from the top level of the configuration.
 Path = tuple[str, ...]
 Layer = Mapping[str, Any]
 
-#: The window of a rate limit for which none is written.
+#: Default window of rate limits.
 RATE_WINDOW_SECONDS = 60.0
-#: The three ways to say when; at most one of them.
+#: Alternative fields of a schedule, of which at most one is set.
 KINDS = ("schedule", "interval_seconds", "rrule")
 
 
 def mapping(value: Any) -> Mapping[Any, Any]:
-    """The value if it is a mapping, else an empty one."""
+    """Return the value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def task_keys(task_name: str) -> tuple[str, ...]:
-    """The names under which a task may be configured, the most particular last."""
+    """Return the names under which a task may be configured, the most specific last."""
     _, colon, class_name = task_name.rpartition(":")
     return (class_name, task_name) if colon else (task_name,)
 
 
 def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """The names under which a limiter may be configured, the most particular last; `*`: any first key."""
+    """Return the names under which a limiter may be configured, the most specific last; `*`: any first key."""
     names = tuple(keys)
     return names if len(names) < 2 else (":".join(["*", *names[1:]]), names[0], ":".join(names))
 
 
 def merge(layers: Iterable[Layer]) -> dict[str, Any]:
-    """Lay the fields that were set over each other, the last on top.
+    """Merge layers of fields; later ones override.
 
-    `periodic` and each of the `instances` are laid over in the same manner. Empty `instances` take away those
-    below; `args` are one value.
+    `periodic` and each of the `instances` are merged recursively. Empty `instances` remove earlier ones; `args`
+    are replaced as a whole.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -63,21 +63,21 @@ def merge(layers: Iterable[Layer]) -> dict[str, Any]:
 
 
 def merge_schedule(below: Layer, above: Layer) -> dict[str, Any]:
-    """Another way of saying when replaces the whole of the one below."""
+    """Merge `periodic` of two layers; a schedule in `above` replaces that of `below`."""
     if any(above.get(kind) is not None for kind in KINDS):
         below = {name: value for name, value in below.items() if name not in (*KINDS, "timezone")}
     return {**below, **above}
 
 
 def with_window(merged: dict[str, Any]) -> dict[str, Any]:
-    """The fields, with the window that a rate limit has where none is written."""
+    """Add the default window to a rate limit without one."""
     if merged.get("rate_limit") is not None and merged.get("rate_window_seconds") is None:
         return {**merged, "rate_window_seconds": RATE_WINDOW_SECONDS}
     return merged
 
 
 def with_instances(merged: Layer) -> dict[str, Any]:
-    """The fields of a task, `periodic` of each instance laid over that of the task."""
+    """Merge `periodic` of the task into that of each instance."""
     instances = merged.get("instances")
     if not isinstance(instances, Mapping) or not instances:
         return dict(merged)
@@ -91,90 +91,87 @@ def with_instances(merged: Layer) -> dict[str, Any]:
 
 
 def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path, Layer]]:
-    """Layers of the settings of a task, each with its path: for everybody, then for the VO; class name first."""
+    """Yield path and layer of the settings of a task: common ones, then those of the VO; class name first."""
     sections: list[Path] = [("common",)]
     if vo is not None:
         sections.append(("vo_overrides", vo))
-    for place in sections:
-        section = section_at(raw, place)
+    for path in sections:
+        section = section_at(raw, path)
         for key in task_keys(task_name):
             if key in section:
-                yield (*place, key), mapping(section[key])
+                yield (*path, key), mapping(section[key])
 
 
 def limit_layers(raw: Any, obj: str, keys: Iterable[str], vo: str | None) -> Iterator[tuple[Path, Layer]]:
-    """Layers of the settings of the limiters of an object, each with its path; the default first."""
+    """Yield path and layer of the limits of an object, the default first."""
     sections: list[Path] = [("limits", obj)]
     if vo is not None:
         sections.append(("vo_limits", vo, obj))
     names = limit_keys(keys)
-    for place in sections:
-        section = section_at(raw, place)
+    for path in sections:
+        section = section_at(raw, path)
         if "default" in section:
-            yield (*place, "default"), mapping(section["default"])
+            yield (*path, "default"), mapping(section["default"])
         by_key = mapping(section.get("keys"))
         for key in names:
-            # Of a number, YAML makes no text.
-            found = int(key) if key not in by_key and key.isdecimal() else key
+            found = int(key) if key not in by_key and key.isdecimal() else key  # YAML reads numbers
             if found in by_key:
-                yield (*place, "keys", key), mapping(by_key[found])
+                yield (*path, "keys", key), mapping(by_key[found])
 
 
 def section_at(raw: Any, path: Path) -> Mapping[Any, Any]:
-    """The mapping at that place, an empty one if there is none."""
+    """Return the mapping at a path, an empty one if there is none."""
     section = mapping(raw)
     for part in path:
         section = mapping(section.get(part))
     return section
 
 
-def provenance(layer: Layer, place: Path) -> dict[str, Any]:
-    """The layer with, in place of each value, where it was written. What is null is as in the code: it stays."""
-    return {name: _mark(value, (*place, name), name) for name, value in layer.items()}
+def provenance(layer: Layer, path: Path) -> dict[str, Any]:
+    """Replace each value of a layer by its path, except null."""
+    return {name: _mark(value, (*path, name), name) for name, value in layer.items()}
 
 
-def _mark(value: Any, place: Path, name: str) -> Any:
+def _mark(value: Any, path: Path, name: str) -> Any:
     if name == "instances" and isinstance(value, Mapping):
-        return {key: provenance(mapping(instance), (*place, str(key))) for key, instance in value.items()}
+        return {key: provenance(mapping(instance), (*path, str(key))) for key, instance in value.items()}
     if name == "periodic" and isinstance(value, Mapping):
-        return provenance(value, place)
-    return None if value is None else place
+        return provenance(value, path)
+    return None if value is None else path
 
 
 def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
-    """Problems of the merged layers: a window without a rate limit, and schedules that clash."""
-    for place, merged in _merged_tasks(raw):
-        yield from _only_window(place, merged)
-        yield from _clashes((*place, "periodic"), merged.get("periodic"))
+    """Yield problems of the merged layers: a window without a rate limit, or a time zone that cannot apply."""
+    for path, merged in _merged_tasks(raw):
+        yield from _only_window(path, merged)
+        yield from _clashes((*path, "periodic"), merged.get("periodic"))
         instances = mapping(with_instances(merged).get("instances"))
-        own = mapping(section_at(raw, place).get("instances"))
+        own = mapping(section_at(raw, path).get("instances"))
         for name, instance in instances.items():
             its_own = mapping(mapping(own.get(name)).get("periodic"))
             if not _clashes_anywhere(merged) or not its_own.keys().isdisjoint((*KINDS, "timezone")):
-                yield from _clashes(
-                    (*place, "instances", str(name), "periodic"), mapping(instance).get("periodic")
-                )
-    for place, merged in _merged_limits(raw):
-        yield from _only_window(place, merged)
+                yield from _clashes((*path, "instances", str(name), "periodic"), mapping(instance).get("periodic"))
+    for path, merged in _merged_limits(raw):
+        yield from _only_window(path, merged)
 
 
-def _only_window(place: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
-    # An explicit null switches an inherited limit off and may leave its window behind.
+def _only_window(path: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
+    # An explicit null disables an inherited limit, whose window may remain.
     if merged.get("rate_window_seconds") is not None and "rate_limit" not in merged:
-        yield (*place, "rate_window_seconds"), "needs rate_limit beside it"
+        yield (*path, "rate_window_seconds"), "needs rate_limit"
 
 
 class TimezoneClashError(ValueError):
-    """A time zone beside something that cannot have one."""
+    """A time zone is set for a schedule that cannot have one."""
 
 
 def timezone_clash(periodic: Layer) -> str | None:
-    """Conflict of the time zone with what is beside it; None where there is none, or one is bad by itself."""
+    """Return why the time zone cannot apply to the schedule; None if it can, or one of them is invalid."""
     timezone, rule = periodic.get("timezone"), periodic.get("rrule")
     if timezone is None:
         return None
     if periodic.get("interval_seconds") is not None:
-        return "goes with schedule or rrule, not with interval_seconds"
+        return "applies to schedule or rrule, not to interval_seconds"
     if not (isinstance(rule, str) and isinstance(timezone, str)):
         return None
     try:
@@ -185,13 +182,13 @@ def timezone_clash(periodic: Layer) -> str | None:
     try:
         RRuleSchedule(rule, timezone=timezone)
     except ValueError as error:
-        return f"does not go with the rrule: {error}"
+        return f"does not apply to the rrule: {error}"
     return None
 
 
-def _clashes(place: Path, periodic: Any) -> Iterator[tuple[Path, str]]:
+def _clashes(path: Path, periodic: Any) -> Iterator[tuple[Path, str]]:
     if clash := timezone_clash(mapping(periodic)):
-        yield (*place, "timezone"), clash
+        yield (*path, "timezone"), clash
 
 
 def _clashes_anywhere(merged: Layer) -> bool:
@@ -199,7 +196,7 @@ def _clashes_anywhere(merged: Layer) -> bool:
 
 
 def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each task's place and fields: those in `common`, and each VO's laid over them."""
+    """Yield path and merged fields of each task in `common` and of each VO."""
     for name in section_at(raw, ("common",)):
         yield ("common", str(name)), merge(layer for _, layer in task_layers(raw, str(name), None))
     for vo, section in section_at(raw, ("vo_overrides",)).items():
@@ -211,15 +208,15 @@ def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _merged_limits(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The place and the numbers of each default and each key, a VO's laid over those of everybody."""
+    """Yield path and merged limits of each default and key, in general and of each VO."""
     sections: list[tuple[Path, str, str | None]] = [
         (("limits", str(obj)), obj, None) for obj in section_at(raw, ("limits",))
     ]
     for vo, by_type in section_at(raw, ("vo_limits",)).items():
         sections += [(("vo_limits", str(vo), str(obj)), obj, vo) for obj in mapping(by_type)]
-    for place, obj, vo in sections:
-        section = section_at(raw, place)
+    for path, obj, vo in sections:
+        section = section_at(raw, path)
         if "default" in section:
-            yield (*place, "default"), merge(layer for _, layer in limit_layers(raw, obj, [""], vo))
+            yield (*path, "default"), merge(layer for _, layer in limit_layers(raw, obj, [""], vo))
         for key in mapping(section.get("keys")):
-            yield (*place, "keys", str(key)), merge(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))
+            yield (*path, "keys", str(key)), merge(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))

@@ -1,4 +1,4 @@
-"""The YAML of the published documents and of their design record, in the form of `TasksConfig`."""
+"""Converts the YAML layout of the published documents and their design record to that of `TasksConfig`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SCHEDULES = {
 _LIMITERS = ("ConcurrencyLimiter", "RateLimiter")
 
 
-def as_ours(raw: Any) -> Any:
-    """Translate `vo-overrides`, `periodic-tasks` and `limits` by section into our layout; else return it as it is.
+def from_published_layout(raw: Any) -> Any:
+    """Convert `vo-overrides`, `periodic-tasks` and `limits` of sections; other entries are returned unchanged.
 
-    In the design record a VO's `periodic-tasks` of a task replace those of `common`.
+    In the design record, the `periodic-tasks` of a VO replace those of `common`.
     """
     if not isinstance(raw, Mapping):
         return raw
@@ -43,7 +43,7 @@ def as_ours(raw: Any) -> Any:
 
 
 def _section(section: Mapping[Any, Any], common: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """The tasks of a section, and the limits of its other objects. Other entries are tasks in our form already."""
+    """Return the tasks of a section, and the limits of its other objects."""
     if not any(isinstance(section.get(key), Mapping) for key in ("periodic-tasks", "limits")):
         return dict(section), {}
     tasks = {key: value for key, value in section.items() if key not in ("periodic-tasks", "limits")}
@@ -52,7 +52,7 @@ def _section(section: Mapping[Any, Any], common: Mapping[Any, Any]) -> tuple[dic
         tasks[task] = {**mapping(tasks.get(task)), **_periodic(entries, below)}
     limits: dict[str, Any] = {}
     for kind, names in mapping(section.get("limits")).items():
-        if kind in _LIMITERS:  # the record has it the other way round, too
+        if kind in _LIMITERS:  # the design record also nests kind and limiter the other way round
             for inner, numbers in mapping(names).items():
                 for name, each in mapping(numbers).items():
                     _add_limit(tasks, limits, inner, name, {kind: each})
@@ -63,7 +63,7 @@ def _section(section: Mapping[Any, Any], common: Mapping[Any, Any]) -> tuple[dic
 
 
 def _periodic(entries: Any, below: Mapping[Any, Any]) -> dict[str, Any]:
-    """A list of schedules as `instances`, by name or place; a schedule alone as that of the task."""
+    """Convert a list of schedules to `instances` by name or position; a single one to that of the task."""
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         return {"instances": entries}
     known = ("name", "schedule", "args", "enabled")
@@ -74,7 +74,7 @@ def _periodic(entries: Any, below: Mapping[Any, Any]) -> dict[str, Any]:
             schedule = {way: schedule.get("arg")}
         elif schedule is not None:
             schedule = {"schedule": schedule}
-        # In the record, what belongs below `args` once stands beside it.
+        # In one example of the design record, the arguments are not below `args`.
         args = entry.get("args") or {key: value for key, value in entry.items() if key not in known}
         instance = {"enabled": entry.get("enabled", True), "periodic": schedule}
         if len(entries) == 1 and not args and "name" not in entry:
@@ -84,7 +84,7 @@ def _periodic(entries: Any, below: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _add_limit(tasks: dict[Any, Any], limits: dict[str, Any], kind: Any, name: Any, numbers: Any) -> None:
-    """Limits of tasks go to the task; of other kinds, by key, or for one action of each object by `*:action`."""
+    """Add limits to the task, or to the kind of object by key; `*:action` limits one action of each object."""
     if kind == "Task":
         tasks[name] = {**mapping(tasks.get(name)), **_numbers(numbers)}
         return

@@ -1,4 +1,4 @@
-"""Reads the configuration of tasks, and says in one report all that is wrong with it."""
+"""Reads the configuration of tasks, and reports all mistakes in it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
 from .merge import Path, TimezoneClashError, mapping, merge_problems
-from .published import as_ours
+from .published import from_published_layout
 from .schema import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
-#: Names the YAML file; unset or empty means `Systems.Tasks` of the DiracX configuration.
+#: Variable with the path of the YAML file; if unset or empty, `Systems.Tasks` of the DiracX configuration is used.
 CONFIG_PATH_VARIABLE = "DIRACX_TASKS_CONFIG"
 _SECTION = "Systems.Tasks"
 
@@ -25,23 +25,26 @@ def load_tasks_config(path: FilePath | None = None, config: object | None = None
     From the YAML file `path`, else the one that `DIRACX_TASKS_CONFIG` names, else `config.systems["Tasks"]`
     of a DiracX configuration, else empty. Raises `TaskConfigError` with one line per problem.
     """
-    raw, source = read_written(path, config)
+    raw, source = read_raw_config(path, config)
     if isinstance(raw, TasksConfig):
         return raw
-    return validated(raw, source)
+    found, problems = parsed(raw, source)
+    if found is None or problems:
+        raise TaskConfigError("\n".join(source.report(problems)))
+    return found
 
 
-def read_written(path: FilePath | None = None, config: object | None = None) -> tuple[Any, Source]:
-    """Read the written configuration, not validated, and its source. Arguments as `load_tasks_config`.
+def read_raw_config(path: FilePath | None = None, config: object | None = None) -> tuple[Any, Source]:
+    """Read the configuration without validation, and its source. Arguments as `load_tasks_config`.
 
     Raises:
-        TaskConfigError: when the file cannot be read, is no YAML, or has a key twice.
+        TaskConfigError: the file cannot be read, or is not YAML.
     """
     if path is None and os.environ.get(CONFIG_PATH_VARIABLE):
         path = FilePath(os.environ[CONFIG_PATH_VARIABLE])
     if path is not None:
         return _read_yaml(path)
-    return as_ours(mapping(getattr(config, "systems", None)).get("Tasks")), Source(_SECTION)
+    return from_published_layout(mapping(getattr(config, "systems", None)).get("Tasks")), Source(_SECTION)
 
 
 def _read_yaml(path: FilePath) -> tuple[Any, Source]:
@@ -52,7 +55,7 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
         raw, source = yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
         if isinstance(raw, dict) and raw.keys() == {"tasks"}:
             raw, source = raw["tasks"], source.below("tasks")
-        return as_ours(raw), source
+        return from_published_layout(raw), source
     except OSError as exc:
         raise TaskConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     except yaml.MarkedYAMLError as exc:
@@ -63,29 +66,17 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
         raise TaskConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from exc
 
 
-def validated(raw: Any, source: Source) -> TasksConfig:
-    """The configuration.
-
-    Raises:
-        TaskConfigError: with one line per problem.
-    """
-    found, problems = parsed(raw, source)
-    if found is None or problems:
-        raise TaskConfigError("\n".join(source.report(problems)))
-    return found
-
-
 def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]:
-    """The configuration if there is nothing wrong with its form; and what is wrong."""
+    """Validate a configuration. Returns it, None if it is malformed, and its problems."""
     problems = [
-        Problem(path, "is there twice, and only this one would count: put them together")
+        Problem(path, "is a duplicate key, of which only the last one would count: merge them")
         for path in source.duplicates()
     ]
     try:
         found = TasksConfig.model_validate({} if raw is None else raw)
     except ValidationError as exc:
-        # Errors without a place, and time zones that clash, come from the check of the merged layers, which is
-        # repeated here one by one.
+        # Errors without a path, and those of time zones, come from the check of the merged layers, whose problems
+        # are added one by one.
         errors = [error for error in exc.errors() if error["loc"] or error["type"] != "value_error"]
         errors = [error for error in errors if not isinstance(_cause(error), TimezoneClashError)]
         merged = [Problem(*problem) for problem in merge_problems(raw)]
@@ -95,11 +86,11 @@ def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]
 
 
 def _cause(error: Any) -> Any:
-    """Exception that a validator of ours has raised."""
+    """Return the exception that a validator of the schema has raised."""
     return error.get("ctx", {}).get("error")
 
 
-#: What pydantic says for others than its readers, by type of error.
+#: Messages for users by type of pydantic's error.
 _MUST_BE = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
@@ -116,7 +107,7 @@ _MUST_BE = {
 
 
 def _problem(error: Any) -> Problem:
-    """One validation error as its place and what is wrong."""
+    """Convert a validation error of pydantic."""
     where = tuple(str(part) for part in error["loc"] if part != "[key]")
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -124,10 +115,10 @@ def _problem(error: Any) -> Problem:
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return Problem(where, f"must be a mapping of names to values, not {given!r}")
     if kind in _MUST_BE:
-        # YAML takes 1e-3 for text, too.
+        # YAML reads 1e-3 as text.
         text = "the text " if isinstance(given, str) and _MUST_BE[kind].endswith("number") else ""
-        wanted = _MUST_BE[kind].format(**error.get("ctx", {}))
-        return Problem(where, f"must be {wanted}, not {text}{given!r}")
+        expected = _MUST_BE[kind].format(**error.get("ctx", {}))
+        return Problem(where, f"must be {expected}, not {text}{given!r}")
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return Problem(where, message)
@@ -135,7 +126,7 @@ def _problem(error: Any) -> Problem:
 
 
 def _model_at(where: Path) -> type[BaseModel]:
-    """The model of what stands at that place."""
+    """Return the model of the section at a path."""
     match where:
         case (*_, "periodic"):
             return PeriodicTaskConfig

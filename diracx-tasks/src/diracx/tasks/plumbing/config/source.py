@@ -1,4 +1,4 @@
-"""Source of a configuration, down to the line, and the report of a problem with it."""
+"""Source of a configuration, with lines, and reports of its problems."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Problem(NamedTuple):
     path: Path
     message: str
     maybe_elsewhere: bool = False
-    """It is a name that nothing goes by here, and may be known elsewhere: where other extensions are installed."""
+    """It is an unknown name, which may be known on hosts with other extensions."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a section. All are equal: two configurations are, when they say the same in two places."""
+    """A file or a section. All sources compare equal, so that equal configurations do."""
 
     name: str = field(default="", compare=False)
-    """The path of a file, or `Systems.Tasks`; empty for what code has made."""
+    """Path of a file, or `Systems.Tasks`; empty for a configuration made by code."""
     root: Node | None = field(default=None, compare=False, repr=False)
     """Root node of the YAML file."""
 
     def line(self, path: Path) -> int | None:
-        """The line where the path is written, or as much of it as is; None where there are no lines."""
+        """Return the line of the path, or of its longest existing prefix; None if lines are unknown."""
         node, line = self.root, None
         for part in path:
             found = _entry(node, part)
@@ -44,17 +44,17 @@ class Source:
         return line
 
     def below(self, part: str) -> Source:
-        """Source of the part below a key."""
+        """Return the source of the section below a key."""
         found = _entry(self.root, part)
         return Source(self.name, None if found is None else found[1])
 
     def at(self, path: Path) -> str:
-        """`file:line`, or what is known of it."""
+        """Return `file:line` of a path, or the name alone."""
         line = self.line(path)
         return self.name if line is None else f"{self.name}:{line}"
 
     def report(self, problems: Iterable[Problem]) -> list[str]:
-        """Each problem as `file:line: dotted.path: message`, by line; each line once."""
+        """Format problems as `file:line: dotted.path: message`, sorted by line, without duplicates."""
         by_line = sorted(problems, key=lambda problem: self.line(problem.path) or 0)
         return list(dict.fromkeys(map(self._report, by_line)))
 
@@ -64,7 +64,7 @@ class Source:
         return f"{at}: {where}: {problem.message}" if at else f"{where}: {problem.message}"
 
     def duplicates(self) -> Iterator[Path]:
-        """Each key that a mapping has twice: YAML keeps the last, silently."""
+        """Yield duplicate keys of mappings, of which YAML silently keeps the last."""
         waiting: list[tuple[Path, Node | None]] = [((), self.root)]
         seen: set[int] = set()
         while waiting:
@@ -88,7 +88,7 @@ def _pairs(node: Node | None) -> list[tuple[Node, Node]]:
 
 
 def _entry(node: Node | None, part: str) -> tuple[int, Node] | None:
-    """Line and value of a key of a mapping or of an index of a list."""
+    """Return line and value of a key of a mapping, or of an index of a list."""
     from yaml.nodes import SequenceNode
 
     if isinstance(node, SequenceNode) and part.isdecimal() and int(part) < len(node.value):
@@ -106,7 +106,7 @@ def _entry(node: Node | None, part: str) -> tuple[int, Node] | None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint at the valid name that `name` was probably meant to be, or at all of them if few."""
+    """Format a hint to the most similar valid name, or to all of them if few."""
     names = sorted(valid)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

@@ -1,6 +1,6 @@
-"""Readers of the configuration of tasks and of the VOs: again and again, and cheaply while nothing changes.
+"""Reads the configuration of tasks and the VOs repeatedly, at low cost while nothing changes.
 
-Everything here blocks (files, git, YAML): a coroutine calls it through `in_thread`.
+All functions block (files, git, YAML): coroutines call them through `in_thread`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 BACKEND_URL_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 
-#: A file that changes is read when it has not changed for so long: it may still be written.
+#: A changed file is read when it has not changed for this time, as it may still be written.
 _SETTLED_SECONDS = 0.5
 _SETTLING_ROUNDS = 4
-#: A file that was written so short a time before it was read may change once more with the same time stamp.
+#: Resolution of time stamps: a file that is younger may change without a new time stamp.
 _TIME_STAMP_SECONDS = 2.0
 
 _Value = TypeVar("_Value")
@@ -41,22 +41,22 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class ConfigSnapshot:
-    """Configuration as it is written at one moment."""
+    """Configuration at one moment."""
 
     tasks: TasksConfig | None
     """None: it is wrong, or cannot be read; see the problems."""
     vos: tuple[str, ...] | None
-    """None without a DiracX configuration, or when it cannot be read."""
+    """None without a DiracX configuration, or if it cannot be read."""
     problems: tuple[str, ...] = ()
 
 
 class ConfigReader:
-    """Reads the configuration of tasks and the VOs. Not for two threads at a time.
+    """Reads the configuration of tasks and the VOs. Not thread-safe.
 
     Args:
-        path: the YAML file; it goes before the section of the DiracX configuration.
-        backend_url: the DiracX configuration.
-        registry: the tasks there are; what is written is then judged by them, not by its form alone.
+        path: the YAML file; used in place of the section of the DiracX configuration.
+        backend_url: URL of the DiracX configuration.
+        registry: check the configuration against these tasks, too.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class ConfigReader:
         self._last: ConfigSnapshot | None = None
 
     @classmethod
-    def of_environment(cls, registry: Registry | None = None) -> ConfigReader:
-        """Reader of the sources that `DIRACX_TASKS_CONFIG` and `DIRACX_CONFIG_BACKEND_URL` name."""
+    def from_environment(cls, registry: Registry | None = None) -> ConfigReader:
+        """Make a reader of `DIRACX_TASKS_CONFIG` and `DIRACX_CONFIG_BACKEND_URL`."""
         path = os.environ.get(CONFIG_PATH_VARIABLE)
         return cls(Path(path) if path else None, os.environ.get(BACKEND_URL_VARIABLE), registry)
 
@@ -83,25 +83,25 @@ class ConfigReader:
 
     @property
     def can_change(self) -> bool:
-        """True if there is anything to read."""
+        """True if there is a source that may change."""
         return self._file is not None or self._diracx is not None
 
     def read_config(self) -> Config | None:
-        """The DiracX configuration, None where there is none.
+        """Read the DiracX configuration; None if not configured.
 
         Raises:
-            Exception: whatever its source raises when it cannot be read.
+            Exception: raised by its source if it cannot be read.
         """
         return None if self._diracx is None else self._diracx.read()
 
     def read_tasks(self, config: Config | None = None) -> TasksConfig:
-        """The settings of tasks.
+        """Read the settings of tasks.
 
         Args:
-            config: the DiracX configuration; it is read when it is not given and needed.
+            config: the DiracX configuration; read if None and needed.
 
         Raises:
-            TaskConfigError: every problem of the file or section, one line each.
+            TaskConfigError: has one line for each problem of the file or section.
             Exception: as `read_config`.
         """
         if self._file is not None:
@@ -113,7 +113,7 @@ class ConfigReader:
         return _value_of(self._of_config[1])
 
     def read(self) -> ConfigSnapshot:
-        """Read the configuration; return the same object as before while it is the same."""
+        """Read the configuration; return the previous object if it has not changed."""
         config, vos, problems = None, None, []
         try:
             config = self.read_config()
@@ -138,7 +138,7 @@ def _load_and_check(registry: Registry, path: Path | None = None, config: Config
 
 
 def _same(one: ConfigSnapshot, other: ConfigSnapshot) -> bool:
-    """Settings are kept as long as what they were read from does not change, so it is the same object."""
+    """Compare two snapshots; unchanged settings are the same object."""
     return one.tasks is other.tasks and one.vos == other.vos and one.problems == other.problems
 
 
@@ -151,12 +151,12 @@ def _outcome(read: Callable[[], TasksConfig]) -> TasksConfig | TaskConfigError:
 
 def _value_of(outcome: TasksConfig | TaskConfigError) -> TasksConfig:
     if isinstance(outcome, TaskConfigError):
-        raise outcome.with_traceback(None)  # raised again and again, it would collect tracebacks
+        raise outcome.with_traceback(None)  # tracebacks would accumulate when it is raised repeatedly
     return outcome
 
 
 class _File:
-    """A YAML file, read again when it was edited, replaced or removed."""
+    """A YAML file, read again when it was changed, replaced or removed."""
 
     def __init__(self, path: Path, load: Callable[..., TasksConfig]) -> None:
         self.path = path
@@ -166,19 +166,19 @@ class _File:
         self._outcome: TasksConfig | TaskConfigError | None = None
 
     def read(self) -> TasksConfig:
-        """Its settings.
+        """Return its settings.
 
         Raises:
-            TaskConfigError: when it is wrong, or is not there.
+            TaskConfigError: it is wrong, or does not exist.
         """
-        stamp = self._look()
+        stamp = self._settled_stamp()
         if self._outcome is None or stamp != self._stamp:
             self._stamp = self._read(stamp)
         assert self._outcome is not None
         return _value_of(self._outcome)
 
-    def _look(self) -> object:
-        """The stamp of the file as soon as it stays the same, or after some seconds."""
+    def _settled_stamp(self) -> object:
+        """Return the stamp of the file once it has settled, or after some seconds."""
         stamp = _stamp(self.path)
         if self._outcome is None:
             return stamp
@@ -193,12 +193,12 @@ class _File:
         return stamp
 
     def _read(self, stamp: object) -> object:
-        """Read it. Returns the stamp by which a change will be seen, None when the next look has to read again."""
+        """Read the file. Returns its stamp; None if the stamp would not reveal another change."""
         content: bytes | None = None
         with contextlib.suppress(OSError):
             content = self.path.read_bytes()
         read_at = time.time()
-        # Whoever replaced it by the same text has changed nothing.
+        # A file that was rewritten with the same text has not changed.
         if self._outcome is None or content is None or content != self._content:
             self._outcome = _outcome(lambda: self._load(path=self.path))
             self._content = content
@@ -208,7 +208,7 @@ class _File:
 
 
 def _stamp(path: Path) -> object:
-    """Stamp that changes when the file does; the number of the error when it cannot be looked at."""
+    """Return a stamp that changes with the file; an error number if it cannot be read."""
     try:
         found = path.stat()
     except OSError as error:
@@ -219,8 +219,8 @@ def _stamp(path: Path) -> object:
 class _Diracx:
     """The DiracX configuration, read again when there is a new revision.
 
-    `ConfigSource.read()` would answer from its cache, seconds behind, and for an hour hide that what was
-    committed cannot be read. So its two steps are called here.
+    Calls the two steps of `ConfigSource.read()`, whose cache is seconds late and hides an invalid commit for an
+    hour.
     """
 
     def __init__(self, url: str) -> None:
@@ -240,7 +240,7 @@ class _Diracx:
             try:
                 self._outcome = self._source.read_raw(*revision)
             except BadConfigurationVersionError:
-                raise  # git failed: the same revision may well be read at the next look
+                raise  # git failed: the same revision may be readable at the next poll
             except Exception as error:
                 self._outcome = error
             self._revision = revision
@@ -250,12 +250,12 @@ class _Diracx:
 
 
 def explain(error: Exception) -> list[str]:
-    """Explain why the DiracX configuration cannot be read: a line for each mistake, or the last words of git."""
+    """Explain why the DiracX configuration cannot be read: a line per mistake, or the error of git."""
     if isinstance(error, ValidationError):
         return [f"{'.'.join(map(str, item['loc'])) or 'the top level'}: {item['msg']}" for item in error.errors()]
     if isinstance(error, KeyError):
-        return [f"there is no kind of source {error}"]
-    # What git printed comes with its command line; the last line says it.
+        return [f"unknown kind of source {error}"]
+    # The output of git includes its command line; the last line is the error.
     cause = error if hasattr(error, "stderr") else error.__cause__
     printed: Any = getattr(cause, "stderr", b"")
     text = printed.decode(errors="replace") if isinstance(printed, bytes) and printed.strip() else str(error)
@@ -266,19 +266,18 @@ def explain(error: Exception) -> list[str]:
 
 
 def in_thread(call: Callable[[], _Value], name: str) -> asyncio.Future[_Value]:
-    """Call something that blocks, in a thread of its own that nobody waits for at the end of the process.
+    """Call a blocking function in a daemon thread.
 
-    Git may hang on a file system that is away; a thread of the event loop's own pool would then keep the
-    process from ending.
+    Git may hang on an unavailable file system; a thread of the pool of the event loop would then block the exit.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Value] = loop.create_future()
 
-    def tell(value: _Value | None, error: BaseException | None) -> None:
+    def set_outcome(value: _Value | None, error: BaseException | None) -> None:
         if future.done():
             return
         if error is None:
-            future.set_result(value)  # type: ignore[arg-type]  # the value belongs to it where there is no error
+            future.set_result(value)  # type: ignore[arg-type]  # not None without an error
         else:
             future.set_exception(error)
 
@@ -288,8 +287,8 @@ def in_thread(call: Callable[[], _Value], name: str) -> asyncio.Future[_Value]:
             value = call()
         except BaseException as error:
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
-            loop.call_soon_threadsafe(tell, value, failure)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(set_outcome, value, failure)
 
     threading.Thread(target=work, name=name, daemon=True).start()
     return future

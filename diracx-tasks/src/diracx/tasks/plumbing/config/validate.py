@@ -1,4 +1,4 @@
-"""Checks of a configuration that is well formed: names that do not exist, settings without effect."""
+"""Checks a configuration against an installation: unknown names, settings without effect."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..exceptions import TaskConfigError
 from ..lock_registry import TASK, locked_object_types
-from ..messages.arguments import knows_vo
+from ..messages.arguments import may_have_vo
 from ..messages.typed_arguments import argument_problems
 from ..retry_policies import ExponentialBackoff
 from .merge import KINDS, Layer, Path, mapping, merge, section_at, task_layers, with_instances
-from .reading import parsed, read_written
+from .reading import parsed, read_raw_config
 from .schema import TasksConfig
 from .source import Problem, Source, nearest
 
@@ -23,46 +23,33 @@ _OF_PERIODIC_TASKS = ("enabled", "periodic", "instances")
 
 
 def problems(config: TasksConfig, registry: Registry, vos: Collection[str] | None) -> list[str]:
-    """List the problems of a configuration in this installation, one line each, with its place.
-
-    Args:
-        config: is well formed, or it would not be a `TasksConfig`.
-        registry: the tasks there are.
-        vos: the VOs there are; None where they are not known, and not looked at.
-    """
-    return config.source.report(_all(config.written(), registry, vos))
-
-
-def mistakes(config: TasksConfig, registry: Registry) -> list[str]:
-    """Mistakes that should keep a configuration from coming into force: settings that nothing obeys."""
-    return config.source.report(_misused(config.written(), registry))
+    """List the problems of a configuration in this installation, one line each; VOs are checked if known."""
+    return config.source.report(_all(config.configured(), registry, vos))
 
 
 def unknown_names(config: TasksConfig, registry_names: Collection[str], vos: Collection[str] | None) -> list[str]:
-    """Names that nothing goes by here. Elsewhere something may, where other extensions are installed."""
-    return config.source.report(_unknown(config.written(), registry_names, vos))
+    """List unknown names, which may be known on hosts with other extensions."""
+    return config.source.report(_unknown(config.configured(), registry_names, vos))
 
 
-def check_written(
+def check_config(
     registry: Registry, vos: Collection[str] | None, *, path: FilePath | None = None, config: object | None = None
 ) -> tuple[TasksConfig | None, list[Problem], Source]:
-    """Read a configuration and find all that is wrong with it, in its form and in this installation.
+    """Read a configuration and find all its problems, of its form and in this installation.
 
     Args:
-        registry: the tasks there are.
-        vos: the VOs there are, None where they are not known.
-        path: of a YAML file; else as `load_tasks_config`.
-        config: a DiracX configuration.
+        vos: the existing VOs; None if unknown.
+        path: path of a YAML file; else as `load_tasks_config`.
 
     Returns:
-        The configuration (None if its form is wrong), the problems, and where it was read from.
+        The configuration (None if malformed), its problems, and its source.
 
     Raises:
-        TaskConfigError: when it cannot be read at all.
+        TaskConfigError: it cannot be read.
     """
-    raw, source = read_written(path, config)
+    raw, source = read_raw_config(path, config)
     if isinstance(raw, TasksConfig):
-        return raw, _all(raw.written(), registry, vos), source
+        return raw, _all(raw.configured(), registry, vos), source
     found, wrong = parsed(raw, source)
     return found, [*wrong, *_all(raw, registry, vos)], source
 
@@ -70,16 +57,16 @@ def check_written(
 def checked_tasks_config(
     registry: Registry, vos: Collection[str] | None, *, path: FilePath | None = None, config: object | None = None
 ) -> tuple[TasksConfig, list[str]]:
-    """Read a configuration in order to use it. Arguments as `check_written`.
+    """Read and check a configuration. Arguments as `check_config`.
 
     Returns:
-        The configuration, and a line for each name in it that nothing goes by here: another machine, where other
-        extensions are installed, may know it, and a VO may be on its way in or out.
+        The configuration, and a warning for each unknown name: another host with other extensions may define it,
+        and a VO may have been added or removed.
 
     Raises:
-        TaskConfigError: with one line for everything else that is wrong, after which come those lines.
+        TaskConfigError: has one line for each other problem, followed by the warnings.
     """
-    found, wrong, source = check_written(registry, vos, path=path, config=config)
+    found, wrong, source = check_config(registry, vos, path=path, config=config)
     fatal = [problem for problem in wrong if not problem.maybe_elsewhere]
     if found is None or fatal:
         raise TaskConfigError("\n".join(source.report(wrong)))
@@ -90,11 +77,11 @@ def _all(raw: Any, registry: Registry, vos: Collection[str] | None) -> list[Prob
     return [*_unknown(raw, registry, vos), *_misused(raw, registry)]
 
 
-# Both of these look at what is written, which need not be well formed: what has no form is passed over.
+# Both checks work on a configuration that need not be well formed, and skip malformed parts.
 
 
 def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> Iterator[Problem]:
-    """Tasks, VOs and kinds of locked objects that there are not."""
+    """Find unknown tasks, VOs and kinds of locked objects."""
     class_names = {name.rpartition(":")[2] for name in names}
     known = locked_object_types()
     for place, section in _sections(raw, "common", "vo_overrides"):
@@ -115,26 +102,26 @@ def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> I
 
 
 def _texts(section: Iterable[Any]) -> Iterator[str]:
-    """The keys that are text; the others are found to be no names at all."""
+    """Return the keys that are text; others are malformed."""
     return (key for key in section if isinstance(key, str))
 
 
 def _sections(raw: Any, common: str, by_vo: str) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
-    """The section for everybody and that of each VO."""
+    """Yield the general section and that of each VO, with their paths."""
     yield (common,), section_at(raw, (common,))
     for vo, section in section_at(raw, (by_vo,)).items():
         yield (by_vo, str(vo)), mapping(section)
 
 
 def _misused(raw: Any, registry: Registry) -> Iterator[Problem]:
-    """Settings without effect, and arguments that do not fit."""
+    """Find settings without effect, and invalid arguments."""
     for place, section in _sections(raw, "common", "vo_overrides"):
         for name, entry in section.items():
             yield from _of_task(raw, (*place, str(name)), mapping(entry), registry)
     for place, section in _sections(raw, "limits", "vo_limits"):
         for key in mapping(mapping(section.get(TASK)).get("keys")):
             if key in registry:
-                message = f"has no effect: limiters of tasks go by the class alone; write {_class_name(key)!r}"
+                message = f"has no effect: keys of tasks are class names; write {_class_name(key)!r}"
                 yield Problem((*place, TASK, "keys", key), message)
 
 
@@ -143,17 +130,17 @@ def _class_name(name: str) -> str:
 
 
 def _of_task(raw: Any, place: Path, entry: Layer, registry: Registry) -> Iterator[Problem]:
-    """Problems of one entry of one task, which may be several: those of a class name."""
+    """Find problems of an entry, which is for several tasks if it is a class name."""
     name, vo = place[-1], place[1] if place[0] == "vo_overrides" else None
     found = {known: cls for known, cls in registry.items() if name in (known, _class_name(known))}
     if not found:
         return
-    if vo is not None and not any(map(knows_vo, found.values())):
+    if vo is not None and not any(map(may_have_vo, found.values())):
         yield Problem(place, "has no effect: the task belongs to no VO; put it below `common`")
     if not any(issubclass(cls, PeriodicBaseTask) for cls in found.values()):
         for field in _OF_PERIODIC_TASKS:
             if field in entry and entry[field] is not True:
-                # As the published documents have it, `enabled` may stand in any task.
+                # In the published documents, `enabled` is allowed in any task.
                 message, tolerated = "has no effect: the task is not periodic", field == "enabled"
                 yield Problem((*place, field), message, maybe_elsewhere=tolerated)
     for known, cls in found.items():
@@ -174,14 +161,12 @@ def _of_retries(place: Path, entry: Layer, merged: Layer, cls: type[BaseTask]) -
         yield Problem(at, "has no effect: max_retries is 0")
     elif merged.get("max_retries") is None and not isinstance(cls.retry_policy, ExponentialBackoff):
         policy = type(cls.retry_policy).__name__
-        yield Problem(
-            at, f"has no effect: the task's policy is {policy}; max_retries beside it gives it a backoff"
-        )
+        yield Problem(at, f"has no effect: the task's policy is {policy}; set max_retries, too, for a backoff")
 
 
 def _of_timezone(place: Path, own: Any, merged: Any) -> Iterator[Problem]:
     if mapping(own).get("timezone") is not None and all(mapping(merged).get(kind) is None for kind in KINDS):
-        yield Problem((*place, "timezone"), "has no effect without `schedule` or `rrule` beside it")
+        yield Problem((*place, "timezone"), "has no effect without `schedule` or `rrule`")
 
 
 def _of_instances(
@@ -196,10 +181,8 @@ def _of_instances(
             yield Problem(at, "has no schedule, neither here nor in the code; set one below `periodic`")
         args = instance.get("args") or {}
         if not isinstance(args, Mapping) or ("args" not in mapping(own) and str(name) in below):
-            continue  # has been found elsewhere
-        given = {
-            key: value for key, value in args.items() if key != "vo"
-        }  # that it is there, has been found as well
+            continue  # reported elsewhere
+        given = {key: value for key, value in args.items() if key != "vo"}  # `vo` is reported elsewhere
         if issubclass(cls, PeriodicVoAwareBaseTask):
             given["vo"] = "vo"
         for argument, message in argument_problems(cls, {str(key): value for key, value in given.items()}):

@@ -1,1 +1,1 @@
-"""Dependency injection for tasks: signatures, plans, providers and the placeholders that stand for them."""
+"""Dependency injection for tasks: signatures, plans, placeholders and their providers."""

@@ -1,7 +1,7 @@
 """The DiracX sentinels: class methods that stand for a dependency until an override replaces them.
 
-``JobDB.transaction`` is no function to call but the name of "a JobDB in a transaction"; the application
-factory of ``diracx.routers`` and `setup_dependency_overrides` say what it is at run time.
+``JobDB.transaction`` is never called: it identifies "a JobDB in a transaction". The application factory of
+``diracx.routers`` and `setup_dependency_overrides` provide the override at run time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Overrides: TypeAlias = Mapping[Call, Call]
 
 
 class Family(NamedTuple):
-    """The classes below one DiracX base class, and which of their class methods are sentinels."""
+    """The subclasses of one DiracX base class, and those of their class methods that are sentinels."""
 
     module: str
     base: str
     methods: tuple[str, ...]
 
     def has(self, cls: type) -> bool:
-        """Say whether `cls` derives from the base, without importing its module.
+        """True if `cls` derives from the base. Does not import the base's module.
 
-        A class cannot derive from something that was never imported, and ``diracx.db`` alone takes a second.
+        No class can derive from a base that was not imported, and importing ``diracx.db`` takes a second.
         """
         base = getattr(sys.modules.get(self.module), self.base, None)
         return base is not None and issubclass(cls, base)
@@ -41,7 +41,7 @@ FAMILIES = (SQL, OPENSEARCH, SETTINGS, CONFIG, SOURCE)
 
 
 def family_of(call: Call) -> Family | None:
-    """Return the family of classes that `call` is a sentinel of, if it is one."""
+    """Return the family of the sentinel `call`; None for any other callable."""
     owner = getattr(call, "__self__", None)
     if inspect.isclass(owner):
         for family in FAMILIES:
@@ -51,10 +51,10 @@ def family_of(call: Call) -> Family | None:
 
 
 def sentinel_name(call: Call) -> str | None:
-    """Return ``JobDB.transaction`` or the like where `call` is a sentinel that needs an override.
+    """Return the name of a sentinel that needs an override, such as ``JobDB.transaction``; else None.
 
-    Some settings classes bring a `create` of their own that works without one. So does
-    ``ConfigSource.create``, but what it makes is the source and not the configuration.
+    Some settings classes define a `create` that works without one. So does ``ConfigSource.create``, which needs
+    one all the same, as it returns the source and not the configuration.
     """
     family = family_of(call)
     if family is None:
@@ -66,7 +66,7 @@ def sentinel_name(call: Call) -> str | None:
 
 
 def name_of(call: Call) -> str:
-    """Return what messages call a callable: ``JobDB.transaction``, although ``BaseSQLDB`` defines it."""
+    """Return the name of a callable for messages: ``JobDB.transaction``, although ``BaseSQLDB`` defines it."""
     owner = getattr(call, "__self__", None)
     if inspect.isclass(owner):
         return f"{owner.__name__}.{call.__name__}"
@@ -89,10 +89,9 @@ def innermost(call: Call) -> Call:
 
 
 def calls_below(dependant: Any, overrides: Overrides, *, required: bool = False) -> Iterator[Call]:
-    """Walk the calls in the tree below `dependant` (a `Plan` or a FastAPI ``Dependant``).
+    """Iterate over the calls in the tree below `dependant` (a `Plan` or a FastAPI ``Dependant``).
 
-    What stands below an overridden call is not visited: nothing asks for it any more. With `required`, what is
-    optional is not, either.
+    Dependencies of an overridden call are skipped, as they are not needed; with `required`, so are optional ones.
     """
     for child in dependant.dependencies:
         if required and child.optional:
@@ -103,9 +102,9 @@ def calls_below(dependant: Any, overrides: Overrides, *, required: bool = False)
 
 
 def find_missing_overrides(dependant: Any, overrides: Overrides) -> list[str]:
-    """Name the sentinels in the tree of a `Plan` (or FastAPI ``Dependant``) that have no override.
+    """List the sentinels in the tree of a `Plan` (or FastAPI ``Dependant``) that have no override.
 
-    The names are those of the code (``JobDB.transaction``), each once, in the order met.
+    Returns their names in the code (``JobDB.transaction``), each once, in the order of the tree.
     """
     return list(dict.fromkeys(_missing(dependant, overrides)))
 
@@ -115,6 +114,6 @@ def _missing(dependant: Any, overrides: Overrides) -> Iterator[str]:
         if child.call in overrides:
             continue
         name = sentinel_name(child.call)
-        if name is not None and not getattr(child, "optional", False):  # an optional one is done without
+        if name is not None and not getattr(child, "optional", False):
             yield name
         yield from _missing(child, overrides)

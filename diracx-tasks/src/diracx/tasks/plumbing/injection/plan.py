@@ -1,8 +1,8 @@
 """Dependencies of a task: compiled once per class into a `Plan`, resolved once per execution.
 
-Parameters are declared as in a FastAPI route, and of FastAPI only the public attributes of ``Depends`` are
-read: its own resolver is private and wants an HTTP request. What stands behind the DiracX sentinels
-(``JobDB.transaction``, ``AuthSettings.create``…) in a worker comes from `setup_dependency_overrides`.
+Parameters are declared as in a FastAPI route. Of FastAPI, only the public attributes of ``Depends`` are used: its
+resolver is private and needs an HTTP request. In a worker, `setup_dependency_overrides` provides the values for
+the DiracX sentinels (``JobDB.transaction``, ``AuthSettings.create``…).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Kind(StrEnum):
 class Plan:
     """A callable and the plans of its injected parameters.
 
-    `call` and `dependencies` are named as in FastAPI's ``Dependant``, for code that reads either.
+    `call` and `dependencies` have the names of FastAPI's ``Dependant``, for code that reads both classes.
     """
 
     call: Call
@@ -55,29 +55,29 @@ class Plan:
     parameters: tuple[tuple[str, Plan], ...] = ()
     """Name and plan of each injected parameter, in the order of the signature."""
     use_cache: bool = True
-    """True if a value that this execution already has for `call` is good enough."""
+    """True if a value that this execution already has for `call` is reused."""
     sentinel: str | None = None
-    """``JobDB.transaction`` or the like where `call` is one and does nothing without an override."""
+    """Name of the sentinel (``JobDB.transaction``) if `call` is one that needs an override."""
     optional: bool = False
-    """True if the parameter has a default, which it keeps where the sentinel has no override."""
+    """True if the parameter has a default, which is used when the sentinel has no override."""
 
     @property
     def dependencies(self) -> list[Plan]:
-        """The plans of the parameters."""
+        """Plans of the parameters."""
         return [plan for _, plan in self.parameters]
 
 
-def compile_plan(func: Call, *, skip_first: bool = False, name: str | None = None) -> Plan:
+def compile_plan(func: Call, *, skip_first: bool = False) -> Plan:
     """Read the signature of `func`, and those of its dependencies, into a plan.
 
-    `skip_first` leaves out ``self`` of a method taken from its class; `name` is what errors call `func`
-    (its qualified name by default).
+    Args:
+        skip_first: leave out ``self`` of a method taken from its class.
 
     Raises:
         TypeError: a required parameter can neither be injected nor left out, or a dependency needs itself.
         NameError: an annotation cannot be resolved at run time.
     """
-    return _compile(func, (), name or name_of(func), skip_first=skip_first)
+    return _compile(func, (), name_of(func), skip_first=skip_first)
 
 
 def _compile(
@@ -117,9 +117,9 @@ def _compile(
             Parameter.VAR_KEYWORD,
         ):
             annotation = param.annotation
-            described = "no annotation" if annotation is Parameter.empty else inspect.formatannotation(annotation)
+            text = "no annotation" if annotation is Parameter.empty else inspect.formatannotation(annotation)
             raise TypeError(
-                f"{name}: parameter {param.name!r} ({described}) cannot be injected; give it a default, "
+                f"{name}: parameter {param.name!r} ({text}) cannot be injected; give it a default, "
                 "annotate it with a database, a settings class, Config or CallbackSpawner, "
                 "or use Annotated[..., Depends(...)]"
             )
@@ -132,7 +132,7 @@ def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
     )
     for item in (param.default, *reversed(metadata)):
         if is_depends(item):
-            return item.dependency or bare, item  # a bare Depends() means the annotated type itself
+            return item.dependency or bare, item  # Depends() without an argument means the annotated type
     return None
 
 
@@ -150,13 +150,13 @@ def _kind_of(call: Call) -> Kind:
 async def resolve(plan: Plan, overrides: Overrides, stack: AsyncExitStack) -> dict[str, Any]:
     """Return the keyword arguments of ``plan.call``, resolved in the order of its signature.
 
-    Everything that has to be closed is entered on `stack`, in the asyncio task that calls this (the
-    connection of a DiracX database lives in a context variable); unwinding `stack` is up to its owner, also
-    when this raises. No dependency can swallow the exception that `stack` is unwound with.
+    Contexts are entered on `stack`, in the calling asyncio task (the connection of a DiracX database is in a
+    context variable). The owner of `stack` unwinds it, also when this raises. No dependency can swallow the
+    exception with which `stack` is unwound.
 
     Raises:
-        RuntimeError: a sentinel has no override (`find_missing_overrides` tells beforehand).
-        Exception: whatever a dependency raises.
+        RuntimeError: a sentinel has no override (see `find_missing_overrides`).
+        Exception: any error of a dependency.
     """
     if not plan.parameters:
         return {}
@@ -181,7 +181,7 @@ async def _value(plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache:
             "(DIRACX_DB_URL_…, DIRACX_OS_DB_…, DIRACX_CONFIG_BACKEND_URL, or those of the settings class)"
         )
     source = plan if override is None else _compile_override(override)
-    # By what is really called: a database class and its extension share one override, and one transaction.
+    # Cache by the override: a database class and its extension share one override, and one transaction.
     if plan.use_cache and source.call in cache:
         return cache[source.call]
     value = await _obtain(source, await _arguments(source, overrides, stack, cache), stack)
@@ -222,5 +222,5 @@ async def _leave(
         await manager.__aexit__(exc_type, exc, tb)
     else:
         manager.__exit__(exc_type, exc, tb)
-    # Whatever the manager answered: a failure swallowed here would let the databases below it commit.
+    # Never the manager's own answer: an exception swallowed here would let the databases below it commit.
     return False

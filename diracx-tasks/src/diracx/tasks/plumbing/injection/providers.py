@@ -1,6 +1,6 @@
-"""Values behind the DiracX placeholders in a worker: databases, settings, configuration, sources.
+"""Provides the values of the DiracX placeholders in a worker: databases, settings, configuration, sources.
 
-Only what some task needs is opened, once per process, and closed in reverse order at the end.
+Only dependencies that some task needs are opened, once per process, and closed in reverse order at the end.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ logger = logging.getLogger(__name__)
 async def setup_dependency_overrides(
     task_dependants: Iterable[Any] = (), *, provided: Overrides | None = None
 ) -> AsyncIterator[dict[Call, Call]]:
-    """Open what the given plans need, for as long as the context lasts, and yield the overrides for it.
+    """Open the dependencies of plans, and yield the overrides that provide them; close them with the context.
 
     Databases come from ``DIRACX_DB_URL_<NAME>`` and ``DIRACX_OS_DB_<NAME>``, settings from their own
     variables, the configuration from ``DIRACX_CONFIG_BACKEND_URL`` (read once before this yields). Without
-    plans, everything that is available is opened. What is not configured is absent from the overrides:
-    see `find_missing_overrides`. Nor is what is `provided` already, and not opened again.
+    plans, all available dependencies are opened. The overrides lack dependencies that are not configured (see
+    `find_missing_overrides`) and those in `provided`, which are not opened again.
 
     Raises:
         TaskConfigError: a database URL is malformed.
-        Exception: something needed is configured, but cannot be opened or read.
+        Exception: a needed dependency is configured, but cannot be opened or read.
     """
     dependants = list(task_dependants)
     known = provided or {}
-    wanted = {call for dependant in dependants for call in calls_below(dependant, known)} - known.keys()
-    needs = _Needs(wanted if dependants else None)
+    needed = {call for dependant in dependants for call in calls_below(dependant, known)} - known.keys()
+    needs = _Needs(needed if dependants else None)
     overrides: dict[Call, Call] = {}
     async with AsyncExitStack() as stack:
         if needs.any_of(SETTINGS):
@@ -76,7 +76,7 @@ async def setup_dependency_overrides(
 
 
 class _Needs:
-    """Set of wanted placeholders; all of them when constructed with None."""
+    """Set of needed placeholders; all of them when constructed with None."""
 
     def __init__(self, calls: set[Call] | None) -> None:
         self.calls = calls
@@ -88,7 +88,7 @@ class _Needs:
         return self.calls is None or any(family_of(call) == family for call in self.calls)
 
     def owners(self, family: Family) -> list[Any]:
-        """The classes wanted by name; empty when everything is wanted."""
+        """Classes whose placeholders are needed, by name; empty when all are needed."""
         owners = {call.__self__: None for call in self.calls or () if family_of(call) == family}  # type: ignore[attr-defined]  # bound classmethods
         return sorted(owners, key=lambda owner: str(owner.__qualname__))
 
@@ -101,7 +101,7 @@ async def _open_settings(needs: _Needs, overrides: dict[Call, Call], stack: Asyn
         try:
             settings = cls()
         except ValidationError as error:
-            # Without the values: they may be secrets.
+            # Without the values, which may be secret.
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
                 for item in error.errors(include_input=False, include_context=False, include_url=False)
@@ -141,7 +141,7 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
     async def config() -> Config:
         try:
             return await source.read_non_blocking()
-        except NotReadyError:  # not looked at for an hour: wait for it rather than fail the task
+        except NotReadyError:  # not read for an hour: wait for it rather than fail the task
             return await asyncio.to_thread(source.read)
 
     overrides[ConfigSource.create] = config
@@ -168,7 +168,7 @@ async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExit
 
 
 def sql_overrides(database: BaseSQLDB, classes: Iterable[type[BaseSQLDB]] = ()) -> dict[Call, Call]:
-    """Return the overrides that make `database` stand for `classes` (for its own class by default).
+    """Return overrides that inject `database` for `classes` (by default for its own class).
 
     Its ``engine_context`` must be entered before the overrides are used.
     """
@@ -182,7 +182,7 @@ def sql_overrides(database: BaseSQLDB, classes: Iterable[type[BaseSQLDB]] = ()) 
 
 
 async def _transaction(database: BaseSQLDB) -> AsyncIterator[BaseSQLDB]:
-    """Commit when the execution succeeded, roll back when it did not, and close in any case."""
+    """Commit when the execution succeeded, else roll back; close in any case."""
     await database.__aenter__()
     try:
         yield database
@@ -192,7 +192,7 @@ async def _transaction(database: BaseSQLDB) -> AsyncIterator[BaseSQLDB]:
     try:
         await database.__aexit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in diracx-db
     except BaseException as failure:
-        # BaseSQLDB 0.7 forgets to close the connection when its commit fails.
+        # BaseSQLDB 0.7 does not close the connection when its commit fails.
         await _abandon_commit(database)
         await _roll_back(database, failure)
         raise
@@ -201,8 +201,8 @@ async def _transaction(database: BaseSQLDB) -> AsyncIterator[BaseSQLDB]:
 async def _abandon_commit(database: BaseSQLDB) -> None:
     """End the transaction of a failed commit.
 
-    SQLAlchemy takes such a transaction for ended and returns its connection to the pool without a rollback.
-    SQLite's is not (a deferred constraint leaves it open), and its rows would be committed with those of
+    SQLAlchemy considers such a transaction ended, and returns its connection to the pool without a rollback. In
+    SQLite it is still open (after a violated deferred constraint), and its rows would be committed with those of
     the next execution.
     """
     try:
@@ -224,7 +224,7 @@ async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
         return
     try:
         await database.__aexit__(type(failure), failure, failure.__traceback__)  # type: ignore[no-untyped-call]  # same
-    except Exception:  # the failure itself matters more than this one
+    except Exception:  # log only: `failure` is raised, not this error
         logger.exception("A connection of %s could not be closed", type(database).__name__)
 
 
@@ -248,7 +248,7 @@ async def _session(database: Any) -> AsyncIterator[Any]:
 
 
 def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]]:
-    """Group the wanted sources by name, best implementation first, and add their databases to `needs`."""
+    """Group the needed sources by name, best implementation first, and add their databases to `needs`."""
     from diracx.core.extensions import DiracEntryPoint, select_from_extension
 
     by_name: dict[str, list[Any]] = {}
@@ -257,10 +257,10 @@ def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]
     groups = list(by_name.values())
     registered = {cls for classes in groups for cls in classes}
     groups += [[cls] for cls in needs.owners(SOURCE) if cls not in registered]
-    wanted = [classes for classes in groups if any(cls.create in needs for cls in classes)]
+    needed = [classes for classes in groups if any(cls.create in needs for cls in classes)]
     if needs.calls is not None:
-        needs.calls.update(classes[0].db_class.transaction for classes in wanted)
-    return wanted
+        needs.calls.update(classes[0].db_class.transaction for classes in needed)
+    return needed
 
 
 def _add_source(
@@ -271,11 +271,11 @@ def _add_source(
     database = databases.get(classes[0].db_class)
     if database is None:
         return
-    source = classes[0](db=database)  # type: ignore[call-arg]  # what DiracX sources take, unsaid by their base
+    source = classes[0](db=database)  # type: ignore[call-arg]  # argument of DiracX sources, missing in their base
 
     async def read() -> Any:
-        # In an empty context: the source opens a transaction of its own, which would collide with the one
-        # that the task may already have on this database.
+        # In an empty context: the source opens a transaction, which would collide with that of the task on the
+        # same database.
         return await asyncio.create_task(source.read(), context=Context())
 
     overrides.update({cls.create: read for cls in classes})

@@ -1,9 +1,8 @@
-"""Reads the signatures of tasks and routes, and adds the dependencies that the types of parameters stand for.
+"""Reads the signatures of tasks and routes, and adds a ``Depends`` to parameters by their types.
 
-A parameter annotated with a database, a settings class or a cacheable source needs no ``Depends``: the
-type decides which DiracX sentinel (``JobDB.transaction``, ``AuthSettings.create``…) stands behind it. The
-sentinels themselves are replaced at run time, by the application factory of ``diracx.routers`` or by
-``setup_dependency_overrides`` in a worker.
+A parameter annotated with a database, a settings class or a cacheable source needs no ``Depends``: its type
+determines the DiracX sentinel (``JobDB.transaction``, ``AuthSettings.create``…). The application factory of
+``diracx.routers``, or ``setup_dependency_overrides`` in a worker, replaces the sentinels at run time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_args, get_origin
 
-from .._util.lazy import LazyScope
+from ..lazy import LazyScope
 from .placeholders import OPENSEARCH, SETTINGS, SOURCE, SQL, innermost
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class NoTransaction:
-    """Marks a SQL database that is wanted without a transaction: ``Annotated[JobDB, NoTransaction()]``.
+    """Marks a SQL database to inject without a transaction: ``Annotated[JobDB, NoTransaction()]``.
 
-    The database is given as it is; the code that receives it opens each transaction with ``async with db:``.
+    The code that receives the database opens each transaction with ``async with db:``.
     """
 
     def __repr__(self) -> str:
@@ -32,20 +31,20 @@ class NoTransaction:
 
 
 def is_depends(value: object) -> TypeGuard[Depends]:
-    """True if it is a ``Depends`` of FastAPI, which is not imported for that: without it, there are none."""
+    """True for a ``Depends`` of FastAPI. Does not import FastAPI: without it, there can be none."""
     cls = getattr(sys.modules.get("fastapi.params"), "Depends", None)
     return cls is not None and isinstance(value, cls)
 
 
 def auto_inject_depends(params: list[Parameter]) -> list[Parameter]:
-    """Add to each parameter the ``Depends`` that its (resolved) annotation asks for.
+    """Add to each parameter the ``Depends`` for its (resolved) annotation.
 
     SQL databases get one transaction per execution or request, or none with `NoTransaction`; OpenSearch
     databases a session; settings classes their single instance; a subclass of ``AsyncCacheableSource`` the
-    data it read, not the source. An explicit ``Depends`` wins, and other parameters are left as they are.
+    data that it read, not the source. Parameters with an explicit ``Depends``, or of other types, do not change.
 
     Raises:
-        TypeError: `NoTransaction` on something that has no transactions.
+        TypeError: `NoTransaction` on a type without transactions.
     """
     return [_with_depends(param) for param in params]
 
@@ -79,25 +78,25 @@ def _depends_for(cls: Any, no_transaction: bool) -> Depends | None:
         return None
     from fastapi.params import Depends
 
-    # scope="function": FastAPI commits before the response leaves, so that a failed commit is an error
-    # the client sees.
+    # scope="function": FastAPI commits before it sends the response, so that the client gets an error if the
+    # commit fails.
     if family is SQL:
         return Depends(cls.no_transaction if no_transaction else cls.transaction, scope="function")
     return Depends(cls.session, scope="function") if family is OPENSEARCH else Depends(cls.create)
 
 
 def resolved_signature(func: Callable[..., Any]) -> Signature:
-    """Return the signature of `func` with string annotations resolved where they were written.
+    """Return the signature of `func` with string annotations resolved in their module.
 
-    A return type or a ``**kwargs`` type that cannot be resolved stays a string: nothing is injected by it.
+    A return type or a ``**kwargs`` type that cannot be resolved stays a string: neither is injected.
 
     Raises:
-        NameError: a parameter's annotation names something that does not exist at run time.
+        NameError: a parameter's annotation uses a name that does not exist at run time.
     """
     try:
         return inspect.signature(func, eval_str=True)
     except (NameError, AttributeError, TypeError, SyntaxError):
-        signature = inspect.signature(func)  # and find out which annotation it was
+        signature = inspect.signature(func)  # resolve one by one below, to name the wrong annotation
     inner = innermost(func)
     names = getattr(inner, "__globals__", None) or vars(sys.modules[inner.__module__])
     params = []
@@ -118,13 +117,13 @@ def resolved_signature(func: Callable[..., Any]) -> Signature:
     if isinstance(returned, str):
         try:
             returned = _evaluate(returned, names)
-        except Exception:  # FastAPI judges it if it matters
+        except Exception:  # FastAPI reports it if it uses the return type
             returned = signature.return_annotation
     return signature.replace(parameters=params, return_annotation=returned)
 
 
 def loads_at_first_use(func: Callable[..., Any]) -> bool:
-    """True if an annotation of `func` names something that its module has yet to import (see `lazy_names`)."""
+    """True if an annotation of `func` uses a name that its module imports lazily (see `lazy_names`)."""
     if "__getattr__" not in getattr(innermost(func), "__globals__", ()):
         return False
     try:
@@ -132,9 +131,9 @@ def loads_at_first_use(func: Callable[..., Any]) -> bool:
     except NameError:
         return True
     except Exception:
-        return False  # which is told when it is compiled
+        return False  # compiling the plan will raise it
     return False
 
 
 def _evaluate(annotation: str, names: dict[str, Any]) -> Any:
-    return eval(annotation, LazyScope(names))  # noqa: S307  # source code of this program, as inspect does it
+    return eval(annotation, LazyScope(names))  # noqa: S307  # source code of this program; `inspect` does the same

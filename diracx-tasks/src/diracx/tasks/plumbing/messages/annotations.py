@@ -1,4 +1,4 @@
-"""Resolve the annotations of task arguments, and tell which values need to be restored."""
+"""Resolves the annotations of task arguments, and decides which values must be restored after decoding."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def annotates(cls: type[Any], name: str) -> bool:
 
 
 def globals_of(cls: type[Any]) -> dict[str, Any]:
-    """Return the names that the module of `cls` knows, also if it was loaded without `sys.modules`."""
+    """Return the globals of the module of `cls`, even if it is not in `sys.modules`."""
     if cls.__module__ in sys.modules:
         return vars(sys.modules[cls.__module__])
     return next((f.__globals__ for f in vars(cls).values() if isinstance(f, types.FunctionType)), {})
 
 
 def resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str, Any]) -> Any:
-    """Return the annotation with every string in it looked up, or `UNKNOWN`."""
+    """Return the annotation with all forward references resolved, or `UNKNOWN`."""
 
     def probe() -> None: ...
 
@@ -38,7 +38,7 @@ def resolve(annotation: Any, global_names: dict[str, Any], local_names: dict[str
     try:
         return get_type_hints(probe, global_names, local_names, include_extras=True)["value"]
     except Exception:
-        # A name of a function's locals, or one imported for type checkers only.
+        # A local name, or one that is imported for type checkers only.
         return UNKNOWN
 
 
@@ -71,10 +71,10 @@ def is_named_tuple(cls: type[Any]) -> bool:
 
 
 def layouts(name: str, classes: Iterable[type[Any]]) -> list[str]:
-    """Describe the layout of a field in a signature: its name, and the fields of each named tuple in it.
+    """Describe the layouts of a field for its signature: its name, and the fields of each named tuple in it.
 
-    The values of a named tuple travel without their names. The first layout is today's; the others are those from
-    before fields with defaults were added to a named tuple.
+    Named tuples are encoded without field names. The first layout is the current one; the others are those before
+    fields with defaults were added to a named tuple.
     """
     versions = []
     for cls in classes:

@@ -1,4 +1,4 @@
-"""Format arguments of tasks, their types and errors for messages: short, on one line."""
+"""Formats arguments of tasks, their types and errors for error messages, on one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ REQUIRED: Any = object()  # the default of a parameter that has none
 
 
 def type_text(annotation: Any) -> str:
-    """Return the annotation without its modules."""
+    """Format an annotation without module names."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"(?<![\w<>])(?:[\w<>]+\.)+", "", text)
 
 
 def shown(value: Any, width: int = 60) -> str:
-    """Return a value for a message: short, on one line; a factory stands for what it makes."""
+    """Format a value on one line, truncated to `width`; factories of defaults as `...`."""
     text = "..." if callable(value) else " ".join(repr(value).split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
@@ -32,10 +32,7 @@ def reason(exc: BaseException) -> str:
 
 
 def one_line(exc: BaseException, prefix: str = "", given: Any = REQUIRED) -> str:
-    """Return the message of an exception on one line; of a validation error, the first one.
-
-    `prefix` goes before the place in which pydantic found it.
-    """
+    """Format an exception on one line; of a validation error, the first one with `prefix` before its path."""
     from pydantic import ValidationError
 
     if isinstance(exc, ValidationError):

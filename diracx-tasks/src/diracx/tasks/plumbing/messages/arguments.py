@@ -1,233 +1,138 @@
-"""Serialise tasks to arguments, and rebuild them.
+"""Serialises tasks to arguments, and rebuilds them.
 
-The fields of a task class are its arguments: those of a dataclass or a pydantic model, or the parameters of
-the `__init__` of a plain class (each kept in an attribute of the same name, or of that name with an
-underscore before it). A class that overrides `serialize` is rebuilt with `cls(*args)`.
+The arguments are the fields of a dataclass or pydantic model, or the parameters of `__init__` of a plain class,
+which must keep each in an attribute of that name, with or without a leading underscore. A class that overrides
+`serialize` is rebuilt with `cls(*args)`.
 
-What is known about a class is worked out once, at its first task. Fields of plain types are then handed over
-as they come off the wire; for the others a pydantic `TypeAdapter` brings back what the wire flattened (nested
-dataclasses and models, enums, paths). Python does not check a dataclass's annotations, so neither does
-`rebuild`: a value that does not fit its annotation is handed over as it is. `typed_arguments`, for what
-people type, does check. What would not arrive as it is, `roundtrip` refuses before it is sent.
+The signature of a class is computed once. Fields of plain types are passed as decoded; a pydantic `TypeAdapter`
+restores other types (nested dataclasses and models, enums, paths). As Python does not check the annotations of
+dataclasses, `rebuild` passes a value that does not match its annotation unchanged. `typed_arguments` checks input
+of users. `roundtrip` refuses, before submission, arguments that would not arrive equal.
 
-No message about a class with secret fields shows what was given.
+Error messages about classes with secret fields do not show values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cached_property
 from itertools import islice, product
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    NewType,
-    TypeVar,
-    get_args,
-    get_origin,
-)
+from typing import Any, TypeVar
 from zlib import crc32
 
-from .._util.secrets import MASK, hide
+from .._util.secrets import hide
 from ..exceptions import TaskArgumentsError
-from .annotations import (
-    UNKNOWN,
-    annotates,
-    globals_of,
-    is_named_tuple,
-    is_plain,
-    layouts,
-    nested_dataclass,
-    resolve,
+from .annotations import layouts, nested_dataclass
+from .argument_texts import REQUIRED, one_line, reason, shown
+from .parameters import (
+    Parameter,
+    classes_in,
+    has_generated_init,
+    of_dataclass,
+    of_init,
+    of_model,
+    validate_typed,
 )
-from .argument_texts import REQUIRED, one_line, reason, shown, type_text
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
+_SCALARS = frozenset({type(None), bool, int, float, str, bytes})
+
 
 def field_names(cls: type[Any]) -> tuple[str, ...]:
-    """Return the names of the arguments of `cls`, in the order in which `serialize` gives their values."""
+    """Return the names of the arguments of `cls`, in the order of `serialize`."""
     return signature_of(cls).names
 
 
 def serialize(task: Any) -> tuple[Any, ...]:
-    """Return the values of the task's fields, in their order.
+    """Return the values of the fields of a task, in order.
 
-    Raises `TypeError` if a plain class takes a parameter that it does not keep.
+    Raises `TypeError` if a plain class has no attribute for a parameter.
     """
     return signature_of(type(task)).values(task)
 
 
 def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: int = 0) -> T:
-    """Make the task from wire-decoded arguments.
+    """Make a task from decoded arguments.
 
     Args:
-        sig: the signature of the class for which `args` were made, see `TaskSignature.signature`; 0: not known.
+        sig: signature of the class that made `args`, see `TaskSignature.signature`; 0: unknown.
 
-    Raises `TaskArgumentsError` if the class does not take them, or has other fields in their places.
+    Raises `TaskArgumentsError` if the class does not accept them, or has other fields in their positions.
     """
-    shape = signature_of(cls)
+    signature = signature_of(cls)
     task: T
     try:
-        if sig and not shape.has_signature(sig, len(args)):
+        if sig and not signature.has_signature(sig, len(args)):
             raise TypeError(
                 "its arguments were made by a version of the class that has other fields, or the same in another "
-                "order; run it with that version, or discard it and submit it anew"
+                "order; run it with that version, or discard it and submit it again"
             )
-        if shape.all_plain and not kwargs and len(args) == len(shape.names):
+        if signature.all_plain and not kwargs and len(args) == len(signature.names):
             task = cls(*args)
             return task
         of_execute = execute_arguments(cls, kwargs)
-        bound, rest = shape.bind(args, {name: v for name, v in kwargs.items() if name not in of_execute})
-        task = shape.construct({name: shape.restore(name, v) for name, v in bound.items()}, rest)
+        bound, rest = signature.bind(args, {name: v for name, v in kwargs.items() if name not in of_execute})
+        task = signature.construct({name: signature.restore(name, v) for name, v in bound.items()}, rest)
         return task
     except (TypeError, ValueError) as exc:
-        raise shape.refusal(exc, "", args, kwargs) from (None if shape.secret else exc)
+        raise signature.refusal(exc, "", args, kwargs) from (None if signature.secret else exc)
 
 
 def execute_arguments(cls: type[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that `execute` takes and the class does not: in version 0.7 it gets all keywords."""
-    shape = signature_of(cls)
-    theirs = inspect.signature(cls.execute).parameters if kwargs and not shape.extra else {}
-    takes_all = any(each.kind is each.VAR_KEYWORD for each in theirs.values())
-    of_class = {*shape.names, *shape.aliases}
-    return {name: v for name, v in kwargs.items() if name not in of_class and (takes_all or name in theirs)}
+    """Return the keyword arguments of `execute` that the class does not take; version 0.7 passes all to it."""
+    signature = signature_of(cls)
+    accepted = inspect.signature(cls.execute).parameters if kwargs and not signature.extra else {}
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
+    of_class = {*signature.names, *signature.aliases}
+    return {name: v for name, v in kwargs.items() if name not in of_class and (takes_all or name in accepted)}
 
 
 def is_made_for(cls: type[Any], sig: int, count: int) -> bool:
-    """Return whether the first `count` arguments of a message match the present fields of the class."""
+    """Return whether the first `count` arguments of a message match the current fields of the class."""
     return not sig or signature_of(cls).has_signature(sig, count)
 
 
 def secret_names(cls: type[Any]) -> frozenset[str]:
-    """Return the secret fields: those the class declares, and those that hold pydantic's secrets."""
+    """Return the secret fields: those that the class declares, and those with pydantic's secret types."""
     return signature_of(cls).secret
 
 
 def check_secret_fields(cls: type[Any]) -> None:
-    """Check that the class has every field that it declares to be secret: a misspelt one would be shown.
+    """Check that the class has all its `secret_fields`: values of a misspelt one would be visible.
 
     Raises:
-        TypeError: it has not; the message names it.
+        TypeError: names the missing fields.
     """
-    shape = signature_of(cls)
-    if shape.extra:  # any keyword may be one
+    signature = signature_of(cls)
+    if signature.extra:  # it accepts any keyword
         return
     annotated = {name for base in cls.__mro__ for name in vars(base).get("__annotations__", ())}
-    undeclared = cls.secret_fields - shape.parameters.keys() - annotated
+    undeclared = cls.secret_fields - signature.parameters.keys() - annotated
     if unknown := sorted(name for name in undeclared if not hasattr(cls, name)):
         raise TypeError(
-            f"{cls.__module__}.{cls.__qualname__}: secret_fields names {', '.join(map(repr, unknown))}, and no "
-            f"such field is there; it has {', '.join(shape.names) or 'none'}"
+            f"{cls.__module__}.{cls.__qualname__}: secret_fields has unknown fields "
+            f"{', '.join(map(repr, unknown))}; the fields are {', '.join(signature.names) or 'none'}"
         )
 
 
 def secret_positions(cls: type[Any]) -> list[int]:
-    """Return the positions of the secret arguments.
-
-    All that can be, where the class makes its arguments itself and none can be told from another.
-    """
-    shape = signature_of(cls)
-    if not shape.secret:
+    """Return the positions of the secret arguments; all, if the class overrides `serialize`."""
+    signature = signature_of(cls)
+    if not signature.secret:
         return []
-    if shape.own_serialize:
-        return list(range(max(64, len(shape.names))))
-    return sorted(shape.secret_positions)
+    if signature.own_serialize:
+        return list(range(max(64, len(signature.names))))
+    return sorted(signature.secret_positions)
 
 
-def knows_vo(cls: type[Any]) -> bool:
-    """Return whether a task of this class may belong to a VO: it takes one, or has an `__init__` of its own."""
-    shape = signature_of(cls)
-    generated = shape.model or dataclasses.is_dataclass(cls) or not shape.names
-    return "vo" in shape.names or shape.extra or hasattr(cls, "vo") or not generated
-
-
-@dataclasses.dataclass
-class Parameter:
-    """One argument of a task class."""
-
-    name: str
-    annotation: Any  # with its Annotated metadata; UNKNOWN if there is none
-    text: str  # the annotation as a reader knows it; empty if there is none
-    default: Any = REQUIRED  # only its presence matters, and its repr in the signature
-    keyword_only: bool = False
-    alias: str | None = None  # the other name under which a pydantic model takes it
-    secret: bool = False
-
-    def __str__(self) -> str:
-        text = f"{self.name}: {self.text}" if self.text else self.name
-        if self.default is REQUIRED:
-            return text
-        return f"{text} = {MASK if self.secret else shown(self.default, 30)}"
-
-    @cached_property
-    def plain(self) -> bool:
-        """True if decoding returns the value as it was, so that there is nothing to restore."""
-        return self.annotation is UNKNOWN or is_plain(self.annotation)
-
-    @cached_property
-    def adapter(self) -> TypeAdapter[Any] | None:
-        """The pydantic adapter of the annotation; None if pydantic can make nothing of it."""
-        if self.annotation is UNKNOWN:
-            return None
-        from pydantic import ConfigDict, TypeAdapter
-
-        # A type with a configuration of its own (model, dataclass) refuses one from outside.
-        for config in (ConfigDict(arbitrary_types_allowed=True), None):
-            try:
-                return TypeAdapter(self.annotation, config=config)
-            except Exception:  # noqa: S112 - any failure means the same: no adapter
-                continue
-        return None
-
-    def restore(self, value: Any) -> Any:
-        """Return the wire-decoded value as its annotation has it, or as it is where that does not fit."""
-        if self.plain or value is None:
-            return value
-        if type(value) is self.annotation or self.adapter is None:
-            return value
-        try:
-            restored = self.adapter.validate_python(value, strict=False, by_alias=True, by_name=True)
-            # pydantic makes an Iterable[...] a generator, which could be read only once.
-            return list(restored) if isinstance(restored, Iterator) else restored
-        except Exception:
-            nested = nested_dataclass(self.annotation)
-            if nested is None or not isinstance(value, dict):
-                return value
-            # A nested dataclass with a value that its annotation does not allow: Python let it be made.
-            shape = signature_of(nested)
-            known = {name: shape.restore(name, value[name]) for name in shape.names if name in value}
-            return shape.construct(known, {})
-
-    def check(self, value: Any) -> Any:
-        """Return a typed JSON value converted; `TypeError` if it does not fit."""
-        if self.adapter is None:
-            return value
-        try:
-            checked = _validate_typed(self.adapter.validate_python, self.adapter.validate_json, value)
-            return list(checked) if isinstance(checked, Iterator) else checked
-        except Exception as exc:
-            if self.secret:
-                raise TypeError(f"argument {self.name!r}: {reason(exc)}") from None
-            raise TypeError(one_line(exc, f"argument {self.name!r}", value)) from exc
-
-
-def _validate_typed(from_python: Callable[..., Any], from_json: Callable[..., Any], value: Any) -> Any:
-    """Validate typed input with the two validators of a pydantic type."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):  # a Python value, from code rather than from a command line
-        return from_python(value, by_alias=True, by_name=True)
-    # In strict JSON mode "5" is no int, and yet "2026-01-01T00:00:00Z" is a datetime and a list a tuple.
-    return from_json(text, strict=True, by_alias=True, by_name=True)
+def may_have_vo(cls: type[Any]) -> bool:
+    """Return whether a task of this class may have a VO: it has a field `vo`, or a hand-written `__init__`."""
+    signature = signature_of(cls)
+    generated = signature.model or dataclasses.is_dataclass(cls) or not signature.names
+    return "vo" in signature.names or signature.extra or hasattr(cls, "vo") or not generated
 
 
 class TaskSignature:
@@ -238,25 +143,23 @@ class TaskSignature:
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.names = tuple(self.parameters)
         self.aliases = {p.alias: p.name for p in parameters if p.alias}
-        self.model = model  # a pydantic model: by keyword, and it validates for itself
+        self.model = model  # a pydantic model, constructed by keyword
         self.extra = extra  # takes *args or **kwargs
         self.all_plain = not model and all(p.plain and not p.keyword_only for p in parameters)
         declared: frozenset[str] = getattr(cls, "secret_fields", frozenset())
-        classes = {p.name: list(_classes_in(p.annotation, set())) for p in parameters}
+        classes = {p.name: list(classes_in(p.annotation, set())) for p in parameters}
         self.secret = declared | {
             name for name, found in classes.items() if any(hasattr(cls, "get_secret_value") for cls in found)
         }
         self.secret_positions = frozenset(i for i, name in enumerate(self.names) if name in self.secret)
         for parameter in parameters:
             parameter.secret = parameter.name in self.secret
-        # Whether the arguments alone decide whether the task arrives as it is: making it changes nothing.
         self.own_serialize = own_serialize(cls)
+        # The constructor does not change the arguments.
         self.verbatim = self.own_serialize or not (
-            model
-            or ((parameters or extra) and not _generated_init(_init_owner(cls)))
-            or hasattr(cls, "__post_init__")
+            model or ((parameters or extra) and not has_generated_init(cls)) or hasattr(cls, "__post_init__")
         )
-        # Whether a task may be more than its arguments.
+        # A task may have state besides its arguments.
         self.holds_more = extra or any(
             (*getattr(cls, "__private_attributes__", ()), *(f for f in _dataclass_fields(cls) if not f.init))
         )
@@ -268,24 +171,24 @@ class TaskSignature:
         return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
 
     def signature(self, count: int) -> int:
-        """A hash of the layouts of the first `count` fields, which travels with their values; 0 for none."""
+        """Return a hash of the layouts of the first `count` fields, which is part of the message; 0 for none."""
         if count == len(self.names):
             return self._signature
         return _hash([each[0] for each in self._layouts[:count]])
 
     def has_signature(self, sig: int, count: int) -> bool:
-        """Return whether it is theirs, or was before fields with defaults were added to their named tuples."""
+        """Return whether `sig` matches the first `count` fields, now or before named tuples got more fields."""
         if sig == self.signature(count):
             return True
         earlier = islice(product(*self._layouts[:count]), _MOST_LAYOUTS)
         return any(sig == _hash(each) for each in earlier)
 
     def shown(self, value: Any) -> str:
-        """Format a value for a message; of a class with secrets only its type."""
+        """Format a value for an error message; only its type if the class has secrets."""
         return f"a value of type {type(value).__name__}" if self.secret else shown(value)
 
     def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Return the secret arguments; all positional ones of a class that makes its own."""
+        """Return the secret arguments; all positional ones if the class overrides `serialize`."""
         if not self.secret:
             return []
         every = self.own_serialize
@@ -295,15 +198,15 @@ class TaskSignature:
     def refusal(
         self, exc: Exception, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> TaskArgumentsError:
-        """Make the error that says why the class does not take these values."""
+        """Make the error for arguments that the class does not accept."""
         from pydantic import ValidationError
 
         if not self.secret:
             return TaskArgumentsError(f"{self}: {one_line(exc, prefix)}")
         if isinstance(exc, ValidationError):
-            place = ".".join(str(part) for part in exc.errors(include_url=False, include_input=False)[0]["loc"])
-            return TaskArgumentsError(f"{self}: {f'argument {place!r}: ' if place else ''}{reason(exc)}")
-        # Words of the class itself, which may quote what it was given.
+            path = ".".join(str(part) for part in exc.errors(include_url=False, include_input=False)[0]["loc"])
+            return TaskArgumentsError(f"{self}: {f'argument {path!r}: ' if path else ''}{reason(exc)}")
+        # A message of the class, which may quote values.
         return TaskArgumentsError(f"{self}: {hide(one_line(exc), self.secret_values(args, kwargs))}")
 
     def check_one(self, name: str, value: Any) -> Any:
@@ -315,16 +218,23 @@ class TaskSignature:
         except AttributeError:
             return tuple(self._kept(task, name) for name in self.names)
 
+    def scalars(self, task: Any) -> list[Any] | None:
+        """Return the serialised arguments if all are scalars that need no check; else None."""
+        if not self.plain_and_verbatim:
+            return None
+        args = list(task.serialize() if self.own_serialize else self.values(task))
+        return args if _SCALARS.issuperset(map(type, args)) else None
+
     def _kept(self, task: Any, name: str) -> Any:
         for attribute in (name, f"_{name}"):
             if hasattr(task, attribute):
                 return getattr(task, attribute)
-        raise TypeError(f"{self}: the instance keeps no attribute {name!r}: add it, or override serialize()")
+        raise TypeError(f"{self}: the instance has no attribute {name!r}: add it, or override serialize()")
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Return the values by name, and what goes into `*args` and `**kwargs`; `TypeError` if they clash."""
+        """Return the values by name, and those for `*args` and `**kwargs`; `TypeError` if they do not match."""
         if len(args) > len(self.names) and not self.extra:
             raise TypeError(f"{len(args)} positional arguments given, it takes {len(self.names)}")
         bound = dict(zip(self.names, args, strict=False))
@@ -350,21 +260,38 @@ class TaskSignature:
             raise TypeError(f"missing argument{plural} {', '.join(map(repr, missing))}")
 
     def check(self, bound: dict[str, Any], rest: Any) -> Any:
-        """Return the task made from typed input."""
-        if self.model:  # as a whole, so that its own validators see what was typed
+        """Make the task from input of a user."""
+        if self.model:  # as a whole, for its own validators
             everything = {**bound, **rest[1]}
-            return _validate_typed(self.cls.model_validate, self.cls.model_validate_json, everything)
+            return validate_typed(self.cls.model_validate, self.cls.model_validate_json, everything)
         return self.construct({name: self.check_one(name, v) for name, v in bound.items()}, rest)
 
     def restore(self, name: str, value: Any) -> Any:
-        return self.parameters[name].restore(value)
+        """Convert a decoded value to the type of the parameter; return it unchanged if that fails."""
+        parameter = self.parameters[name]
+        if parameter.plain or value is None:
+            return value
+        if type(value) is parameter.annotation or parameter.adapter is None:
+            return value
+        try:
+            restored = parameter.adapter.validate_python(value, strict=False, by_alias=True, by_name=True)
+            # pydantic makes an Iterable[...] a generator, which could be read only once.
+            return list(restored) if isinstance(restored, Iterator) else restored
+        except Exception:
+            nested = nested_dataclass(parameter.annotation)
+            if nested is None or not isinstance(value, dict):
+                return value
+            # A nested dataclass with a value that does not match its annotation.
+            signature = signature_of(nested)
+            known = {name: signature.restore(name, value[name]) for name in signature.names if name in value}
+            return signature.construct(known, {})
 
     def construct(self, values: dict[str, Any], rest: Any) -> Any:
-        """Construct the task: positionally as far as possible, a pydantic model by keyword."""
+        """Construct the task: with positional arguments as far as possible, a pydantic model by keyword."""
         more, keywords = rest or ((), {})
         if self.model:
-            # Not cls(**values): a field with an alias would not be found under its name, and a strict model
-            # would refuse what the wire flattened.
+            # Not cls(**values), which does not accept names of fields with an alias, and is strict in strict
+            # models.
             return self.cls.model_validate({**values, **keywords}, strict=False, by_alias=True, by_name=True)
         positional: list[Any] = []
         by_name = dict(values)
@@ -377,27 +304,27 @@ class TaskSignature:
         return self.cls(*positional, *more, **by_name, **keywords)
 
 
-_shapes: dict[type[Any], TaskSignature] = {}
+_signatures: dict[type[Any], TaskSignature] = {}
 
 
 def signature_of(cls: type[Any]) -> TaskSignature:
     """Return the signature of `cls`, made at the first call."""
-    shape = _shapes.get(cls)
-    if shape is None:
-        shape = _shapes[cls] = _work_out(cls)
-    return shape
+    signature = _signatures.get(cls)
+    if signature is None:
+        signature = _signatures[cls] = _make_signature(cls)
+    return signature
 
 
-def _work_out(cls: type[Any]) -> TaskSignature:
+def _make_signature(cls: type[Any]) -> TaskSignature:
     init: Any = cls.__init__
-    if hasattr(cls, "__pydantic_root_model__") and (  # every pydantic model has it, and nothing else
+    if hasattr(cls, "__pydantic_root_model__") and (  # only pydantic models have it
         not own_serialize(cls) or init.__module__.startswith("pydantic.")
     ):
-        return TaskSignature(cls, _of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
-    if own_serialize(cls) or not _generated_init(_init_owner(cls)):
-        parameters, extra = _of_init(cls)
+        return TaskSignature(cls, of_model(cls), model=True, extra=cls.model_config.get("extra") == "allow")
+    if own_serialize(cls) or not has_generated_init(cls):
+        parameters, extra = of_init(cls)
         return TaskSignature(cls, parameters, model=False, extra=extra)
-    return TaskSignature(cls, _of_dataclass(cls), model=False, extra=False)
+    return TaskSignature(cls, of_dataclass(cls), model=False, extra=False)
 
 
 def own_serialize(cls: type[Any]) -> bool:
@@ -406,105 +333,14 @@ def own_serialize(cls: type[Any]) -> bool:
     return function is not None and getattr(function, "__module__", "") != "diracx.tasks.plumbing.base_task"
 
 
-def _init_owner(cls: type[Any]) -> type[Any]:
-    return next((base for base in cls.__mro__ if "__init__" in vars(base)), object)
-
-
 def _dataclass_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
-#: Combinations of layouts that are tried for a message of another version.
+#: Maximum number of combinations of layouts tried for a message of another version.
 _MOST_LAYOUTS = 1000
 
 
 def _hash(layouts: Sequence[str]) -> int:
     """Hash the layouts of fields to 32 bits; 0 for none."""
     return crc32(",".join(layouts).encode())
-
-
-def _classes_in(annotation: Any, seen: set[Any]) -> Iterator[type[Any]]:
-    """Yield the classes that values of this type are made of, at any depth, each of them once."""
-    if isinstance(annotation, NewType):
-        annotation = annotation.__supertype__
-    for part in get_args(annotation):
-        yield from _classes_in(part, seen)
-    cls = get_origin(annotation) or annotation
-    if not isinstance(cls, type) or cls in seen:
-        return
-    seen.add(cls)
-    yield cls
-    parts: list[Any] = []
-    if hasattr(cls, "__pydantic_root_model__"):
-        parts = [parameter.annotation for parameter in _of_model(cls)]
-    elif dataclasses.is_dataclass(cls):
-        parts = [parameter.annotation for parameter in _of_dataclass(cls, nested=True)]
-    elif is_named_tuple(cls):
-        parts = [resolve(each, globals_of(cls), {}) for each in vars(cls).get("__annotations__", {}).values()]
-    for part in parts:
-        yield from _classes_in(part, seen)
-
-
-def _generated_init(owner: type[Any]) -> bool:
-    """Return whether the `__init__` that `owner` defines was written by `@dataclass`."""
-    parameters = vars(owner).get("__dataclass_params__")
-    return parameters is not None and parameters.init
-
-
-def _of_model(cls: type[Any]) -> list[Parameter]:
-    found = []
-    for name, info in cls.model_fields.items():
-        annotation = info.annotation
-        for extra in info.metadata:
-            annotation = Annotated[annotation, extra]
-        default = REQUIRED if info.is_required() else info.default_factory or info.default
-        alias = info.validation_alias or info.alias
-        alias = alias if isinstance(alias, str) else None
-        found.append(Parameter(name, annotation, type_text(info.annotation), default, alias=alias))
-    return found
-
-
-def _of_dataclass(cls: type[Any], *, nested: bool = False) -> list[Parameter]:
-    found = []
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        owner = next((b for b in cls.__mro__ if annotates(b, field.name)), cls)
-        resolved = resolve(field.type, globals_of(owner), dict(vars(owner)))
-        default = field.default
-        if default is dataclasses.MISSING:
-            factory = field.default_factory
-            default = REQUIRED if factory is dataclasses.MISSING else factory
-        keyword_only = field.kw_only is True
-        found.append(Parameter(field.name, resolved, type_text(field.type), default, keyword_only))
-    names = {parameter.name for parameter in found}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name not in names and parameter.default is parameter.empty and not nested:
-            raise TypeError(f"{cls.__name__} takes {name!r} and does not keep it: override serialize()")
-    return found
-
-
-def _of_init(cls: type[Any]) -> tuple[list[Parameter], bool]:
-    """Return the parameters of a hand-written `__init__`, and whether it takes `*args` or `**kwargs`."""
-    function = cls.__init__
-    if function is object.__init__:
-        return [], False
-    found, extra = [], False
-    for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            extra = True
-            continue
-        annotation = parameter.annotation
-        has_default = parameter.default is not parameter.empty
-        found.append(
-            Parameter(
-                parameter.name,
-                UNKNOWN
-                if annotation is parameter.empty
-                else resolve(annotation, getattr(function, "__globals__", {}), {}),
-                "" if annotation is parameter.empty else type_text(annotation),
-                parameter.default if has_default else REQUIRED,
-                parameter.kind is parameter.KEYWORD_ONLY,
-            )
-        )
-    return found, extra

@@ -1,22 +1,21 @@
-"""Encode Python values for Redis: msgpack, extended by the types it lacks. Never pickle.
+"""Encodes Python values for Redis with msgpack and extension types. Never pickle.
 
-Plain values (None, bool, int, float, str, bytes, list, dict) go through msgpack's C code alone. Every other
-value comes back as follows; Python code runs for these only.
+Plain values (None, bool, int, float, str, bytes, list, dict) are encoded by msgpack's C code alone. Other values
+are decoded as follows:
 
-| sent | comes back as |
+| encoded | decoded |
 |---|---|
 | int beyond 64 bits, tuple, set, frozenset, date, time, timedelta, Decimal, UUID, naive datetime | itself |
 | aware datetime | the same instant in UTC, to the microsecond |
 | subclass of a type above (named tuple, `OrderedDict`, str subclass, …) | the type it derives from |
 | Enum member | its value |
 | dataclass instance, pydantic model | dict of its fields |
-| pydantic secret | itself, so that it is shown masked; any other than str and bytes as `Secret` |
+| pydantic secret | itself, so that it stays masked; any other than str and bytes as `Secret` |
 | Path, IP address or network, pydantic URL | str |
 
-Containers nest at most `MAX_DEPTH` deep, in both directions: what is sent can be read, and no message overflows
-the stack of the process that reads it. Dictionary keys must be scalars. A set whose elements come back unhashable
-(frozen dataclasses become dicts) comes back as a list; `arguments.rebuild` makes it a set again where the
-annotation says so.
+Containers nest at most `MAX_DEPTH` deep, in encoding and decoding, so that no message overflows the stack.
+Dictionary keys must be scalars. A set whose decoded elements are unhashable (frozen dataclasses become dicts) is
+decoded as a list; `arguments.rebuild` converts it to a set by its annotation.
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ import msgpack
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# Extension codes are part of the wire format: never renumber, only add. A message with a
-# code that older versions do not know has a greater format: see `FORMAT` of broker/models.py.
+# Extension codes are part of the wire format: never renumber, only add. A message with a code that older versions
+# do not know must have a greater `FORMAT`, see broker/models.py.
 _BIG_INT, _NAIVE_DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _SET, _FROZENSET, _TUPLE = range(1, 11)
 _SECRET = 11
 
-#: How deep containers nest at most: lists, dicts, tuples and sets, in any mix.
+#: Maximum nesting of containers: lists, dicts, tuples and sets.
 MAX_DEPTH = 32
 _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
-#: Bytes that begin a container or an extension in msgpack (numbers and text lie between them), and all others.
+#: First bytes of containers and extensions in msgpack, and all other bytes.
 _BEGINS = {*range(0x80, 0xA0), *range(0xC7, 0xCA), *range(0xD4, 0xD9), *range(0xDC, 0xE0)}
 _NO_CONTAINER = bytes(set(range(256)) - _BEGINS)
 _LONGEST_REASON = 200
-#: What is decoded without C code, which takes 100 times as long.
+#: Maximum length to decode without C code, which takes 100 times as long.
 _CAREFUL_BYTES = 1_000_000
 
 
 def dumps(value: Any) -> bytes:
     """Encode `value`.
 
-    Raises `TypeError` naming the type that has no encoding, and `ValueError` for what is nested more than
-    `MAX_DEPTH` deep (as a container that holds itself), lies outside the calendar, or cannot be read.
+    Raises `TypeError` naming a type that has no encoding, and `ValueError` for a value that is nested more than
+    `MAX_DEPTH` deep (as a container in itself), outside the calendar, or cannot be read.
     """
     try:
         data = _pack(value)
@@ -64,17 +63,17 @@ def dumps(value: Any) -> bytes:
     except TypeError:
         raise
     except RecursionError as exc:
-        raise ValueError(f"cannot put it on the wire: {_TOO_DEEP}") from exc
-    except Exception as exc:  # a property of the user's own may raise anything
-        raise ValueError(f"cannot put it on the wire: {_reason(exc)}") from exc
+        raise ValueError(f"cannot encode it: {_TOO_DEEP}") from exc
+    except Exception as exc:  # properties of user classes may raise anything
+        raise ValueError(f"cannot encode it: {_reason(exc)}") from exc
     return data
 
 
 def loads(data: bytes, *, careful: bool = False) -> Any:
-    """Decode what `dumps` made. Raises `ValueError` for anything that is not a whole encoded value.
+    """Decode a result of `dumps`. Raises `ValueError` for anything else.
 
     Args:
-        careful: without C code, for what processes have died with; only what is short.
+        careful: decode without C code, for messages that processes crashed with, up to 1 MB.
     """
     try:
         value = _unpack_carefully(data) if careful else _unpack(data)
@@ -89,7 +88,7 @@ _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 
 def _may_be_too_deep(data: bytes) -> bool:
-    """Return whether it has enough bytes that could begin a container: much cheaper than a look at every value."""
+    """Return whether there are enough first bytes of containers, which is much faster than checking all values."""
     return len(data) > MAX_DEPTH and len(data.translate(None, _NO_CONTAINER)) > MAX_DEPTH
 
 
@@ -107,7 +106,7 @@ def _unpack_carefully(data: bytes) -> Any:
     from msgpack import fallback
 
     if len(data) > _CAREFUL_BYTES:
-        raise ValueError(f"{len(data)} bytes are not decoded once more")
+        raise ValueError(f"{len(data)} bytes are too many to decode without C code")
     _nesting.unpackb = fallback.unpackb
     try:
         return _unpack(data)
@@ -116,7 +115,7 @@ def _unpack_carefully(data: bytes) -> Any:
 
 
 class _Nesting(threading.local):
-    """Depth of the extensions that are encoded or decoded inside each other: each takes 40 kB of the C stack."""
+    """Limits nested extensions in encoding and decoding, each of which takes 40 kB of the C stack."""
 
     depth = 0
     unpackb: Callable[..., Any] = staticmethod(msgpack.unpackb)
@@ -135,18 +134,18 @@ _nesting = _Nesting()
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error, cut: it may quote all of the value."""
+    """Return the message of an error, truncated, as it may quote the value."""
     try:
-        said = str(error) or type(error).__name__
+        message = str(error) or type(error).__name__
     except Exception:
-        said = type(error).__name__
-    return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON]}…"
+        message = type(error).__name__
+    return message if len(message) <= _LONGEST_REASON else f"{message[:_LONGEST_REASON]}…"
 
 
 def leading_fields(data: bytes) -> tuple[dict[Any, Any], Any]:
-    """Decode the whole fields at the beginning of a dictionary, and the name of the one cut off, or None.
+    """Decode the complete fields of a truncated dictionary, and the name of the truncated field, or None.
 
-    Raises `ValueError` when it is no such beginning.
+    Raises `ValueError` if it is not a dictionary.
     """
     fields: dict[Any, Any] = {}
     name: Any = None
@@ -170,7 +169,7 @@ def _pack(value: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb(value, default=_encode, strict_types=True)
     except UnicodeEncodeError:
-        # Lone surrogates, as in file names that are not UTF-8; the tolerant packer is the slower one.
+        # Lone surrogates, as in file names that are not UTF-8. `surrogatepass` is slower.
         packed = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors="surrogatepass")
     return packed
 
@@ -182,7 +181,7 @@ def _unpack(data: bytes) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    """Convert a value that msgpack does not know, completely: it asks once per value."""
+    """Encode a value that msgpack does not support; called once per value."""
     encode = _ENCODERS.get(type(value))
     if encode is None:
         encode = _encoder_for(type(value))
@@ -190,7 +189,7 @@ def _encode(value: Any) -> Any:
 
 
 def _encoder_for(cls: type) -> Callable[[Any], Any]:
-    """Return the encoder for a class that has none of its own."""
+    """Return the encoder for a subclass, or a class that is encoded as its fields or text."""
     if issubclass(cls, Enum):  # before str and int, which an Enum may also be
         return _encode_enum
     if hasattr(cls, "__pydantic_root_model__"):  # before dataclasses: a model may derive from one
@@ -205,12 +204,12 @@ def _encoder_for(cls: type) -> Callable[[Any], Any]:
         if issubclass(cls, base):
             return encode
     raise TypeError(
-        f"cannot put a value of type {cls.__module__}.{cls.__qualname__} on the wire: pass plain data, "
-        "a dataclass or a pydantic model"
+        f"cannot encode a value of type {cls.__module__}.{cls.__qualname__}: pass plain data, a dataclass or a "
+        "pydantic model"
     )
 
 
-#: Modules whose classes are made of their text.
+#: Modules whose classes are encoded as text.
 _AS_TEXT = ("ipaddress", "pydantic.networks", "pydantic_core")
 
 
@@ -224,7 +223,7 @@ def _decode_secret(data: bytes) -> Any:
 
 
 def _final(value: Any) -> Any:
-    """Return `value` if msgpack packs it unasked, else its encoding."""
+    """Return `value` if msgpack supports it, else its encoding."""
     cls = type(value)
     if cls in _NATIVE or (cls is int and -(2**63) <= value < 2**64):
         return value
@@ -269,16 +268,14 @@ def _encode_datetime(value: datetime) -> Any:
     try:
         since = value.astimezone(UTC) - _EPOCH
     except OverflowError as exc:
-        raise ValueError(f"cannot put {value!r} on the wire: it lies outside the calendar in UTC") from exc
+        raise ValueError(f"cannot encode {value!r}: it is outside the calendar in UTC") from exc
     return msgpack.Timestamp(since.days * 86400 + since.seconds, since.microseconds * 1000)
 
 
 def _encode_time(value: time) -> Any:
     offset = value.utcoffset()
     if offset is None and value.tzinfo is not None:
-        raise TypeError(
-            f"cannot put {value!r} on the wire: its zone has no fixed offset without a date; send a datetime"
-        )
+        raise TypeError(f"cannot encode {value!r}: its zone has no fixed offset without a date; pass a datetime")
     shift = None if offset is None else [offset.days, offset.seconds, offset.microseconds]
     parts = [value.hour, value.minute, value.second, value.microsecond, value.fold, shift]
     return msgpack.ExtType(_TIME, _pack(parts))
@@ -321,7 +318,7 @@ _ENCODERS: dict[type, Callable[[Any], Any]] = {
     timedelta: lambda v: msgpack.ExtType(_TIMEDELTA, _pack([v.days, v.seconds, v.microseconds])),
     Decimal: lambda value: msgpack.ExtType(_DECIMAL, str(value).encode()),
     UUID: lambda value: msgpack.ExtType(_UUID, value.bytes),
-    # Exact instances of these never get here; their subclasses do.
+    # For subclasses of types that msgpack supports.
     str: str.__str__,
     float: float,
     bytes: bytes,

@@ -1,4 +1,4 @@
-"""Describe exceptions as text. Describing never raises, and is never long."""
+"""Describes exceptions as bounded text, without raising."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ from typing import TypeAlias
 
 from .._util.passwords import last_lines, mask
 
-#: What is told of an exception: its `type`, `message` and `traceback`.
+#: `type`, `message` and `traceback` of an exception.
 ErrorInfo: TypeAlias = dict[str, str]
 
-#: Characters of a message, and of a name.
+#: Maximum lengths in characters.
 LONGEST_MESSAGE = 4_000
 _LONGEST_NAME = 200
-#: Characters of a traceback.
 LONGEST_TRACEBACK = 8_000
 
 
 def describe_exception(
     error: BaseException, *, longest: int = LONGEST_TRACEBACK, hide: Callable[[str], str] | None = None
 ) -> ErrorInfo:
-    """Describe an exception: type, message and (the end of) the traceback. Never raises.
+    """Describe an exception: type, message and innermost frames of the traceback. Never raises.
 
     Args:
-        longest: characters of the traceback.
-        hide: takes out of a text what is not to be told.
+        longest: maximum length of the traceback.
+        hide: removes secrets from a text.
     """
 
-    def told(read: Callable[[], str], instead: str) -> str:
+    def read_text(read: Callable[[], str], default: str) -> str:
         try:
             text = str.__str__(read())
-            if hide is not None:  # before it is cut, or half of what is to be hidden could be left
+            if hide is not None:  # before truncation, which might leave a part of a secret
                 text = str.__str__(hide(text))
             return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-        except BaseException:  # methods of the exception's own may raise anything
-            return instead
+        except BaseException:  # methods of the exception may raise anything
+            return default
 
-    name = cut(told(lambda: type(error).__name__, "Exception"), _LONGEST_NAME)
-    message = cut(told(lambda: str(error), f"({name} cannot be shown as text)"))
-    lines = told(lambda: _traceback(error), f"{name}: {message}\n").split("\n")
-    # Line by line first: a long message would leave nothing of the frames.
+    name = cut(read_text(lambda: type(error).__name__, "Exception"), _LONGEST_NAME)
+    message = cut(read_text(lambda: str(error), f"({name} cannot be shown as text)"))
+    lines = read_text(lambda: _traceback(error), f"{name}: {message}\n").split("\n")
+    # Lines are truncated first: a long message would leave no frames.
     trace = last_lines("\n".join(map(cut, lines)), longest)
     return {"type": name, "message": message, "traceback": trace}
 
@@ -51,11 +50,11 @@ def _traceback(error: BaseException) -> str:
 
 
 def cut(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Cut a text, not in the middle of a password that `mask` would find."""
+    """Truncate a text, but not inside of a password that `mask` would find."""
     return text if len(text) <= longest else mask(text, longest)
 
 
 def one_line(error: BaseException) -> str:
     """Return type and message of an exception on one line. Never raises."""
-    told = describe_exception(error, longest=0)
-    return f"{told['type']}: {told['message']}"
+    info = describe_exception(error, longest=0)
+    return f"{info['type']}: {info['message']}"

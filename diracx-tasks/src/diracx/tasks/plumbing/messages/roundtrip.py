@@ -1,8 +1,6 @@
-"""Check before submission that arguments arrive equal.
+"""Checks before submission that arguments arrive equal after encoding, decoding and restoring.
 
-The wire flattens values (`wire`), and annotations bring them back (`arguments`). Where both together would make
-something else of a value, it is refused here, while its author still looks. What a class needs is worked out once;
-scalars of plain classes cost one look at their types.
+Scalars of plain classes need no check: `TaskSignature.scalars`.
 """
 
 from __future__ import annotations
@@ -14,64 +12,63 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from .arguments import Parameter, TaskSignature, rebuild, signature_of
+from .arguments import TaskSignature, rebuild, signature_of
 from .codec import dumps, loads
+from .parameters import Parameter
 
-#: Of these, `==` and the type say all; of floats, they do not.
+#: Types for which `==` is sufficient; for floats it is not.
 _EXACT = frozenset({type(None), bool, int, str, bytes})
-_SCALARS = _EXACT | {float}
-_ATOMS = _SCALARS | {date, timedelta, Decimal, UUID}
-_WAY_OUT = "annotate it with its class, tell the classes of a union apart by a Literal field, or pass plain data"
+_ATOMS = _EXACT | {float, date, timedelta, Decimal, UUID}
+_REMEDY = "annotate it with its class, add a Literal field to the classes of a union, or pass plain data"
 
 
-def outgoing_arguments(task: Any, shape: TaskSignature | None = None) -> list[Any]:
-    """Return the arguments of a task as they are sent.
+def checked_arguments(task: Any) -> list[Any]:
+    """Return the serialised arguments of a task.
 
     Raises:
-        TypeError: when one of them would not arrive equal and of the same type; names it.
+        TypeError: names an argument that would not arrive equal and of the same type.
     """
-    shape = shape or signature_of(type(task))
-    args = list(task.serialize() if shape.own_serialize else shape.values(task))
-    if not (shape.plain_and_verbatim and _SCALARS.issuperset(map(type, args))):
-        _check(shape, task, args)
+    signature = signature_of(type(task))
+    args = list(task.serialize() if signature.own_serialize else signature.values(task))
+    _check(signature, task, args)
     return args
 
 
-def _check(shape: TaskSignature, task: Any, args: list[Any]) -> None:
-    names = [*shape.names, *map(str, range(len(shape.names), len(args)))]
-    arrived = []
+def _check(signature: TaskSignature, task: Any, args: list[Any]) -> None:
+    names = [*signature.names, *map(str, range(len(signature.names), len(args)))]
+    decoded = []
     for name, value in zip(names, args, strict=False):
-        parameter = shape.parameters.get(name)
+        parameter = signature.parameters.get(name)
         try:
             if _needs_no_check(parameter, value):
-                arrived.append(value)
+                decoded.append(value)
                 continue
-            there = loads(dumps(value))
-            if shape.verbatim and parameter is not None:
-                there = parameter.restore(there)
+            restored = loads(dumps(value))
+            if signature.verbatim and parameter is not None:
+                restored = signature.restore(name, restored)
         except Exception as exc:
             secret = parameter is not None and parameter.secret
-            why = "it cannot be put on the wire" if secret else str(exc)
+            why = "it cannot be encoded" if secret else str(exc)
             raise TypeError(f"{type(task).__name__}: argument {name!r}: {why}") from (None if secret else exc)
-        if shape.verbatim and not same(value, there):
-            raise _changed(task, name, value, there)
-        arrived.append(there)
-    if shape.verbatim:
+        if signature.verbatim and not same(value, restored):
+            raise _changed(task, name, value, restored)
+        decoded.append(restored)
+    if signature.verbatim:
         return
     try:
-        again: Any = rebuild(type(task), arrived, {})
-        there = list(shape.values(again))
+        rebuilt: Any = rebuild(type(task), decoded, {})
+        values = list(signature.values(rebuilt))
     except Exception as exc:
-        raise TypeError(f"cannot be made again from its arguments: {exc}") from (None if shape.secret else exc)
+        raise TypeError(f"cannot be rebuilt from its arguments: {exc}") from (None if signature.secret else exc)
     types = [*map(type, args)]
-    if not (_EXACT.issuperset(types) and types == [*map(type, there)] and args == there):
-        for name, value, each in zip(names, args, there, strict=False):
+    if not (_EXACT.issuperset(types) and types == [*map(type, values)] and args == values):
+        for name, value, each in zip(names, args, values, strict=False):
             if not same(value, each):
                 raise _changed(task, name, value, each)
-    if shape.holds_more and not same(_state(task), _state(again)):
+    if signature.holds_more and not same(_state(task), _state(rebuilt)):
         raise TypeError(
-            f"{type(task).__name__} would not arrive as it is: something besides its arguments is lost, such as "
-            "private attributes or fields without `init`; make it an argument, or override serialize()"
+            f"{type(task).__name__} would not arrive equal: state besides its arguments is lost, such as private "
+            "attributes or fields without `init`; make it an argument, or override serialize()"
         )
 
 
@@ -82,14 +79,14 @@ def _needs_no_check(parameter: Parameter | None, value: Any) -> bool:
     return untouched and _arrives_whole(value)
 
 
-def _changed(task: Any, name: str, value: Any, there: Any) -> TypeError:
-    here, other = (f"{type(each).__module__}.{type(each).__qualname__}" for each in (value, there))
-    how = "would not arrive equal" if here == other else f"of type {here} would arrive as {other}"
-    return TypeError(f"{type(task).__name__}: argument {name!r} {how}; {_WAY_OUT}")
+def _changed(task: Any, name: str, value: Any, restored: Any) -> TypeError:
+    sent, arrived = (f"{type(each).__module__}.{type(each).__qualname__}" for each in (value, restored))
+    how = "would not arrive equal" if sent == arrived else f"of type {sent} would arrive as {arrived}"
+    return TypeError(f"{type(task).__name__}: argument {name!r} {how}; {_REMEDY}")
 
 
 def _arrives_whole(value: Any) -> bool:
-    """Return whether decoding returns the value as it is, without an annotation."""
+    """Return whether decoding returns an equal value without an annotation."""
     cls = type(value)
     if cls in _ATOMS:
         return True
@@ -110,7 +107,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _comparable(value: Any) -> tuple[Any, ...]:
-    """A value with its types, so that `==` tells `1` from `True` and `0.0` from `-0.0`, and NaN is itself."""
+    """Return a value with its types, so that `1 != True`, `0.0 != -0.0` and NaN equals itself."""
     content: Any = value
     if isinstance(value, float | Decimal):
         content = repr(value)
@@ -130,7 +127,7 @@ def _comparable(value: Any) -> tuple[Any, ...]:
 
 
 def _state(task: Any) -> Any:
-    """Return the state that `same` can compare: a hand-written `__init__` says nothing about equality."""
+    """Return the state of a task for `same`; the attributes of a plain class, which may not define equality."""
     return task if _has_parts(task) else vars(task)
 
 

@@ -1,4 +1,4 @@
-"""Hide the values that a task declares to be secret."""
+"""Removes the secret arguments of a task from texts."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def without_secrets(text: str, task: Any) -> str:
 
 
 def without_secrets_of(text: str, task_class: type[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """As `without_secrets`, for a message of which no task can be made."""
+    """Remove the secret arguments of a message from a text, if its task cannot be made."""
     return hide(text, signature_of(task_class).secret_values(args, kwargs))

@@ -1,21 +1,15 @@
-"""Dead letters in SQL: the table, its access, and submitting again."""
+"""Dead letters in SQL: table, database class, and resubmission."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazy_names
 from .dead_letter import OPEN, DeadLetter, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
     from .db import TaskDB
+else:  # without SQLAlchemy, which is slow to import
+    __getattr__ = lazy_names(__name__, {".db": ["TaskDB"]})
 
 __all__ = ["OPEN", "DeadLetter", "DeadLetterReason", "DeadLetterStatus", "TaskDB"]
-
-
-def __getattr__(name: str) -> Any:
-    # SQLAlchemy is only worth its import time to those who have a database.
-    if name == "TaskDB":
-        from .db import TaskDB
-
-        return TaskDB
-    raise AttributeError(name)

@@ -1,4 +1,4 @@
-"""The dead-letter queue in SQL: `DIRACX_DB_URL_TASKDB`."""
+"""Database of dead letters, `DIRACX_DB_URL_TASKDB`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import JSON, ColumnElement, Select, and_, cast, func, insert, or_, select, update
+from sqlalchemy import JSON, ColumnElement, RowMapping, Select, and_, cast, func, insert, or_, select, update
 
 from ..sql.clock import DatabaseClock
 from ..sql.migrations import Migrations
@@ -20,17 +20,17 @@ from .dead_letter import OPEN, DeadLetter, DeadLetterStatus
 from .schema import LONGEST_NAME, DeadLetters, TaskDBBase
 from .text import attempts_as_text, history_as_text
 
-#: Earlier failures of a task that are kept in its history.
+#: Maximum number of earlier failures in the history of a dead letter.
 _FAILURES_KEPT = 20
 _LONGEST_DETAIL = 10_000
 _AS_JSON = ("attempts", "history")
-#: Columns that lists do not read: they may have megabytes.
+#: Columns that lists do not read, as they may have megabytes.
 _BODIES = ("message", *_AS_JSON)
 _ATTRIBUTES = {column.name: attribute for attribute, column in DeadLetters.__mapper__.columns.items()}
 
 
 class DeadLetterFilter(TypedDict, total=False):
-    """Filter of dead letters; each key narrows it down."""
+    """Filter of dead letters; all given conditions must match."""
 
     task_name: str | None
     """`category:ClassName`, or the class name alone."""
@@ -38,18 +38,18 @@ class DeadLetterFilter(TypedDict, total=False):
     status: DeadLetterStatus | Collection[DeadLetterStatus] | None
     """None for all."""
     since: datetime | None
-    """Stored then or later."""
+    """Stored at this time or later."""
     before: datetime | None
-    """Stored earlier."""
+    """Stored before this time."""
     vo: str | None
     """Only those of this VO; None: of all VOs, and of none."""
 
 
 class TaskDB(Database):
-    """Dead letters. `async with db:` is one transaction, as in every DiracX database.
+    """Database of dead letters. `async with db:` is one transaction, as in every DiracX database.
 
-    Each method joins the transaction of its caller, or is one of its own that is repeated after a deadlock.
-    SQLite, MySQL or MariaDB, and PostgreSQL (`postgresql+asyncpg://`).
+    Each method joins the transaction of its caller, or runs in its own one, which is repeated after a deadlock.
+    Supports SQLite, MySQL or MariaDB, and PostgreSQL (`postgresql+asyncpg://`).
     """
 
     metadata = TaskDBBase.metadata
@@ -64,18 +64,18 @@ class TaskDB(Database):
     async def engine_context(self) -> AsyncIterator[None]:
         """Open the engine while the context lasts."""
         async with super().engine_context():
-            self.clock.follow(self.engine)
+            self.clock.synchronize(self.engine)
             yield
 
     # --- storing ----------------------------------------------------------------------------------------
 
     @transaction
     async def insert_all(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """Store dead letters: all of them or, on any error, none. Each as by `insert`."""
+        """Store dead letters as `insert` does: all of them or, after any error, none."""
         ids = {each.task_id for each in dead_letters}
         if await self._lock(DeadLetters.task_id.in_(ids)) == 0 and len(ids) == len(dead_letters):
             rows = [{"task_id": each.task_id, "history": "[]", **self._values(each)} for each in dead_letters]
-            # With several rows, SQLAlchemy knows columns by their own names only.
+            # For several rows, SQLAlchemy needs names of columns, not of attributes.
             named = [{column: row[name] for column, name in _ATTRIBUTES.items() if name in row} for row in rows]
             await self.conn.execute(insert(DeadLetters), named)
             return
@@ -84,24 +84,24 @@ class TaskDB(Database):
 
     @transaction
     async def insert(self, dead_letter: DeadLetter) -> None:
-        """Store a dead letter. Storing the same delivery again changes nothing: safe to repeat.
+        """Store a dead letter. Idempotent for the same delivery.
 
-        A task that failed before and has run since keeps its row: the earlier failure moves to its history, and
-        the dead letter is pending again.
+        If another delivery of the task failed before, its failure moves to the history of the row, whose status
+        becomes pending again.
         """
         values = self._values(dead_letter)
-        mine = DeadLetters.task_id == dead_letter.task_id
-        if await self._lock(mine) == 0:
+        of_task = DeadLetters.task_id == dead_letter.task_id
+        if await self._lock(of_task) == 0:
             new = insert(DeadLetters).values(task_id=dead_letter.task_id, history="[]", **values)
             await self.conn.execute(new)
             return
-        [row] = await self._rows(select(DeadLetters.__table__).where(mine))
+        [row] = await self._rows(select(DeadLetters.__table__).where(of_task))
         if values["delivery_id"] not in (row["delivery_id"], *(failure["burial"] for failure in row["history"])):
             history = history_as_text([*row["history"], _failure_record(row)][-_FAILURES_KEPT:])
-            await self.conn.execute(update(DeadLetters).where(mine).values(history=history, **values))
+            await self.conn.execute(update(DeadLetters).where(of_task).values(history=history, **values))
 
     async def _lock(self, rows: ColumnElement[bool]) -> int:
-        """Lock rows (on SQLite the database), so that what is read is not stale. Returns their number."""
+        """Lock rows (on SQLite the database) before they are read. Returns their number."""
         locked = await self.conn.execute(update(DeadLetters).where(rows).values(task_id=DeadLetters.task_id))
         return locked.rowcount
 
@@ -124,54 +124,30 @@ class TaskDB(Database):
 
     @transaction
     async def search(
-        self,
-        *,
-        task_name: str | None = None,
-        reason: str | None = None,
-        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = DeadLetterStatus.PENDING,
-        since: datetime | None = None,
-        before: datetime | None = None,
-        vo: str | None = None,
-        limit: int = 100,
-        after_id: int = 0,
+        self, *, limit: int = 100, after_id: int = 0, **where: Unpack[DeadLetterFilter]
     ) -> list[dict[str, Any]]:
-        """Find dead letters, oldest row first, one dict for each with the columns' attribute names, in full.
+        """Return dead letters by id, as dicts with all attributes.
 
         Args:
-            task_name: `category:ClassName`, or the class name alone.
-            status: one or several; None for all.
-            since: stored then or later.
-            before: stored earlier.
-            vo: only of this VO.
-            after_id: only rows with a greater id, for paging.
+            after_id: only rows with a greater id, for pagination.
+            where: by default pending ones.
 
         Raises:
-            AmbiguousTaskNameError: when dead letters of several tasks have that class name.
+            AmbiguousTaskNameError: dead letters of several tasks have the class name.
         """
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
+        conditions = await self._conditions({"status": DeadLetterStatus.PENDING, **where})
         query = select(DeadLetters.__table__).where(DeadLetters.id > after_id, *conditions)
         return await self._rows(query.order_by(DeadLetters.id).limit(limit))
 
     @transaction
     async def summaries(
-        self,
-        *,
-        task_name: str | None = None,
-        reason: str | None = None,
-        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
-        since: datetime | None = None,
-        before: datetime | None = None,
-        vo: str | None = None,
-        limit: int = 100,
-        after_id: int = 0,
+        self, *, limit: int = 100, after_id: int = 0, **where: Unpack[DeadLetterFilter]
     ) -> list[dict[str, Any]]:
-        """As `search`, for lists: the message, the attempts and the history stay in the database.
+        """Return dead letters as `search`, of any status by default, for lists.
 
-        In their place are `message_bytes`, `failed_attempts` and `earlier_burials`. Arguments and errors as in
-        `search`.
+        `message_bytes`, `failed_attempts` and `earlier_burials` are in place of message, attempts and history.
         """
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
-        query = self._summary_query().where(DeadLetters.id > after_id, *conditions)
+        query = self._summary_query().where(DeadLetters.id > after_id, *await self._conditions(where))
         rows = await self.conn.execute(query.order_by(DeadLetters.id).limit(limit))
         return [dict(row) for row in rows.mappings()]
 
@@ -197,7 +173,7 @@ class TaskDB(Database):
 
     @transaction
     async def messages(self, chosen: Sequence[tuple[int, str]]) -> dict[int, bytes]:
-        """Read messages by id and delivery id; those of dead letters that changed since are left out."""
+        """Return messages by id, for pairs of id and delivery id; dead letters that have changed are omitted."""
         if not chosen:
             return {}
         rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(chosen)))
@@ -205,40 +181,32 @@ class TaskDB(Database):
 
     @transaction
     async def find(self, key: str) -> dict[str, Any] | None:
-        """Find the dead letter of this task id, else of this number; None when there is none."""
-        found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.task_id == key))
-        if not found and (number := _number(key)) is not None:
-            found = await self._rows(select(DeadLetters.__table__).where(DeadLetters.id == number))
-        return found[0] if found else None
+        """Find a dead letter by task id, else by number; None if there is none."""
+        row = await self._first(select(DeadLetters.__table__), key)
+        return None if row is None else _in_full(row)
 
     @transaction
     async def find_summary(self, key: str) -> dict[str, Any] | None:
-        """As `find`, with the columns of `summaries`."""
-        query = self._summary_query()
-        found = (await self.conn.execute(query.where(DeadLetters.task_id == key))).mappings().first()
-        if found is None and (number := _number(key)) is not None:
-            found = (await self.conn.execute(query.where(DeadLetters.id == number))).mappings().first()
-        return None if found is None else dict(found)
+        """Find a dead letter as `find`, with the columns of `summaries`."""
+        row = await self._first(self._summary_query(), key)
+        return None if row is None else dict(row)
+
+    async def _first(self, query: Select[Any], key: str) -> RowMapping | None:
+        found = await self.conn.execute(query.where(DeadLetters.task_id == key))
+        row: RowMapping | None = found.mappings().first()
+        if row is None and key.isdecimal() and len(key) < 11 and int(key) < 2**31:
+            row = (await self.conn.execute(query.where(DeadLetters.id == int(key)))).mappings().first()
+        return row
 
     @transaction
-    async def count(
-        self,
-        *,
-        task_name: str | None = None,
-        reason: str | None = None,
-        status: DeadLetterStatus | Collection[DeadLetterStatus] | None = None,
-        since: datetime | None = None,
-        before: datetime | None = None,
-        vo: str | None = None,
-    ) -> dict[DeadLetterStatus, int]:
-        """Count dead letters by status. Arguments and errors as in `search`."""
-        conditions = _conditions(await self._full_name(task_name), reason, status, since, before, vo)
-        query = select(DeadLetters.status, func.count()).where(*conditions).group_by(DeadLetters.status)
-        return dict((await self.conn.execute(query)).all())
+    async def count(self, **where: Unpack[DeadLetterFilter]) -> dict[DeadLetterStatus, int]:
+        """Count dead letters by status. Errors as in `search`."""
+        counted = select(DeadLetters.status, func.count()).group_by(DeadLetters.status)
+        return dict((await self.conn.execute(counted.where(*await self._conditions(where)))).all())
 
     @transaction
     async def count_open(self) -> tuple[int, datetime | None]:
-        """Count dead letters to be decided about, and return when the first was stored."""
+        """Return the number of open dead letters, and the time at which the first was stored."""
         query = select(func.count(), func.min(DeadLetters.buried_at)).where(DeadLetters.status.in_(OPEN))
         number, first = (await self.conn.execute(query)).one()
         return number, first
@@ -250,17 +218,13 @@ class TaskDB(Database):
         rows = await self.conn.execute(select(*which, func.count()).group_by(*which))
         return {(name, status): number for name, status, number in rows}
 
-    # --- deciding ---------------------------------------------------------------------------------------
+    # --- status changes ---------------------------------------------------------------------------------
 
     @transaction
     async def begin_resubmission(self, chosen: Sequence[tuple[int, str]]) -> dict[int, datetime]:
-        """Mark pending dead letters as being re-submitted: the first of three steps.
+        """Mark pending dead letters (id, delivery id) as being re-submitted: the first of three steps.
 
-        Args:
-            chosen: id and delivery id of each.
-
-        Returns:
-            id -> since when, of those that may be submitted now, those that another process has begun included.
+        Returns id -> time of this step, for those that may be submitted, also if another process began it.
         """
         if not chosen:
             return {}
@@ -272,17 +236,13 @@ class TaskDB(Database):
 
     @transaction
     async def end_resubmission(self, chosen: Sequence[tuple[int, str]]) -> None:
-        """Mark dead letters as re-submitted: the last step. Those that failed again meanwhile stay pending."""
+        """Mark dead letters as re-submitted: the last step. Dead letters that failed again stay pending."""
         if chosen:
             await self._decide(_these(chosen), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
 
     @transaction
     async def discard(self, chosen: Sequence[tuple[int, str]]) -> set[int]:
-        """Mark pending dead letters as discarded. Returns the ids of all that are discarded now.
-
-        Args:
-            chosen: id and delivery id of each.
-        """
+        """Mark pending dead letters (id, delivery id) as discarded. Returns the ids of discarded ones."""
         if not chosen:
             return set()
         these = _these(chosen)
@@ -294,56 +254,40 @@ class TaskDB(Database):
         change = update(DeadLetters).where(these, DeadLetters.status == was)
         await self.conn.execute(change.values(status=now, changed_at=self.clock.now()))
 
-    async def _full_name(self, task_name: str | None) -> str | None:
-        """Return the registry name, from that or from the name of the class alone."""
-        if task_name is None or ":" in task_name:
-            return task_name
-        of_class = DeadLetters.task_name.endswith(f":{task_name}", autoescape=True)
-        names = await self.conn.execute(select(DeadLetters.task_name).where(of_class).distinct())
-        return resolve_task_name(task_name, names.scalars()) or task_name
+    async def _conditions(self, where: DeadLetterFilter) -> list[ColumnElement[bool]]:
+        task_name, status = where.get("task_name"), where.get("status")
+        if task_name is not None and ":" not in task_name:  # the name of the class alone
+            of_class = DeadLetters.task_name.endswith(f":{task_name}", autoescape=True)
+            names = await self.conn.execute(select(DeadLetters.task_name).where(of_class).distinct())
+            task_name = resolve_task_name(task_name, names.scalars()) or task_name
+        equal = [
+            (DeadLetters.task_name, task_name),
+            (DeadLetters.reason, where.get("reason")),
+            (DeadLetters.vo, where.get("vo")),
+        ]
+        conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
+        if status is not None:
+            statuses = (status,) if isinstance(status, DeadLetterStatus) else status
+            conditions.append(DeadLetters.status.in_(statuses))
+        if (since := where.get("since")) is not None:
+            conditions.append(DeadLetters.buried_at >= since)
+        if (before := where.get("before")) is not None:
+            conditions.append(DeadLetters.buried_at < before)
+        return conditions
 
     async def _rows(self, query: Select[Any]) -> list[dict[str, Any]]:
-        rows = (await self.conn.execute(query)).mappings()
-        named = [{_ATTRIBUTES[name]: value for name, value in row.items()} for row in rows]
-        return [
-            row | {name: json.loads(row[name]) for name in _AS_JSON} | {"message_bytes": len(row["message"])}
-            for row in named
-        ]
+        return [_in_full(row) for row in (await self.conn.execute(query)).mappings()]
 
 
-def _number(key: str) -> int | None:
-    return int(key) if key.isdecimal() and len(key) < 11 and int(key) < 2**31 else None
+def _in_full(row: RowMapping) -> dict[str, Any]:
+    named = {_ATTRIBUTES[name]: value for name, value in row.items()}
+    decoded = {name: json.loads(named[name]) for name in _AS_JSON}
+    return named | decoded | {"message_bytes": len(named["message"])}
 
 
 def _these(chosen: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
-    """Select exactly these dead letters as they were read: not those that failed again since."""
+    """Make the condition for these dead letters, unless they failed again since they were read."""
     return or_(*(and_(DeadLetters.id == number, DeadLetters.delivery_id == name) for number, name in chosen))
-
-
-def _conditions(
-    task_name: str | None,
-    reason: str | None,
-    status: DeadLetterStatus | Collection[DeadLetterStatus] | None,
-    since: datetime | None,
-    before: datetime | None,
-    vo: str | None,
-) -> list[ColumnElement[bool]]:
-    conditions: list[ColumnElement[bool]] = []
-    if task_name is not None:
-        conditions.append(DeadLetters.task_name == task_name)
-    if reason is not None:
-        conditions.append(DeadLetters.reason == reason)
-    if isinstance(status, DeadLetterStatus):
-        conditions.append(DeadLetters.status == status)
-    elif status is not None:
-        conditions.append(DeadLetters.status.in_(status))
-    if since is not None:
-        conditions.append(DeadLetters.buried_at >= since)
-    if before is not None:
-        conditions.append(DeadLetters.buried_at < before)
-    if vo is not None:
-        conditions.append(DeadLetters.vo == vo)
-    return conditions
 
 
 def _failure_record(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dead letters: tasks that do not run again unless an operator submits them."""
+"""Dead letters: failed tasks that run again only if an operator submits them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..messages.codec import dumps, loads
 
 if TYPE_CHECKING:
     from ..broker.models import TaskMessage
+    from ..broker.requests import StoredDeadLetter
 
 
 class DeadLetterReason(StrEnum):
@@ -21,65 +22,64 @@ class DeadLetterReason(StrEnum):
     EXHAUSTED = "exhausted"
     """It failed permanently, and its class is `dlq_eligible`."""
     POISON = "poison"
-    """Delivered too often: every worker that took it died with it."""
+    """Delivered too often: every worker that executed it crashed."""
     INTERRUPTED = "interrupted"
-    """It was cut off too often: its lease, a lock or its worker was lost each time."""
+    """Interrupted too often: its lease, a lock or its worker was lost each time."""
     UNKNOWN_TASK = "unknown task"
     """No task of its name is registered."""
     UNPARSABLE = "unparsable"
-    """The stream entry is no task message."""
+    """The stream entry is not a task message."""
     ARGUMENTS = "arguments"
-    """Its class does not take its arguments."""
+    """Its class does not accept its arguments."""
     UNSETTLED = "unsettled"
-    """It ended, but its settlement could not be encoded: a defect of ours."""
+    """It ended, but its settlement could not be encoded: a bug."""
 
 
 class DeadLetterStatus(StrEnum):
-    """Decision of the operator about a dead letter."""
+    """Status of a dead letter."""
 
     PENDING = "PENDING"
     RESUBMITTING = "RESUBMITTING"
-    """A re-submission has begun. If it broke off, repeating it finishes it."""
+    """A re-submission has begun. If it was interrupted, repeating it completes it."""
     RESUBMITTED = "RESUBMITTED"
     DISCARDED = "DISCARDED"
 
 
-#: Not decided yet, or the decision is not carried out yet.
+#: Statuses of dead letters that an operator has to retry or discard.
 OPEN = (DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """Task as it was submitted, with the reason for which it failed."""
+    """A failed task with its message, reason and attempts."""
 
     task_id: str
     task_name: str
-    """Registry name; empty when the message could not be read."""
+    """Registry name; empty if the message cannot be decoded."""
     vo: str | None = None
-    """The VO it belongs to; None: to none, or it is not known."""
+    """VO of the task; None if it has none, or it is unknown."""
     reason: str
     """A `DeadLetterReason`."""
     detail: str
     """One line about the last error."""
     data: bytes
-    """The message (or the raw stream entry, when it could not be read)."""
+    """The message, or the raw stream entry if it cannot be decoded."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """Every failed attempt: type, message, traceback, host, started, ended."""
+    """All failed attempts: type, message, traceback, host, started, ended."""
     delivery_id: str = field(default_factory=lambda: uuid4().hex)
-    """The delivery that failed, as `{stream}/{entry}`. Storing it twice changes nothing; another delivery of the
-    same task (it was re-submitted and failed again) makes its dead letter pending again."""
+    """The failed delivery, `{stream}/{entry}`. Storing it again has no effect; storing another delivery of the
+    task (re-submitted and failed again) makes its dead letter pending again."""
 
     @classmethod
     def of_entry(cls, entry: str, fields: Mapping[bytes, bytes]) -> Self:
-        """Read an entry of the stream of pending dead letters; an unreadable task of lua/_queue.lua among them.
+        """Decode an entry of the stream of pending dead letters, or of an undecodable task (lua/_queue.lua).
 
         Raises:
-            Exception: when it is neither.
+            Exception: it is neither.
         """
         data = fields[b"data"]
         if b"task" not in fields:
-            named = loads(data)
-            return cls(delivery_id=named.pop("burial"), **named)
+            return cls._of_data(data)
         return cls(
             task_id=fields[b"task"].decode(errors="replace"),
             task_name="",
@@ -89,15 +89,26 @@ class DeadLetter:
             delivery_id=f"{DEAD_LETTERS}/{entry}",
         )
 
-    def dumpb(self) -> bytes:
-        """Encode it for the stream of pending dead letters; `of_entry` reads it."""
-        return dumps({"burial" if name == "delivery_id" else name: getattr(self, name) for name in self.__slots__})
+    @classmethod
+    def of_stored(cls, stored: StoredDeadLetter) -> Self:
+        """Inverse of `to_stored`."""
+        return cls._of_data(stored["data"])
+
+    @classmethod
+    def _of_data(cls, data: bytes) -> Self:
+        named = loads(data)
+        return cls(delivery_id=named.pop("burial"), **named)
+
+    def to_stored(self) -> StoredDeadLetter:
+        """Fields of its entry in the stream of pending dead letters."""
+        data = {"burial" if name == "delivery_id" else name: getattr(self, name) for name in self.__slots__}
+        return {"reason": self.reason, "data": dumps(data)}
 
     @classmethod
     def of_message(
         cls, message: TaskMessage, reason: str, detail: str, delivery_id: str, vo: str | None = None
     ) -> Self:
-        """Make the dead letter of a readable message."""
+        """Make the dead letter of a message."""
         return cls(
             task_id=message.task_id,
             task_name=message.task_name,

@@ -1,4 +1,4 @@
-"""Imports the dead letters of the published package 0.7, which keeps them in a table of its own."""
+"""Imports the dead letters of the published package 0.7 from its table."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ _PAGE = 100
 
 
 async def import_published(db: TaskDB) -> int:
-    """Import those for which nothing was done. Their rows stay, for the way back. Safe to repeat.
-
-    Returns:
-        How many are new.
-    """
+    """Import pending dead letters, and keep their rows. Idempotent. Returns the number of new ones."""
     new = after = 0
     while True:
         async with db:
@@ -44,11 +40,11 @@ async def import_published(db: TaskDB) -> int:
 
 
 def _dead_letter(row: Any) -> DeadLetter:
-    told = row["last_error"] or ""
-    last = told.strip().rpartition("\n")[2]
+    error = row["last_error"] or ""
+    last = error.strip().rpartition("\n")[2]
     kind, _, message = last.partition(": ")
     common: dict[str, Any] = {
-        "task_id": f"{_NAME}-{row['id']}",  # 0.7 does not keep that of the task
+        "task_id": f"{_NAME}-{row['id']}",  # 0.7 does not store that of the task
         "task_name": row["task_class"],
         "delivery_id": f"{_NAME}/{row['id']}",
         "detail": last or "failed under diracx-tasks 0.7",
@@ -58,13 +54,13 @@ def _dead_letter(row: Any) -> DeadLetter:
         task = TaskMessage(task_id=common["task_id"], task_name=common["task_name"], **stored)
         vo = task.labels.get(LABEL_VO)
         data = task.dumpb()
-    except Exception:  # whatever wrote it: the bytes are kept
+    except Exception:  # undecodable: keep the bytes
         return DeadLetter(reason=DeadLetterReason.UNPARSABLE, data=bytes(row["task_args"]), **common)
-    attempt = {"type": kind, "message": message, "traceback": told, "ended": str(row["submitted_at"])}
+    attempt = {"type": kind, "message": message, "traceback": error, "ended": str(row["submitted_at"])}
     return DeadLetter(
         reason=DeadLetterReason.EXHAUSTED,
         data=data,
         vo=vo if isinstance(vo, str) else None,
-        attempts=[attempt] if told else [],
+        attempts=[attempt] if error else [],
         **common,
     )

@@ -1,7 +1,7 @@
-"""Submit dead letters again: each once, also when several do it, it is repeated, or it breaks off.
+"""Submits dead letters again, each exactly once, even if it is repeated, concurrent or interrupted.
 
-Three steps: the row says so (RESUBMITTING), the server takes the task and remembers the delivery in one
-script, the row says that it is done (RESUBMITTED). Repeating any of them changes nothing: ADR 16.
+Three idempotent steps: mark the row as RESUBMITTING; submit the task and record its delivery, in one script; mark
+the row as RESUBMITTED. See ADR 16.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ..registry import TaskRegistry
     from .db import DeadLetterFilter, TaskDB
 
-#: Dead letters in one round: one statement, one script.
+#: Maximum number of dead letters in a batch.
 BATCH = 100
-#: Bytes of their messages in one round, but for a single dead letter that has more.
+#: Maximum size of their messages, except of a single larger one.
 _BATCH_BYTES = 16_000_000
-#: After this time without an end, the server may have forgotten whether it took the task.
+#: After this time the record of the delivery on the server may have expired.
 _FORGOTTEN_AFTER = timedelta(seconds=RESUBMITTED_TTL_SECONDS - 86400)
-#: Not submitted again unless an operator decides so: poison tasks would end their workers again.
+#: Only submitted again by an operator.
 _NEVER_AUTOMATIC = {DeadLetterReason.POISON, DeadLetterReason.UNPARSABLE}
 
 
@@ -39,7 +39,7 @@ class ResubmitStatus(StrEnum):
     """State of a dead letter after a re-submission."""
 
     RESUBMITTED = "resubmitted"
-    """Submitted by us."""
+    """Submitted now."""
     ALREADY = "already"
     """Submitted earlier, or by another process."""
     REFUSED = "refused"
@@ -70,11 +70,11 @@ class Resubmitter:
         self._binding = Binding(broker, registry, config)
 
     async def resubmit(self, rows: Sequence[Mapping[str, Any]]) -> list[ResubmitResult]:
-        """Submit these rows of the TaskDB (`summaries`) again; not inside a transaction of it.
+        """Submit these rows of the TaskDB (`summaries`) again; call it outside a transaction of the TaskDB.
 
         Raises:
-            SendTaskError: when the broker does not answer. The dead letters stay RESUBMITTING; repeat it.
-            diracx.tasks.plumbing.sql.errors.DatabaseError: when the database does not.
+            SendTaskError: the broker does not respond. The dead letters stay RESUBMITTING; repeat the call.
+            diracx.tasks.plumbing.sql.errors.DatabaseError: the database does not respond.
         """
         results: list[ResubmitResult] = []
         for batch in _batches(rows):
@@ -84,15 +84,15 @@ class Resubmitter:
     async def resubmit_all(
         self, where: DeadLetterFilter, limit: int | None = None
     ) -> AsyncIterator[list[ResubmitResult]]:
-        """Submit all open dead letters again that the filter lets through, oldest first, some at a time.
+        """Submit all open dead letters again that match the filter, oldest first; yield the results of each batch.
 
         Errors as in `resubmit`.
         """
-        wanted: DeadLetterFilter = {"status": OPEN, **where}
+        conditions: DeadLetterFilter = {"status": OPEN, **where}
         after_id, left = 0, limit
         while left is None or left > 0:
             size = BATCH if left is None else min(BATCH, left)
-            rows = await self._db.summaries(**wanted, limit=size, after_id=after_id)
+            rows = await self._db.summaries(**conditions, limit=size, after_id=after_id)
             if not rows:
                 return
             after_id = rows[-1]["id"]
@@ -100,7 +100,7 @@ class Resubmitter:
             yield await self.resubmit(rows)
 
     async def resubmit_automatic(self) -> AsyncIterator[list[ResubmitResult]]:
-        """Submit all open dead letters again at a start, except poison tasks and unreadable messages.
+        """Submit all open dead letters again, except poison tasks and undecodable messages.
 
         Errors as in `resubmit`.
         """
@@ -116,7 +116,7 @@ class Resubmitter:
         messages = await self._db.messages(list(ids.items()))
         for row in rows:
             if (message := messages.get(row["id"])) is None:
-                continue  # it failed again or was removed since it was read
+                continue  # failed again or removed meanwhile
             try:
                 prepared[row["id"]] = (ticket(row), self._submission(row, message))
             except _RefusedError as refused:
@@ -130,7 +130,7 @@ class Resubmitter:
             await self._db.end_resubmission([(number, ids[number]) for number in taken])
         else:
             submitted = []
-        ours = {number for number, first in zip(taken, submitted, strict=True) if first}
+        accepted = {number for number, first in zip(taken, submitted, strict=True) if first}
         for row in rows:
             number = row["id"]
             if number in results:
@@ -138,20 +138,18 @@ class Resubmitter:
             if number in forgotten:
                 results[number] = ResubmitResult(row, ResubmitStatus.REFUSED, _forgotten(begun[number]))
             else:
-                status = ResubmitStatus.RESUBMITTED if number in ours else ResubmitStatus.ALREADY
+                status = ResubmitStatus.RESUBMITTED if number in accepted else ResubmitStatus.ALREADY
                 results[number] = ResubmitResult(row, status)
         return [results[row["id"]] for row in rows]
 
     def _submission(self, row: Mapping[str, Any], stored: bytes) -> Submission:
-        """Make the submission of a dead letter, for the queue of its class, without its former attempts."""
+        """Make the submission of a dead letter to the queue of its class, without its earlier attempts."""
         if row["status"] == DeadLetterStatus.DISCARDED:
             raise _RefusedError("it was discarded")
         try:
             message = TaskMessage.loadb(stored)
         except ValueError as error:
-            raise _RefusedError(
-                "it cannot be read, so nobody knows what to submit; `dlq export` has it"
-            ) from error
+            raise _RefusedError("its message cannot be decoded; `dlq export` has the bytes") from error
         task_class = self._binding.registry.get(message.task_name)
         if task_class is None:
             raise _RefusedError(
@@ -160,7 +158,7 @@ class Resubmitter:
         try:
             task = rebuild(task_class, message.task_args, message.task_kwargs, message.sig)
         except Exception as error:
-            raise _RefusedError(f"{message.task_name} does not take its arguments: {error}") from error
+            raise _RefusedError(f"{message.task_name} does not accept its arguments: {error}") from error
         message.labels.pop(LABEL_ATTEMPTS, None)
         message.labels.pop(LABEL_RETRIES, None)
         try:
@@ -188,12 +186,12 @@ class _RefusedError(Exception):
 
 
 def ticket(row: Mapping[str, Any]) -> str:
-    """Name of a re-submission on the server: the task and its failed delivery."""
+    """Return the id of a re-submission on the server: the task and its failed delivery."""
     return f"{row['task_id']}@{row['delivery_id']}"
 
 
 def _forgotten(since: datetime) -> str:
     return (
-        f"its re-submission broke off on {since:%Y-%m-%d}, and the broker no longer knows if it has the task; "
-        "look whether it ran, and submit it by hand if not"
+        f"its re-submission was interrupted on {since:%Y-%m-%d}, and the broker has no record of it any more; "
+        "check whether the task ran, and submit it yourself if not"
     )

@@ -1,18 +1,18 @@
-"""Encode the failed attempts of dead letters as text for every database."""
+"""Encodes failed attempts of dead letters as text for all databases."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-#: Characters of all attempts of a dead letter, and of its history; servers refuse statements of 16 MB.
+#: Maximum length of all attempts of a dead letter, and of its history; servers refuse statements of 16 MB.
 _LONGEST_ATTEMPTS = 4_000_000
 
 
 def attempts_as_text(attempts: Any) -> str:
-    """Encode attempts as JSON, in ASCII. Those of an invalid message may be anything.
+    """Encode attempts, which may be of any type in an invalid message, as JSON in ASCII.
 
-    When they are too long, the oldest lose their tracebacks first, and go then.
+    If they are too long, the tracebacks of the oldest are removed first, then the oldest attempts.
     """
     from pydantic_core import to_jsonable_python
 
@@ -38,7 +38,7 @@ def attempts_as_text(attempts: Any) -> str:
 
 
 def history_as_text(failures: list[dict[str, Any]]) -> str:
-    """Write earlier failures as JSON. When they are too long, the oldest lose their attempts."""
+    """Encode earlier failures as JSON. If they are too long, the attempts of the oldest are removed."""
     total = 0
     for failure in reversed(failures):
         total += len(json.dumps(failure))

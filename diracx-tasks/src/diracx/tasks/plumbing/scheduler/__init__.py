@@ -1,4 +1,4 @@
-"""Scheduler: leadership, periodic and delayed tasks; and the read model of schedules."""
+"""Scheduler: leader election, periodic and delayed tasks, and the read model of schedules."""
 
 from __future__ import annotations
 

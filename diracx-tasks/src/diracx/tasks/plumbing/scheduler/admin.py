@@ -1,14 +1,13 @@
-"""Actions of operators on schedules: run now, pause, resume. No scheduler has to run for them."""
+"""Actions of operators on schedules: run now, pause, resume. They work without a running scheduler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..broker import scheduling
 from ..broker.labels import LABEL_SCHEDULE
-from ..broker.spans import submission_spans
+from ..broker.telemetry import submission_spans
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -17,19 +16,19 @@ if TYPE_CHECKING:
     from .occurrences import ScheduledTask
 
 
-@dataclass(frozen=True)
-class RunNow:
-    """Result of `run_now`."""
+class AlreadyQueuedError(Exception):
+    """The last occurrence of a schedule, task `task_id`, still waits for a worker: another was not submitted."""
 
-    task_id: str
-    """Of the task that was submitted, or of the one that still waits."""
-    submitted: bool
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"the last occurrence, task {task_id}, still waits for a worker")
+        self.task_id = task_id
 
 
-async def run_now(binding: Binding, scheduled: ScheduledTask) -> RunNow:
-    """Submit a schedule's task at once, unless its last occurrence still waits. The next run stays as it is.
+async def run_now(binding: Binding, scheduled: ScheduledTask) -> str:
+    """Submit a schedule's task at once, and return its id. The next run does not change.
 
     Raises:
+        AlreadyQueuedError: the last occurrence has not started.
         TaskArgumentsError: when the class does not accept the arguments of the instance.
         redis.exceptions.RedisError: when the server refuses.
     """
@@ -39,7 +38,9 @@ async def run_now(binding: Binding, scheduled: ScheduledTask) -> RunNow:
         waiting = await scheduling.run_now(
             binding.broker.redis, scheduled.id, submission.stream, message.task_id, submission.dumpb()
         )
-    return RunNow(waiting or message.task_id, waiting is None)
+    if waiting is not None:
+        raise AlreadyQueuedError(waiting)
+    return message.task_id
 
 
 async def pause(redis: Redis, ids: Sequence[str]) -> list[str]:
@@ -48,10 +49,10 @@ async def pause(redis: Redis, ids: Sequence[str]) -> list[str]:
 
 
 async def resume(redis: Redis, ids: Sequence[str]) -> list[str]:
-    """Resume these schedules; what came due meanwhile was missed. Returns those that had been paused."""
+    """Resume these schedules; occurrences due during the pause were missed. Returns those that had been paused."""
     return await _set(redis, ids, False)
 
 
 async def _set(redis: Redis, ids: Sequence[str], paused: bool) -> list[str]:
-    news = await scheduling.pause(redis, ids, paused)
-    return [id_ for id_, changed in zip(ids, news, strict=True) if changed]
+    changes = await scheduling.pause(redis, ids, paused)
+    return [id_ for id_, changed in zip(ids, changes, strict=True) if changed]

@@ -1,4 +1,4 @@
-"""Agenda of the leader: when each schedule is due, and its submission, prepared beforehand."""
+"""Agenda of the leader: due time of each schedule, and its submission, prepared in advance."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 
 
 class Agenda:
-    """The next runs of all schedules, as Redis has them.
+    """Priority queue of the next runs of all schedules, as stored in Redis.
 
     Args:
-        make: the occurrence of a schedule that is due then (ms); whatever it raises is told to `failed`.
-        failed: called with the schedule and what was raised; the schedule is put aside.
+        make: makes the occurrence of a schedule with that due time (ms); an exception is passed to `failed`.
+        failed: called with the schedule and the exception; must defer the schedule.
     """
 
     def __init__(self, make: Callable[[str, int], Occurrence], failed: Callable[[str, Exception], None]) -> None:
         self._make = make
         self._failed = failed
         self._dues: dict[str, int] = {}
-        # Two heaps of (due, schedule). What is no longer so is left in them and passed over when it comes up.
+        # Two heaps of (due, schedule). Outdated items stay in them and are skipped when they come first.
         self._by_due: list[tuple[int, str]] = []
         self._unprepared: list[tuple[int, str]] = []
         self._prepared: dict[str, Occurrence] = {}
-        self._aside: dict[str, tuple[float, int]] = {}
+        self._deferred: dict[str, tuple[float, int]] = {}
         self._paused: dict[str, int] = {}
 
     def load(self, next_runs: Iterable[tuple[str, int]]) -> None:
-        """Note when schedules are due (ms)."""
+        """Set the due times of schedules (ms)."""
         for schedule, due_ms in next_runs:
             self.note(schedule, due_ms)
 
     def note(self, schedule: str, due_ms: int) -> None:
-        """Note when a schedule is due (ms)."""
+        """Set the due time of a schedule (ms)."""
         self._dues[schedule] = due_ms
         self._prepared.pop(schedule, None)
         heapq.heappush(self._by_due, (due_ms, schedule))
@@ -47,18 +47,18 @@ class Agenda:
         self._dues.pop(schedule, None)
         self._prepared.pop(schedule, None)
 
-    # --- what cannot be submitted at the moment ----------------------------------------------------------
+    # --- deferred and paused schedules -------------------------------------------------------------------
 
     def defer(self, schedule: str, seconds: float) -> None:
-        """Defer a schedule."""
-        self._aside[schedule] = (time.monotonic() + seconds, self._dues[schedule])
+        """Defer a schedule that cannot be submitted at the moment."""
+        self._deferred[schedule] = (time.monotonic() + seconds, self._dues[schedule])
         self.forget(schedule)
 
     def requeue(self) -> list[str]:
-        """Requeue deferred schedules whose time has come."""
-        again = [schedule for schedule, (until, _) in self._aside.items() if until <= time.monotonic()]
+        """Requeue deferred schedules whose time is over, and return them."""
+        again = [schedule for schedule, (until, _) in self._deferred.items() if until <= time.monotonic()]
         for schedule in again:
-            self.note(schedule, self._aside.pop(schedule)[1])
+            self.note(schedule, self._deferred.pop(schedule)[1])
         return again
 
     def pause(self, schedule: str) -> None:
@@ -68,26 +68,26 @@ class Agenda:
 
     @property
     def has_paused(self) -> bool:
-        """True if anything that is due is paused."""
+        """True if a due schedule is paused."""
         return bool(self._paused)
 
-    def go_on(self, paused: Iterable[str]) -> None:
+    def resume_except(self, paused: Iterable[str]) -> None:
         """Resume all paused schedules but these."""
-        still = set(paused)
-        for schedule in [schedule for schedule in self._paused if schedule not in still]:
+        still_paused = set(paused)
+        for schedule in [schedule for schedule in self._paused if schedule not in still_paused]:
             self.note(schedule, self._paused.pop(schedule))
 
-    # --- before the moment, and at it --------------------------------------------------------------------
+    # --- preparation and submission ----------------------------------------------------------------------
 
     @property
     def first_due_ms(self) -> int | None:
-        """Return when the first schedule is due (ms); None when none is."""
+        """Due time of the first schedule (ms); None without schedules."""
         while self._by_due and self._dues.get(self._by_due[0][1]) != self._by_due[0][0]:
             heapq.heappop(self._by_due)
         return self._by_due[0][0] if self._by_due else None
 
     def prepare(self, seconds: float) -> bool:
-        """Prepare submissions, the earliest first, for at most so long. Returns whether some are left."""
+        """Prepare submissions, the earliest first, for `seconds` at most. Returns whether some are left."""
         until = time.monotonic() + seconds
         while self._unprepared and time.monotonic() < until:
             due_ms, schedule = heapq.heappop(self._unprepared)
@@ -104,9 +104,9 @@ class Agenda:
         return occurrence
 
     def take_due(self, now_ms: float, at_most: int, seconds: float) -> list[Occurrence]:
-        """Take what is due now, in its order; the unprepared is prepared, for at most so long.
+        """Take due occurrences in their order, and prepare missing ones for `seconds` at most.
 
-        Each is to be answered with `note`, `forget`, `defer` or `pause`.
+        The caller must call `note`, `forget`, `defer` or `pause` for each.
         """
         until = time.monotonic() + seconds
         taken: list[Occurrence] = []

@@ -1,4 +1,4 @@
-"""Leader election: a lock with a short lease, whose token fences what only the leader may do."""
+"""Leader election: a lock with a short lease, whose token fences the actions of the leader."""
 
 from __future__ import annotations
 
@@ -17,59 +17,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How often one that cannot hear of it looks whether the lead is free.
-_LOOK_SECONDS = 0.4
-#: How long after its end a lease is looked at.
+#: Interval of polls for a free leadership by schedulers that get no notice of its release.
+_POLL_SECONDS = 0.4
+#: Time after the end of the leader's lease at which it is polled.
 _MARGIN_MS = 5
 
 
 class Leadership:
-    """Leadership as one scheduler takes, renews and releases it.
+    """Takes, renews and releases the leadership for one scheduler.
 
     Args:
-        lease_seconds: how long the lead is kept without renewal.
+        lease_seconds: lease of the leadership.
     """
 
     def __init__(self, broker: RedisStreamBroker, lease_seconds: float) -> None:
         self._broker = broker
         self._lease_seconds = lease_seconds
         self.token = uuid4().hex
-        """Known to nobody else."""
+        """Secret token that identifies this scheduler."""
         self._lease_ms = int(lease_seconds * 1000)
         self.renew_at = 0.0
-        """Time to renew the lease (monotonic clock): twice before it ends."""
+        """Time of the next renewal (monotonic clock): after a third of the lease."""
 
     @property
     def renewal_due(self) -> bool:
-        """Return whether it is time to renew the lease."""
+        """True if it is time to renew the lease."""
         return self.renew_at <= time.monotonic()
 
     async def take(self) -> bool:
-        """Take the leadership if it is free, or still ours."""
-        self._renewed()
+        """Take the leadership if it is free, or still held. False: another scheduler leads."""
+        self._set_renew_at()
         await check_version(self._broker.redis)
         return await scheduling.take_lead(self._broker.redis, self.token, self._lease_ms)
 
     async def renew(self) -> bool:
         """Renew the leadership. False: it is lost."""
-        self._renewed()
+        self._set_renew_at()
         await check_version(self._broker.redis)
         return await scheduling.renew_lead(self._broker.redis, self.token, self._lease_ms)
 
-    def _renewed(self) -> None:
+    def _set_renew_at(self) -> None:
         self.renew_at = time.monotonic() + self._lease_seconds / 3
 
-    async def free_in_seconds(self, *, heard: bool) -> float:
+    async def free_in_seconds(self, *, notified: bool) -> float:
         """Return the time (s) until the leadership is free, unless it is renewed.
 
-        A scheduler that does not hear of its release (`heard` is false) polls in between.
+        Args:
+            notified: the scheduler gets notices of a release; otherwise the time is limited to the poll interval.
         """
         left_ms = await scheduling.lead_left_ms(self._broker.redis)
         seconds = (max(0, left_ms) + _MARGIN_MS) / 1000
-        return seconds if heard else min(seconds, _LOOK_SECONDS)
+        return seconds if notified else min(seconds, _POLL_SECONDS)
 
     async def release(self) -> None:
-        """Release the leadership, if it is ours, and notify the schedulers in standby."""
+        """Release the leadership, if it is held, and notify the schedulers in standby."""
         try:
             await scheduling.release_lead(self._broker.redis, self.token, self._lease_ms)
         except RedisError as error:

@@ -1,4 +1,4 @@
-"""Schedules: one for each periodic task, and for each VO and configured instance of it."""
+"""Schedules: one for each periodic task, and for each of its VOs and configured instances."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ..base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from ..broker.labels import LABEL_DUE, LABEL_SCHEDULE
 from ..broker.models import in_ms
-from ..broker.spans import submission_spans
-from ..config import TasksConfig, owner, schedule_in_force
+from ..broker.telemetry import submission_spans
+from ..config import TasksConfig, owner, schedule_settings
 from ..messages.typed_arguments import check_arguments
 from ..schedules import IntervalSeconds, TaskScheduleBase
+from .clock import SET_BACK_SECONDS
 
 if TYPE_CHECKING:
     from ..broker.requests import Occurrence
     from ..submission.client import Binding
 
-#: An occurrence that is later than this was missed: nobody led, or it was paused. Longer than any fail-over.
+#: A later occurrence counts as missed: there was no leader, or it was paused. Longer than any failover.
 MISSED_SECONDS = 30.0
 
 
@@ -28,13 +29,13 @@ class ScheduledTask:
     """One instance of a periodic task and its rule."""
 
     id: str
-    """`category:ClassName`, then `@instance` where the operator has named it, then `/vo` where it is VO-aware."""
+    """`category:ClassName`, then `@instance` for a configured instance, then `/vo` for a VO-aware task."""
     name: str
     """Registry name of the task."""
     task_class: type[PeriodicBaseTask]
     vo: str | None
     rule: TaskScheduleBase | None
-    """Due time; None where neither code nor configuration says so."""
+    """Rule of the due times; None if neither code nor configuration sets one."""
     instance: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class, without the VO."""
@@ -43,7 +44,7 @@ class ScheduledTask:
     source: str = "code"
     """Layer that determines the schedule: `code`, `common` or `vo NAME`."""
     missed: str = "once"
-    """`once`: a missed occurrence is made up for; `skip`: it is left out."""
+    """`once`: run once for all missed occurrences; `skip`: run none of them."""
 
     def build(self) -> PeriodicBaseTask:
         """Make the task to submit.
@@ -53,12 +54,12 @@ class ScheduledTask:
         """
         if not self.args:
             return self.task_class() if self.vo is None else self.task_class(self.vo)  # type: ignore[call-arg]
-        given = self.args if self.vo is None else {"vo": self.vo, **self.args}
-        return check_arguments(self.task_class, [], given)
+        arguments = self.args if self.vo is None else {"vo": self.vo, **self.args}
+        return check_arguments(self.task_class, [], arguments)
 
     @property
     def deterministic(self) -> bool:
-        """True if the run after the next is known beforehand: a rule without `next_after` counts from now."""
+        """True if the run after the next is known in advance: a rule without `next_after` counts from now."""
         assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
 
@@ -70,15 +71,35 @@ class ScheduledTask:
         except ValueError:
             return None
 
-    def brought_back(self, due: datetime, now: datetime) -> datetime | None:
-        """Return the next run in place of one that was planned by a clock ahead of the present one."""
+    def corrected_ms(self, due_ms: int | None, now: datetime, latest: dict[str, datetime]) -> int | None:
+        """Return the next due time (ms) instead of one planned before the clock was set back; None: none needed.
+
+        Args:
+            latest: the latest next run that a rule may have now, by fingerprint. Many schedules share a rule.
+        """
+        assert self.rule is not None
+        key = self.rule.fingerprint
+        try:
+            if key not in latest:
+                # The planned run may follow a run that is due within the tolerance of the clock.
+                latest[key] = self.rule.next_after(now + timedelta(seconds=SET_BACK_SECONDS))
+            if due_ms is None:
+                return in_ms(latest[key]) if self.deterministic else None
+            if due_ms <= max(in_ms(latest[key]), in_ms(now)):
+                return None
+            run = self._replanned_run(datetime.fromtimestamp(due_ms / 1000, UTC), now)
+        except Exception:
+            return None  # the rule has ended, or fails: reported when the schedule is due
+        return None if run is None else in_ms(run)
+
+    def _replanned_run(self, due: datetime, now: datetime) -> datetime | None:
         if not isinstance(self.rule, IntervalSeconds):
             return self.first_run_after(now)
         period = timedelta(seconds=self.rule.seconds)
-        return due - (due - now) // period * period  # which keeps the phase
+        return due - (due - now) // period * period  # keeps the phase
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
-        """Return the first run after `moment` that is not missed already; None when the rule has ended."""
+        """Return the first run after both `moment` and `now`; None when the rule has ended."""
         assert self.rule is not None
         try:
             run = self.rule.next_after(moment)
@@ -96,10 +117,10 @@ class ScheduledTask:
         return self.rule.next_after(now)
 
     def occurrence(self, binding: Binding, due_ms: int) -> Occurrence:
-        """Make the arguments of lua/occur.lua for the run that is due then, except for the next one.
+        """Make the arguments of lua/occur.lua for the run with that due time, except `next`.
 
         Raises:
-            Exception: whatever the task's class does wrong.
+            Exception: any error of the task class.
         """
         submission = binding.submission(self.build(), labels={LABEL_SCHEDULE: self.id, LABEL_DUE: due_ms})
         with submission_spans([submission]):
@@ -112,10 +133,10 @@ class ScheduledTask:
             }
 
     def set_next(self, occurrence: Occurrence, now_ms: float) -> None:
-        """Set `next`: when it is due after this occurrence, and after now; unset when that is the last run.
+        """Set `next`, the first due time after this occurrence and after now; unset it after the last run.
 
         Raises:
-            RuntimeError: when the rule does not go forward.
+            RuntimeError: when the rule returns a time that is not after the occurrence.
         """
         occurrence.pop("next", None)
         due_ms = occurrence["due"]
@@ -146,7 +167,7 @@ def _instances(
     instances = config.get_override(name, vo).instances
     suffix = "" if vo is None else f"/{vo}"
     for instance in instances or [None]:
-        enabled, rule, missed = schedule_in_force(config, name, task_class, vo, instance)
+        enabled, rule, missed = schedule_settings(config, name, task_class, vo, instance)
         yield ScheduledTask(
             name + ("" if instance is None else f"@{instance}") + suffix,
             name,
@@ -159,10 +180,3 @@ def _instances(
             source=owner(rule.path if enabled.value else enabled.path),
             missed=missed.value,
         )
-
-
-def scheduled_tasks(
-    registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
-) -> dict[str, ScheduledTask]:
-    """Return all instances that should run, by id."""
-    return {found.id: found for found in iter_schedules(registry, config, vos) if found.enabled}

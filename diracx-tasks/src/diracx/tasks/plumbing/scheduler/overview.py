@@ -24,19 +24,19 @@ class State(StrEnum):
     """State of a schedule."""
 
     ACTIVE = "active"
-    """It has a next run."""
+    """Has a next run."""
     PAUSED = "paused"
     """Paused by an operator."""
     FINISHED = "finished"
-    """Its rule has come to its end."""
+    """Its rule has no further run."""
     DISABLED = "disabled"
-    """Switched off by code or configuration, or without a rule."""
+    """Disabled by code or configuration, or without a rule."""
     FAILING = "failing"
     """The leader cannot submit it; see `problem`. It is tried again once a minute."""
     UNPLANNED = "unplanned"
-    """No scheduler has seen it yet."""
+    """Not yet planned by a scheduler."""
     UNKNOWN = "unknown"
-    """Known to a scheduler, or paused once, and not to the code and configuration at hand."""
+    """Stored in Redis, but missing in the code and configuration of this process."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class ScheduleState:
     """`every 30 s`, `cron …`, `rrule …`."""
     missed: str | None
     source: str | None
-    """Layer that determines the schedule: `code`, `common` or `vo NAME`; None where unknown."""
+    """Layer that determines the schedule: `code`, `common` or `vo NAME`; None if unknown."""
     next_run: datetime | None
     last_run: datetime | None
-    """Time when the last occurrence was due; when it was submitted, if that was by hand."""
+    """Due time of the last occurrence; for `run now`, time of its submission."""
     last_task_id: str | None
     activity: Activity | None
     outcome: Outcome | None
@@ -68,7 +68,7 @@ class ScheduleState:
 async def schedules(
     redis: Redis, registry: Mapping[str, type[BaseTask]], config: TasksConfig, vos: Iterable[str]
 ) -> list[ScheduleState]:
-    """Read all schedules by id: those of code and configuration, disabled or not, and what only Redis knows."""
+    """Read all schedules, ordered by id: those of code and configuration, disabled or not, and others in Redis."""
     instances = {found.id: found for found in iter_schedules(registry, config, vos)}
     stored = await read_schedules(redis)
     running = await activities(redis, stored)
@@ -127,12 +127,12 @@ def _parts(id_: str) -> tuple[str, str | None, str | None]:
 
 
 def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Match ids with patterns (`*`, `?`, `[…]`); also returns the patterns that match none.
+    """Match ids with patterns (`*`, `?`, `[…]`); also returns the patterns without a match.
 
-    An id may be given without its category, like the name of a task.
+    A pattern may be an id without its category, like the name of a task.
 
     Raises:
-        AmbiguousTaskNameError: when that fits several.
+        AmbiguousTaskNameError: when several ids match such a pattern.
     """
     from fnmatch import fnmatchcase
 

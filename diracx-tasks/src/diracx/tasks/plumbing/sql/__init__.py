@@ -1,1 +1,1 @@
-"""SQL databases: sessions and transactions, portable column types, classified errors."""
+"""SQL databases: sessions, transactions, portable column types, errors, migrations."""

@@ -1,4 +1,4 @@
-"""Clock of a SQL server, for timestamps that several machines write into one database."""
+"""Clock of an SQL server, for time stamps from several hosts."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ _QUERIES = {
     "mariadb": _MYSQL,
     "postgresql": "SELECT clock_timestamp() AT TIME ZONE 'UTC'",
 }
-#: Clocks that agree so far are taken to agree: how long the answer takes is no reason to go back and forth.
-_AGREE = timedelta(seconds=1)
+#: Smaller differences are ignored, as they may be caused by the latency of the query.
+_TOLERANCE = timedelta(seconds=1)
 
 
 class DatabaseClock:
-    """Time of the database without a query each time."""
+    """Time of the database, without a query for each time stamp."""
 
     def __init__(self) -> None:
-        self._ahead = timedelta(0)
+        self.ahead = timedelta(0)
+        """Offset of the clock of the database from that of this host."""
 
     def now(self) -> datetime:
-        """Return the present time in UTC."""
-        return datetime.now(UTC) + self._ahead
+        """Return the current time of the database in UTC."""
+        return datetime.now(UTC) + self.ahead
 
-    def follow(self, engine: AsyncEngine) -> None:
-        """Poll the server's clock whenever a connection is made. SQLite has no clock but ours."""
+    def synchronize(self, engine: AsyncEngine) -> None:
+        """Measure the offset at each new connection of the engine; not for SQLite, which has no clock."""
         query = _QUERIES.get(engine.dialect.name)
         if query is None:
             return
         from sqlalchemy import event
 
-        def look(connection: Any, _record: Any) -> None:
+        def measure(connection: Any, _record: Any) -> None:
             before = datetime.now(UTC)
             cursor = connection.cursor()
             try:
                 cursor.execute(query)
-                [[there]] = cursor.fetchall()
+                [[server_time]] = cursor.fetchall()
             finally:
                 cursor.close()
                 connection.rollback()
-            ahead = there.replace(tzinfo=UTC) - before - (datetime.now(UTC) - before) / 2
-            self._ahead = ahead if abs(ahead) > _AGREE else timedelta(0)
+            ahead = server_time.replace(tzinfo=UTC) - before - (datetime.now(UTC) - before) / 2
+            self.ahead = ahead if abs(ahead) > _TOLERANCE else timedelta(0)
 
-        event.listen(engine.sync_engine, "connect", look)
+        event.listen(engine.sync_engine, "connect", measure)

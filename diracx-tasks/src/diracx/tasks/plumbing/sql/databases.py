@@ -1,7 +1,7 @@
 """Configured SQL databases (`DIRACX_DB_URL_<NAME>`).
 
-`database_urls` is in place of `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL, and does not
-say which of the variables is wrong.
+`database_urls` replaces `BaseSQLDB.available_urls`, which in diracx-db 0.7 refuses PostgreSQL and does not name
+the variable that is wrong.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ _DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+
 
 
 def may_be_configured() -> bool:
-    """Return whether there may be a database, SQL or OpenSearch: a variable names one, or a file with variables.
-
-    What would tell for certain takes half a second to import.
-    """
+    """Return whether a database, SQL or OpenSearch, may be configured, without imports that take half a second."""
     return any(value and name.startswith(_PREFIXES) for name, value in os.environ.items())
 
 
@@ -35,10 +32,10 @@ def database_urls(only: str | None = None) -> dict[str, str]:
     """Return the URLs of the installed databases that are configured, by name.
 
     Args:
-        only: look at this one alone, whatever is wrong with others.
+        only: return and check this one alone.
 
     Raises:
-        TaskConfigError: naming the variable that is no URL of a database; its value may hold a password.
+        TaskConfigError: names the variable that is not a URL of a database, without its value.
     """
     if not may_be_configured():
         return {}
@@ -56,13 +53,9 @@ def database_urls(only: str | None = None) -> dict[str, str]:
 
 
 async def join_threads(before: Collection[threading.Thread]) -> None:
-    """Wait for the threads of SQLite connections that failed: each still calls this event loop.
-
-    Args:
-        before: the threads that were there before these connections.
-    """
+    """Wait for threads of failed SQLite connections, which call this event loop; not for those of `before`."""
     for thread in {*threading.enumerate()}.difference(before):
-        if not thread.name.startswith("asyncio_"):  # those of the loop itself stay
+        if not thread.name.startswith("asyncio_"):  # not those of the loop
             await asyncio.to_thread(thread.join, 1.0)
 
 
@@ -77,10 +70,7 @@ def _is_valid(url: str) -> bool:
 
 
 def report_lost_connections(engine: AsyncEngine) -> None:
-    """Report a write to a lost connection as a lost connection also under uvloop, which raises a RuntimeError.
-
-    aiomysql needs this; asyncpg notices the loss by itself.
-    """
+    """Convert the RuntimeError of uvloop for a write to a lost connection to an OperationalError, for aiomysql."""
     if engine.dialect.name in ("mysql", "mariadb"):
         from sqlalchemy import event
 

@@ -1,6 +1,6 @@
-"""Classify errors of SQL databases: repeat the transaction, wait, mend the set-up, or give up the row.
+"""Classifies errors of SQL databases by their remedy.
 
-The codes are those of the manuals of MySQL, MariaDB, PostgreSQL (appendix A) and SQLite (`rescode.html`).
+Error codes are from the manuals of MySQL, MariaDB, PostgreSQL (appendix A) and SQLite (`rescode.html`).
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class ErrorKind(StrEnum):
     """Kind of an error of a database, by its remedy."""
 
     CONFLICT = "conflict"
-    """Running the whole transaction again: deadlock, lock wait, serialisation failure, busy SQLite file."""
+    """Repeat the transaction: deadlock, lock wait, serialisation failure, busy SQLite file."""
     AWAY = "away"
-    """Waiting: the server does not answer, or cannot work at present (starting, read-only, full)."""
+    """Wait: the server does not respond or cannot work (starting, read-only, full)."""
     SETUP = "setup"
-    """An operator: credentials, rights, unknown database, unusable file."""
+    """Correct the configuration: credentials, rights, unknown database, unusable file."""
     NOT_READY = "not ready"
-    """An operator: tables or columns are missing."""
+    """Create or upgrade tables or columns."""
     REFUSED = "refused"
-    """Nothing: the database does not take this statement or this row."""
+    """None: the database refuses the statement or the row."""
 
 
 class DatabaseError(SQLDBUnavailableError):
-    """A database cannot be used at present; one line that says why, and the way out.
+    """A database is unavailable; the message has reason and remedy in one line.
 
-    DiracX answers it with 503. The driver's own words, which may tell users and hosts, are its `__cause__`.
+    DiracX responds with 503. The error of the driver, which may have users and hosts, is its `__cause__`.
 
     Args:
-        message: without secrets.
-        kind: by its remedy.
+        message: reason and remedy, without secrets.
+        kind: kind of the error.
     """
 
     def __init__(self, message: str, kind: ErrorKind) -> None:
@@ -68,17 +68,17 @@ class DatabaseError(SQLDBUnavailableError):
 
     @property
     def detail(self) -> str:
-        """Message with the driver's own text, for operators."""
+        """Message with that of the driver, for operators."""
         cause = self.__cause__
         if cause is None or isinstance(cause, TimeoutError):
             return str(self)
-        words = " ".join(mask(str(_original(cause)) or type(cause).__name__).split())[:300]
-        return f"{self} (it says: {words})"
+        message = " ".join(mask(str(_original(cause)) or type(cause).__name__).split())[:300]
+        return f"{self} (error: {message})"
 
 
 _MYSQL = {
-    # 1305: the savepoint went with the transaction that a deadlock has ended. 1020, 3101: snapshot isolation
-    # of MariaDB, group replication.
+    # 1305: savepoint of a transaction that a deadlock has ended. 1020, 3101: snapshot isolation of MariaDB, group
+    # replication.
     ErrorKind.CONFLICT: {1020, 1205, 1213, 1305, 1412, 3101},
     ErrorKind.SETUP: {1044, 1045, 1049, 1142, 1143, 1227, 1251, 1524, 1698, 2059},
     ErrorKind.NOT_READY: {1054, 1146},
@@ -99,21 +99,21 @@ _SQLITE = {
 }
 _SQLITE_LACKS = ("no such table", "no such column", "has no column named")
 
-_SAYS = {
-    ErrorKind.CONFLICT: "the database {0} is busy: other transactions were in the way each time; repeat it",
+_MESSAGES = {
+    ErrorKind.CONFLICT: "the database {0} is busy: every attempt conflicted with other transactions; repeat it",
     ErrorKind.AWAY: "cannot reach the database {0}: check that it runs, and {1}",
     ErrorKind.SETUP: "the database {0} cannot be used: check user, password, name and rights in {1}",
     ErrorKind.NOT_READY: "the database {0} lacks a table or a column: create or upgrade them, or correct {1}",
 }
-_SAYS_OF_CODE: dict[int | str | None, str] = {
+_MESSAGES_BY_CODE: dict[int | str | None, str] = {
     **dict.fromkeys((1049, "3D000"), "the database {0} does not exist on its server: create it, or correct {1}"),
     **dict.fromkeys(
         (1045, 1698, "28P01", "28000"), "the database {0} refuses the user or the password: correct {1}"
     ),
     8: "the file of the database {0} cannot be written: check its rights, and {1}",
-    11: "the file of the database {0} is damaged: restore it from a backup, or correct {1}",
+    11: "the file of the database {0} is corrupt: restore it from a backup, or correct {1}",
     14: "the file of the database {0} cannot be opened: check its directory and its rights, and {1}",
-    26: "the file of the database {0} is no SQLite database: correct {1}",
+    26: "the file of the database {0} is not an SQLite database: correct {1}",
 }
 
 
@@ -121,7 +121,7 @@ _UNUSABLE_URL = (ArgumentError, InvalidRequestError, ModuleNotFoundError)
 
 
 def classify(error: BaseException) -> ErrorKind | None:
-    """Return the kind of an error; None: it does not come from a database."""
+    """Return the kind of an error; None if it is not from a database."""
     if isinstance(error, DatabaseError):
         return error.kind
     if isinstance(error, DBUnavailableError):
@@ -138,7 +138,7 @@ def classify(error: BaseException) -> ErrorKind | None:
 
 
 def is_cut_off(error: BaseException) -> bool:
-    """Return whether the connection was lost: the server is away, or has closed it because of what it was sent."""
+    """Return whether the connection was lost: the server is down, or has closed it after an invalid packet."""
     if isinstance(error, DatabaseError) and error.__cause__ is not None:
         error = error.__cause__
     lost = isinstance(error, OSError | EOFError) or getattr(error, "connection_invalidated", False)
@@ -157,7 +157,7 @@ def _by_class(error: BaseException) -> ErrorKind | None:
     if isinstance(error, _UNUSABLE_URL):
         return ErrorKind.SETUP
     if not isinstance(error, SQLAlchemyError):
-        # asyncpg's errors before there is a connection.
+        # Errors of asyncpg while it connects.
         return ErrorKind.AWAY if type(error).__module__.startswith("asyncpg.") else None
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return ErrorKind.AWAY
@@ -172,7 +172,7 @@ def _original(error: BaseException) -> Any:
 
 
 def _code(error: BaseException) -> int | str | None:
-    """Return the SQLSTATE on PostgreSQL; on the others the number, of SQLite the primary one."""
+    """Return the SQLSTATE of PostgreSQL, the number of MySQL, or the primary number of SQLite."""
     original = _original(error)
     if type(original).__module__.startswith("pymysql"):
         number = original.args[0] if original.args else None
@@ -185,25 +185,22 @@ def _code(error: BaseException) -> int | str | None:
 
 
 def describe(database: str, error: BaseException) -> DatabaseError | None:
-    """Make the error for a user of this database (`TaskDB`), to be raised from the given one.
-
-    None: it says nothing about the database, but about what was asked of it.
-    """
+    """Make a `DatabaseError` for an error of this database (`TaskDB`); None if the statement is the problem."""
     kind = classify(error)
     if kind is None or kind is ErrorKind.REFUSED:
         return None
     if isinstance(error, DatabaseError):
         return error
-    says = _SAYS[kind]
+    message = _MESSAGES[kind]
     if kind is ErrorKind.SETUP:
-        says = _SAYS_OF_CODE.get(_code(error), says)
+        message = _MESSAGES_BY_CODE.get(_code(error), message)
     if isinstance(error, _UNUSABLE_URL):
         return unusable_url(database)
-    return DatabaseError(says.format(database, _variable(database)), kind)
+    return DatabaseError(message.format(database, _variable(database)), kind)
 
 
 def unusable_url(database: str) -> DatabaseError:
-    """Make the error for a URL of which the driver can make no connection."""
+    """Make the error for a URL that the driver cannot use."""
     return DatabaseError(
         f"the database {database} has no usable URL: correct {_variable(database)}", ErrorKind.SETUP
     )
@@ -215,26 +212,18 @@ def _variable(database: str) -> str:
 
 @contextmanager
 def explained(database: str) -> Iterator[None]:
-    """Turn errors of the database inside the block, which has nothing else in it, into one line.
-
-    Raises:
-        DatabaseError: in place of every error that says something about the database itself.
-    """
+    """Convert errors of the database inside the block to a `DatabaseError`, except those of statements."""
     try:
         yield
     except Exception as error:
-        if (told := describe(database, error)) is None or told is error:
+        if (described := describe(database, error)) is None or described is error:
             raise
-        raise told from error
+        raise described from error
 
 
 @contextmanager
 def connecting(database: str) -> Iterator[None]:
-    """As `explained`, for a block that opens a connection: other errors of drivers count as errors of the URL.
-
-    Raises:
-        DatabaseError: in place of every error.
-    """
+    """Convert all errors of a block that opens a connection to a `DatabaseError`; by default that of the URL."""
     try:
         yield
     except DatabaseError:

@@ -1,13 +1,13 @@
-"""Schema migrations of one SQL database, with Alembic: read its revision, upgrade, downgrade.
+"""Schema migrations of an SQL database with Alembic: read its revision, upgrade, downgrade.
 
 A database class has its revisions in a directory of its package (`env.py`, `versions/`) and its own version table,
-so that several databases share a schema. A database that `python -m diracx.db init-sql` made has no version table:
-with all tables, columns and indexes of the models it is at the newest revision.
+so that several databases can share a schema. A database without a version table, as made by `python -m diracx.db
+init-sql`, is at the newest revision if it has all tables, columns and indexes of the models.
 """
 
 from __future__ import annotations
 
-__all__ = ["MigrationError", "Migrations", "Move", "State", "Step", "run_env"]
+__all__ = ["MigrationError", "Migrations", "Move", "State", "Step", "Tables", "run_env"]
 
 import asyncio
 import contextlib
@@ -27,12 +27,12 @@ BASE = "base"
 HEAD = "head"
 _LOCK_SECONDS = 60
 _CONNECT_SECONDS = 10
-#: Where a change of the schema commits what was done before it, and cannot be undone.
+#: Dialects in which a change of the schema commits the transaction.
 _WITHOUT_TRANSACTIONS = ("mysql", "mariadb")
 
 
 class MigrationError(Exception):
-    """A migration is not possible: the error and the remedy in one line."""
+    """A migration is not possible; the message has reason and remedy in one line."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Step:
 
     revision: str
     what: str
-    """Its first line."""
+    """First line of its docstring."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Present revision of a database."""
+    """Current revision of a database."""
 
     revision: str | None
-    """None: it has no tables yet."""
+    """None: it has no tables."""
     head: str
-    """The newest revision that the software knows, and needs."""
+    """The newest revision, which the software needs."""
     pending: tuple[Step, ...]
     """Steps of an upgrade, oldest first."""
     stamped: bool
-    """True if the database says so itself; else it was recognised by its tables."""
+    """True if the revision is from the version table; else it was detected from the tables."""
 
 
 @dataclass(frozen=True)
@@ -65,65 +65,65 @@ class Move:
     before: str | None
     after: str | None
     steps: tuple[Step, ...]
-    """In the order in which they were done."""
+    """Applied steps, in order."""
     recognised: bool
-    """True if the database had no version table, and was recognised by its tables."""
+    """True if the database had no version table, and its revision was detected from its tables."""
 
 
 @dataclass(frozen=True)
 class Migrations:
-    """The revisions of a database class."""
+    """Migrations of a database class."""
 
     database: str
     """Name, as in DIRACX_DB_URL_<NAME>."""
     metadata: MetaData
     directory: Path
     command: str
-    """Command of the operator: `gubbins db`."""
+    """Command for operators, for error messages, as `gubbins db`."""
 
     @property
     def version_table(self) -> str:
-        """Name of the table that holds the revision."""
+        """Name of the version table."""
         return f"{self.database}Version"
 
-    # --- what a caller wants --------------------------------------------------------------------------------
+    # --- public methods -------------------------------------------------------------------------------------
 
     async def current(self, url: str) -> State:
-        """Return the revision of the database at this URL. Changes nothing.
+        """Return the revision of a database. Changes nothing.
 
         Raises:
-            MigrationError: its tables are none that any revision makes, or it is newer than the software.
-            DatabaseError: it cannot be used.
+            MigrationError: its tables do not match any revision, or it is newer than the software.
+            DatabaseError: it is unavailable.
         """
         async with self._connection(url) as connection:
             return await connection.run_sync(self._state)
 
     async def upgrade(self, url: str, to: str = HEAD) -> Move:
-        """Upgrade a database to a newer revision; one without tables gets them, one without a version is stamped.
+        """Upgrade a database to a newer revision: create missing tables, stamp a database without a version.
 
         Args:
-            url: of the database.
+            url: URL of the database.
             to: a revision, or `head`.
 
         Raises:
-            MigrationError: as for `current`; there is no such revision, or it is older.
+            MigrationError: as for `current`; the revision does not exist, or is older.
         """
         return await self._move(url, to, forward=True)
 
     async def downgrade(self, url: str, to: str) -> Move:
-        """Downgrade a database to an older revision. What that lacks is lost; `base` has no tables.
+        """Downgrade a database to an older revision, or to `base`, which has no tables. Drops newer columns.
 
         Raises:
-            MigrationError: as for `current`; there is no such revision, or it is newer.
+            MigrationError: as for `current`; the revision does not exist, or is newer.
         """
         return await self._move(url, to, forward=False)
 
     async def create(self, engine: AsyncEngine) -> bool:
-        """Make the tables in a database that has none, at the newest revision; False when they are there.
+        """Create the tables of the newest revision. Returns False if they exist.
 
         Raises:
-            MigrationError: there are tables, of an older revision or of something else.
-            DatabaseError: it cannot be used.
+            MigrationError: there are tables of an older revision, or other ones.
+            DatabaseError: it is unavailable.
         """
         from .errors import explained
 
@@ -135,8 +135,7 @@ class Migrations:
 
     def _create(self, connection: Connection) -> bool:
         _check_encoding(connection)
-        there = _Tables(connection)
-        if there.none_of([*self.metadata.tables, self.version_table]):
+        if Tables(connection).none_of([*self.metadata.tables, self.version_table]):
             self.metadata.create_all(connection)
             if _installed():
                 self._stamp(connection, HEAD)
@@ -176,20 +175,20 @@ class Migrations:
         revision = context.get_current_revision()
         if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
             raise MigrationError(
-                f"the database {self.database} is at revision {revision}, which this version of the software does "
-                f"not know (it knows {_only_head(scripts)}): install the one that made it"
+                f"the database {self.database} is at revision {revision}, which is unknown to this version of the "
+                f"software (its newest is {_only_head(scripts)}): install the version that made it"
             )
         return revision
 
     def _recognised(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
-        """Return the newest revision, if all tables and columns of the models are there."""
-        there = _Tables(connection)
-        if there.none_of(self.metadata.tables):
+        """Return the newest revision if all tables, columns and indexes of the models exist."""
+        tables = Tables(connection)
+        if tables.none_of(self.metadata.tables):
             return None
-        if lacking := there.lacking(self.metadata):
+        if lacking := tables.lacking(self.metadata, indexes=True):
             raise MigrationError(
-                f"the tables of the database {self.database} are of something else: there is no {lacking}; "
-                "rename them first"
+                f"the tables of the database {self.database} are not those of this software: {lacking[0]} is "
+                "missing; rename them first"
             )
         return _only_head(scripts)
 
@@ -215,15 +214,15 @@ class Migrations:
         target = order[-1] if to == HEAD else to
         if target not in (*order, BASE):
             raise MigrationError(
-                f"{self.database} has no revision {to!r}; there are {BASE}, {', '.join(order)} and {HEAD}"
+                f"{self.database} has no revision {to!r}; the revisions are {BASE}, {', '.join(order)} and {HEAD}"
             )
         start = 0 if before.revision is None else order.index(before.revision) + 1
         end = 0 if target == BASE else order.index(target) + 1
         if (end - start) * (1 if forward else -1) < 0:
             other = "downgrade" if forward else "upgrade"
             raise MigrationError(
-                f"the database {self.database} is at {before.revision or BASE}: "
-                f"{target} is reached with `{self.command} {other} {target}`"
+                f"the database {self.database} is at {before.revision or BASE}; "
+                f"for {target}, run `{self.command} {other} {target}`"
             )
         recognised = before.revision is not None and not before.stamped
         if recognised:
@@ -262,7 +261,7 @@ class Migrations:
         return config
 
     def differences(self, connection: Connection) -> list[Any]:
-        """Return the differences between the database and the models; for tests, and for new revisions."""
+        """Return the differences between the database and the models, for tests and new revisions."""
         from alembic.autogenerate import compare_metadata
         from alembic.runtime.migration import MigrationContext
 
@@ -270,24 +269,24 @@ class Migrations:
         return list(compare_metadata(context, self.metadata))
 
     def _options(self) -> dict[str, Any]:
-        ours = {name.casefold() for name in self.metadata.tables}
+        tables = {name.casefold() for name in self.metadata.tables}
 
         def include_name(name: str | None, kind: str, _parents: Any) -> bool:
-            return kind != "table" or (name or "").casefold() in ours
+            return kind != "table" or (name or "").casefold() in tables
 
         return {
             "version_table": self.version_table,
             "include_name": include_name,
             "target_metadata": self.metadata,
             "compare_type": True,
-            # SQLite changes a table by copying it.
+            # SQLite needs a copy of a table to change it.
             "render_as_batch": True,
             "transaction_per_migration": True,
         }
 
 
 def run_env() -> None:
-    """Run the revisions; called by the `env.py` of a directory of revisions."""
+    """Run the revisions; called by `env.py`."""
     from alembic import context
 
     migrations: Migrations = context.config.attributes["migrations"]
@@ -314,8 +313,8 @@ def _step(script: Script) -> Step:
     return Step(script.revision, script.doc.splitlines()[0].rstrip("."))
 
 
-class _Tables:
-    """Tables of a database. Some MySQL servers keep the names of tables in lower case."""
+class Tables:
+    """Tables of a database, by case-insensitive name: some MySQL servers store names in lower case."""
 
     def __init__(self, connection: Connection) -> None:
         from sqlalchemy import inspect
@@ -326,18 +325,28 @@ class _Tables:
     def none_of(self, tables: Iterable[str]) -> bool:
         return not any(name.casefold() in self._names for name in tables)
 
-    def lacking(self, metadata: MetaData) -> str:
-        """Return the tables and columns of the models that are missing."""
+    def lacking(self, metadata: MetaData, *, indexes: bool) -> list[str]:
+        """Return missing tables, columns and, optionally, indexes of the models."""
+        found = []
         for table in metadata.sorted_tables:
             name = self._names.get(table.name.casefold())
             if name is None:
-                return f"table {table.name}"
-            found = {column["name"].casefold() for column in self._inspector.get_columns(name)}
-            found |= {(index["name"] or "").casefold() for index in self._inspector.get_indexes(name)}
-            for part in (*table.columns, *table.indexes):
-                if str(part.name).casefold() not in found:
-                    return f"{part.name} in the table {table.name}"
-        return ""
+                found.append(f"table {table.name}")
+                continue
+            existing = {column["name"].casefold() for column in self._inspector.get_columns(name)}
+            found += [
+                f"column {each.name} in {table.name}"
+                for each in table.columns
+                if each.name.casefold() not in existing
+            ]
+            if indexes:
+                existing = {(index["name"] or "").casefold() for index in self._inspector.get_indexes(name)}
+                found += [
+                    f"index {each.name} in {table.name}"
+                    for each in table.indexes
+                    if str(each.name).casefold() not in existing
+                ]
+        return found
 
 
 # --- connections ------------------------------------------------------------------------------------------------
@@ -345,8 +354,7 @@ class _Tables:
 
 @contextlib.asynccontextmanager
 async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]:
-    """Open a connection of its own. On SQLite it does not enforce foreign keys: else replacing a table by its copy
-    would delete rows of other tables."""
+    """Open a connection; on SQLite without foreign keys, as replacing a table would delete rows of others."""
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
@@ -355,7 +363,7 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
     try:
         engine = create_async_engine(url, poolclass=NullPool)
     except Exception:
-        raise unusable_url(database) from None  # the error of a bad URL shows parts of it
+        raise unusable_url(database) from None  # the error may have parts of the URL
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.dispose)
         with connecting(database):
@@ -366,16 +374,16 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
 
 @contextlib.asynccontextmanager
 async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[None]:
-    """Exclude other migrations of this database; all is one transaction, except on MySQL."""
+    """Exclude concurrent migrations of this database; except on MySQL, all is one transaction."""
     dialect = connection.dialect.name
     if dialect in _WITHOUT_TRANSACTIONS:
-        # Named after the schema as well: the lock is the server's.
+        # The lock is per server: its name includes the schema.
         lock = f"CONCAT(LEFT(DATABASE(), 40), '.{name}')"
         taken = await connection.exec_driver_sql(f"SELECT GET_LOCK({lock}, {_LOCK_SECONDS})")
         if taken.scalar_one() != 1:
             raise MigrationError(f"another process has been migrating this database for {_LOCK_SECONDS} s")
         await connection.commit()
-        yield  # closing the connection gives the lock back
+        yield  # the lock is released when the connection is closed
         await connection.commit()
         return
     if dialect == "sqlite":
@@ -388,13 +396,13 @@ async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[No
 
 
 def _check_encoding(connection: Connection) -> None:
-    """Check the encoding on PostgreSQL, where it belongs to the whole database."""
+    """Check the encoding on PostgreSQL, where it is a property of the database."""
     if connection.dialect.name == "postgresql":
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":
             raise MigrationError(
-                f"the encoding of this PostgreSQL database is {encoding}, which cannot hold every text: "
-                "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one"
+                f"the encoding of this PostgreSQL database is {encoding}, which cannot store all characters: "
+                "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and use that one"
             )
 
 
@@ -402,4 +410,4 @@ def _check_foreign_keys(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
         if broken:
-            raise MigrationError(f"rows would refer to rows that are not there: {broken[:3]}; nothing was changed")
+            raise MigrationError(f"rows would refer to rows that do not exist: {broken[:3]}; nothing was changed")

@@ -1,1 +1,1 @@
-"""Submission: the choice of the broker for `schedule()`, and the checks and preparation before."""
+"""Submission: makes and checks the messages of `schedule()`, and binds the broker for them."""

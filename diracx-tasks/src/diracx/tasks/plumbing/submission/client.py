@@ -1,7 +1,7 @@
 """Makes messages of tasks, and binds a broker to the context, for `schedule()`.
 
-Workers, schedulers and `call` bind theirs; DiracX routes get one from DIRACX_TASKS_REDIS_URL through
-`auto_inject`; any other code says `async with task_broker():`.
+Workers, schedulers and `call` bind their broker; DiracX routes get one from DIRACX_TASKS_REDIS_URL through
+`auto_inject`; other code uses `async with task_broker():`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..broker.models import Submission, TaskMessage, new_task_id
 from ..broker.streams import stream_name_for
 from ..locks import lock_specs
 from ..messages.arguments import secret_positions, signature_of
-from ..messages.roundtrip import outgoing_arguments
+from ..messages.roundtrip import checked_arguments
 
 if TYPE_CHECKING:
     from ..broker.redis_streams import RedisStreamBroker
@@ -30,30 +30,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Binding:
-    """A broker and the names of the tasks that may go through it."""
+    """A broker, with the registry and the settings of the tasks that are submitted through it."""
 
     broker: RedisStreamBroker
     registry: TaskRegistry
     config: TasksConfig | None = None
-    """The operator's settings; a priority that is set there routes the task."""
+    """The operator's settings, of which a priority determines the queue."""
 
     def submission(
-        self,
-        task: BaseTask,
-        *,
-        at_time: datetime | None = None,
-        labels: Mapping[str, Any] | None = None,
-        task_id: str | None = None,
+        self, task: BaseTask, *, at_time: datetime | None = None, labels: Mapping[str, Any] | None = None
     ) -> Submission:
-        """The task as a message for its queue: see `stream_of`.
+        """Make the message of a task, for the queue of `stream_of`.
 
         Raises:
             SendTaskError: when the class is not registered.
-            TypeError: when an argument would not arrive as it is.
+            TypeError: when an argument would not be equal after decoding.
             ValueError: when its locks could never be granted, or are too many.
         """
         task_class = type(task)
-        if task_class.execution_locks is not BaseTask.execution_locks:  # those every task has need no look
+        if task_class.execution_locks is not BaseTask.execution_locks:  # the default locks need no check
             try:
                 lock_specs(task.execution_locks)
             except ValueError as error:
@@ -63,9 +58,11 @@ class Binding:
         signature = signature_of(task_class)
         if signature.secret:
             checked[LABEL_SECRET] = secret_positions(task_class)
-        args = outgoing_arguments(task, signature)
+        args = signature.scalars(task)
+        if args is None:
+            args = checked_arguments(task)
         message = TaskMessage(
-            task_id=task_id or new_task_id(),
+            task_id=new_task_id(),
             task_name=name,
             labels=checked,
             task_args=args,
@@ -74,42 +71,42 @@ class Binding:
         return Submission(message, stream_of(name, task, self.config, checked), at_time)
 
     async def latest(self) -> Binding:
-        """Itself: its settings stay."""
+        """Return this binding, whose settings do not change."""
         return self
 
 
 class Client:
-    """A broker for code that submits now and then: the settings are read again when it does."""
+    """A broker for code that submits tasks only sometimes: each submission reads changed settings again."""
 
     def __init__(self, broker: RedisStreamBroker, registry: TaskRegistry) -> None:
         from ..config.sources import ConfigReader
         from ..config.watcher import CachedConfig
 
         self._binding = Binding(broker, registry)
-        self._follower = CachedConfig(ConfigReader.of_environment())
+        self._config = CachedConfig(ConfigReader.from_environment())
 
     @property
     def broker(self) -> RedisStreamBroker:
-        """Broker to which the messages go."""
+        """Broker of the submissions."""
         return self._binding.broker
 
     async def latest(self) -> Binding:
-        """The broker with the settings as they are written now.
+        """Return the binding with the current settings.
 
         Raises:
-            TaskConfigError: when they are wrong and no others were read before.
+            TaskConfigError: when the settings are wrong and no correct ones were read before.
         """
-        config = await self._follower.tasks()
+        config = await self._config.tasks()
         if config is not self._binding.config:
             self._binding = replace(self._binding, config=config)
         return self._binding
 
 
 def stream_of(name: str, task: BaseTask, config: TasksConfig | None, labels: Mapping[str, Any]) -> str:
-    """The queue of a task: by the operator's priority, else by its class, else by its labels.
+    """Choose the queue of a task: by the operator's priority, else by its class, else by its labels.
 
     Raises:
-        ValueError: when a label that counts names no queue.
+        ValueError: when a label that determines the queue has an invalid value.
     """
     task_class = type(task)
     priority = None if LABEL_PRIORITY in labels and not _declares(task_class, "priority") else task_class.priority
@@ -123,7 +120,7 @@ def stream_of(name: str, task: BaseTask, config: TasksConfig | None, labels: Map
 
 
 def _declares(task_class: type[BaseTask], name: str) -> bool:
-    """True if the class or a base of it sets this, and not `BaseTask` alone."""
+    """True if the class or a base other than `BaseTask` sets this attribute."""
     return any(name in vars(each) for each in task_class.__mro__ if each is not BaseTask)
 
 
@@ -131,7 +128,7 @@ def _declares(task_class: type[BaseTask], name: str) -> bool:
 def bound_to(
     broker: RedisStreamBroker, registry: TaskRegistry, config: TasksConfig | None = None
 ) -> Iterator[Binding]:
-    """Bind a broker for everything that is called, or started as an asyncio task, inside the block."""
+    """Bind a broker for code that is called, or started as an asyncio task, inside the block."""
     binding = Binding(broker, registry, config)
     with use_broker(lambda: binding):
         yield binding
@@ -141,20 +138,20 @@ def bound_to(
 async def task_broker(
     redis_url: str | None = None, registry: Mapping[str, type[BaseTask]] | None = None
 ) -> AsyncIterator[RedisStreamBroker]:
-    """Let plain code submit tasks:
+    """Bind a broker, for code outside workers and routes that submits tasks:
 
         async with task_broker("redis://localhost"):
             await MyTask(1).schedule()
 
     Args:
-        redis_url: by default DIRACX_TASKS_REDIS_URL, else what is in the file
-            DIRACX_TASKS_REDIS_URL_FILE, else `redis://localhost`.
-        registry: registry name -> task class; by default all installed tasks.
+        redis_url: by default DIRACX_TASKS_REDIS_URL, else the content of the file DIRACX_TASKS_REDIS_URL_FILE,
+            else `redis://localhost`.
+        registry: task classes by registry name; by default all installed tasks.
 
     Raises:
         AddressError: when the URL, or its file, cannot be used; a ValueError.
-        TaskConfigError: when the configuration of tasks is wrong. A change of it is followed from then on.
-        UnusableServerError: when the task system cannot work on that server, or with that user.
+        TaskConfigError: when the configuration of tasks is wrong. Later changes of it are applied.
+        UnusableServerError: when the task system cannot work with that server, or that user.
         redis.exceptions.RedisError: when the server does not answer.
     """
     from ..broker.address import DEFAULT_REDIS_URL, redis_url_from_environment
@@ -174,13 +171,13 @@ async def task_broker(
         await broker.shutdown()
 
 
-#: One lazily made binding for each event loop of the process: an application has one loop.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Client] = WeakKeyDictionary()
+#: One client for each event loop of the process, made at its first use.
+_client_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Client] = WeakKeyDictionary()
 
 
 def _client_from_environment() -> Client:
     loop = asyncio.get_running_loop()
-    client = _of_loop.get(loop)
+    client = _client_by_loop.get(loop)
     if client is None:
         from ..broker.connection import redis_url_from_environment
         from ..broker.redis_streams import RedisStreamBroker
@@ -189,15 +186,15 @@ def _client_from_environment() -> Client:
         url = redis_url_from_environment()
         if not url:
             raise RuntimeError("this route submits a task but no broker is known: set DIRACX_TASKS_REDIS_URL")
-        client = _of_loop[loop] = Client(RedisStreamBroker(url), load_task_registry())
+        client = _client_by_loop[loop] = Client(RedisStreamBroker(url), load_task_registry())
     return client
 
 
 @contextmanager
 def bound_from_environment() -> Iterator[None]:
-    """Bind the broker of DIRACX_TASKS_REDIS_URL where nothing is bound yet.
+    """Bind the broker of DIRACX_TASKS_REDIS_URL, unless one is bound.
 
-    Nothing is read or connected before something is submitted.
+    The variable is read, and the connection opened, at the first submission.
     """
     if is_bound():
         yield

@@ -1,8 +1,8 @@
-"""Channels of a worker: notices of cancelled tasks the moment they are, and of delayed ones that no
-scheduler sees to; and of workers with a shorter lease than any before. The lease keeper listens.
+"""Handles the pub/sub messages for one worker: cancelled tasks, delayed tasks without a scheduler that promotes
+them, and a shorter lease among the workers. The lease keeper's connection subscribes to the channels.
 
-A channel forgets what nobody heard. Marks in Redis are the safety net for what is cancelled: a worker finds them
-with what it takes in, and the lease keeper with what runs. What is delayed is looked at now and then.
+Pub/sub does not redeliver. For cancellations, marks in Redis are the safety net: a worker reads them when it takes
+a delivery, and the lease keeper with each renewal. Delayed tasks are polled for at an interval.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 _CANCELLED, _WAKE, _LEASES = CANCELLED_CHANNEL.encode(), WAKE_CHANNEL.encode(), LEASES_CHANNEL.encode()
 
-#: A task that was announced may just be on its way to us; so long is remembered that it was.
+#: How long a cancellation is remembered: the delivery of that task may still be on its way to this worker.
 _REMEMBERED_SECONDS = 60.0
 
 
 class ControlChannel:
-    """Cancels what runs and is announced as cancelled, and passes on the rest.
+    """Cancels running tasks on request, and forwards the other messages.
 
     Args:
         consumer: name of the worker.
-        running: what runs; a live view.
-        promoter: hears in how many ms a task is due that no scheduler sees to.
+        running: the running executions; a live view.
+        promoter: receives the delay in ms of each delayed task that no scheduler promotes.
     """
 
     def __init__(self, consumer: str, running: Collection[Execution], promoter: Promoter) -> None:
@@ -43,41 +43,44 @@ class ControlChannel:
         self._running = running
         self._promoter = promoter
         self._at_shorter_lease: tuple[Callable[[], None], ...] = ()
-        self._heard: dict[str, float] = {}  # the earliest first
+        self.announced: dict[str, float] = {}
+        """Ids of cancelled tasks, with the time of the message (`time.monotonic`); the earliest first."""
         self._cancelling = CallsInRounds()
 
     def call_at_shorter_lease(self, *calls: Callable[[], None]) -> None:
-        """Make these calls when there is a worker whose lease is the shortest of all."""
+        """Register calls to make when a worker starts whose lease is shorter than all others."""
         self._at_shorter_lease = calls
 
     def cancelled_since(self, moment: float, task_id: str) -> bool:
-        """True if it was announced as cancelled after `moment` (of the monotonic clock)."""
-        return self._heard.get(task_id, float("-inf")) >= moment
+        """True if the cancellation was announced after `moment` (of the monotonic clock)."""
+        return self.announced.get(task_id, float("-inf")) >= moment
 
     def listening(self) -> None:
-        """The channels are subscribed to: what was said before, we have not heard."""
-        self._promoter.hear(b"0")
+        """Handle a new subscription: earlier messages were missed, so poll for delayed tasks now."""
+        self._promoter.due_in(b"0")
 
     def receive(self, channel: bytes, data: bytes) -> None:
-        """A message has come."""
+        """Handle a message."""
         try:
             if channel == _WAKE:
-                self._promoter.hear(data)
+                self._promoter.due_in(data)
             elif channel == _LEASES:
                 for call in self._at_shorter_lease:
                     call()
             elif channel == _CANCELLED:
-                self._hear({data.decode()})
+                self._note_cancelled({data.decode()})
             else:
-                self._hear(set(msgpack.unpackb(data, unicode_errors="surrogatepass")))
-        except Exception as error:  # whatever it is: without it, all is found a little later
+                self._note_cancelled(set(msgpack.unpackb(data, unicode_errors="surrogatepass")))
+        except Exception as error:  # any: polling makes up for a lost message
             logger.warning("a message on the channel %r cannot be read: %s", channel, error)
 
-    def _hear(self, task_ids: set[str]) -> None:
+    def _note_cancelled(self, task_ids: set[str]) -> None:
         now = time.monotonic()
-        while self._heard and self._heard[earliest := next(iter(self._heard))] < now - _REMEMBERED_SECONDS:
-            del self._heard[earliest]
+        while (
+            self.announced and self.announced[earliest := next(iter(self.announced))] < now - _REMEMBERED_SECONDS
+        ):
+            del self.announced[earliest]
         for task_id in task_ids:
-            self._heard.pop(task_id, None)
-            self._heard[task_id] = now
+            self.announced.pop(task_id, None)
+            self.announced[task_id] = now
         self._cancelling.add(each.cancel for each in self._running if each.message.task_id in task_ids)

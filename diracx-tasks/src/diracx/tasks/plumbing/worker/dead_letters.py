@@ -1,4 +1,4 @@
-"""Stores dead letters before the broker is told: in SQL, in batches, or in Redis while there is no database."""
+"""Stores dead letters before their tasks are settled: in SQL, in batches, or in Redis without a database."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from redis.exceptions import ResponseError
 
-from .._util.retrying import Backoff, is_transient, retry_until_available
+from .._util.retrying import Outage, is_transient, retry_until_available
 from ..broker.dead_letter_stream import DEAD_LETTERS, dead_letters, delete_dead_letters
-from ..broker.groups import ask_for_audit, group_of
+from ..broker.groups import group_of, request_audit
 from ..broker.models import id_at_head
 from ..broker.sizes import CALL_BYTES, in_calls
 from ..messages.error_info import one_line
@@ -25,34 +25,30 @@ from .keeper import PendingAck
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Settlement
-    from ..broker.requests import StoredDeadLetter
     from ..persistence import TaskDB
     from .keeper import LeaseKeeper
+    from .settings import WorkerSettings
     from .settler import Settler
 
 logger = logging.getLogger(__name__)
 
-#: Dead letters in one transaction. What is larger than `CALL_BYTES` together is parted.
+#: Dead letters in one transaction; a batch larger than `CALL_BYTES` is split.
 _BATCH = 100
-#: How many wait in memory for the database, with their tasks unacknowledged and their locks held; and how long.
-_MAX_QUEUED = 1_000
+#: Bound of the queue in memory, beside the number and age in the settings.
 _MAX_QUEUED_BYTES = 16 * 1024 * 1024
-_MAX_SECONDS = 30.0
-#: A database that is cut off says nothing at all; then a new connection must be tried some time.
-_ANSWER_SECONDS = 10.0
-#: So often the database refuses a dead letter, or closes the connection on it and answers others, to be believed.
+#: Attempts before a dead letter counts as refused by the database (an error, or a closed connection while other
+#: statements succeed).
 _REFUSALS = 3
-#: How often to look for dead letters in Redis, and how often to try again those that the database has refused.
-_IMPORT_SECONDS = 60.0
+#: Interval between retries of dead letters that the database has refused.
 _RETRY_REFUSED_SECONDS = 3600.0
-#: No other worker imports for so long after the last batch was read: longer than a batch may take.
+#: Lease on the import after each batch read, against other workers: longer than a batch may take.
 _IMPORT_LEASE_MS = 15_000
-#: How long a worker that starts waits for the first import.
+#: How long a starting worker waits for the first import.
 _START_SECONDS = 2.0
 
 
 class _RefusedError(Exception):
-    """The database takes other statements, and not this dead letter."""
+    """The database refuses this dead letter, while other statements succeed."""
 
 
 class _Queued(NamedTuple):
@@ -61,25 +57,26 @@ class _Queued(NamedTuple):
     since: float  # time.monotonic()
 
 
-def in_redis(dead_letter: DeadLetter) -> StoredDeadLetter:
-    """The dead letter as settle.lua keeps it until a worker imports it into the database."""
-    return {"reason": dead_letter.reason, "data": dead_letter.dumpb()}
-
-
 class DeadLetterStore:
-    """Stores the dead letters of one worker, and imports those that wait in Redis.
+    """Stores the dead letters of one worker in the database, and imports pending ones from Redis.
 
-    While the database is away, one loop tries again, with one statement at a time. The queue in memory is bounded
-    by number, bytes and age: what is beyond goes to Redis in the same step that acknowledges its task.
+    While the database is unavailable, one loop retries, with one statement at a time. The queue in memory is
+    bounded by number, bytes and age: an excess dead letter goes to Redis in the step that acknowledges its task.
 
     Args:
-        settler: sends the settlement of a task whose dead letter is stored, or goes with it.
+        settler: sends the settlement of a task once its dead letter is stored, or with the dead letter inside.
         keeper: keeps the task leased until then.
     """
 
     def __init__(
-        self, broker: RedisStreamBroker, db: TaskDB | None, settler: Settler, keeper: LeaseKeeper
+        self,
+        broker: RedisStreamBroker,
+        settings: WorkerSettings,
+        db: TaskDB | None,
+        settler: Settler,
+        keeper: LeaseKeeper,
     ) -> None:
+        self._settings = settings
         self._broker = broker
         self._db = db
         self._settler = settler
@@ -91,19 +88,22 @@ class DeadLetterStore:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = db is None
-        self._failing_since: float | None = None
+        self._outage = Outage("store a dead letter", logger)
         self._diverting = False
         self._batch = _BATCH
         self._refusals = 0
         self._after = "-"
         self._began_at = self._import_at = time.monotonic()
-        self._caught_up = asyncio.Event()
+        self.caught_up = asyncio.Event()
+        """Is set after the first import from Redis, or when the database fails."""
         self._imported = 0
         self._last_error = ""
 
-    def add(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
-        """Store the dead letter, then settle its task."""
+    def add(self, settlement: Settlement) -> None:
+        """Store the dead letter that is in the settlement, then settle its task."""
         self._keeper.add([PendingAck(settlement.delivery, settlement.locks)])
+        assert settlement.dead is not None
+        dead_letter = DeadLetter.of_stored(settlement.dead)
         if dead_letter.task_name:
             self._enqueue(dead_letter, settlement)
             return
@@ -112,25 +112,25 @@ class DeadLetterStore:
         search.add_done_callback(self._searches.discard)
 
     async def _add_child(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
-        """Store the dead letter of what cannot be read, and may be the child of a group."""
+        """Store the dead letter of an unreadable message, which may be the child of a group."""
         child = id_at_head(dead_letter.data)
         redis = self._broker.redis
-        find = partial(group_of, redis, child) if child else partial(ask_for_audit, redis)
+        find = partial(group_of, redis, child) if child else partial(request_audit, redis)
         group: str | None = None
         try:
             group = await retry_until_available(find, "find the group of a child")
-        except ResponseError as error:  # as of a key of another type: the dead letter must not wait for it
+        except ResponseError as error:  # a key of the wrong type, say: the dead letter must not wait for it
             logger.error("cannot look for the group of %r: %s", child, error)
         if group is not None and child is not None:
-            told = f"{dead_letter.reason}: {dead_letter.detail}"
-            settlement.group = {"id": group, "child": child, "error": told.replace("\n", " ")}
+            text = f"{dead_letter.reason}: {dead_letter.detail}"
+            settlement.group = {"id": group, "child": child, "error": text.replace("\n", " ")}
         self._enqueue(dead_letter, settlement)
 
     def _enqueue(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
         queued = _Queued(dead_letter, settlement, time.monotonic())
         if self._closed:
             self._send_to_redis(queued)
-        elif self._is_full(len(dead_letter.data)) or self._away_for_long():
+        elif self._is_full(len(dead_letter.data)) or self._unavailable_for_long():
             self._divert(queued)
         else:
             self._queue.append(queued)
@@ -140,48 +140,43 @@ class DeadLetterStore:
 
     def _is_full(self, more_bytes: int) -> bool:
         too_large = self._queued_bytes + more_bytes > _MAX_QUEUED_BYTES
-        return len(self._queue) >= _MAX_QUEUED or (too_large and bool(self._queue))
+        return len(self._queue) >= self._settings.max_queued_dead_letters or (too_large and bool(self._queue))
 
-    def _away_for_long(self) -> bool:
-        return self._failing_since is not None and time.monotonic() - self._failing_since > _MAX_SECONDS
+    def _unavailable_for_long(self) -> bool:
+        since = self._outage.since
+        return since is not None and time.monotonic() - since > self._settings.dead_letter_seconds
 
     async def run(self) -> None:
-        """Store what comes, and import what waits in Redis, for ever."""
-        pauses = Backoff()
+        """Store queued dead letters and import those in Redis, until cancelled."""
         while self._db is not None:
-            await self._work()
+            await self._wait_for_work()
             began_at = time.monotonic()
             try:
-                if self._failing_since is not None:
+                if self._outage.since is not None:
                     await self._probe()
                 await (self._store_next() if self._queue else self._import_next())
             except Exception as error:
-                if self._failing_since is None:
-                    self._failing_since = began_at
-                    logger.warning("cannot store a dead letter: %s; trying again until it works", _in_short(error))
-                self._caught_up.set()
+                pause = self._outage.failed(_in_short(error), began_at)
+                self.caught_up.set()
                 self._idle.set()
                 self._divert_old()
-                await asyncio.sleep(pauses.next())
+                await asyncio.sleep(pause)
             else:
-                if self._failing_since is not None:
-                    logger.warning("can store a dead letter again")
-                self._failing_since = None
+                self._outage.over()
                 if self._diverting and not self._queue:
                     self._diverting, self._import_at = False, began_at
                 self._divert_old()
-                pauses.succeeded()
 
     async def started(self) -> None:
-        """Return when what waited in Redis is imported, or that takes longer than a start should."""
+        """Wait for the first import from Redis, for at most `_START_SECONDS`."""
         if self._db is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._caught_up.wait(), _START_SECONDS)
+                await asyncio.wait_for(self.caught_up.wait(), _START_SECONDS)
 
     async def close(self, seconds: float) -> None:
-        """Let a database that answers store what is queued, within that time. All else goes to Redis.
+        """Give a working database `seconds` to store the queue, then send the rest to Redis.
 
-        Cancelling this ends what cannot be done in time.
+        Cancelling this ends the searches for groups that are not done in time.
         """
         try:
             while self._searches:
@@ -189,17 +184,17 @@ class DeadLetterStore:
         finally:
             for search in self._searches:
                 search.cancel()
-        if self._failing_since is None:
+        if self._outage.since is None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), seconds)
         self._closed = True
         while self._queue:
             self._send_to_redis(self._pop())
 
-    async def _work(self) -> None:
-        """Return when there is something to do."""
+    async def _wait_for_work(self) -> None:
+        """Return when a dead letter is queued, the next import is due, or the database is to be tried again."""
         self._arrived.clear()
-        if self._queue or self._failing_since is not None:
+        if self._queue or self._outage.since is not None:
             return
         self._idle.set()
         with suppress(TimeoutError):
@@ -226,7 +221,7 @@ class DeadLetterStore:
         else:
             finish = self._settle_stored
         for queued in batch:
-            if self._queue and self._queue[0] is queued:  # else it went to Redis meanwhile, for we stop
+            if self._queue and self._queue[0] is queued:  # else `close` has sent it to Redis meanwhile
                 finish(self._pop())
 
     def _pop(self) -> _Queued:
@@ -235,10 +230,11 @@ class DeadLetterStore:
         return queued
 
     def _settle_stored(self, queued: _Queued) -> None:
+        queued.settlement.dead = None
         self._settler.add(queued.settlement)
 
     def _divert_old(self) -> None:
-        while self._queue and time.monotonic() - self._queue[0].since > _MAX_SECONDS:
+        while self._queue and time.monotonic() - self._queue[0].since > self._settings.dead_letter_seconds:
             self._divert(self._pop())
 
     def _divert(self, queued: _Queued) -> None:
@@ -247,15 +243,14 @@ class DeadLetterStore:
             logger.warning(
                 "the database does not take dead letters as fast as they come: what is more than %d, %d bytes or "
                 "%g s waits in Redis, and `dlq waiting` shows it",
-                *(_MAX_QUEUED, _MAX_QUEUED_BYTES, _MAX_SECONDS),
+                *(self._settings.max_queued_dead_letters, _MAX_QUEUED_BYTES, self._settings.dead_letter_seconds),
             )
         self._send_to_redis(queued)
 
     def _send_to_redis(self, queued: _Queued) -> None:
-        queued.settlement.dead = in_redis(queued.dead_letter)
         self._settler.add(queued.settlement)
 
-    # --- what waits in Redis ----------------------------------------------------------------------------
+    # --- import from Redis ------------------------------------------------------------------------------
 
     async def _import_next(self) -> None:
         now = time.monotonic()
@@ -266,11 +261,11 @@ class DeadLetterStore:
         if self._imported:
             logger.info("took %d dead letters from Redis into the database", self._imported)
         self._imported = 0
-        self._import_at = now + _IMPORT_SECONDS
-        self._caught_up.set()
+        self._import_at = now + self._settings.import_seconds
+        self.caught_up.set()
 
     async def _import_batch(self) -> bool:
-        """True if there was something to import."""
+        """Import one batch; True if Redis had any entries."""
         try:
             entries = await dead_letters(
                 self._broker.redis,
@@ -280,8 +275,8 @@ class DeadLetterStore:
                 at_most=self._batch,
                 at_most_bytes=CALL_BYTES,
             )
-        except Exception as error:  # also of a key of another type: an operator may mend that
-            self._complain(error)
+        except Exception as error:  # also a key of the wrong type, which an operator may repair
+            self._log_error(error)
             return False
         found = {entry: dead_letter for entry, fields in entries if (dead_letter := _readable(entry, fields))}
         try:
@@ -291,20 +286,20 @@ class DeadLetterStore:
             logger.error("the dead letter %s stays in Redis: %s", *found, error)
             found = {}
         if entries:
-            # Those that stay, because they cannot be read or are refused, are passed over from now on.
+            # Unreadable and refused entries stay in Redis, and are skipped from now on.
             self._after = f"({entries[-1][0]}"
         if found:
             try:
                 await delete_dead_letters(self._broker.redis, list(found))
             except Exception as error:
-                self._complain(error)
+                self._log_error(error)
                 self._after = "-"  # importing them again changes nothing
             else:
                 self._imported += len(found)
         return bool(entries)
 
-    def _complain(self, error: Exception) -> None:
-        line = "" if is_transient(error) else one_line(error)  # that Redis is away, others say
+    def _log_error(self, error: Exception) -> None:
+        line = "" if is_transient(error) else one_line(error)  # an unavailable Redis is logged elsewhere
         if line and line != self._last_error:
             logger.error("the dead letters in Redis (%s) cannot be read: %s", DEAD_LETTERS, line)
         self._last_error = line
@@ -312,15 +307,15 @@ class DeadLetterStore:
     # --- the database -----------------------------------------------------------------------------------
 
     async def _stored(self, batch: Sequence[DeadLetter]) -> bool:
-        """Store these in one transaction. False: there is one among them to be found, by fewer at a time.
+        """Store a batch in one transaction. False: it was refused, and is to be tried again in smaller batches.
 
         Raises:
-            _RefusedError: the database refuses this only one.
-            Exception: the database is away, or to be mended by an operator.
+            _RefusedError: the database refuses the only dead letter of the batch.
+            Exception: the database is unavailable, or needs an operator.
         """
         assert self._db is not None
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
+            async with asyncio.timeout(self._settings.database_answer_seconds):
                 await self._db.insert_all(batch)
         except Exception as error:
             if not await self._is_refusal(error):
@@ -337,9 +332,9 @@ class DeadLetterStore:
         return True
 
     async def _is_refusal(self, error: Exception) -> bool:
-        """True if the database refuses what it was sent, and is not away.
+        """True if the database refuses the statement, rather than being unavailable.
 
-        Servers close the connection on what is larger than a packet: then it counts if they answer others.
+        Servers close the connection on a statement larger than a packet: a refusal if another statement succeeds.
         """
         from ..sql.errors import ErrorKind, classify, is_cut_off
 
@@ -352,9 +347,9 @@ class DeadLetterStore:
         return False
 
     async def _probe(self) -> None:
-        """Raises: when the database does not answer."""
+        """Raise an error unless the database answers."""
         assert self._db is not None
-        async with asyncio.timeout(_ANSWER_SECONDS):
+        async with asyncio.timeout(self._settings.database_answer_seconds):
             await self._db.find("")
 
 
@@ -367,8 +362,8 @@ def _readable(entry: str, fields: dict[bytes, bytes]) -> DeadLetter | None:
 
 
 def _in_short(error: BaseException) -> str:
-    """Without the statement and its parameters, of which some are secret."""
-    from ..sql.errors import DatabaseError  # only where there is a database is SQLAlchemy worth its import
+    """Format the error without the statement and its parameters, which may be secret."""
+    from ..sql.errors import DatabaseError  # imports SQLAlchemy, which a worker without a database does without
 
-    words = getattr(error, "orig", None) or (error.detail if isinstance(error, DatabaseError) else error)
-    return f"{type(error).__name__}: {' '.join(str(words).split())[:300]}"
+    message = getattr(error, "orig", None) or (error.detail if isinstance(error, DatabaseError) else error)
+    return f"{type(error).__name__}: {' '.join(str(message).split())[:300]}"

@@ -1,8 +1,8 @@
-"""Dependencies of a worker's tasks: found out and opened at the start, or, where that is expensive, when needed.
+"""Opens the dependencies of a worker's tasks: at the start, or, where the imports are expensive, at first use.
 
-Databases take a second to import and twice the memory of all the rest. A worker for which none is configured most
-likely never executes a task that wants one: what has to be imported to understand such a task waits for the first
-of them. Where one is configured, nothing waits, and what is wrong shows at the start.
+The database libraries take a second to import and twice the memory of all the rest. A worker without a configured
+database most likely never executes a task that needs one, so it imports them with the first such task. With a
+configured database nothing is deferred, and errors show at the start.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Dependencies:
 
     Args:
         specs: by name of the task.
-        given: replacements of dependencies that win over what the environment provides.
+        overrides: replacements of dependencies; they take precedence over the environment.
 
     Raises:
         TypeError: when a parameter of an `execute` can never be injected; names task and parameter.
         NameError: when an annotation cannot be resolved.
     """
 
-    def __init__(self, specs: Mapping[str, TaskSpec], given: Overrides) -> None:
-        self.overrides: Overrides = given
-        """Values behind the placeholders, as far as they are open."""
+    def __init__(self, specs: Mapping[str, TaskSpec], overrides: Overrides) -> None:
+        self.overrides: Overrides = overrides
+        """Providers by placeholder, for all dependencies that are open."""
         self.deferred: frozenset[str] = frozenset()
         """Names of tasks that cannot be executed before `load`."""
         if not may_be_configured():
@@ -50,22 +50,22 @@ class Dependencies:
             )
         self._at_start = [each for name, each in specs.items() if name not in self.deferred]
         self.plans: list[Plan] = [spec.plan for spec in self._at_start]
-        """Of the tasks that are not deferred."""
+        """Plans of the tasks that are not deferred."""
         self._loading: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Open what is not deferred; at the end, close everything. Says which tasks lack something.
+        """Open all dependencies but the deferred ones; close all at the end. Logs tasks with a missing dependency.
 
         Raises:
-            Exception: something needed is configured, but cannot be opened.
+            Exception: a dependency is configured, but cannot be opened.
         """
         async with self._provided(self._at_start):
             if self.deferred:
                 logger.warning(
-                    "no database is configured: %d tasks may need one, which is looked at when the first of them "
-                    "comes: %s",
+                    "no database is configured: %d tasks may need one, which is checked when the first of them "
+                    "arrives: %s",
                     len(self.deferred),
                     ", ".join(sorted(self.deferred)),
                 )
@@ -77,13 +77,13 @@ class Dependencies:
                     await asyncio.wait([self._loading])
 
     async def load(self, specs: Mapping[str, TaskSpec]) -> None:
-        """Import and open what is deferred. The event loop goes on meanwhile.
+        """Import and open the deferred dependencies, without blocking the event loop.
 
-        What goes wrong is logged, and is how those tasks are going to fail.
+        Errors are logged, and raised again by the tasks that need the dependency.
         """
         waiting, self.deferred = [specs[name] for name in sorted(self.deferred)], frozenset()
         loaded = asyncio.Event()
-        # What one asyncio task opens it has to close as well.
+        # A context must be closed by the asyncio task that opened it.
         self._loading = asyncio.create_task(self._loaded(waiting, loaded))
         await loaded.wait()
 
@@ -93,7 +93,7 @@ class Dependencies:
                 loaded.set()
                 await self._closing.wait()
         except Exception:
-            logger.exception("the dependencies of tasks cannot be had")
+            logger.exception("the dependencies of tasks cannot be opened")
         finally:
             loaded.set()
 
@@ -105,29 +105,29 @@ class Dependencies:
             return
         async with setup_dependency_overrides(plans.values(), provided=self.overrides) as provided:
             self.overrides = {**provided, **self.overrides}
-            lacking = {
+            missing_by_task = {
                 name: missing
                 for name, plan in plans.items()
                 if (missing := find_missing_overrides(plan, self.overrides))
             }
-            if lacking:
+            if missing_by_task:
                 logger.warning(
                     "%d tasks would fail here, for %s is not configured: %s",
-                    len(lacking),
-                    ", ".join(sorted(set().union(*lacking.values()))),
-                    ", ".join(sorted(lacking)),
+                    len(missing_by_task),
+                    ", ".join(sorted(set().union(*missing_by_task.values()))),
+                    ", ".join(sorted(missing_by_task)),
                 )
             yield
 
 
 def _compiled(specs: Iterable[TaskSpec]) -> list[TaskSpec]:
-    """Task specs whose plan can be compiled; errors of others are logged, and met again when they run."""
-    fine = []
+    """Task specs whose plan can be compiled; errors are logged here, and raised again when the task runs."""
+    compiled = []
     for spec in specs:
         try:
-            spec.plan  # noqa: B018  # compiles it, and imports what it needs for that
+            spec.plan  # noqa: B018  # compiles it, with the imports that this needs
         except Exception:
             logger.exception("%s cannot be executed", spec.name)
         else:
-            fine.append(spec)
-    return fine
+            compiled.append(spec)
+    return compiled

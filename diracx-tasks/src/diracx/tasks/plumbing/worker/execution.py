@@ -1,4 +1,4 @@
-"""Execution: one task from its arguments to its outcome. Locks are held before it starts and after it ends."""
+"""Runs one task, from its arguments to its outcome. Its locks are taken before, and released after."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._util.passwords import mask
 from ..base_task import current_locks, current_message
-from ..broker.spans import TRACER, is_traced, queue_attributes, task_attributes
+from ..broker.telemetry import TRACER, is_traced, queue_attributes, task_attributes
 from ..custom_locks import acquire_custom
 from ..exceptions import LockLostError, TaskCancelledError, TimeLimitExceededError, WorkerStoppedError
 from ..injection.plan import resolve
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ..broker.models import Delivery, Settlement, TaskMessage
     from ..broker.requests import LockSpec
     from ..locks import BaseLock
-    from ..persistence import DeadLetter
     from .task_spec import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -47,34 +46,34 @@ class Succeeded(NamedTuple):  # made for every task
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`execute`, a dependency or the commit raised; or the execution was cancelled for a reason of ours."""
+    """`execute`, a dependency or the commit raised; or the worker cancelled the execution."""
 
     error: BaseException
-    told: ErrorInfo
+    error_info: ErrorInfo
     """The error as text, without the task's secrets."""
     seconds: float
     started: datetime
     interrupted: bool = False
-    """It did not fail by itself: its lease, a lock or its worker was lost."""
+    """True if the lease, a lock or the worker was lost: no failure of the task itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """The lease ended meanwhile and another worker has the task now. It is not ours to judge."""
+    """The lease expired and another worker has the task now, which settles it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockRefused:
     """A custom lock was not granted, so `execute` was not called."""
 
-    why: str
+    reason: str
 
 
 Outcome = Succeeded | Failed | LeaseLost | LockRefused
 
 
 class Execution:
-    """A task that may run now."""
+    """One execution of a task that has its lease and its locks."""
 
     def __init__(
         self,
@@ -91,8 +90,8 @@ class Execution:
         self.locks: Sequence[LockSpec] = lock_specs(locks) if locks else ()
         self._held = locks
         self.locks_expire_at = math.inf
-        """Time (`time.monotonic`) from which they may be another's; moved by the keeper with each renewal."""
-        self.running: asyncio.Task[None] | None = None  # what runs it
+        """Time (`time.monotonic`) from which another worker may hold them; set by the keeper with each renewal."""
+        self.running: asyncio.Task[None] | None = None  # the asyncio task that runs it
         self._cancelled_for: Exception | None = None
         self._interrupted = False
         self._lease_lost = False
@@ -101,40 +100,40 @@ class Execution:
         self._cancelled_at: float | None = None
 
     def grant(self, token: int) -> None:
-        """Its locks are granted, with this fencing token."""
-        # Of its own: a class may share its lock objects between tasks.
+        """Set the fencing token of its locks, which are granted now."""
+        # Copies, for a class may share its lock objects between tasks.
         self._held = [copy(lock) for lock in self._held]
         for lock in self._held:
             lock.token = token
 
     @property
     def started(self) -> float | None:
-        """Time when it began (`time.monotonic`); None before that."""
+        """Start time (`time.monotonic`); None before it starts."""
         return self._started
 
-    def on_lease_lost(self, what: str, taken_over: bool) -> None:
-        """Cancel it because a lock is gone, or the lease and so the task itself."""
+    def on_lease_lost(self, reason: str, taken_over: bool) -> None:
+        """Cancel the execution because it lost a lock, or its lease (`taken_over`)."""
         if self.running is not None and self.running.done():
-            return  # it was being settled meanwhile
-        which = task_attributes(self.message)
-        logger.warning("%s %s is cancelled: %s", *which.values(), what, extra=which)
+            return  # it is being settled
+        attributes = task_attributes(self.message)
+        logger.warning("%s %s is cancelled: %s", *attributes.values(), reason, extra=attributes)
         self._lease_lost = taken_over
-        self._interrupt(LockLostError(what))
+        self._interrupt(LockLostError(reason))
 
     def mark_cancelled(self) -> None:
-        """Note, from whatever thread, that it is to be cancelled: the event loop may be blocked."""
+        """Note the time of the cancellation; from any thread, for the event loop may be blocked."""
         if self._cancelled_at is None:
             self._cancelled_at = time.monotonic()
 
     def should_have_ended_at(self) -> float | None:
-        """Since when (`time.monotonic`) it goes on although it should not; None when it may."""
+        """Time (`time.monotonic`) of its cancellation or its time limit, when that is past; else None."""
         moments = [] if self._cancelled_at is None else [self._cancelled_at]
         if self._started is not None and self._limit is not None:
             moments.append(self._started + self._limit)
         return min((moment for moment in moments if moment <= time.monotonic()), default=None)
 
     def abandoned_outcome(self) -> Failed | None:
-        """Outcome when the process ends before it does; None when it is not ours to judge."""
+        """Outcome when the process ends before the execution; None when this worker must not settle it."""
         if self._lease_lost or self._started is None:
             return None
         if self._cancelled_for is None:
@@ -143,7 +142,7 @@ class Execution:
         return self.failed(self._cancelled_for)
 
     def stop(self) -> None:
-        """Cancel it because the worker does not wait any longer."""
+        """Cancel the execution because the grace period of the stopping worker is over."""
         self.cancel_again()
         if exceeded := self._deadline_exceeded():
             self._cancel(exceeded)
@@ -151,27 +150,27 @@ class Execution:
             self._interrupt(WorkerStoppedError("the worker stopped before the task had ended"))
 
     def cancel_again(self) -> None:
-        """Repeat its cancellation, if there was one: `asyncio.wait_for` of Python 3.11 may have swallowed it."""
+        """Repeat an earlier cancellation: `asyncio.wait_for` of Python 3.11 may have swallowed it."""
         if self._cancelled_for is not None and self.running is not None:
             self.running.cancel()
 
     def _deadline_exceeded(self) -> TimeLimitExceededError | None:
-        """Error for going on after its time limit."""
+        """Error of an execution that goes on after its time limit; None before that."""
         if self._started is None or self._limit is None or time.monotonic() - self._started < self._limit:
             return None
         return TimeLimitExceededError(f"went on after its time limit of {self._limit} s")
 
     def cancel(self) -> None:
-        """Cancel it on request."""
+        """Cancel the execution on request."""
         if self.running is not None and self.running.done():
             return
         if self._cancelled_for is None:
-            which = task_attributes(self.message)
-            logger.warning("%s %s is cancelled on request", *which.values(), extra=which)
+            attributes = task_attributes(self.message)
+            logger.warning("%s %s is cancelled on request", *attributes.values(), extra=attributes)
         self._cancel(TaskCancelledError("cancelled while it was running"))
 
     def _interrupt(self, reason: Exception) -> None:
-        """Cancel it for what is no failure of its own."""
+        """Cancel the execution for a reason that is no failure of the task."""
         self._interrupted = self._interrupted or self._cancelled_for is None
         self._cancel(reason)
 
@@ -179,13 +178,13 @@ class Execution:
         if self._cancelled_for is None:
             self._cancelled_for = reason
             self.mark_cancelled()
-            # Before it has begun, it is told by the reason above: a task that is cancelled then never runs at all,
-            # not even to its `finally`.
+            # An asyncio task cancelled before its first step never runs, not even its `finally`. Until the start,
+            # the reason above is enough: `_run` reads it.
             if self.running is not None and self._started is not None:
                 self.running.cancel()
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
-        """Take custom locks, resolve, execute, commit. Never raises: whatever leaves the task is its outcome."""
+        """Take custom locks, resolve, execute, commit. Never raises: every error becomes the outcome."""
         self._started = time.monotonic()
         if not is_traced():
             return await self._run(overrides, redis)
@@ -203,17 +202,12 @@ class Execution:
         try:
             limit = self.spec.time_limit(self.task)
             if self._cancelled_for is not None:
-                raise asyncio.CancelledError  # before it had begun
+                raise asyncio.CancelledError  # cancelled before the start
             if limit is not None:
-                # Not `asyncio.timeout`: it decides by a counter that code in the task may move.
+                # Not `asyncio.timeout`, which relies on `Task.cancelling()`: code in the task may change that.
                 deadline = asyncio.get_running_loop().call_later(limit, self._exceed)
                 self._limit = limit
-            async with AsyncExitStack() as stack:
-                if custom := [lock for lock in self._held if is_custom(type(lock))]:
-                    lost = partial(self.on_lease_lost, taken_over=False)
-                    if refused := await acquire_custom(stack, custom, redis, lost):
-                        return LockRefused(refused)
-                value = await self._execute(overrides)
+            value = await self._execute(overrides, redis)
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._lease_lost:
                 return LeaseLost()
@@ -225,28 +219,35 @@ class Execution:
         finally:
             if deadline is not None:
                 deadline.cancel()
-        return Succeeded(value, time.monotonic() - self._started)
+        return value if type(value) is LockRefused else Succeeded(value, time.monotonic() - self._started)
 
     def _exceed(self) -> None:
         self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
 
-    async def _execute(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]]) -> Any:
-        given = self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
-        if not self.spec.plan.parameters:
-            value = await self.task.execute(**given)
+    async def _execute(
+        self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis
+    ) -> Any | LockRefused:
+        arguments = self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
+        if not self._held and not self.spec.plan.parameters:  # without the cost of a stack
+            value = await self.task.execute(**arguments)
             self._raise_if_cancelled()
             return value
         async with AsyncExitStack() as stack:
+            if custom := [lock for lock in self._held if is_custom(type(lock))]:
+                lost = partial(self.on_lease_lost, taken_over=False)
+                if refused := await acquire_custom(stack, custom, redis, lost):
+                    return LockRefused(refused)
             dependencies = await resolve(self.spec.plan, overrides, stack)
-            value = await self.task.execute(**{**dependencies, **given})
+            value = await self.task.execute(**{**dependencies, **arguments})
             self._raise_if_cancelled()
             return value
 
     def _raise_if_cancelled(self) -> None:
-        """A task that swallowed its cancellation must not commit: not without its lock, not after its time.
+        """Raise the reason of a cancellation that the task swallowed: it must not commit without its lock or after
+        its time limit.
 
-        Only what we have cancelled it for counts: `Task.cancelling()` stays above 0 when a task handles the
-        failure of a TaskGroup (Python 3.11 and 3.12).
+        `Task.cancelling()` is not used: it stays above 0 when a task handles the failure of a TaskGroup (Python
+        3.11 and 3.12).
         """
         if time.monotonic() >= self.locks_expire_at:  # the process was paused, or the event loop blocked
             self._interrupt(LockLostError("its locks could not be renewed in time, and may be another's"))
@@ -255,15 +256,15 @@ class Execution:
 
     @property
     def hide(self) -> Callable[[str], str] | None:
-        """Function that removes the task's secrets from a text; None where it has none."""
+        """Function that removes the task's secrets from a text; None for a task without secrets."""
         return partial(without_secrets, task=self.task) if secret_names(self.spec.task_class) else None
 
     def failed(self, error: BaseException) -> Failed:
-        """The outcome of an execution that ended by this error."""
+        """Outcome of an execution that ended with this error."""
         seconds = 0.0 if self._started is None else time.monotonic() - self._started
-        told = describe_exception(error, hide=self.hide)
+        error_info = describe_exception(error, hide=self.hide)
         interrupted = self._interrupted and error is self._cancelled_for
-        return Failed(error, told, seconds, datetime.now(UTC) - timedelta(seconds=seconds), interrupted)
+        return Failed(error, error_info, seconds, datetime.now(UTC) - timedelta(seconds=seconds), interrupted)
 
 
 # --- spans of OpenTelemetry; their names are those of the published package ---------------------------------
@@ -273,15 +274,19 @@ def _attempt_attributes(message: TaskMessage, stream: str) -> dict[str, str | in
     return {**task_attributes(message), **queue_attributes(stream), "task.retry_count": len(message.attempts)}
 
 
-@contextmanager
-def processing_span(message: TaskMessage, delivery: Delivery) -> Iterator[None]:
-    """The span of a delivery: a trace of its own, linked to the submission or the attempt before.
+def processing_span(message: TaskMessage, delivery: Delivery) -> AbstractContextManager[None]:
+    """Open the span of a delivery: a trace of its own, linked to the submission or the attempt before.
 
-    The next attempt, or what a dead letter is submitted as, is linked to it.
+    The next attempt, or the resubmission of the dead letter, is linked to it.
     """
-    if not is_traced():
-        yield
-        return
+    return _processing_span(message, delivery) if is_traced() else _NO_SPAN
+
+
+_NO_SPAN = nullcontext()
+
+
+@contextmanager
+def _processing_span(message: TaskMessage, delivery: Delivery) -> Iterator[None]:
     from opentelemetry import context, propagate, trace
 
     producer = trace.get_current_span(propagate.extract(message.trace_context)).get_span_context()
@@ -306,7 +311,7 @@ def processing_span(message: TaskMessage, delivery: Delivery) -> Iterator[None]:
 
 @contextmanager
 def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Outcome], None]]:
-    """The span of an execution, inside that of its delivery. Yields what notes how it ended."""
+    """Open the span of an execution, inside that of its delivery. Yields a function that records the outcome."""
     from opentelemetry import trace
 
     with trace.get_tracer(TRACER).start_as_current_span(
@@ -319,7 +324,7 @@ def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Outc
             if isinstance(outcome, Succeeded):
                 span.set_attribute("task.status", "ok")
                 return
-            # What was interrupted or cancelled is no error of the task.
+            # An interruption or a cancellation is no error of the task.
             if (
                 not isinstance(outcome, Failed)
                 or outcome.interrupted
@@ -327,17 +332,17 @@ def execution_span(message: TaskMessage, stream: str) -> Iterator[Callable[[Outc
             ):
                 span.set_attribute("task.status", "cancelled")
                 return
-            kind, said = outcome.told["type"], mask(outcome.told["message"])
+            kind, text = outcome.error_info["type"], mask(outcome.error_info["message"])
             span.set_attributes({"task.status": "error", "error.type": kind})
-            span.set_status(trace.StatusCode.ERROR, f"{kind}: {said}")
-            shown = {"type": kind, "message": said, "stacktrace": mask(outcome.told["traceback"])}
-            span.add_event("exception", {f"exception.{name}": text for name, text in shown.items()})
+            span.set_status(trace.StatusCode.ERROR, f"{kind}: {text}")
+            fields = {"type": kind, "message": text, "stacktrace": mask(outcome.error_info["traceback"])}
+            span.add_event("exception", {f"exception.{name}": text for name, text in fields.items()})
 
         yield ended
 
 
-def note_settlement(message: TaskMessage, settlement: Settlement, dead_letter: DeadLetter | None) -> None:
-    """Tell in the span of a failed delivery what follows."""
+def note_settlement(message: TaskMessage, settlement: Settlement) -> None:
+    """Add to the span of a failed delivery: its retry, or the end of the task."""
     if not is_traced():
         return
     from opentelemetry import trace
@@ -355,4 +360,4 @@ def note_settlement(message: TaskMessage, settlement: Settlement, dead_letter: D
             },
         )
     elif settlement.requeue is None:
-        span.add_event("task.given_up", {"task.action": "discarded" if dead_letter is None else "dlq"})
+        span.add_event("task.given_up", {"task.action": "discarded" if settlement.dead is None else "dlq"})

@@ -1,4 +1,4 @@
-"""The executor: takes deliveries to their settlements. The steps are in the order in which a task passes them."""
+"""Executor: decodes, runs and settles the deliveries of a worker. Its methods follow the steps of a task."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .._util.retrying import is_transient, may_pass, reason, retry_until_available
-from ..broker.locking import can_be_packed
+from .._util.retrying import may_pass, reason, retry_until_available
 from ..broker.models import TaskMessage
-from ..broker.sizes import LOCK_BYTES, in_calls
-from ..broker.spans import set_task_log_context
-from ..broker.streams import resumed_stream
-from ..enums import Priority
+from ..broker.telemetry import set_task_log_context
 from ..exceptions import NewerMessageError
-from ..messages.error_info import describe_exception, one_line
+from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets_of
 from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
+from .acquire import LockAcquirer
 from .execution import Execution, Failed, note_settlement, processing_span
-from .settlement import begun_before, cancelled, hand_back, leave_to_newer, reject, settle, unsettled
+from .settlement import cancelled, defer_to_newer_worker, hand_back, possibly_started, reject, settle, unsettled
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, Settlement
-    from ..broker.requests import LockSpec, StartRequest
-    from ..persistence import DeadLetter
+    from ..broker.requests import LockSpec
     from .control_channel import ControlChannel
     from .dead_letters import DeadLetterStore
     from .dependencies import Dependencies
@@ -43,19 +39,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How long the database has to store dead letters when the worker stops, before they go to Redis.
+#: Time for the database to store dead letters when the worker stops, before they go to Redis.
 _DATABASE_SECONDS = 2.0
-#: How long a stopping worker asks what it has reserved and not begun.
+#: Timeout of a stopping worker's call for reserved deliveries that it has not started.
 _RECOVER_SECONDS = 2.0
-_RANK = {priority: rank for rank, priority in enumerate(Priority)}
 
 
 class Executor:
-    """Runs what is delivered to one worker.
+    """Runs the deliveries of one worker.
 
     Args:
-        running: kept up to date with what runs.
-        specs: of all tasks, by registry name; they may be replaced at any time.
+        running: the running executions; kept up to date here.
+        specs: specs of all tasks by registry name; may be replaced at any time.
         stop: set when the worker is to stop.
     """
 
@@ -85,40 +80,43 @@ class Executor:
         self._settler = settler
         self._dead_letters = dead_letters
         self._reporter = reporter
+        self._acquirer = LockAcquirer(
+            broker, settings, stop, keeper=keeper, reporter=reporter, reject=self._reject_locks
+        )
         self._slot_freed, self._intake_closed = asyncio.Event(), asyncio.Event()
 
     async def fetch_loop(self, intake: Intake) -> None:
-        """Take as much from the intake as there are free slots, until the worker is to stop."""
+        """Take as many deliveries from the intake as there are free slots, until the worker is to stop."""
         while free := await self._free_slots():
             called_at = time.monotonic()
             try:
                 deliveries = await retry_until_available(
-                    partial(intake.next, free), "fetch tasks", stop=self._stop, passing=may_pass
+                    partial(intake.next, free, self._settler), "fetch tasks", stop=self._stop, passing=may_pass
                 )
             except Exception:
                 if not self._stop.is_set():
                     raise
-                break  # stopped while the server is away
+                break  # stopped while the server is unavailable
             if not self._stop.is_set():
                 await self.start(deliveries, intake.reserved_after, called_at)
 
     async def close_intake(self, intake: Intake) -> None:
-        """Hand back what is reserved and not begun, once the server gives us nothing more.
+        """End the intake, then hand back reserved deliveries that have not started.
 
-        While the server is away, that is left to others, who reclaim it from us.
+        While the server is unavailable they stay reserved, and other workers reclaim them when the lease expires.
         """
         try:
             await intake.close()
             async with asyncio.timeout(_RECOVER_SECONDS):
-                await self._settler.drained()  # what was rejected is not held, and not to be found again
+                await self._settler.drained()  # rejected deliveries are not held, so `recover` would return them
                 self._hand_back(await intake.recover())
         except Exception as error:
-            logger.warning("stopping without what was reserved and has not begun: %s", reason(error))
+            logger.warning("stopping without handing back reserved tasks that have not started: %s", reason(error))
         finally:
             self._intake_closed.set()
 
     async def _free_slots(self) -> int:
-        """Wait for a free slot, and count them; 0 when the worker is to stop."""
+        """Wait for a free slot, and return the number of them; 0 when the worker is to stop."""
         while not self._stop.is_set():
             if (free := self._settings.max_concurrent_tasks - len(self.running)) > 0:
                 return free
@@ -127,22 +125,22 @@ class Executor:
         return 0
 
     def _hand_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Leave to others what is not begun. What must not begin is not handed to others either."""
+        """Hand back deliveries that have not started, and settle those that cannot be executed at all."""
         for delivery in deliveries:
             message = self._decode(delivery)
             if message is not None and self._build(delivery, message) is not None:
                 self._settler.add(hand_back(delivery))
 
-    # --- the pipe ---------------------------------------------------------------------------------------
+    # --- start and run ----------------------------------------------------------------------------------
 
     async def start(self, deliveries: Sequence[Delivery], reserved_after: float, called_at: float) -> None:
-        """Decode, build, acquire; then each runs in a task of asyncio of its own.
+        """Decode, build and take locks, then run each execution in an asyncio task of its own.
 
-        One call takes the locks of all that came together. What lacks a lock is parked by the broker.
+        One call takes the locks of all deliveries. The broker parks a task whose lock is not granted.
 
         Args:
-            reserved_after: `time.monotonic`; what was cancelled after this moment may not have been marked.
-            called_at: a moment before the call that reserved them.
+            reserved_after: time (`time.monotonic`) after which a cancellation may not be marked in the deliveries.
+            called_at: time (`time.monotonic`) before the call that reserved the deliveries.
         """
         messages = [(delivery, self._decode(delivery)) for delivery in deliveries]
         built = [self._build(delivery, message) for delivery, message in messages if message is not None]
@@ -155,15 +153,31 @@ class Executor:
             self.running.add(execution)
             execution.running = asyncio.create_task(self.run(execution))
 
+    async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
+        """Take the locks of executions; return the granted ones, which are kept leased from now on."""
+        # After an expired lease, other workers may have taken deliveries over: then every one is checked.
+        expired = self._keeper.expired_since(called_at)
+        granted_at = math.inf
+        if requested := [each for each in executions if each.locks or each.delivery.granted or expired]:
+            try:
+                refused, granted_at = await self._acquirer.take(requested)
+            except Exception:
+                if not self._stop.is_set():
+                    raise
+                return ()  # stopped while the server is unavailable; other workers reclaim the deliveries
+            executions = [execution for execution in executions if execution not in refused]
+        self._keeper.add(executions, granted_at)
+        return executions
+
     async def run(self, execution: Execution) -> None:
-        """Resolve, execute; and from the outcome to its settlement and report."""
+        """Run the execution, then settle and report its outcome."""
         set_task_log_context(execution.message)
         outcome: Outcome | None = None
         try:
             with processing_span(execution.message, execution.delivery):
                 outcome = await execution.run(self._dependencies.overrides, self._broker.redis)
                 self._end(execution, outcome)
-        except BaseException as error:  # not of the task: of what traces it
+        except BaseException as error:  # of the tracing: an execution never raises
             if outcome is not None:
                 raise
             self._end(execution, execution.failed(error))
@@ -173,30 +187,32 @@ class Executor:
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
         try:
-            settlement, dead_letter = settle(execution, outcome, self._settings)
+            settlement = settle(execution, outcome, self._settings)
         except BaseException as error:
-            told = describe_exception(error, hide=execution.hide)["traceback"]
-            logger.critical("the outcome of %s cannot be told\n%s", execution.message.task_id, told)
-            settlement, dead_letter = unsettled(execution, error, self._settings)
+            traceback = describe_exception(error, hide=execution.hide)["traceback"]
+            logger.critical("the outcome of %s cannot be settled\n%s", execution.message.task_id, traceback)
+            settlement = unsettled(execution, error, self._settings)
         if isinstance(outcome, Failed):
-            note_settlement(execution.message, settlement, dead_letter)
+            note_settlement(execution.message, settlement)
         try:
-            self._reporter.ended(execution, outcome, settlement, dead_letter)
-        except Exception:  # it only counts
-            logger.exception("the end of %s cannot be counted", execution.message.task_id)
-        self._settle(settlement, dead_letter)
+            self._reporter.ended(execution, outcome, settlement)
+        except Exception:  # only statistics are lost
+            logger.exception("the outcome of %s cannot be counted", execution.message.task_id)
+        self._settle(settlement)
 
     # --- decode and build -------------------------------------------------------------------------------
 
     def _decode(self, delivery: Delivery) -> TaskMessage | None:
-        """The message; None when it is not to be executed here, which is settled then."""
-        is_poison = delivery.redelivery_count >= self._settings.max_deliveries  # looked at before the decoder is
+        """Decode the message; when it must not be executed here, settle the delivery and return None."""
+        is_poison = (
+            delivery.redelivery_count >= self._settings.max_deliveries
+        )  # first: the decoder may be the cause
         try:
             if delivery.data is None:
                 raise ValueError("the stream entry has no field `data`")
             message = TaskMessage.loadb(delivery.data, careful=is_poison)
         except NewerMessageError as error:
-            self._settler.add(leave_to_newer(delivery, error))
+            self._settler.add(defer_to_newer_worker(delivery, error))
             return None
         except ValueError as error:
             reason = DeadLetterReason.POISON if is_poison else DeadLetterReason.UNPARSABLE
@@ -207,20 +223,20 @@ class Executor:
             return None
         if is_poison:
             count = delivery.redelivery_count
-            detail = f"{count} workers have gone silent with it, the last one for more than three leases"
+            detail = f"{count} workers stopped renewing while they ran it, the last one for more than three leases"
             self._reject(delivery, message, DeadLetterReason.POISON, detail)
             return None
         return message
 
     def _build(self, delivery: Delivery, message: TaskMessage) -> Execution | None:
-        """The task of a message; None when there can be none, which is settled then."""
+        """Build the execution of a message; when that is impossible, settle the delivery and return None."""
         spec = self._specs.get(message.task_name)
         if spec is None:
             detail = f"no task is registered as {message.task_name!r}"
             self._reject(delivery, message, DeadLetterReason.UNKNOWN_TASK, detail)
             return None
         if spec.task_class.at_most_once and delivery.redelivered:
-            self._settle(*begun_before(delivery, message, spec.task_class, self._settings))
+            self._settle(possibly_started(delivery, message, spec.task_class, self._settings))
             return None
         try:
             task = spec.build(message)
@@ -232,100 +248,11 @@ class Executor:
                 args=message.task_args,
                 kwargs=message.task_kwargs,
             )
-            told = describe_exception(error, longest=0, hide=hide)
-            self._reject(delivery, message, DeadLetterReason.ARGUMENTS, f"{told['type']}: {told['message']}")
-            return None
-
-    # --- acquire ----------------------------------------------------------------------------------------
-
-    async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
-        """Take the locks of executions; return those that have them now, and are kept leased."""
-        # After a pause, what we were given before may have been taken over: then all of it has to be asked for.
-        expired = self._keeper.expired_since(called_at)
-        asked = [execution for execution in executions if execution.locks or execution.delivery.granted or expired]
-        refused: set[Execution] = set()
-        granted_at = math.inf
-        if asked:
-            answers = []
-            try:
-                for some in in_calls(asked, len(asked), lambda each: LOCK_BYTES * len(each.locks)):
-                    portion, sent_at = await self._take_locks(some)
-                    answers += portion
-                    granted_at = min(granted_at, sent_at)
-            except Exception:
-                if not self._stop.is_set():
-                    raise
-                return ()  # stopped while the server is away; what we reserved is reclaimed from us
-            for execution, (reply, token) in zip(asked, answers, strict=True):
-                if reply[0] != 1 or (execution.locks and not self._grant(execution, token)):
-                    refused.add(execution)
-            self._reporter.asked_for_locks(asked, [reply for reply, _ in answers])
-        granted = [execution for execution in executions if execution not in refused] if refused else executions
-        self._keeper.add(granted, granted_at)
-        return granted
-
-    async def _take_locks(self, asked: Sequence[Execution]) -> tuple[list[tuple[list[int], int]], float]:
-        """Ask for the locks of each. What the server refuses for one of them makes it a dead letter, and no other.
-
-        Returns:
-            The reply and the fencing token of each, and the moment before they were granted (`time.monotonic`).
-
-        Raises:
-            Exception: when the worker is stopped while the server is away.
-        """
-        wanted = [self._start_request(execution) for execution in asked]
-        granted_at = time.monotonic()
-
-        async def start() -> tuple[list[list[int]], int]:
-            nonlocal granted_at
-            # After a failover the keeper may still wait for the server that was replaced.
-            if self._keeper.late:
-                await self._keeper.renew()
-            granted_at = time.monotonic()
-            return await self._broker.start(wanted, lease_seconds=self._settings.lease_seconds)
-
-        try:
-            replies, first = await retry_until_available(start, "take locks", stop=self._stop)
-            return [(reply, token) for token, reply in enumerate(replies, start=first)], granted_at
-        except Exception as error:
-            if is_transient(error):  # we stop
-                raise
-            if len(asked) > 1:
-                apart = [await self._take_locks([execution]) for execution in asked]
-                return [answer for answers, _ in apart for answer in answers], granted_at
-            [execution] = asked
-            detail = f"its locks cannot be taken: {one_line(error)}"
-            locks = execution.locks if can_be_packed(execution.locks) else ()
-            self._reject(execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, locks)
-            return [([-1], 0)], granted_at
-
-    def _grant(self, execution: Execution, token: int) -> bool:
-        try:
-            execution.grant(token)
-        except BaseException as error:  # the lock may be of a class of the author's own
-            detail = f"its locks cannot be granted: {one_line(error)}"
+            error_info = describe_exception(error, longest=0, hide=hide)
             self._reject(
-                execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, execution.locks
+                delivery, message, DeadLetterReason.ARGUMENTS, f"{error_info['type']}: {error_info['message']}"
             )
-            return False
-        return True
-
-    def _start_request(self, execution: Execution) -> StartRequest:
-        delivery = execution.delivery
-        request: StartRequest = {
-            "stream": delivery.stream,
-            "entry": delivery.entry,
-            "deliveries": delivery.deliveries,
-            "task": execution.message.task_id,
-            "rank": _RANK[delivery.priority],
-            "resumed": resumed_stream(delivery.stream),
-            "since": delivery.since,
-            "locks": execution.locks,
-            "retry_ms": int(self._settings.lock_retry_seconds * 1000),
-        }
-        if delivery.granted is not None:
-            request["granted"] = delivery.granted
-        return request
+            return None
 
     def _reject(
         self,
@@ -340,24 +267,24 @@ class Executor:
             spec = self._specs.get(message.task_name)
             vo = vo_of(None if spec is None else spec.task_class, message)
         self._reporter.rejected(message, reason, detail, vo)
-        settlement, dead_letter = reject(delivery, message, vo, reason, detail, self._settings)
-        settlement.locks = locks  # it may have some of them
-        self._settle(settlement, dead_letter)
+        settlement = reject(delivery, message, vo, reason, detail, self._settings)
+        settlement.locks = locks  # some of them may be granted
+        self._settle(settlement)
 
-    def _settle(self, settlement: Settlement, dead_letter: DeadLetter | None) -> None:
-        if dead_letter is None:
-            self._settler.add(settlement)
-        else:
-            self._dead_letters.add(dead_letter, settlement)
+    def _reject_locks(self, execution: Execution, detail: str, locks: Sequence[LockSpec]) -> None:
+        self._reject(execution.delivery, execution.message, DeadLetterReason.ARGUMENTS, detail, locks)
 
-    # --- the end ----------------------------------------------------------------------------------------
+    def _settle(self, settlement: Settlement) -> None:
+        (self._settler if settlement.dead is None else self._dead_letters).add(settlement)
+
+    # --- shutdown ---------------------------------------------------------------------------------------
 
     def tasks(self) -> list[asyncio.Task[None]]:
-        """The tasks of asyncio that run executions."""
+        """The asyncio tasks that run executions."""
         return [execution.running for execution in self.running if execution.running is not None]
 
     async def flush(self) -> None:
-        """Store all dead letters and send all settlements, once nothing more is taken."""
+        """Wait for the end of the intake, then store all dead letters and send all settlements."""
         await self._intake_closed.wait()
         await self._dead_letters.close(_DATABASE_SECONDS)
         await self._settler.drained()

@@ -1,4 +1,4 @@
-"""Intake: bring messages to a worker that has room for them, and never more than that."""
+"""Intake: fetches deliveries for the free slots of a worker, and never more."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from redis.exceptions import ResponseError
 
 from .._util.retrying import reason, retry_until_available
-from ..broker.models import Settlement
-from ..broker.redis_streams import AUDIT_LEASES, is_poison_candidate
+from ..broker.lease_audit import AUDIT_LEASES
+from ..broker.models import Settlement, is_poison_candidate
 from .settlement import hand_back
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery
+    from ..broker.models import Delivery, SettlingCall
     from ..broker.requests import LockSpec
     from .settings import WorkerSettings
     from .unread import UnreadGuard
@@ -30,29 +31,52 @@ _Answer = TypeVar("_Answer")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 _LONGEST_WAIT_SECONDS = 20.0
-#: The part of the time after which a connection counts as dead that a wait may take.
-_PART_OF_PATIENCE = 2 / 3
-#: Messages in one call: while they begin, the server has the next ones ready.
+#: The longest blocking read, as a part of the timeout of a connection.
+_PART_OF_TIMEOUT = 2 / 3
+#: Messages in one call; while the worker starts them, the server prepares the next batch.
 _BATCH = 50
-#: Messages that an idle worker takes the moment they come; the others stay for the next that asks.
+#: Messages that an idle worker takes with one blocking read; the others stay for other workers.
 _AT_ONCE = 10
-#: What the dead have left is looked at so often, as far as nobody could take it.
+#: Interval between reclaims while entries of dead workers are left that no worker could take.
 _LEFT_OVER_SECONDS = 1.0
-#: What was reserved while we waited was so short a time before its answer is read.
+#: The longest time between a reservation by a blocking read and the reading of its answer.
 _ANSWER_SECONDS = 1.0
-#: How long a stopping worker asks the server to end its wait.
+#: How long settlements wait for the answer to a fetch, to be sent with the next one.
+_FETCH_SECONDS = 0.005
+#: Timeout of a stopping worker's call that ends its blocking read.
 _END_WAIT_SECONDS = 2.0
 
 
+class HeldDeliveries(Protocol):
+    """Deliveries and locks that the worker holds; implemented by the lease keeper."""
+
+    quiet_until: float
+    """Time (`time.monotonic`) before which no worker's lease ends."""
+
+    def held(self) -> Collection[tuple[str, str]]:
+        """Stream and entry of each delivery."""
+
+    def held_locks(self) -> Collection[LockSpec] | None:
+        """The locks; None keeps all locks that the server has recorded for this worker."""
+
+
+class UnsentSettlements(Protocol):
+    """Settlements that wait to be sent; implemented by the settler."""
+
+    def take(self) -> SettlingCall | None:
+        """Take them, to send them with another call; None without any."""
+
+    def put_back(self) -> None:
+        """Send those that were taken and not answered."""
+
+
 class Intake:
-    """Asks the broker for work and, now and then, does the housekeeping that keeps work coming.
+    """Fetches deliveries from the broker, and reclaims those of dead workers.
 
     Args:
-        held: stream and entry of what the worker has in hand.
-        is_idle: whether nothing runs, so that nothing can block the event loop.
-        held_locks: the locks of what it has in hand; None keeps whatever the server takes for ours.
-        quiet_until: before that (`time.monotonic`) no worker's lease ends, as far as the lease keeper knows.
-        unread: hands back what comes while what runs blocks the event loop.
+        held: the deliveries that the worker holds.
+        running: the running executions, a live view; while it is empty, nothing can block the event loop.
+        unread: hands back deliveries that arrive while a task blocks the event loop.
     """
 
     def __init__(
@@ -60,72 +84,72 @@ class Intake:
         broker: RedisStreamBroker,
         settings: WorkerSettings,
         stop: asyncio.Event,
-        held: Callable[[], Iterable[tuple[str, str]]],
-        is_idle: Callable[[], bool],
-        held_locks: Callable[[], Iterable[LockSpec] | None] = lambda: None,
-        quiet_until: Callable[[], float] = lambda: 0.0,
+        held: HeldDeliveries,
+        running: Collection[object],
         unread: UnreadGuard | None = None,
     ) -> None:
         self._broker = broker
         self._held = held
-        self._held_locks = held_locks
-        self._quiet_until = quiet_until
+        self._running = running
         self._unread = unread
         self._nothing_left = False
-        """True if the dead have left nothing, so that nobody has to look before the next lease ends."""
-        self._is_idle = is_idle
+        """True if dead workers have left no entries, so that the next reclaim can wait for the end of a lease."""
         self._answer_lost = False
         self._reconnects = broker.reconnects
         self._stop = stop
         self._closed = asyncio.Event()
+        self._fetched = asyncio.Event()
+        self._fetched.set()
         self._settings = settings
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
         self._candidates: set[tuple[str, str]] = set()
-        """Stream and entry of those in hand: while there is one, we take nothing else."""
+        """Stream and entry of the poison candidates that are held: while there is one, nothing else is taken."""
         self._draining = False
-        """True if we take nothing until our hands are empty, so that a poison candidate finds them so."""
+        """True if nothing is taken until all running tasks have ended, so that a poison candidate runs alone."""
         self._last_ids: list[str] | None = None
-        """Of each stream, an entry up to which all has been delivered; None: to look into all of them."""
+        """For each stream, an entry id up to which all is delivered; None: unknown, so fetch from all of them."""
         self._all_seen = False
-        """True if there was nothing after those."""
-        self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.patience_seconds * _PART_OF_PATIENCE)
-        # Over before the lease could be, which has two thirds left at least: should we die meanwhile, what we are
-        # given is taken over when it ends.
+        """True if the streams had no entries after `_last_ids`."""
+        self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.answer_timeout_seconds * _PART_OF_TIMEOUT)
+        # Shorter than the rest of the lease, which is two thirds at least: should the worker die while it waits,
+        # other workers reclaim the reserved entries when the lease ends.
         self._longest_reservation = min(self._longest_wait, 0.6 * settings.lease_seconds)
-        self._reclaim_at = 0.0
+        self.reclaim_at = 0.0
+        """Time (`time.monotonic`) of the next reclaim from dead workers."""
         self._audit_at = 0.0
         self._recover_at = math.inf
-        """End on the server of a wait that we have left: it may not know that nobody listens."""
+        """End of an abandoned blocking read on the server; until then it may still reserve entries."""
         self.reserved_after = 0.0
-        """Moment (`time.monotonic`) after which the tasks that were returned last were reserved."""
+        """Time (`time.monotonic`) after which the deliveries returned last were reserved."""
 
-    async def next(self, free: int) -> list[Delivery]:
-        """Up to `free` messages; an empty list when nothing came for a while.
+    async def next(self, free: int, unsent: UnsentSettlements | None = None) -> list[Delivery]:
+        """Return up to `free` deliveries; an empty list when none arrived within the wait. Unsent settlements may
+        be sent with the call.
 
-        A call that fails may have reserved messages all the same; the next one finds them. When the worker stops,
-        drop what is returned: `close` and `recover` find it.
+        A call that fails may have reserved deliveries; the next call recovers them. When the worker stops, ignore
+        the returned deliveries: `recover` returns them again.
         """
         self.reserved_after = time.monotonic()
         if self._candidates:
-            self._let_go(self._candidates.difference(self._held()))  # it may have been parked
+            self._remove_candidates(self._candidates.difference(self._held.held()))  # it may have been parked
         if self._recover_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
-            # After a failover, the new primary may have missed settlements that the old one has confirmed.
+            # After a failover, the new primary may lack settlements that the old one has confirmed.
             self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
         if self._answer_lost and (recovered := await self.recover()):
-            return await self._as_many_as(free, recovered)
+            return await self._limit_to(free, recovered)
         self._answer_lost = True
         try:
-            deliveries = await self._as_many_as(free, await self._look(free))
+            deliveries = await self._limit_to(free, await self._poll(free, unsent))
         except BaseException:
-            self._last_ids = None  # another server may answer next time
-            self._leave_wait()
+            self._last_ids = None  # another server may answer the next call
+            self._abandon_wait()
             raise
         self._answer_lost = False
         return deliveries
 
     async def close(self) -> None:
-        """End the wait on the server, which gives us nothing more. Without an answer, give up after some time."""
+        """End the blocking read on the server, so that it reserves nothing more; give up after a timeout."""
         try:
             async with asyncio.timeout(_END_WAIT_SECONDS):
                 await retry_until_available(self._broker.end_wait, "end the wait for tasks")
@@ -134,131 +158,168 @@ class Intake:
         finally:
             self._closed.set()
 
+    async def fetch_answered(self) -> None:
+        """Wait for the answer to a fetch, but not for long: the next call may take unsent settlements along."""
+        if not self._fetched.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FETCH_SECONDS):
+                    await self._fetched.wait()
+
     async def closed_if_stopping(self) -> None:
-        """Return when nothing that is handed back can come back to us by our own wait, because we stop."""
+        """Wait for `close` when the worker stops, or its own blocking read could get what it hands back."""
         if self._stop.is_set():
             await self._closed.wait()
 
     async def recover(self) -> list[Delivery]:
-        """Return what is reserved for us and not held."""
-        return self._watched(await self._broker.recover(self._held(), self._held_locks()))
+        """Return deliveries that are reserved for the worker and not held."""
+        return self._note_candidates(await self._broker.recover(self._held.held(), self._held.held_locks()))
 
-    async def _as_many_as(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
-        """The first of them; the others are handed back, but for those that cannot run anyway. A poison candidate
-        that comes through a queue and would not be alone is set aside for a worker that holds nothing else.
+    async def _limit_to(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
+        """Keep the first `free` deliveries and hand back the others, but for unreadable ones. A poison candidate
+        from a queue that would not run alone is set aside for a worker that holds nothing else.
         """
         if self._stop.is_set():
             return deliveries
-        if self._broker.reconnects:  # a server that has gone back to earlier data hands out again what runs here
-            held = set(self._held())
+        if self._broker.reconnects:  # a server restored to earlier data may deliver again what runs here
+            held = set(self._held.held())
             deliveries = [d for d in deliveries if d.deliveries > 1 or (d.stream, d.entry) not in held]
         settlements = [hand_back(delivery) for delivery in deliveries[free:] if delivery.data is not None]
-        if not self._is_idle() or len(deliveries) > 1:
-            most, new = self._settings.max_deliveries, [each for each in deliveries[:free] if each.deliveries == 1]
-            settlements += [Settlement(each, aside=True) for each in new if is_poison_candidate(each, most)]
+        if self._running or len(deliveries) > 1:
+            limit = self._settings.max_deliveries
+            new = [each for each in deliveries[:free] if each.deliveries == 1 and each.earlier_redeliveries]
+            settlements += [Settlement(each, isolate=True) for each in new if is_poison_candidate(each, limit)]
         if settlements:
             await self._broker.settle(settlements)
-        others = [settlement.delivery for settlement in settlements]
-        return [delivery for delivery in deliveries if delivery not in others]
+            settled = [settlement.delivery for settlement in settlements]
+            return [delivery for delivery in deliveries if delivery not in settled]
+        return deliveries
 
     def settled(self, deliveries: Iterable[Delivery]) -> None:
-        """Note settled deliveries: look at once for a candidate, if it is one's turn now."""
+        """Note settled deliveries, and poll at once if a poison candidate was among them or can start now."""
         if self._candidates:
-            self._let_go({(delivery.stream, delivery.entry) for delivery in deliveries})
-        elif self._draining and not any(True for _ in self._held()):
-            self.look_at_once()
+            self._remove_candidates({(delivery.stream, delivery.entry) for delivery in deliveries})
+        elif self._draining and not self._held.held():
+            self.poll_now()
 
-    def _let_go(self, places: set[tuple[str, str]]) -> None:
-        if not self._candidates.isdisjoint(places):
-            self._candidates -= places
-            self.look_at_once()
+    def _remove_candidates(self, entries: set[tuple[str, str]]) -> None:
+        if not self._candidates.isdisjoint(entries):
+            self._candidates -= entries
+            self.poll_now()
 
-    def look_at_once(self) -> None:
-        """Look for dead workers now, whatever is waited for."""
-        self._reclaim_at, self._nothing_left = 0.0, False
+    def poll_now(self) -> None:
+        """Interrupt the wait and reclaim from dead workers now."""
+        self.reclaim_at, self._nothing_left = 0.0, False
         self._interrupt()
 
-    async def _look(self, free: int) -> list[Delivery]:
+    async def _poll(self, free: int, unsent: UnsentSettlements | None) -> list[Delivery]:
         if reclaimed := await self._reclaim(free):
             return reclaimed
-        if self._candidates or self._draining:  # what dies with us now, dies of it
+        if self._candidates or self._draining:  # should the worker die now, only the candidate counts as the cause
             await asyncio.sleep(0)
             await self._unless_stopped(asyncio.sleep(self._timeout()))
             return []
         if self._last_ids is None or not self._all_seen:
-            deliveries = await self._fetch(min(free, _BATCH))
+            deliveries = await self._fetch(min(free, _BATCH), unsent)
             if deliveries:
                 return deliveries
         assert self._last_ids is not None
-        await asyncio.sleep(0)  # what has just been started may have ended after that
+        await asyncio.sleep(0)  # an execution that has just started may end in this round of the event loop
         if self._stop.is_set():
             return []
-        if self._unread is None or self._is_idle():
-            return await self._reserve_next(free)
+        if self._unread is None or not self._running:
+            return await self._reserve_next(free, unsent=unsent)
         try:
             deliveries = await self._reserve_next(free, self._unread.expect)
         finally:
             handed_back = await self._unread.read()
         return await self.recover() if handed_back else deliveries
 
-    async def _fetch(self, asked: int) -> list[Delivery]:
-        deliveries, last_ids = await self._broker.fetch(
-            asked, lease_seconds=self._settings.lease_seconds, last_ids=self._last_ids or ()
-        )
-        self._note(deliveries)
-        self._all_seen = len(deliveries) < asked
+    async def _fetch(self, at_most: int, unsent: UnsentSettlements | None) -> list[Delivery]:
+        with self._taken(unsent) as settling:
+            self._fetched.clear()
+            try:
+                deliveries, last_ids = await self._broker.fetch(
+                    at_most,
+                    lease_seconds=self._settings.lease_seconds,
+                    last_ids=self._last_ids or (),
+                    settling=settling,
+                )
+            finally:
+                self._fetched.set()
+        self._note_delivered(deliveries)
+        self._all_seen = len(deliveries) < at_most
         if not deliveries:
             self._last_ids = last_ids
         return deliveries
 
-    async def _reserve_next(self, free: int, sent: Callable[[int], None] = lambda socket: None) -> list[Delivery]:
-        """Reserve the next tasks of the queues."""
+    async def _reserve_next(
+        self,
+        free: int,
+        sent: Callable[[int], None] = lambda socket: None,
+        unsent: UnsentSettlements | None = None,
+    ) -> list[Delivery]:
+        """Reserve the next tasks of the queues with a blocking read.
+
+        Settlements go in the same write, before it: if they grant a lock to a waiting task, it is read at once.
+        """
         timeout = min(self._timeout(), self._longest_reservation)
-        asked = min(free, _AT_ONCE)
+        at_most = min(free, _AT_ONCE)
         try:
-            found = await self._unless_stopped(self._broker.reserve_next(asked, timeout, sent))
+            with self._taken(unsent) as settling:
+                found = await self._unless_stopped(self._broker.reserve_next(at_most, timeout, sent, settling))
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
-            # The streams are gone, and a fetch makes them anew; or the server is the primary no more, and what we
-            # have settled there lately may be ours again on the next one.
+            # Either the streams were deleted, and a fetch makes them again; or the server is no longer the
+            # primary, and entries settled there lately may still be reserved for this worker on the new one.
             self._last_ids = None
             return await self.recover()
         if found is None:
-            self._leave_wait()
+            self._abandon_wait()
             return [] if self._stop.is_set() else await self.recover()
         deliveries, may_be_cancelled = found
         if not deliveries:
             return []
         self.reserved_after = max(self.reserved_after, time.monotonic() - _ANSWER_SECONDS)
-        # With fewer slots than streams, look before the next wait: it may be given one of each.
-        self._all_seen = len(deliveries) < asked and free >= len(self._broker.streams)
-        self._note(deliveries)
+        # With fewer slots than streams, fetch before the next wait, which may return one entry of each stream.
+        self._all_seen = len(deliveries) < at_most and free >= len(self._broker.streams)
+        self._note_delivered(deliveries)
         return await self.recover() if may_be_cancelled else deliveries
 
-    def _timeout(self) -> float:
-        """Time to wait (s) before others' leases, or what a wait that we left was given, are polled."""
-        return min(max(min(self._reclaim_at, self._recover_at) - time.monotonic(), 0.001), self._longest_wait)
+    @contextmanager
+    def _taken(self, unsent: UnsentSettlements | None) -> Iterator[SettlingCall | None]:
+        """Unsent settlements, to be sent by a call of this block; a worker that stops has to send them alone."""
+        if unsent is None or self._stop.is_set():
+            yield None
+            return
+        try:
+            yield unsent.take()
+        finally:
+            unsent.put_back()
 
-    def _leave_wait(self) -> None:
-        # A proxy between us may keep the server's connection open when ours is gone.
+    def _timeout(self) -> float:
+        """Time to wait (s) until the next reclaim, or the recovery after an abandoned blocking read."""
+        return min(max(min(self.reclaim_at, self._recover_at) - time.monotonic(), 0.001), self._longest_wait)
+
+    def _abandon_wait(self) -> None:
+        # A proxy may keep its connection to the server open after the worker's connection is closed.
         self._recover_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
 
-    def _note(self, deliveries: Sequence[Delivery]) -> None:
-        """Note the entries after which to wait."""
+    def _note_delivered(self, deliveries: Sequence[Delivery]) -> None:
+        """Advance `_last_ids` past these deliveries."""
         if any(delivery.earlier_redeliveries for delivery in deliveries):
-            self._watched(deliveries)
+            self._note_candidates(deliveries)
         if self._last_ids is not None:
             for delivery in deliveries:
                 self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
 
     async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
-        """Wait for the answer; None if the worker stops, or is to look again at once, before it comes."""
+        """Wait for the answer; None if the worker stops or `poll_now` is called before it arrives."""
         if self._stops is None:
             self._stops = asyncio.create_task(self._stop.wait())
             self._stops.add_done_callback(lambda _: self._interrupt())
         try:
-            # No task of its own for the wait: what comes is to begin in the same round of the event loop.
+            # No asyncio task for the wait: a delivery must start in the same round of the event loop.
             async with asyncio.timeout(0 if self._stop.is_set() else None) as wait:
                 self._wait = wait
                 return await waiting
@@ -273,19 +334,19 @@ class Intake:
         if self._wait is not None and not self._wait.expired():
             self._wait.reschedule(0)
 
-    def _watched(self, deliveries: _Deliveries) -> _Deliveries:
-        """Note the candidates among these deliveries, and return all."""
+    def _note_candidates(self, deliveries: _Deliveries) -> _Deliveries:
+        """Note the poison candidates among these deliveries, and return all."""
         for delivery in deliveries:
             if is_poison_candidate(delivery, self._settings.max_deliveries):
                 self._candidates.add((delivery.stream, delivery.entry))
         return deliveries
 
     async def _reclaim(self, free: int) -> list[Delivery]:
-        """Take over from dead workers, at the moment when the next lease ends."""
+        """Reclaim entries of dead workers, if a lease may have ended."""
         now = time.monotonic()
         if self._nothing_left:
-            self._reclaim_at = min(max(self._reclaim_at, self._quiet_until()), self._audit_at)
-        if now < self._reclaim_at:
+            self.reclaim_at = min(max(self.reclaim_at, self._held.quiet_until), self._audit_at)
+        if now < self.reclaim_at:
             return []
         lease_seconds = self._settings.lease_seconds
         first, audit = not self._audit_at, now >= self._audit_at
@@ -297,8 +358,8 @@ class Intake:
             lease_seconds=lease_seconds,
             max_deliveries=self._settings.max_deliveries,
         )
-        self._reclaim_at = min(now + again_seconds, self._audit_at)
+        self.reclaim_at = min(now + again_seconds, self._audit_at)
         self._nothing_left = again_seconds > _LEFT_OVER_SECONDS
-        if audit and not deliveries and not first:  # what the server takes for ours: a failover may go unnoticed
+        if audit and not deliveries and not first:  # compare with the server: a failover may go unnoticed
             return await self.recover()
-        return self._watched(deliveries)
+        return self._note_candidates(deliveries)

@@ -1,13 +1,13 @@
-"""The lease keeper: renews all that a worker holds, and cancels what holds locks before they can be another's.
+"""The lease keeper: renews the leases and locks of a worker, and cancels executions before their locks expire.
 
-A task that blocks the event loop must not lose its lease or its locks, so the keeper shares nothing with
-the loop: its own thread, its own connection. What could not be renewed is reported back to the loop, and so is
-what the worker's channels say, which come by the same connection.
+A task that blocks the event loop must not lose its lease or its locks, so the keeper has a thread and a connection
+of its own. It reports lost leases to the loop, and forwards the messages of the worker's pub/sub channels, which
+arrive on the same connection.
 
-A second thread is the timer of the leases. It never waits for a socket, so a renewal that hangs does not hold it
-back: an execution with locks is cancelled at the end of its lease, or of its shortest lock, less a margin, counted
-from the moment before the last renewal that the server confirmed was sent. Whoever takes over waits for the whole
-lease. Two owners of one lock would need monotonic clocks that differ by more than the margin in one lease.
+A second thread is the timer of the leases. It never waits for a socket, so a renewal that hangs does not delay it:
+an execution with locks is cancelled at the end of its lease, or of its shortest lock, less a margin. That time is
+counted from before the last confirmed renewal was sent, while a worker that takes over waits for the whole lease.
+Two owners of one lock would need monotonic clocks that differ by more than the margin in one lease.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .._util.retrying import Outage, reason
 from .._util.tasks import CallsInRounds
 from ..broker import worker_state
 from ..broker.control import ControlConnection
@@ -37,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a failed renewal is tried again.
 _RETRY_SECONDS = 0.2
-#: The part of a lease by which the end of others' leases may be noticed late.
+#: Part of a lease by which the end of another worker's lease may be noticed late.
 _SLACK = 0.01
-#: One of so many renewals looks whether the lists of the server are complete.
-_COMPLETE_EVERY = 12
+#: Every so many renewals also check that the server's lists of workers are complete.
+COMPLETE_EVERY = 12
 #: Deliveries that one call renews: 1 ms of the server's time.
 _RENEW_BATCH = 250
 
 
 class Leased(Protocol):
-    """A stream entry and locks that are to be kept: an execution, or what is left to do after it."""
+    """A stream entry and its locks that are renewed: an execution, or a settlement that is not sent yet."""
 
     @property
     def delivery(self) -> Delivery:
@@ -57,34 +58,34 @@ class Leased(Protocol):
         """The locks."""
 
     locks_expire_at: float
-    """Time (`time.monotonic`) from which its locks may be another's; set by the keeper, infinity without locks."""
+    """Time (`time.monotonic`) from which another worker may hold its locks; set by the keeper."""
 
-    def on_lease_lost(self, what: str, taken_over: bool) -> None:
-        """Called in the event loop: what was lost, in words; whether the task itself was taken over."""
+    def on_lease_lost(self, reason: str, taken_over: bool) -> None:
+        """Called in the event loop when a lock is lost, or, with `taken_over`, the lease."""
 
     def cancel(self) -> None:
         """Called in the event loop when the task was cancelled."""
 
     def mark_cancelled(self) -> None:
-        """Called at once, in the keeper's thread, before either of the others."""
+        """Called in the keeper's thread before `on_lease_lost`."""
 
 
 @dataclass(slots=True, eq=False)
 class PendingAck:
-    """A hold of something that is over and only has to be settled: there is nothing to cancel any more."""
+    """A delivery whose execution has ended and that waits for its settlement: there is nothing to cancel."""
 
     delivery: Delivery
     locks: Sequence[LockSpec] = ()
     locks_expire_at: float = math.inf
 
-    def on_lease_lost(self, what: str, taken_over: bool) -> None:
-        """The settlement will be refused, which is enough."""
+    def on_lease_lost(self, reason: str, taken_over: bool) -> None:
+        """Do nothing: the broker will refuse the settlement."""
 
     def cancel(self) -> None:
-        """It has ended."""
+        """Do nothing: the execution has ended."""
 
     def mark_cancelled(self) -> None:
-        """It has ended."""
+        """Do nothing: the execution has ended."""
 
 
 @dataclass(frozen=True)
@@ -96,34 +97,38 @@ class _Renewed:
     cancelled: list[Leased]
     dataset_id: str
     shortest_ms: int  # the shortest lease of all workers
-    quiet_ms: int  # for so long no worker's lease can end
+    quiet_ms: int  # time in which no worker's lease can end
 
 
-def _size(hold: Leased) -> int:
-    """Size of its renewal in a call: where marks of cancelled tasks are, its message is read."""
-    return len(hold.delivery.raw) + LOCK_BYTES * len(hold.locks)
+def _size(leased: Leased) -> int:
+    """Size of its renewal in a call: the script reads the message if there are marks of cancelled tasks."""
+    return len(leased.delivery.raw) + LOCK_BYTES * len(leased.locks)
 
 
 class _WithoutLocks:
-    """A hold that has lost its locks: it is going to end, and its entry is kept until it is settled."""
+    """An execution that has lost its locks and is being cancelled; its entry is renewed until it is settled."""
 
-    def __init__(self, hold: Leased) -> None:
-        self.delivery = hold.delivery
+    def __init__(self, leased: Leased) -> None:
+        self.delivery = leased.delivery
         self.locks: Sequence[LockSpec] = ()
-        self.lost_locks = hold.locks
+        self.lost_locks = leased.locks
         self.locks_expire_at = math.inf
-        self.on_lease_lost, self.cancel, self.mark_cancelled = hold.on_lease_lost, hold.cancel, hold.mark_cancelled
+        self.on_lease_lost, self.cancel, self.mark_cancelled = (
+            leased.on_lease_lost,
+            leased.cancel,
+            leased.mark_cancelled,
+        )
 
 
 class LeaseKeeper:
-    """Renews the worker's own life, the entries it runs and the locks they hold.
+    """Renews the worker's lease, the entries that it holds and their locks.
 
     Use as an asynchronous context manager: entering registers the worker, and raises when no server answers.
 
     Args:
-        channels: to which it listens between renewals.
-        hear: called in the event loop with channel and data of each message.
-        listening: called in the event loop each time it has begun to listen: it has heard nothing before.
+        channels: pub/sub channels to subscribe to between renewals.
+        receive: called in the event loop with channel and data of each message.
+        listening: called in the event loop after each subscription: earlier messages were missed.
     """
 
     def __init__(
@@ -133,7 +138,7 @@ class LeaseKeeper:
         lease_seconds: float,
         loop: asyncio.AbstractEventLoop,
         channels: Sequence[str] = (),
-        hear: Callable[[bytes, bytes], None] = lambda channel, data: None,
+        receive: Callable[[bytes, bytes], None] = lambda channel, data: None,
         listening: Callable[[], None] = lambda: None,
     ) -> None:
         from redis.backoff import NoBackoff
@@ -142,8 +147,8 @@ class LeaseKeeper:
         self._redis = ControlConnection(
             url,
             channels,
-            lambda channel, data: self._tell_loop(hear, channel, data),
-            lambda: self._tell_loop(listening),
+            lambda channel, data: self._call_in_loop(receive, channel, data),
+            lambda: self._call_in_loop(listening),
             retry=Retry(NoBackoff(), 0),
             socket_connect_timeout=min(5.0, lease_seconds),
             socket_timeout=min(5.0, lease_seconds),
@@ -151,17 +156,17 @@ class LeaseKeeper:
         self._consumer = consumer
         self._lease_seconds = lease_seconds
         self._loop = loop
-        self._holds: dict[tuple[str, str], Leased] = {}
+        self._leased: dict[tuple[str, str], Leased] = {}
         self._restored: dict[tuple[str, str], Leased] = {}
-        """Deliveries noted as ours on a server that had lost its data, until they are settled."""
+        """Deliveries that this worker restored on a server that had lost its data, until they are settled."""
         self._mutex = threading.Lock()
         self._timer_set = threading.Condition(self._mutex)
         self._timer_at = math.inf
         self._renewing = threading.Lock()
         self.dataset_id = ""
-        """The life of the server's data in which everything was renewed last."""
+        """Id of the server's data at the last renewal; another id means that data was lost."""
         self.quiet_until = 0.0
-        """No worker's lease ends before that (`time.monotonic`)."""
+        """Time (`time.monotonic`) before which no worker's lease ends."""
         self._renewals = 0
         self._stop = False
         self._shortest_lease = lease_seconds
@@ -169,7 +174,7 @@ class LeaseKeeper:
         self._renewed_at = time.monotonic()
         self._cancelling = CallsInRounds()
         self._revived_at = float("-inf")
-        """Time of the last renewal of a lease that may have ended before."""
+        """Time of the last renewal that came after the end of the lease (`time.monotonic`)."""
         self._thread = threading.Thread(target=self._run, name="diracx-lease-keeper", daemon=True)
         self._timer = threading.Thread(target=self._run_timer, name="diracx-lease-timer", daemon=True)
 
@@ -189,16 +194,15 @@ class LeaseKeeper:
         self._redis.close()
 
     def stop_renewing(self) -> None:
-        """Renew nothing any more: returns when no renewal is under way, and none begins after that.
+        """Stop renewing, from any thread; return when no renewal is running.
 
-        For a process that ends at once, from any thread: a renewal would put the worker back on the lists that
-        it has left.
+        For a process that ends at once: a later renewal would put the worker back on the lists that it has left.
         """
         with self._renewing:
             self._stop = True
 
     def hand_back_unread(self, streams: Sequence[str]) -> None:
-        """Hand back what was reserved for the worker and is not kept renewed, as its event loop does not read it.
+        """Hand back deliveries that are reserved for the worker but not held, as its event loop is blocked.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
@@ -211,47 +215,47 @@ class LeaseKeeper:
 
     @property
     def overdue(self) -> bool:
-        """True if the last renewal is so long ago that the worker counts as dead: it was paused, or cut off."""
+        """True if the lease has ended since the last renewal: the process was paused, or had no connection."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds
 
     @property
     def late(self) -> bool:
-        """True if a renewal is missing: what takes locks now might soon be cut off. Renew first."""
+        """True if a renewal is missing: locks taken now could expire soon. Renew first."""
         return time.monotonic() - self._renewed_at >= self._lease_seconds / 2
 
     def expired_since(self, moment: float) -> bool:
-        """True if the lease may have ended after `moment` (of the monotonic clock), renewed since or not: what we
-        were given then may have been taken over.
+        """True if the lease may have ended after `moment` (of the monotonic clock), renewed since or not: another
+        worker may have taken over deliveries of that time.
         """
         return self.overdue or self._revived_at >= moment
 
-    def add(self, holds: Iterable[Leased], granted_at: float = math.inf) -> None:
-        """Keep these renewed from now on.
+    def add(self, all_leased: Iterable[Leased], granted_at: float = math.inf) -> None:
+        """Renew these from now on.
 
         Args:
-            granted_at: a moment (`time.monotonic`) before the server granted their locks.
+            granted_at: a time (`time.monotonic`) before the server granted their locks.
         """
         with self._mutex:
-            for hold in holds:
-                self._holds[hold.delivery.stream, hold.delivery.entry] = hold
-                if hold.locks:
-                    ttl_seconds = self._ttl_seconds(hold.locks)
-                    self._look_in_time(ttl_seconds)
-                    self._expire(hold, min(self._renewed_at + self._lease_seconds, granted_at + ttl_seconds))
+            for leased in all_leased:
+                self._leased[leased.delivery.stream, leased.delivery.entry] = leased
+                if leased.locks:
+                    ttl_seconds = self._ttl_seconds(leased.locks)
+                    self._renew_in_time(ttl_seconds)
+                    self._expire(leased, min(self._renewed_at + self._lease_seconds, granted_at + ttl_seconds))
 
-    def _expire(self, hold: Leased, end: float) -> None:
-        """The locks of the hold may be another's from `end` (`time.monotonic`) on."""
-        ttl_seconds = min(self._lease_seconds, self._ttl_seconds(hold.locks))
-        hold.locks_expire_at = end - SAFETY_MARGIN * ttl_seconds
-        if hold.locks_expire_at < self._timer_at:
+    def _expire(self, leased: Leased, end: float) -> None:
+        """Set the time from which another worker may hold the locks: `end` (`time.monotonic`), less a margin."""
+        ttl_seconds = min(self._lease_seconds, self._ttl_seconds(leased.locks))
+        leased.locks_expire_at = end - SAFETY_MARGIN * ttl_seconds
+        if leased.locks_expire_at < self._timer_at:
             self._timer_set.notify()
 
     @staticmethod
     def _ttl_seconds(locks: Sequence[LockSpec]) -> float:
-        """After so long without a renewal the server drops the first of them."""
+        """Shortest time to live of the locks; infinity without one."""
         return min((lock["ttl_ms"] / 1000 for lock in locks if "ttl_ms" in lock), default=math.inf)
 
-    def _look_in_time(self, ttl_seconds: float) -> None:
+    def _renew_in_time(self, ttl_seconds: float) -> None:
         sooner = ttl_seconds / 3 < self._interval
         self._shortest_ttl = min(self._shortest_ttl, ttl_seconds)
         if sooner:
@@ -262,42 +266,46 @@ class LeaseKeeper:
         return min(self._lease_seconds, self._shortest_lease, self._shortest_ttl) / 3
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
-        """No longer renew them: they were settled, or are lost."""
+        """Stop renewing deliveries that were settled or lost."""
         with self._mutex:
             for delivery in deliveries:
-                place = delivery.stream, delivery.entry
-                hold = self._holds.get(place)
-                # The same entry may be in our hands again, taken back from the worker that had taken it over.
-                if hold is not None and hold.delivery.deliveries == delivery.deliveries:
-                    del self._holds[place]
-                if place in self._restored:
+                key = delivery.stream, delivery.entry
+                leased = self._leased.get(key)
+                # A later delivery of the same entry may be held now, reclaimed from the worker that took it over.
+                if leased is not None and leased.delivery.deliveries == delivery.deliveries:
+                    del self._leased[key]
+                if key in self._restored:
                     self._redis.interrupt()
 
     def held(self) -> list[tuple[str, str]]:
-        """Stream and entry of everything that is kept renewed."""
+        """Stream and entry of each delivery that is renewed."""
         with self._mutex:
-            return list(self._holds)
+            return list(self._leased)
 
     def held_locks(self) -> list[LockSpec]:
-        """The locks of what is kept renewed, and lost ones as well until their execution gives them back."""
+        """Locks that are renewed, and lost ones until their execution has released them."""
         with self._mutex:
-            holds = list(self._holds.values())
+            all_leased = list(self._leased.values())
         return [
-            lock for hold in holds for lock in (hold.lost_locks if isinstance(hold, _WithoutLocks) else hold.locks)
+            lock
+            for leased in all_leased
+            for lock in (leased.lost_locks if isinstance(leased, _WithoutLocks) else leased.locks)
         ]
 
     def _run(self) -> None:
+        outage = Outage(f"renew the lease of {self._consumer}", logger)
         while not self._stop:
             self._redis.listen(self._interval)
             while not self._stop:
                 try:
                     self._renew(complete=False)
+                    outage.over()
                     break
                 except Exception as error:
-                    logger.warning("cannot renew the lease of %s: %s", self._consumer, error)
+                    outage.failed(reason(error))
                     self._redis.listen(_RETRY_SECONDS)
 
-    def _tell_loop(self, call: Callable[..., None], *arguments: bytes) -> None:
+    def _call_in_loop(self, call: Callable[..., None], *arguments: bytes) -> None:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call, *arguments)
 
@@ -305,86 +313,95 @@ class LeaseKeeper:
         while not self._stop:
             with self._timer_set:
                 now = time.monotonic()
-                expired = [hold for hold in self._holds.values() if hold.locks_expire_at <= now]
+                expired = [leased for leased in self._leased.values() if leased.locks_expire_at <= now]
                 if not expired and not self._stop:
-                    # With nothing to watch, for as long as a lock that comes next lasts, so that few set it anew.
+                    # Without locks, wait as long as a new lock lasts at most, so that few of them reset the timer.
                     longest = (1 - SAFETY_MARGIN) * self._lease_seconds
-                    self._timer_at = min([now + longest, *(hold.locks_expire_at for hold in self._holds.values())])
+                    self._timer_at = min(
+                        [now + longest, *(leased.locks_expire_at for leased in self._leased.values())]
+                    )
                     self._timer_set.wait(self._timer_at - now)
-            for hold in expired:
-                self._report(hold, "its locks could not be renewed in time, and may be another's soon")
+            for leased in expired:
+                self._report(leased, "its locks could not be renewed in time, and may be another's soon")
 
-    async def renew(self) -> None:
+    async def renew(self, *, complete: bool = True) -> None:
         """Renew everything now, from the event loop.
+
+        Args:
+            complete: also what only every `COMPLETE_EVERY`th renewal includes.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
         """
-        await asyncio.to_thread(self._renew)
+        await asyncio.to_thread(self._renew, complete=complete)
 
     def _renew(self, *, complete: bool = True) -> None:
         with self._renewing:
             if not self._stop:
                 self._renewals += 1
-                # Where the lease has ended, others may have taken the worker off their lists.
-                self._renew_alone(complete or self.overdue or self._renewals % _COMPLETE_EVERY == 0)
+                # After the end of the lease, other workers may have removed this one from the lists.
+                self._renew_alone(complete or self.overdue or self._renewals % COMPLETE_EVERY == 0)
 
     def _renew_alone(self, complete: bool) -> None:
         with self._mutex:
-            holds = list(self._holds.values())
-        # Some in each call; the lease counts from the moment before the first of them, once all are confirmed.
-        portions = list(in_calls(holds, _RENEW_BATCH, _size)) or [[]]
+            all_leased = list(self._leased.values())
+        # In batches; the lease counts from the time before the first call, once all are confirmed.
+        batches = list(in_calls(all_leased, _RENEW_BATCH, _size)) or [[]]
         started = time.monotonic()
-        renewed = [self._renew_some(portion, complete) for portion in portions]
+        renewed = [self.renew_batch(batch, complete) for batch in batches]
         while len({each.dataset_id for each in renewed}) > 1:  # the server has lost its data in between
-            renewed = [self._renew_some(portion, complete) for portion in portions]
+            renewed = [self.renew_batch(batch, complete) for batch in batches]
         dataset_id = renewed[0].dataset_id
         if time.monotonic() - self._renewed_at >= self._lease_seconds:
             self._revived_at = time.monotonic()
         self._renewed_at = started
-        # Else nobody could tell a worker that died from a server that was away for longer than its lease.
+        # Renewing at the pace of the shortest lease distinguishes a dead worker from a server that was unavailable
+        # for longer than that worker's lease.
         self._shortest_lease = renewed[-1].shortest_ms / 1000
-        # With a little more, a wait that ends then knows of the renewal that is just due.
+        # With some slack, so that a renewal due at that moment has arrived before the intake polls.
         self.quiet_until = started + renewed[0].quiet_ms / 1000 + _SLACK * self._lease_seconds
         with self._mutex:
-            for hold in holds:
-                if hold.locks and hold.locks_expire_at > time.monotonic():
-                    self._expire(hold, started + min(self._lease_seconds, self._ttl_seconds(hold.locks)))
+            for leased in all_leased:
+                if leased.locks and leased.locks_expire_at > time.monotonic():
+                    self._expire(leased, started + min(self._lease_seconds, self._ttl_seconds(leased.locks)))
         if self.dataset_id not in ("", dataset_id):
             logger.warning(
-                "the server has lost data, or was restarted and may have; %d running tasks go on", len(holds)
+                "the server has lost data, or was restarted and may have; %d running tasks go on", len(all_leased)
             )
             with self._mutex:
-                self._restored = {(hold.delivery.stream, hold.delivery.entry): hold for hold in holds}
+                self._restored = {(leased.delivery.stream, leased.delivery.entry): leased for leased in all_leased}
         self.dataset_id = dataset_id
         for each in renewed:
-            for hold in each.lost:
-                self._report(hold, "another worker has it, or had it and has settled it", taken_over=True)
+            for leased in each.lost:
+                self._report(leased, "another worker has it, or had it and has settled it", taken_over=True)
             if each.cancelled:
-                self._loop.call_soon_threadsafe(self._cancelling.add, [hold.cancel for hold in each.cancelled])
-            for hold, lock in each.lost_locks:
-                self._report(hold, f"the lock {lock['key']} could not be renewed")
+                self._loop.call_soon_threadsafe(self._cancelling.add, [leased.cancel for leased in each.cancelled])
+            for leased, lock in each.lost_locks:
+                self._report(leased, f"the lock {lock['key']} could not be renewed")
         if self._restored:
             self._settle_restored()
 
     def _settle_restored(self) -> None:
-        """Settle once more what a settlement and a renewal after a loss of data have met in: the settlement came
-        first, and the renewal noted as ours, and locked, what had just ended.
+        """Settle again deliveries that were settled just before a renewal that restored them.
+
+        A renewal after a loss of data records each held entry and its locks again, also of a delivery that a
+        concurrent settlement has ended.
         """
         with self._mutex:
-            over = {place: hold for place, hold in self._restored.items() if place not in self._holds}
-        settlements = [Settlement(hold.delivery, hold.locks) for hold in over.values()]
-        for portion in in_calls(settlements, _RENEW_BATCH, Settlement.bytes):
-            worker_state.settle_now(self._redis, self._consumer, portion)
-        for place in over:
-            del self._restored[place]
+            ended = {key: leased for key, leased in self._restored.items() if key not in self._leased}
+        settlements = [Settlement(leased.delivery, leased.locks) for leased in ended.values()]
+        for batch in in_calls(settlements, _RENEW_BATCH, Settlement.bytes):
+            worker_state.settle_now(self._redis, self._consumer, batch)
+        for key in ended:
+            del self._restored[key]
 
-    def _renew_some(self, holds: Sequence[Leased], complete: bool) -> _Renewed:
+    def renew_batch(self, all_leased: Sequence[Leased], complete: bool) -> _Renewed:
+        """Renew some deliveries and their locks, in one call."""
         entries: list[Entry] = [
             {"stream": h.delivery.stream, "entry": h.delivery.entry, "deliveries": h.delivery.deliveries}
-            for h in holds
+            for h in all_leased
         ]
-        locks = [(hold, lock) for hold in holds for lock in hold.locks]
+        locks = [(leased, lock) for leased in all_leased for lock in leased.locks]
         lost_entries, lost_locks, cancelled, dataset_id, shortest_ms, quiet_ms = worker_state.renew(
             self._redis,
             self._consumer,
@@ -396,24 +413,24 @@ class LeaseKeeper:
             self.overdue,
         )
         return _Renewed(
-            [holds[position] for position in lost_entries],
+            [all_leased[position] for position in lost_entries],
             [locks[position] for position in lost_locks],
-            [holds[position] for position in cancelled],
+            [all_leased[position] for position in cancelled],
             dataset_id,
             shortest_ms,
             quiet_ms,
         )
 
-    def _report(self, hold: Leased, what: str, *, taken_over: bool = False) -> None:
+    def _report(self, leased: Leased, reason: str, *, taken_over: bool = False) -> None:
         with self._mutex:
-            place = hold.delivery.stream, hold.delivery.entry
-            if self._holds.get(place) is not hold:
-                return  # it was settled while we asked
+            key = leased.delivery.stream, leased.delivery.entry
+            if self._leased.get(key) is not leased:
+                return  # it was settled during the renewal
             if taken_over:
-                del self._holds[place]
-            else:  # still ours to settle
-                self._holds[place] = _WithoutLocks(hold)
-        if hold.locks:
-            hold.locks_expire_at = min(hold.locks_expire_at, time.monotonic())
-        hold.mark_cancelled()
-        self._loop.call_soon_threadsafe(hold.on_lease_lost, what, taken_over)
+                del self._leased[key]
+            else:  # this worker still has to settle it
+                self._leased[key] = _WithoutLocks(leased)
+        if leased.locks:
+            leased.locks_expire_at = min(leased.locks_expire_at, time.monotonic())
+        leased.mark_cancelled()
+        self._loop.call_soon_threadsafe(leased.on_lease_lost, reason, taken_over)

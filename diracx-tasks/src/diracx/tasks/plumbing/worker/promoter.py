@@ -1,4 +1,4 @@
-"""Delayed tasks begin in time, should no scheduler see to it."""
+"""Promotes due delayed tasks in a worker, for the time in which no scheduler does."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from .._util.retrying import may_pass, retry_until_available
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
 
-#: Many workers may look, and one look finds all that is due: so long is left between two.
+#: Pause between two polls of one worker: many workers may poll, and one poll promotes all due tasks.
 _PAUSE_SECONDS = 0.002
 
 
 class Promoter:
-    """Moves what is due into the queues: at its moment while nobody leads, else when the lead would end.
+    """Moves due tasks into their queues: when due if no scheduler leads, else when the leader's lease would end.
 
     Args:
-        again_seconds: how often to look, whatever is known.
+        again_seconds: the longest interval between polls.
     """
 
     def __init__(self, broker: RedisStreamBroker, again_seconds: float) -> None:
         self._broker = broker
         self._again_seconds = again_seconds
-        self._look_at = 0.0
+        self._next_poll = 0.0
         self._earlier = asyncio.Event()
 
-    def hear(self, due_in_ms: bytes) -> None:
-        """Note that a message was put aside, of which no scheduler heard."""
-        look_at = time.monotonic() + int(due_in_ms) / 1000
-        if look_at < self._look_at:
-            self._look_at = look_at
+    def due_in(self, due_in_ms: bytes) -> None:
+        """Note that a task was delayed while no scheduler listened; it is due in `due_in_ms`."""
+        next_poll = time.monotonic() + int(due_in_ms) / 1000
+        if next_poll < self._next_poll:
+            self._next_poll = next_poll
             self._earlier.set()
 
     async def run(self) -> None:
-        """Look, for ever."""
+        """Poll and promote, until cancelled."""
         while True:
-            self._look_at = time.monotonic() + self._again_seconds
+            self._next_poll = time.monotonic() + self._again_seconds
             again_ms = await retry_until_available(self._broker.promote, "promote delayed tasks", passing=may_pass)
             if again_ms is not None:
-                self._look_at = min(self._look_at, time.monotonic() + again_ms / 1000)
+                self._next_poll = min(self._next_poll, time.monotonic() + again_ms / 1000)
             await asyncio.sleep(_PAUSE_SECONDS)
-            while (left := self._look_at - time.monotonic()) > 0:
+            while (left := self._next_poll - time.monotonic()) > 0:
                 self._earlier.clear()
                 try:
                     async with asyncio.timeout(left):

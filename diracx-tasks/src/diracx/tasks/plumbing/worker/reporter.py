@@ -1,8 +1,8 @@
-"""Publishes the statistics of a worker: one call every 5 s, or 50 s while nothing happens, from sums that cost an
-execution a few additions. When there is nothing but such sums to tell, one command puts them into a list, and one
-of the workers adds up those of all.
+"""Publishes the statistics of a worker: one call every 5 s, or 50 s while nothing changes. Each execution only
+adds to counters. A report that would hold nothing but counters is appended to a list instead, by one command, and
+one of the workers adds up the counters of all.
 
-A report that does not get through is made up for by the next one. `diracx.tasks.operations` reads them.
+A report that fails is sent again with the next one. `diracx.tasks.operations` reads them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError, ResponseError
 
-from .._util.histogram import BUCKETS, bucket_of
 from .._util.passwords import last_lines
 from ..broker import worker_state
 from ..broker.labels import LABEL_ATTEMPTS
+from ..broker.requests import LOCK_KINDS
 from ..broker.streams import queue_stream
+from ..broker.telemetry import BUCKETS, bucket_of
 from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
@@ -36,43 +37,43 @@ if TYPE_CHECKING:
 
     from ..broker import RedisStreamBroker
     from ..broker.models import Settlement, TaskMessage
-    from ..persistence import DeadLetter
+    from ..broker.replies import StartReply
     from .execution import Execution
     from .settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-#: Between two reports.
+#: Interval between two reports.
 REPORT_SECONDS = 5.0
-#: Reports that are left out, one after the other, when they would say nothing but that the worker is there. Others
-#: count it as silent after `HealthThresholds.silent_seconds`.
-_LEFT_OUT = 9
-#: One of so many reports, when they would be sums of finished tasks alone: they wait for more.
+#: Reports that are skipped in a row while nothing has changed. The worker counts as silent after
+#: `HealthThresholds.silent_seconds`.
+MAX_SKIPPED = 9
+#: Every so many reports, counters of finished tasks are sent when there is nothing else to report.
 _SUMS_EVERY = 2
-#: The worker that finds no sums of others in the list adds up those that have come together until its next report.
-#: Should it not be there, those that are as old as this are added up with the next report of an idle worker.
-_SUMS_OLD_MS = 20_000
-#: After so many sums in the list, one more worker adds them up.
+#: The worker that finds no counters of other workers in the list adds up the list with its next report. Should it
+#: have stopped, counters as old as this are added up with the next report of an idle worker.
+SUMS_OLD_MS = 20_000
+#: Each time the list reaches a multiple of this length, one more worker adds it up.
 _MANY_SUMS = 200
-#: How long sums are kept that nobody adds up.
+#: Time to live of counters in the list.
 _SUMS_MS = 3_600_000
-#: Running tasks that are told of; the longest-running ones.
+#: Running tasks in a report: the longest-running ones.
 RUNNING_REPORTED = 200
-#: Failures told in one report: the latest. All are counted.
-_FAILURES_TOLD = 50
-#: Locks told in one report.
-_LOCKS_TOLD = 200
+#: Failures in one report: the latest. All are counted.
+_FAILURES_REPORTED = 50
+#: Locks in one report.
+_LOCKS_REPORTED = 200
 _LONGEST_TEXT = 1_000
 _LONGEST_TRACEBACK = 4_000
 _LOCKS_PER_TASK = 20
 _MEBIBYTE = 1 << 20
-#: Tasks that cannot be executed may have any name: they are counted under this one.
+#: Name under which tasks that cannot be executed are counted, for theirs may be anything.
 REJECTED = "(cannot be executed)"
 
 
-#: TaskCounters that the server is told, and all of them.
-_TOLD = ("done", "failed", "retried", "dead", "run", "queue")
-_NUMBERS = (*_TOLD, "lock_waits", "locks_lost", "taken_over")
+#: Fields of `TaskCounters` that are sent to the server, and all fields.
+_REPORTED = ("done", "failed", "retried", "dead", "run", "queue")
+_ALL_FIELDS = (*_REPORTED, "lock_waits", "locks_lost", "taken_over")
 
 
 class TaskCounters:
@@ -86,114 +87,113 @@ class TaskCounters:
         self.queue_times = [0] * BUCKETS
 
     def add(self, other: TaskCounters) -> None:
-        """Add up."""
-        for name in _NUMBERS:
+        """Add the counters of `other`."""
+        for name in _ALL_FIELDS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.run_times = list(map(add, self.run_times, other.run_times))
         self.queue_times = list(map(add, self.queue_times, other.queue_times))
 
     def counters(self) -> dict[str, float]:
-        """By name, as they are added up on the server; what is 0 is left out."""
-        counters: dict[str, float] = {name: getattr(self, name) for name in _TOLD}
+        """Counters by name, as the server adds them up; without those that are 0."""
+        counters: dict[str, float] = {name: getattr(self, name) for name in _REPORTED}
         for prefix, times in (("r", self.run_times), ("q", self.queue_times)):
             counters.update((f"{prefix}{bucket}", number) for bucket, number in enumerate(times) if number)
         return {name: number for name, number in counters.items() if number}
 
 
 class Reporter:
-    """Collects what one worker has to tell, and tells it.
+    """Collects the statistics of one worker and publishes them.
 
     Args:
-        running: what runs at the moment; a live view.
+        running: the running executions; a live view.
+        sums_old_ms: age of counters of other workers at which an idle worker adds them up.
     """
 
     def __init__(
-        self, broker: RedisStreamBroker, settings: WorkerSettings, running: Collection[Execution]
+        self,
+        broker: RedisStreamBroker,
+        settings: WorkerSettings,
+        running: Collection[Execution],
+        sums_old_ms: int = SUMS_OLD_MS,
     ) -> None:
+        self._sums_old_ms = sums_old_ms
         self._broker = broker
         self._settings = settings
         self._running = running
         self._began = time.time()
-        self._clock_ahead = 0.0  # of the server's clock against ours, in s
+        self._clock_ahead = 0.0  # offset of the server's clock against the worker's, in s
         self._number = 0
         self._stats: dict[tuple[str, str], TaskCounters] = {}  # by task and stream, since the last report
         self._totals: dict[tuple[str, str], TaskCounters] = {}  # the same, before that
         self._rejected: dict[str, int] = {}
-        self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_TOLD)
+        self._failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES_REPORTED)
         self._locks: dict[str, None] = {}
         self._unsent: tuple[int, dict[str, Any]] | None = None
-        self._said: tuple[bytes, bytes] = (b"", b"")
-        self._said_memory: int | None = None
-        self._overwritten = False  # what it runs, by the watchdog
+        self._last_sent: tuple[bytes, bytes] = (b"", b"")
+        self._last_memory: int | None = None
+        self._overwritten = False  # the watchdog has published the running tasks meanwhile
         self.timed: Callable[[str, str, float, float], None] | None = None
-        """Is told name, stream, run time and time in the queue (s) of each execution, where that is wanted."""
-        self._left_out = 0
+        """Called with name, stream, run time and time in the queue (s) of each execution; None: no call."""
+        self._skipped = 0
         self._unsent_sums: tuple[int, dict[str, Any]] | None = None
         self._sums_sent = False
-        """True if these were sent, and not answered."""
-        self._adds_up = False
-        """True if the sums in the list are this worker's to add up."""
+        """True if `_unsent_sums` were sent without an answer."""
+        self.adds_up = False
+        """True if this worker has to add up the counters in the list."""
         self._dataset = ""
         self.dataset: Callable[[], str] = str
-        """Tells which life of the server's data this is: what was said in another is lost."""
+        """Returns the id of the server's data: reports under another id are lost."""
 
-    # --- what is noted ----------------------------------------------------------------------------------
+    # --- collect ----------------------------------------------------------------------------------------
 
-    def ended(
-        self, execution: Execution, outcome: Outcome, settlement: Settlement, dead_letter: DeadLetter | None
-    ) -> None:
-        """An execution has ended."""
+    def ended(self, execution: Execution, outcome: Outcome, settlement: Settlement) -> None:
+        """Count an execution that has ended."""
         delivery = execution.delivery
         stream = delivery.stream
-        which = (execution.spec.name, stream)
-        sums = self._stats.get(which)
-        if sums is None:
-            sums = self._stats[which] = TaskCounters()
+        key = (execution.spec.name, stream)
+        counted = self._stats.get(key)
+        if counted is None:
+            counted = self._stats[key] = TaskCounters()
         if isinstance(outcome, LeaseLost):
-            sums.taken_over += 1
+            counted.taken_over += 1
             return
         if isinstance(outcome, LockRefused):
-            sums.lock_waits += 1
+            counted.lock_waits += 1
             return
         seconds = outcome.seconds
         queued = max(0.0, time.time() + self._clock_ahead - seconds - delivery.queued_at)
-        sums.run += seconds
-        sums.queue += queued
-        sums.run_times[bucket_of(seconds)] += 1
-        sums.queue_times[bucket_of(queued)] += 1
+        counted.run += seconds
+        counted.queue += queued
+        counted.run_times[bucket_of(seconds)] += 1
+        counted.queue_times[bucket_of(queued)] += 1
         if self.timed is not None:
-            self.timed(which[0], stream, seconds, queued)
+            self.timed(key[0], stream, seconds, queued)
         if isinstance(outcome, Failed):
-            sums.failed += 1
-            self._failed(execution, outcome, settlement, dead_letter, sums)
+            counted.failed += 1
+            self._failed(execution, outcome, settlement, counted)
         else:
-            sums.done += 1
+            counted.done += 1
 
     def _failed(
-        self,
-        execution: Execution,
-        outcome: Failed,
-        settlement: Settlement,
-        dead_letter: DeadLetter | None,
-        sums: TaskCounters,
+        self, execution: Execution, outcome: Failed, settlement: Settlement, counted: TaskCounters
     ) -> None:
-        if settlement.retry is not None or settlement.requeue is not None:  # the latter was interrupted
-            fate = "retried"
-            sums.retried += 1
-        elif dead_letter is not None:
-            fate = "dead"
-            sums.dead += 1
+        if settlement.retry is not None or settlement.requeue is not None:  # a requeue means an interruption
+            result = "retried"
+            counted.retried += 1
+        elif settlement.dead is not None:
+            result = "dead"
+            counted.dead += 1
         else:
-            fate = "cancelled" if issubclass(type(outcome.error), TaskCancelledError) else "dropped"
+            result = "cancelled" if issubclass(type(outcome.error), TaskCancelledError) else "dropped"
         if issubclass(type(outcome.error), LockLostError):
-            sums.locks_lost += 1
-        message, error = execution.message, outcome.told
+            counted.locks_lost += 1
+        message, error = execution.message, outcome.error_info
         text = cut(error["message"], _LONGEST_TEXT)
         traceback = last_lines(error["traceback"], _LONGEST_TRACEBACK)
-        self._note_failure(message, vo_of_task(execution.task, message), error["type"], text, traceback, fate)
+        self._note_failure(message, vo_of_task(execution.task, message), error["type"], text, traceback, result)
 
     def rejected(self, message: TaskMessage | None, reason: str, detail: str, vo: str | None = None) -> None:
-        """A delivery cannot be executed, and is put with the dead letters."""
+        """Count a delivery that cannot be executed and becomes a dead letter."""
         self._stats.setdefault((REJECTED, ""), TaskCounters()).dead += 1
         self._rejected[reason] = self._rejected.get(reason, 0) + 1
         self._note_failure(message, vo, reason, detail[:_LONGEST_TEXT], "", "dead")
@@ -216,24 +216,23 @@ class Reporter:
             }
         )
 
-    def asked_for_locks(self, asked: Sequence[Execution], replies: Sequence[Sequence[int]]) -> None:
-        """Locks were granted or refused. Those that have limits, or that refused, are worth a look."""
-        for execution, reply in zip(asked, replies, strict=True):
-            refusing = reply[1] - 1 if reply[0] == 0 else -1
-            if refusing >= 0:
-                which = (execution.spec.name, execution.delivery.stream)
-                self._stats.setdefault(which, TaskCounters()).lock_waits += 1
+    def count_lock_replies(self, requested: Sequence[Execution], replies: Sequence[StartReply]) -> None:
+        """Count refused locks, and note the keys of limiters and refusing locks for the report."""
+        for execution, reply in zip(requested, replies, strict=True):
+            if reply.refusing is not None:
+                key = (execution.spec.name, execution.delivery.stream)
+                self._stats.setdefault(key, TaskCounters()).lock_waits += 1
             for position, lock in enumerate(execution.locks):
-                if (position == refusing or lock["kind"] in ("rate", "concurrency")) and (
-                    len(self._locks) < _LOCKS_TOLD
+                if (position == reply.refusing or LOCK_KINDS[lock["kind"]].is_limiter) and (
+                    len(self._locks) < _LOCKS_REPORTED
                 ):
                     limit, window = lock.get("limit", ""), lock.get("window_us", "")
                     self._locks[f"{lock['kind']} {limit} {window} {lock['key']}"] = None
 
-    # --- what is told -----------------------------------------------------------------------------------
+    # --- publish ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Report, for ever."""
+        """Report at the interval, until cancelled."""
         while True:
             try:
                 await self.report(if_new=True)
@@ -245,84 +244,87 @@ class Reporter:
             await asyncio.sleep(REPORT_SECONDS)
 
     async def report(self, *, last: bool = False, if_new: bool = False) -> None:
-        """Tell what is new.
+        """Send one report.
 
         Args:
-            last: the worker signs off.
-            if_new: when there is nothing new, it may be left out.
+            last: the worker stops.
+            if_new: the report may be skipped when nothing has changed.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer; nothing is forgotten then.
+            redis.exceptions.RedisError: when the server does not answer; the next report contains this one's data.
         """
-        state = self._line()
-        line, running = dumps(state), dumps(self._reported_running())
+        state = self.state()
+        packed_state, running = dumps(state), dumps(self._reported_running())
         if self._overwritten or self._dataset != self.dataset():
-            self._said, self._overwritten = (b"", b""), False
+            self._last_sent, self._overwritten = (b"", b""), False
         self._dataset = self.dataset()
-        news = [now if now != before else b"" for now, before in zip((line, running), self._said, strict=True)]
+        changed = [
+            now if now != before else b""
+            for now, before in zip((packed_state, running), self._last_sent, strict=True)
+        ]
         if self._unsent is None:
             await self._send_sums()
         if self._unsent is None:
-            sums_alone = not (news[1] or self._is_news(state) or self._failures or self._locks)
-            if if_new and sums_alone and not self._adds_up:
-                due = self._left_out >= _LEFT_OUT
-                self._left_out += 1
-                if (due or self._left_out % _SUMS_EVERY == 1) and (taken := self._taken()):
-                    self._unsent_sums = (self._next_number(), taken)
+            sums_alone = not (changed[1] or self._has_changed(state) or self._failures or self._locks)
+            if if_new and sums_alone and not self.adds_up:
+                due = self._skipped >= MAX_SKIPPED
+                self._skipped += 1
+                if (due or self._skipped % _SUMS_EVERY == 1) and (collected := self._take_collected()):
+                    self._unsent_sums = (self._next_number(), collected)
                     await self._send_sums()
-                if not due or self._adds_up or self._unsent is not None:
+                if not due or self.adds_up or self._unsent is not None:
                     return
-            self._unsent = (self._next_number(), self._taken())
+            self._unsent = (self._next_number(), self._take_collected())
         number, added = self._unsent
         sent_at = time.time()
-        older_ms = 0 if self._adds_up else None if added else _SUMS_OLD_MS
-        now_ms, known, self._adds_up = await worker_state.report(
-            self._broker.redis, self._broker.consumer_name, number, news[0], news[1], added, last, older_ms
+        older_ms = 0 if self.adds_up else None if added else self._sums_old_ms
+        now_ms, known, self.adds_up = await worker_state.report(
+            self._broker.redis, self._broker.consumer_name, number, changed[0], changed[1], added, last, older_ms
         )
-        self._unsent, self._left_out = None, 0
-        self._said = (line, running) if known or all(news) else (b"", b"")
-        self._said_memory = state.get("memory_bytes")
+        self._unsent, self._skipped = None, 0
+        self._last_sent = (packed_state, running) if known or all(changed) else (b"", b"")
+        self._last_memory = state.get("memory_bytes")
         half = (time.time() - sent_at) / 2
         ahead, error = now_ms / 1000 - (time.time() - half), half + 0.001
-        if abs(ahead - self._clock_ahead) > error:  # else what runs would seem to have begun at another moment
+        if abs(ahead - self._clock_ahead) > error:  # a smaller change would only shift the shown start times
             self._clock_ahead = ahead
 
-    def _is_news(self, state: dict[str, Any]) -> bool:
-        """True if anything but the memory, which changes all the time, is another than what was said."""
-        said = {name: self._said_memory if name == "memory_bytes" else value for name, value in state.items()}
-        return dumps(said) != self._said[0]
+    def _has_changed(self, state: dict[str, Any]) -> bool:
+        """True if anything but the memory, which changes all the time, differs from the last report."""
+        state = {name: self._last_memory if name == "memory_bytes" else value for name, value in state.items()}
+        return dumps(state) != self._last_sent[0]
 
     def _next_number(self) -> int:
         self._number = max(self._number + 1, int(1000 * (time.time() + self._clock_ahead)))
         return self._number
 
     async def _send_sums(self) -> None:
-        """Put sums into the list. They may come twice, if an answer is lost: they have a number."""
+        """Append counters to the list. Their number identifies a repetition after a lost answer."""
         if self._unsent_sums is None:
             return
         sums = [self._broker.consumer_name, *self._unsent_sums]
         again, self._sums_sent = self._sums_sent, True
         try:
-            told = await worker_state.send_sums(self._broker.redis, sums, _SUMS_MS, again=again)
-        except ResponseError:  # as of a full server, which takes reports all the same
+            length = await worker_state.send_sums(self._broker.redis, sums, _SUMS_MS, again=again)
+        except ResponseError:  # a server without memory, say, which accepts reports all the same
             self._unsent, self._unsent_sums, self._sums_sent = self._unsent_sums, None, False
             return
         self._unsent_sums, self._sums_sent = None, False
-        self._adds_up = told == 1 or told % _MANY_SUMS == 0
+        self.adds_up = length == 1 or length % _MANY_SUMS == 0
 
     def report_blocked(self, redis: SyncRedis, blocked: dict[str, Any] | None) -> None:
-        """Say what blocks the event loop, from another thread; None: nothing does any more.
+        """Publish the execution that blocks the event loop, from another thread; None: the loop goes on.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
         """
-        # The clock of the server is what readers go by.
-        told = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})
-        worker_state.report_blocked(redis, self._broker.consumer_name, told, dumps(self._reported_running()))
+        # Readers use the clock of the server.
+        packed = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})
+        worker_state.report_blocked(redis, self._broker.consumer_name, packed, dumps(self._reported_running()))
         self._overwritten = blocked is not None
 
     async def leave(self) -> None:
-        """Tell the last of it, and that the worker runs no more."""
+        """Send the last report: the worker has stopped."""
         try:
             if self._unsent is not None:
                 await self.report()
@@ -330,18 +332,18 @@ class Reporter:
         except RedisError as error:
             logger.debug("the last report did not get through: %s", error)
 
-    def _taken(self) -> dict[str, Any]:
-        """Take the statistics that were collected since the last time."""
+    def _take_collected(self) -> dict[str, Any]:
+        """Return the statistics collected since the last call, and reset them."""
         ended: dict[str, int] = {}
-        told: dict[str, TaskCounters] = {}
-        for (name, stream), sums in self._stats.items():
-            told.setdefault(name, TaskCounters()).add(sums)
+        by_name: dict[str, TaskCounters] = {}
+        for (name, stream), counted in self._stats.items():
+            by_name.setdefault(name, TaskCounters()).add(counted)
             if stream:
                 queue = queue_stream(stream)
-                self._totals.setdefault((name, queue), TaskCounters()).add(sums)
-                ended[queue] = ended.get(queue, 0) + sums.done + sums.failed
+                self._totals.setdefault((name, queue), TaskCounters()).add(counted)
+                ended[queue] = ended.get(queue, 0) + counted.done + counted.failed
         added = {
-            "stats": {name: counters for name, sums in told.items() if (counters := sums.counters())},
+            "stats": {name: counters for name, counted in by_name.items() if (counters := counted.counters())},
             "ended": {queue: number for queue, number in ended.items() if number},
             "failures": [dumps(failure) for failure in self._failures],
             "locks": list(self._locks),
@@ -350,30 +352,31 @@ class Reporter:
         self._failures.clear()
         return {name: value for name, value in added.items() if value}
 
-    # --- what metrics tell ------------------------------------------------------------------------------
+    # --- metrics ----------------------------------------------------------------------------------------
 
     def totals(self) -> dict[tuple[str, str], TaskCounters]:
-        """Since the worker began: by name of the task, and stream of its queue."""
+        """Counters since the worker started, by name of the task and stream of its queue."""
         found: dict[tuple[str, str], TaskCounters] = {}
         for sums_by in (self._totals, self._stats):
-            for (name, stream), sums in sums_by.items():
+            for (name, stream), counted in sums_by.items():
                 if stream:
-                    found.setdefault((name, queue_stream(stream)), TaskCounters()).add(sums)
+                    found.setdefault((name, queue_stream(stream)), TaskCounters()).add(counted)
         return found
 
     def rejected_totals(self) -> dict[str, int]:
-        """Deliveries that could not be executed, by reason."""
+        """Number of deliveries that could not be executed, by reason."""
         return dict(self._rejected)
 
     def in_progress(self) -> dict[tuple[str, str], int]:
         """Number of running tasks, by name of the task and stream of its queue."""
         found: dict[tuple[str, str], int] = {}
         for execution in self._running:
-            which = (execution.spec.name, queue_stream(execution.delivery.stream))
-            found[which] = found.get(which, 0) + 1
+            key = (execution.spec.name, queue_stream(execution.delivery.stream))
+            found[key] = found.get(key, 0) + 1
         return found
 
-    def _line(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """State of the worker, as it is reported."""
         return {
             "size": str(self._broker.worker_size),
             "slots": self._settings.max_concurrent_tasks,
@@ -384,13 +387,13 @@ class Reporter:
         }
 
     def _reported_running(self) -> list[dict[str, Any]]:
-        now, told = time.monotonic(), []
+        now, running = time.monotonic(), []
         ahead = time.time() + self._clock_ahead - now
         for execution in nsmallest(RUNNING_REPORTED, self._running, key=lambda each: each.started or now):
             delivery, message = execution.delivery, execution.message
             locks = execution.locks[:_LOCKS_PER_TASK]
             overdue = execution.should_have_ended_at()
-            told.append(
+            running.append(
                 {
                     "task_id": message.task_id,
                     "task_name": message.task_name,
@@ -404,7 +407,7 @@ class Reporter:
                     "locks": [[lock["key"], lock["owner"]] for lock in locks],
                 }
             )
-        return told
+        return running
 
 
 @cache
@@ -413,12 +416,12 @@ def _version() -> str:
 
     try:
         return version("diracx-tasks")
-    except PackageNotFoundError:  # run from its sources
+    except PackageNotFoundError:  # runs from a source tree
         return ""
 
 
 def _resident_bytes() -> int | None:
-    """Resident memory, by the MiB; None where the system does not tell."""
+    """Resident memory, rounded down to MiB; None on systems without /proc."""
     try:
         with open("/proc/self/statm", "rb") as statm:
             pages = int(statm.read().split()[1])

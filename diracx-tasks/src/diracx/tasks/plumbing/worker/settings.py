@@ -1,4 +1,4 @@
-"""The numbers of a worker."""
+"""Settings of a worker."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ class WorkerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_concurrent_tasks: int = Field(default=10, ge=1)
-    """Slots: how many tasks run at a time."""
+    """Slots: the number of tasks that run at a time."""
     lease_seconds: float = Field(default=30.0, gt=0)
-    """Time for which a worker may be silent before others take over what it runs."""
+    """Time without a renewal after which other workers take over the worker's tasks."""
     max_deliveries: int = Field(default=3, ge=1)
-    """A task that was handed out more often than this has killed its workers: it is poison."""
+    """A task that has lost this many workers is poison: it becomes a dead letter."""
     grace_seconds: float = Field(default=30.0, ge=0)
     """Time for which running tasks may go on after the first stop signal."""
     hard_limit_seconds: float | None = Field(default=None, gt=0)
-    """An execution that ignores its cancellation for so long ends the process; None: it never does."""
+    """An execution that ignores its cancellation for this time ends the process; None: never."""
     report_overdue_seconds: float = Field(default=10.0, gt=0)
-    """An execution that ignores its cancellation for so long is reported and cancelled once more."""
+    """An execution that ignores its cancellation for this time is reported and cancelled again."""
     report_blocked_seconds: float = Field(default=5.0, gt=0)
-    """A task that blocks the event loop for so long is reported, with the stack of its thread."""
+    """A task that blocks the event loop for this time is reported, with the stack of its thread."""
     result_ttl_seconds: int | None = Field(default=None, ge=1)
-    """Keep the results of all tasks for so long; None: only of those submitted with that label."""
+    """Keep the results of all tasks for this time; None: only of tasks submitted with that label."""
     max_result_bytes: int = Field(default=MAX_BYTES, ge=100_000)
-    """Of a result that is larger, only that is kept that it was; the task has succeeded all the same."""
+    """A larger result is replaced by an error; the task still counts as succeeded."""
     lock_retry_seconds: float = Field(default=10.0, gt=0)
-    """Time for which the first in line for a lock waits at most, should nobody give the lock back."""
+    """Time after which the first task parked for a lock tries again, if the lock was not granted to it before."""
     housekeeping_seconds: float = Field(default=60.0, gt=0)
-    """Interval at which it looks for delayed tasks that no scheduler has promoted."""
+    """Interval of the polls for delayed tasks that no scheduler has promoted."""
+    max_queued_dead_letters: int = Field(default=1_000, ge=0)
+    """Dead letters that wait in memory for the database, with their tasks unacknowledged and their locks held."""
+    dead_letter_seconds: float = Field(default=30.0, gt=0)
+    """Time for which they wait there; after it, they are stored in Redis."""
+    database_answer_seconds: float = Field(default=10.0, gt=0)
+    """Timeout of the database of dead letters: after it, a new connection is tried."""
+    import_seconds: float = Field(default=60.0, gt=0)
+    """Interval of the imports of dead letters from Redis."""

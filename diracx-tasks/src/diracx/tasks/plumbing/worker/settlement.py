@@ -1,4 +1,4 @@
-"""Settlement: what the broker is told about each outcome."""
+"""Decides the settlement of each outcome: a result, a retry, a requeue or a dead letter."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..broker.effects import completion_effects, retry_effects
-from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
+from ..broker.labels import COMPLETION_LABELS, LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
-from ..broker.spans import task_attributes
 from ..broker.streams import queue_stream, resumed_stream
+from ..broker.telemetry import task_attributes
 from ..exceptions import (
     StopRetryingError,
     TaskCancelledError,
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A retry that was asked for, of a task whose policy gives none, waits 1 s, 2 s, 4 s … up to this.
+#: Longest delay of a requested retry when the policy gives none: 1 s, 2 s, 4 s … up to this.
 _LONGEST_REQUESTED_DELAY_SECONDS = 3600
-#: A message for workers of a later version comes again after so long.
+#: Delay after which a message for workers of a later version is delivered again.
 _NEWER_DELAY_MS = 10_000
-#: Characters of the traceback of a failed attempt, as it goes with the message.
+#: Characters of the traceback of a failed attempt that are kept in the message.
 _LONGEST_ATTEMPT_TRACEBACK = 4_000
-#: Characters of messages and tracebacks of all attempts of a message, and of an old message beyond that.
+#: Characters of the error messages and tracebacks of all attempts of a task; beyond that, of an old error message.
 _LONGEST_ATTEMPTS = 100_000
 _LONGEST_OLD_MESSAGE = 200
 
 
 def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> datetime | None:
-    """Time of the next attempt, or None for never.
+    """Time of the next attempt; None when there is none.
 
     Args:
         attempt: number of retries already made.
@@ -57,9 +57,9 @@ def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> dat
     requests = _requests(error)
     if StopRetryingError in requests:
         return None
-    # By its true type: `isinstance` believes what the exception says of itself, and may raise.
-    given = error if issubclass(type(error), Exception) else RuntimeError(one_line(error))
-    moment = policy.schedule_retry(attempt, cast(Exception, given))
+    # Not `isinstance`: it uses the exception's own `__class__`, which may be wrong or raise.
+    exception = error if issubclass(type(error), Exception) else RuntimeError(one_line(error))
+    moment = policy.schedule_retry(attempt, cast(Exception, exception))
     if moment is None and requests:
         delay = min(2 ** min(attempt, 12), _LONGEST_REQUESTED_DELAY_SECONDS)
         return datetime.now(UTC) + timedelta(seconds=delay)
@@ -67,8 +67,8 @@ def retry_at(policy: RetryPolicyBase, attempt: int, error: BaseException) -> dat
 
 
 def _requests(error: BaseException) -> set[type[Exception]]:
-    """Requests of an error: `StopRetryingError`, `TaskRetryRequestedError`. A group of errors asks for
-    something when all in it do, however deep they are.
+    """Requests of an error: `StopRetryingError`, `TaskRetryRequestedError`. A group of errors, at any depth,
+    counts only when each error in it makes a request.
     """
     found: set[type[Exception]] = set()
     left = [error]
@@ -85,20 +85,16 @@ def _requests(error: BaseException) -> set[type[Exception]]:
     return found
 
 
-def settle(
-    execution: Execution, outcome: Outcome, settings: WorkerSettings
-) -> tuple[Settlement, DeadLetter | None]:
-    """Settlement of a delivery, and the dead letter to store before the broker is told."""
+def settle(execution: Execution, outcome: Outcome, settings: WorkerSettings) -> Settlement:
+    """Settlement of a delivery."""
     if isinstance(outcome, Failed):
         return _failed(execution, outcome, settings)
     if isinstance(outcome, LockRefused):
-        return _refused(execution, outcome, settings), None
+        return _refused(execution, outcome, settings)
     if isinstance(outcome, LeaseLost) or not _is_awaited(execution.message, settings):
-        return Settlement(execution.delivery, execution.locks), None
+        return Settlement(execution.delivery, execution.locks)
     make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
-    return _ended(
-        execution.delivery, execution.message, settings, None, make, outcome.seconds, execution.locks
-    ), None
+    return _ended(execution.delivery, execution.message, settings, None, make, outcome.seconds, execution.locks)
 
 
 def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> DelayedRetry | None:
@@ -112,18 +108,18 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> Delayed
     attempt = execution.message.labels.get(LABEL_RETRIES, 0)
     try:
         again = retry_at(execution.spec.retry_policy(execution.task), attempt, outcome.error)
-        # As the policy has it by our clock, which may be wrong: a delay goes by any clock.
+        # A delay, not a time: the worker's clock may differ from the server's.
         delay_ms = 0 if again is None else max(0, in_ms(again) - in_ms(datetime.now(UTC)))
-    except BaseException as error:  # a policy is code of the task's author, as `execute` is
-        told = describe_exception(error, hide=execution.hide)["traceback"]
-        what = f"{final.task_name} {final.task_id}"
-        logger.error("the retry policy of %s failed: no retry\n%s", what, told)
+    except BaseException as error:  # a policy is user code, as `execute` is
+        traceback = describe_exception(error, hide=execution.hide)["traceback"]
+        label = f"{final.task_name} {final.task_id}"
+        logger.error("the retry policy of %s failed: no retry\n%s", label, traceback)
         return None
     return None if again is None else defer(execution.delivery, final.task_id, delay_ms, final.dumpb())
 
 
 def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> DelayedRetry:
-    """Arguments of lua/settle.lua that put a message into the delayed set for so long, by the server's clock."""
+    """Arguments of lua/settle.lua that delay a message by `delay_ms` of the server's clock."""
     stream = queue_stream(delivery.stream)
     again: DelayedRetry = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
     if delivery.occurrence is not None:
@@ -132,17 +128,17 @@ def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> Delay
 
 
 def _refused(execution: Execution, outcome: LockRefused, settings: WorkerSettings) -> Settlement:
-    """A delivery whose custom lock is not free: it comes again in `lock_retry_seconds`. No attempt is counted."""
+    """Settlement when a custom lock was refused: a retry in `lock_retry_seconds` that counts no attempt."""
     delivery, message, seconds = execution.delivery, execution.message, settings.lock_retry_seconds
     assert delivery.data is not None
-    told = describe_exception(UnableToAcquireLockError(outcome.why))
-    logger.info("%s %s waits %g s: %s", message.task_name, message.task_id, seconds, outcome.why)
+    error_info = describe_exception(UnableToAcquireLockError(outcome.reason))
+    logger.info("%s %s waits %g s: %s", message.task_name, message.task_id, seconds, outcome.reason)
     again = defer(delivery, message.task_id, int(seconds * 1000), delivery.data)
-    return Settlement(delivery, execution.locks, retry=again, **retry_effects(message, told, 0.0, seconds))
+    return Settlement(delivery, execution.locks, retry=again, **retry_effects(message, error_info, 0.0, seconds))
 
 
 def hand_back(delivery: Delivery) -> Settlement:
-    """A delivery that was not begun, for another worker to start at once."""
+    """Settlement that requeues a delivery that has not started, for another worker to start at once."""
     return Settlement(delivery, requeue=_requeue(delivery, delivery.data))
 
 
@@ -150,8 +146,8 @@ def _requeue(delivery: Delivery, data: bytes | None) -> Requeue:
     return {"stream": resumed_stream(delivery.stream), "data": data, "since": delivery.since}
 
 
-def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
-    """A delivery for workers of a later version: it comes again a little later, until one of them takes it."""
+def defer_to_newer_worker(delivery: Delivery, error: Exception) -> Settlement:
+    """Settlement that defers a message for workers of a later version, again and again, until one takes it."""
     assert delivery.data is not None
     task = (id_at_head(delivery.data) or delivery.entry.encode()).decode(errors="replace")
     logger.warning("%s is left to workers of a later version: %s", task, error)
@@ -159,73 +155,72 @@ def leave_to_newer(delivery: Delivery, error: Exception) -> Settlement:
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
-    """Settlement of a delivery that was cancelled before it was begun."""
-    which = task_attributes(message)
-    logger.warning("%s %s is cancelled before it has begun", *which.values(), extra=which)
+    """Settlement of a delivery that was cancelled before its start."""
+    attributes = task_attributes(message)
+    logger.warning("%s %s is cancelled before it has begun", *attributes.values(), extra=attributes)
     return _failure(
         delivery, message, settings, describe_exception(TaskCancelledError("cancelled before it had begun"))
     )
 
 
-def _failed(
-    execution: Execution, outcome: Failed, settings: WorkerSettings
-) -> tuple[Settlement, DeadLetter | None]:
-    message, delivery, told = execution.message, execution.delivery, outcome.told
+def _failed(execution: Execution, outcome: Failed, settings: WorkerSettings) -> Settlement:
+    message, delivery, error_info = execution.message, execution.delivery, outcome.error_info
     task_class = execution.spec.task_class
-    what = f"{message.task_name} {message.task_id}"
-    end = partial(_failure, delivery, message, settings, told, outcome.seconds, execution.locks)
-    again = partial(retry_effects, message, told, outcome.seconds)
+    label = f"{message.task_name} {message.task_id}"
+    end = partial(_failure, delivery, message, settings, error_info, outcome.seconds, execution.locks)
+    again = partial(retry_effects, message, error_info, outcome.seconds)
     if issubclass(type(outcome.error), TaskCancelledError):
-        return end(), None
+        return end()
     final = _with_attempt(execution, outcome)
-    reason, detail = DeadLetterReason.EXHAUSTED, told["message"]
-    if outcome.interrupted and not task_class.at_most_once:  # it starts again at once, and not for ever
+    reason, detail = DeadLetterReason.EXHAUSTED, error_info["message"]
+    if outcome.interrupted and not task_class.at_most_once:  # it starts again at once, a limited number of times
         times = sum(bool(each.get("interrupted")) for each in final.attempts)
         if times < settings.max_deliveries:
-            _log(logging.WARNING, f"{what} was interrupted, and starts again", outcome)
+            _log(logging.WARNING, f"{label} was interrupted, and starts again", outcome)
             requeue = _requeue(delivery, final.dumpb())
-            return Settlement(delivery, execution.locks, requeue=requeue, **again(0.0)), None
+            return Settlement(delivery, execution.locks, requeue=requeue, **again(0.0))
         reason = DeadLetterReason.INTERRUPTED
-        detail = f"interrupted {times} times, the last time by {told['type']}: {told['message']}"
-        _log(logging.ERROR, f"{what} goes to the dead letters: {detail}", outcome)
+        detail = f"interrupted {times} times, the last time by {error_info['type']}: {error_info['message']}"
+        _log(logging.ERROR, f"{label} goes to the dead letters: {detail}", outcome)
     else:
         if (retry := _retry(execution, outcome, final)) is not None:
-            _log(logging.WARNING, f"{what} failed, to be retried", outcome)
-            return Settlement(delivery, execution.locks, retry=retry, **again(retry["delay_ms"] / 1000)), None
+            _log(logging.WARNING, f"{label} failed, to be retried", outcome)
+            return Settlement(delivery, execution.locks, retry=retry, **again(retry["delay_ms"] / 1000))
         if not task_class.dlq_eligible:
-            _log(logging.ERROR, f"{what} failed permanently and is dropped (not dlq_eligible)", outcome)
-            return end(), None
-        _log(logging.ERROR, f"{what} failed permanently and goes to the dead letters", outcome)
+            _log(logging.ERROR, f"{label} failed permanently and is dropped (not dlq_eligible)", outcome)
+            return end()
+        _log(logging.ERROR, f"{label} failed permanently and goes to the dead letters", outcome)
     vo = vo_of_task(execution.task, message)
-    return end(keep_results=True), DeadLetter.of_message(final, reason, detail, _delivery_id(delivery), vo)
+    return end(dead=DeadLetter.of_message(final, reason, detail, _delivery_id(delivery), vo))
 
 
-def begun_before(
+def possibly_started(
     delivery: Delivery, message: TaskMessage, task_class: type[BaseTask], settings: WorkerSettings
-) -> tuple[Settlement, DeadLetter | None]:
-    """Settlement of a delivery of a task that may have begun elsewhere and must not begin twice."""
-    told = describe_exception(
+) -> Settlement:
+    """Settlement of a redelivered `at_most_once` task, which may have started elsewhere."""
+    error_info = describe_exception(
         WorkerStoppedError("the worker that had it was lost, and the task may begin at most once (at_most_once)")
     )
-    which = task_attributes(message)
-    logger.error("%s %s has failed: %s", *which.values(), told["message"], extra=which)
+    attributes = task_attributes(message)
+    logger.error("%s %s has failed: %s", *attributes.values(), error_info["message"], extra=attributes)
     if not task_class.dlq_eligible:
-        return _failure(delivery, message, settings, told), None
-    where, vo = _delivery_id(delivery), vo_of(task_class, message)
-    dead_letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, told["message"], where, vo)
-    return _failure(delivery, message, settings, told, keep_results=True), dead_letter
+        return _failure(delivery, message, settings, error_info)
+    delivery_id, vo = _delivery_id(delivery), vo_of(task_class, message)
+    detail = error_info["message"]
+    dead_letter = DeadLetter.of_message(message, DeadLetterReason.EXHAUSTED, detail, delivery_id, vo)
+    return _failure(delivery, message, settings, error_info, dead=dead_letter)
 
 
 def _log(level: int, line: str, outcome: Failed) -> None:
-    logger.log(level, "%s\n%s", line, outcome.told["traceback"].rstrip())
+    logger.log(level, "%s\n%s", line, outcome.error_info["traceback"].rstrip())
 
 
 def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
-    """The message with this attempt. As it was delivered: the task may have changed its arguments."""
+    """The message with this attempt added. Decoded anew: the task may have changed its arguments."""
     assert execution.delivery.data is not None
     message = TaskMessage.loadb(execution.delivery.data)
     attempts = [*message.attempts, _attempt(outcome)]
-    # Not by `dataclasses.replace`, which leaves out the fields of a later version.
+    # Not `dataclasses.replace`, which drops the fields of a later version.
     message.labels[LABEL_ATTEMPTS] = truncate_attempts(attempts)
     message.labels[LABEL_RETRIES] = message.labels.get(LABEL_RETRIES, 0) + (not outcome.interrupted)
     message.trace_context = execution.message.trace_context
@@ -233,7 +228,7 @@ def _with_attempt(execution: Execution, outcome: Failed) -> TaskMessage:
 
 
 def truncate_attempts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All attempts; when they are too long together, the oldest ones without what is long in them."""
+    """All attempts; when they are too long together, the oldest with a shortened message and no traceback."""
     left, kept = _LONGEST_ATTEMPTS, []
     for attempt in reversed(attempts):
         left -= len(attempt.get("message", "")) + len(attempt.get("traceback", ""))
@@ -249,8 +244,8 @@ def reject(
     reason: str,
     detail: str,
     settings: WorkerSettings,
-) -> tuple[Settlement, DeadLetter]:
-    """Settlement of a delivery that cannot be executed: always a dead letter."""
+) -> Settlement:
+    """Settlement of a delivery that cannot be executed."""
     detail = cut(detail)
     logger.error(
         "%s is put with the dead letters: %s: %s",
@@ -260,45 +255,49 @@ def reject(
         extra=None if message is None else task_attributes(message),
     )
     if message is None:
-        where = _delivery_id(delivery)
-        return Settlement(delivery), DeadLetter(
-            task_id=where, task_name="", reason=reason, detail=detail, data=delivery.raw, delivery_id=where
+        delivery_id = _delivery_id(delivery)
+        dead_letter = DeadLetter(
+            task_id=delivery_id,
+            task_name="",
+            reason=reason,
+            detail=detail,
+            data=delivery.raw,
+            delivery_id=delivery_id,
         )
-    told = describe_exception(TaskRejectedError(f"{reason}: {detail}"))
-    settlement = _failure(delivery, message, settings, told, keep_results=True)
-    return settlement, DeadLetter.of_message(message, reason, detail, _delivery_id(delivery), vo)
+        return Settlement(delivery, dead=dead_letter.to_stored())
+    error_info = describe_exception(TaskRejectedError(f"{reason}: {detail}"))
+    dead_letter = DeadLetter.of_message(message, reason, detail, _delivery_id(delivery), vo)
+    return _failure(delivery, message, settings, error_info, dead=dead_letter)
 
 
 def _delivery_id(delivery: Delivery) -> str:
-    """The same for everybody who has this delivery in hand, and never again."""
+    """Unique id of the stream entry, the same for each worker that gets it."""
     return f"{delivery.stream}/{delivery.entry}"
 
 
-def unsettled(
-    execution: Execution, error: BaseException, settings: WorkerSettings
-) -> tuple[Settlement, DeadLetter]:
-    """Settlement of an execution whose outcome cannot be put into words: nothing may stay behind of it."""
+def unsettled(execution: Execution, error: BaseException, settings: WorkerSettings) -> Settlement:
+    """Settlement of an execution when `settle` failed: a dead letter, so that its entry and locks are released."""
     message = execution.message
     assert execution.delivery.data is not None
-    told = describe_exception(error, hide=execution.hide)
+    error_info = describe_exception(error, hide=execution.hide)
     dead_letter = DeadLetter(
         task_id=message.task_id,
         task_name=message.task_name,
         vo=vo_of_task(execution.task, message),
         reason=DeadLetterReason.UNSETTLED,
-        detail=f"{told['type']}: {told['message']}",
+        detail=f"{error_info['type']}: {error_info['message']}",
         data=execution.delivery.data,
         delivery_id=_delivery_id(execution.delivery),
     )
-    return _failure(execution.delivery, message, settings, told, locks=execution.locks), dead_letter
+    return _failure(execution.delivery, message, settings, error_info, locks=execution.locks, dead=dead_letter)
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:
     return {
-        **outcome.told,
-        "traceback": outcome.told["traceback"][-_LONGEST_ATTEMPT_TRACEBACK:],
+        **outcome.error_info,
+        "traceback": outcome.error_info["traceback"][-_LONGEST_ATTEMPT_TRACEBACK:],
         "host": socket.gethostname(),
-        # As text: 0.7 has no way for other types in the labels of what is delayed.
+        # As text: 0.7 cannot encode other types in the labels of a delayed task.
         "started": outcome.started.isoformat(),
         "ended": (outcome.started + timedelta(seconds=outcome.seconds)).isoformat(),
         **({"interrupted": True} if outcome.interrupted else {}),
@@ -306,8 +305,10 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
 
 
 def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
-    """True if its result is kept, or a group counts on it."""
-    return bool(message.labels) or settings.result_ttl_seconds is not None
+    """True if the end of the task has an effect: a kept result, a group, a schedule."""
+    if settings.result_ttl_seconds is not None:
+        return True
+    return bool(message.labels) and not COMPLETION_LABELS.isdisjoint(message.labels)
 
 
 def _ended(
@@ -329,19 +330,16 @@ def _failure(
     delivery: Delivery,
     message: TaskMessage,
     settings: WorkerSettings,
-    told: ErrorInfo,
+    error_info: ErrorInfo,
     seconds: float = 0.0,
     locks: Sequence[LockSpec] = (),
     *,
-    keep_results: bool = False,
+    dead: DeadLetter | None = None,
 ) -> Settlement:
-    """Settlement of a delivery that has ended by an error.
-
-    Args:
-        keep_results: those of the children of its group: a dead letter that is submitted again may want them.
-    """
-    make = partial(TaskResult.from_error, told, seconds)
-    settlement = _ended(delivery, message, settings, told, make, seconds, locks)
-    if keep_results:
-        settlement.release_results = None
+    """Settlement of a delivery that has ended with an error; with `dead`, its dead letter is in it."""
+    make = partial(TaskResult.from_error, error_info, seconds)
+    settlement = _ended(delivery, message, settings, error_info, make, seconds, locks)
+    if dead is not None:
+        settlement.dead = dead.to_stored()
+        settlement.release_results = None  # a resubmitted dead letter may need the results of its group's children
     return settlement

@@ -1,4 +1,4 @@
-"""The pipeline through which the broker is told what becomes of deliveries."""
+"""Sends the settlements of a worker to the broker, in batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -15,7 +16,9 @@ from .._util.retrying import is_transient, retry_until_available
 from ..broker import locking
 from ..broker.inspection import server_time
 from ..broker.labels import LABEL_ATTEMPTS
-from ..broker.models import Settlement, TaskMessage, TaskResult
+from ..broker.models import Settlement, SettlingCall, TaskMessage, TaskResult
+from ..broker.redis_streams import SETTLE_BATCH
+from ..broker.replies import ACCEPTED, DATA_LOST, TAKEN_OVER, SettleReply
 from ..broker.requests import DelayedRetry, Requeue
 from ..broker.sizes import ALWAYS_TAKEN_BYTES
 from ..exceptions import ResultTooLargeError
@@ -31,18 +34,18 @@ _Again = TypeVar("_Again", DelayedRetry, Requeue)
 
 logger = logging.getLogger(__name__)
 
-#: A large call counts as refused when the server, which answers others, has closed the connection so often for it.
+#: A large call counts as refused after so many closed connections, while the server answers other calls.
 _TRIES = 3
 
 
 class Settler:
-    """Sends settlements. Those that come together share a round trip; none is lost while the server is away.
+    """Sends settlements, in batches; while the server is unavailable, they wait in memory.
 
-    What the server refuses of one of them, by an error or (what is too large for it) by closing the connection,
-    holds up no other.
+    A settlement that the server refuses, by an error or (if it is too large) by closing the connection, does not
+    delay the others.
 
     Args:
-        intake: is told of those that have been sent and are held no more.
+        intake: notified of settled deliveries.
     """
 
     def __init__(self, broker: RedisStreamBroker, keeper: LeaseKeeper, intake: Intake) -> None:
@@ -50,59 +53,104 @@ class Settler:
         self._keeper = keeper
         self._intake = intake
         self._waiting: list[Settlement] = []
+        self._taken: Sequence[Settlement] = ()
+        """Settlements that are sent with another call, until they are answered."""
+        self._returned: Sequence[Settlement] = ()
+        """Settlements that were taken and not settled; they are not taken again."""
+        self._unsettled = 0
+        self._may_be_taken = False
+        """True if the last call was accepted: the server has the script, and refuses nothing now."""
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def add(self, settlement: Settlement) -> None:
-        """To be sent with the next batch."""
-        if not self._waiting:
-            self._idle.clear()
-            self._work.set()
+        """Send it with the next batch."""
+        self._idle.clear()
+        self._work.set()
+        self._unsettled += 1
         self._waiting.append(settlement)
 
     async def run(self) -> None:
-        """Send what there is, for ever."""
+        """Send the settlements that arrive, until cancelled."""
         while True:
             await self._work.wait()
-            # What ends in the same round of the event loop goes together; and the question for new messages,
-            # which is quickly answered, goes first.
+            # Collect those of the same round of the event loop. The intake may take them for its next call.
             await asyncio.sleep(0)
+            await self._intake.fetch_answered()
             self._work.clear()
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting, self._returned = [*self._returned, *self._waiting], [], ()
+            if not batch:  # the intake has taken them
+                continue
             try:
-                accepted = await self._send(batch)
+                replies = await self._send(batch)
+                self._may_be_taken = True
             except Exception:
-                # One of them is not acceptable to the server; the others must not suffer for it.
-                accepted = [await self._send_alone(settlement) for settlement in batch]
-            deliveries = [settlement.delivery for settlement in batch]
-            self._keeper.forget(deliveries)
-            self._intake.settled(deliveries)
-            for settlement, answer in zip(batch, accepted, strict=True):
-                if answer is not True:
-                    _report(settlement, answer)
-            if not self._waiting:
-                self._idle.set()
+                # The server refuses one of them; send them one by one.
+                replies = [await self._send_alone(settlement) for settlement in batch]
+            self._settled(batch, replies)
 
-    async def _send(self, batch: Sequence[Settlement]) -> list[bool | str]:
-        """Send settlements; return which were accepted; a text: what of it was refused.
+    def _settled(self, batch: Sequence[Settlement], replies: Sequence[SettleReply]) -> None:
+        deliveries = [settlement.delivery for settlement in batch]
+        self._keeper.forget(deliveries)
+        self._intake.settled(deliveries)
+        for settlement, reply in zip(batch, replies, strict=True):
+            if reply != ACCEPTED:
+                _report(settlement.delivery.entry, reply)
+        self._unsettled -= len(batch)
+        if not self._unsettled:
+            self._idle.set()
+
+    def take(self) -> SettlingCall | None:
+        """Take what waits to be sent, for one write with another call; None: nothing, or too much for that.
+        `put_back` has to follow.
+        """
+        waiting = self._waiting
+        if not (waiting and self._may_be_taken) or len(waiting) > SETTLE_BATCH:
+            return None
+        if sum(map(Settlement.bytes, waiting)) > ALWAYS_TAKEN_BYTES:
+            return None
+        self._taken, self._waiting = self._waiting, []
+        return SettlingCall(self._taken, self._keeper.dataset_id, self._answered)
+
+    def _answered(self, replies: Sequence[SettleReply] | None) -> None:
+        batch, self._taken = self._taken, ()
+        if replies is None:
+            self._taken, self._may_be_taken = batch, False
+        elif DATA_LOST in replies or TAKEN_OVER in replies:
+            lost = [reply in (DATA_LOST, TAKEN_OVER) for reply in replies]
+            self._taken = list(compress(batch, lost))
+            known = [not each for each in lost]
+            self._settled(list(compress(batch, known)), list(compress(replies, known)))
+        else:
+            self._settled(batch, replies)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Send what was taken and is not settled, as if it had not been taken."""
+        if self._taken:
+            self._returned, self._taken = [*self._returned, *self._taken], ()
+            self._work.set()
+
+    async def _send(self, batch: Sequence[Settlement]) -> list[SettleReply]:
+        """Send settlements, those that the server has lost again after a renewal.
 
         Raises:
             Exception: when the server refuses the call.
         """
         dataset_id = self._keeper.dataset_id
-        replies = await self._ask(batch)
-        answers = [False if reply is None else reply for reply in replies]
-        if None in replies or False in replies:  # it may have lost its data: it must learn first what we hold
+        replies = await self._call(batch)
+        # After a loss of data, a renewal must restore the held entries first.
+        if DATA_LOST in replies or TAKEN_OVER in replies:
             await retry_until_available(self._keeper.renew, "renew the lease")
-            lost = (None,) if self._keeper.dataset_id == dataset_id else (None, False)
-            unknown = [position for position, ours in enumerate(replies) if ours in lost]
+            lost = (DATA_LOST,) if self._keeper.dataset_id == dataset_id else (DATA_LOST, TAKEN_OVER)
+            unknown = [position for position, reply in enumerate(replies) if reply in lost]
             again = await self._send([batch[position] for position in unknown])
-            for position, ours in zip(unknown, again, strict=True):
-                answers[position] = ours
-        return answers
+            for position, reply in zip(unknown, again, strict=True):
+                replies[position] = reply
+        return replies
 
-    async def _ask(self, batch: Sequence[Settlement]) -> list[bool | str | None]:
+    async def _call(self, batch: Sequence[Settlement]) -> list[SettleReply]:
         call = partial(self._settle, batch, self._keeper.dataset_id)
         for _ in range(_TRIES - 1):
             try:
@@ -113,53 +161,54 @@ class Settler:
                 await retry_until_available(partial(server_time, self._broker.redis), "settle tasks")
         return await retry_until_available(call, "settle tasks", passing=partial(_passing, batch))
 
-    async def _settle(self, batch: Sequence[Settlement], dataset_id: str) -> list[bool | str | None]:
-        await self._intake.closed_if_stopping()  # our own wait must not be given what goes back to its queue
+    async def _settle(self, batch: Sequence[Settlement], dataset_id: str) -> list[SettleReply]:
+        await self._intake.closed_if_stopping()  # the worker's own blocking read must not get a requeued task
         return await self._broker.settle(batch, dataset_id)
 
-    async def _send_alone(self, settlement: Settlement) -> bool | str:
+    async def _send_alone(self, settlement: Settlement) -> SettleReply:
         try:
-            [answer] = await self._send([settlement])
+            [reply] = await self._send([settlement])
         except Exception as error:
             refused = one_line(error)
         else:
-            return answer
+            return reply
         smaller = [_without_value(settlement, refused)]
-        # What keeps the task (or its dead letter) is not left out: without it, the entry stays where it is.
+        # A retry, a requeue or a dead letter is never left out, or the task would be lost: the entry stays
+        # pending.
         if not (settlement.retry or settlement.requeue or settlement.dead):
             smaller += [Settlement(settlement.delivery, settlement.locks), Settlement(settlement.delivery)]
         for each in smaller:
             try:
                 await self._send([each])
-                return refused
+                return SettleReply(accepted=True, refused=refused)
             except Exception as error:
                 refused = f"{refused}; {one_line(error)}"
         await self._release(settlement.locks)
-        return f"kept: {refused}"
+        return SettleReply(refused=refused)
 
     async def _release(self, locks: Sequence[LockSpec]) -> None:
-        """Give back the locks of what does not run any more, although it cannot be settled."""
+        """Release the locks of a task that has ended but cannot be settled."""
         if locks:
             try:
-                await retry_until_available(partial(locking.release, self._broker.redis, locks), "give locks back")
+                await retry_until_available(partial(locking.release, self._broker.redis, locks), "release locks")
             except Exception as error:
-                logger.error("cannot give locks back: %s", one_line(error))
+                logger.error("cannot release locks: %s", one_line(error))
 
     async def drained(self) -> None:
-        """Return when everything that was added has been sent."""
+        """Wait until all settlements are sent."""
         await self._idle.wait()
 
 
 def _passing(batch: Sequence[Settlement], error: BaseException) -> bool:
-    """True if the call is to be repeated: a server closes the connection when a call is too large for it."""
+    """True if the call is to be repeated: not if its size may be why the server has closed the connection."""
     if isinstance(error, RedisConnectionError) and sum(map(Settlement.bytes, batch)) > ALWAYS_TAKEN_BYTES:
         return False
     return is_transient(error)
 
 
 def _without_value(settlement: Settlement, refused: str) -> Settlement:
-    """The same with an error in place of the result, and with short attempts of what runs again."""
-    error = ResultTooLargeError(f"the server refuses what follows on the task: {refused}")
+    """The settlement with an error in place of the result, and with shortened attempts in a retry or requeue."""
+    error = ResultTooLargeError(f"the server refuses the result of the task: {refused}")
     value = TaskResult.from_exception(error, 0.0).dumpb()
     result, group = settlement.result, settlement.group
     if result is not None:
@@ -175,7 +224,7 @@ def _with_short_attempts(again: _Again | None) -> _Again | None:
         return again
     try:
         message = TaskMessage.loadb(again["data"])
-    except ValueError:  # it is for a later version
+    except ValueError:  # a message for a later version
         return again
     attempts = [{**each, "message": each.get("message", "")[:100], "traceback": ""} for each in message.attempts]
     if attempts:
@@ -185,11 +234,11 @@ def _with_short_attempts(again: _Again | None) -> _Again | None:
     return again
 
 
-def _report(settlement: Settlement, answer: bool | str) -> None:
-    entry = settlement.delivery.entry
-    if answer is False:
-        logger.warning("%s was not ours to settle any more", entry)
-    elif isinstance(answer, str) and answer.startswith("kept"):
-        logger.critical("%s is not settled, for the server refuses what must be %s", entry, answer)
-    else:
-        logger.critical("what follows on %s is refused by the server and left out: %s", entry, answer)
+def _report(entry: str, reply: SettleReply) -> None:
+    if not (reply.accepted or reply.refused):
+        logger.warning("%s cannot be settled: another worker has taken it over", entry)
+        return
+    text = "an effect of the end of %s is refused by the server and left out: %s"
+    if not reply.accepted:
+        text = "%s is not settled: the server refuses an effect that must be kept: %s"
+    logger.critical(text, entry, reply.refused)

@@ -1,4 +1,4 @@
-"""Specification of a task class, compiled once at start-up, before a task of it arrives."""
+"""Specification of a task class, compiled once at start-up."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class ResolvedOverride(NamedTuple):
 
     override: TaskOverride
     own_rate: bool
-    """The rate is the VO's own: it counts that VO's tasks only."""
+    """The rate limit is the VO's own: it counts that VO's tasks only."""
     own_concurrency: bool
+    """The same for the concurrency limit."""
 
 
 class TaskSpec:
@@ -43,7 +44,7 @@ class TaskSpec:
         if known is not None and "plan" in vars(known):
             self.plan = known.plan
         self._config = config
-        names = {name, name.rpartition(":")[2]}  # the operator may leave the category out
+        names = {name, name.rpartition(":")[2]}  # the configuration may leave the category out
         self._overrides: dict[str | None, ResolvedOverride] = {}
         self._overridden = any(
             not names.isdisjoint(tasks) for tasks in (config.common, *config.vo_overrides.values())
@@ -54,7 +55,7 @@ class TaskSpec:
 
     @cached_property
     def plan(self) -> Plan:
-        """Plan that `execute` needs, compiled when it is asked for.
+        """Injection plan of `execute`, compiled at first use.
 
         Raises:
             TypeError: when a parameter can never be injected; names task and parameter.
@@ -63,11 +64,11 @@ class TaskSpec:
         return compile_plan(self.task_class.execute, skip_first=True)
 
     def build(self, message: TaskMessage) -> BaseTask:
-        """The task of a message."""
+        """Rebuild the task of a message."""
         return rebuild(self.task_class, message.task_args, message.task_kwargs, message.sig)
 
     def override(self, task: BaseTask) -> TaskOverride:
-        """Override by the operator for this task, for its VO if it has one."""
+        """The operator's override for this task, and for its VO if it has one."""
         return self._resolved(own_vo(task)).override
 
     def _resolved(self, vo: str | None) -> ResolvedOverride:
@@ -81,7 +82,7 @@ class TaskSpec:
         return self._overrides[vo]
 
     def locks(self, task: BaseTask) -> list[BaseLock]:
-        """The locks the task needs now: its own, with the operator's limits; disabled ones left out."""
+        """Locks that the task needs, with the operator's limits and without disabled ones."""
         if not (self._overridden or self._limited):
             return needed(task.execution_locks) if self._declares_locks else []
         locks = list(task.execution_locks)
@@ -94,7 +95,7 @@ class TaskSpec:
         return needed(locks)
 
     def _limit(self, limiter: BaseLimiter, vo: str | None, override: TaskOverride) -> BaseLimiter:
-        """The limiter with the numbers that are set for its object, unless the task itself has some."""
+        """The limiter with the limits configured for its object, unless the task's override sets its own."""
         kind, fields = _fields_of(limiter)
         if kind is None or (fields[0] in override.model_fields_set and self._is_default(limiter, kind)):
             return limiter
@@ -106,7 +107,7 @@ class TaskSpec:
         return _limited(limiter, [setting.value for setting in settings], vo if own else None)
 
     def _override_limits(self, locks: list[BaseLock], vo: str | None) -> None:
-        """Set the task's own limits on its default limiters, which are added where they are not."""
+        """Set the limits of the task's override on its default limiters; add missing ones."""
         override, own_rate, own_concurrency = self._resolved(vo)
         for kind, numbers, own in (
             (RateLimiter, [override.rate_limit, override.rate_window_seconds], own_rate),
@@ -114,11 +115,11 @@ class TaskSpec:
         ):
             if numbers[0] is None:
                 continue
-            here = [index for index, lock in enumerate(locks) if self._is_default(lock, kind)]
-            if not here:
-                here = [len(locks)]
+            indexes = [index for index, lock in enumerate(locks) if self._is_default(lock, kind)]
+            if not indexes:
+                indexes = [len(locks)]
                 locks.append(kind(TASK, self.task_class.__name__))
-            for index in here:
+            for index in indexes:
                 default = locks[index]
                 assert isinstance(default, BaseLimiter)
                 locks[index] = _limited(default, numbers, vo if own else None)
@@ -128,7 +129,7 @@ class TaskSpec:
         return isinstance(lock, kind) and lock.redis_key == kind(TASK, self.task_class.__name__).redis_key
 
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:
-        """The class's policy, with the operator's numbers."""
+        """Retry policy of the class, with the operator's overrides."""
         policy = self.task_class.retry_policy
         if not self._overridden:
             return policy
@@ -145,7 +146,7 @@ class TaskSpec:
         return ExponentialBackoff(**numbers) if override.max_retries is not None else policy
 
     def time_limit(self, task: BaseTask) -> float | None:
-        """Seconds one execution may take, or None."""
+        """Time limit of one execution (s), or None."""
         if self._overridden and (limit := self.override(task).time_limit_seconds) is not None:
             return limit
         return self.task_class.time_limit_seconds
@@ -161,9 +162,10 @@ def check_execute(task_class: type[BaseTask]) -> None:
     if inspect.isfunction(found) and inspect.iscoroutinefunction(innermost(found)):
         return
     inner = innermost(found) if inspect.isfunction(found) else found
-    what = next((words for is_a, words in _NOT_AWAITABLE if is_a(inner)), f"of type {type(found).__name__}")
+    kind = next((text for is_a, text in _NOT_AWAITABLE if is_a(inner)), f"of type {type(found).__name__}")
+    position = _position(task_class, found)
     raise TypeError(
-        f"{task_class.__module__}.{task_class.__qualname__}: `execute` is {what} ({_place(task_class, found)}); "
+        f"{task_class.__module__}.{task_class.__qualname__}: `execute` is {kind} ({position}); "
         "write it as `async def execute(self, …)` that returns its value"
     )
 
@@ -175,8 +177,8 @@ _NOT_AWAITABLE: tuple[tuple[Callable[[Any], bool], str], ...] = (
 )
 
 
-def _place(task_class: type[BaseTask], found: Any) -> str:
-    """File and line of something in a class body, or of the class where it has none of its own."""
+def _position(task_class: type[BaseTask], found: Any) -> str:
+    """File and line of an attribute of a class, or of the class where the attribute has none."""
     inner = getattr(found, "fget", None) or getattr(found, "__func__", None) or found
     code = getattr(inspect.unwrap(inner) if callable(inner) else None, "__code__", None)
     if code is not None:
@@ -184,13 +186,13 @@ def _place(task_class: type[BaseTask], found: Any) -> str:
     try:
         return f"{inspect.getsourcefile(task_class)}:{inspect.getsourcelines(task_class)[1]}"
     except (OSError, TypeError):
-        return "its source is not at hand"
+        return "its source is not available"
 
 
 def _fields_of(
     limiter: BaseLimiter,
 ) -> tuple[type[RateLimiter] | type[ConcurrencyLimiter] | None, tuple[str, ...]]:
-    """Kind of a limiter, and the settings that make its numbers: all of them or none."""
+    """Kind of a limiter, and the names of the settings that define its limit."""
     if isinstance(limiter, RateLimiter):
         return RateLimiter, ("rate_limit", "rate_window_seconds")
     if isinstance(limiter, ConcurrencyLimiter):
@@ -199,8 +201,8 @@ def _fields_of(
 
 
 def _limited(limiter: BaseLimiter, numbers: list[Any], vo: str | None) -> BaseLimiter:
-    """The limiter with these numbers, for one VO's tasks only if one is given. A class may share its limiters."""
-    limiter = copy.copy(limiter)
+    """Copy of the limiter with these numbers; with `vo`, it counts that VO's tasks only."""
+    limiter = copy.copy(limiter)  # a class may share its limiters between tasks
     if isinstance(limiter, RateLimiter):
         limiter.limit, limiter.window_seconds = numbers
     elif isinstance(limiter, ConcurrencyLimiter):
@@ -215,10 +217,10 @@ def task_specs(
     config: TasksConfig,
     known: Mapping[str, TaskSpec] | None = None,
 ) -> dict[str, TaskSpec]:
-    """The specs of all tasks.
+    """Specs of all tasks, by registry name.
 
     Args:
-        known: those for another configuration; what does not depend on it is taken from them.
+        known: specs for an earlier configuration; parts that do not depend on it are reused.
     """
     known = known or {}
     return {name: TaskSpec(name, task_class, config, known.get(name)) for name, task_class in registry.items()}

@@ -1,7 +1,7 @@
-"""Notices that an answer of the server lies unread, as while a task blocks the event loop.
+"""Hands back deliveries that arrive while a task blocks the event loop.
 
-A worker that runs something waits for messages as an idle one does, by a wait that reserves them. What it is given
-while its event loop is blocked is handed back, from a thread, for others to start.
+A worker with running tasks waits for messages with a blocking read that reserves them, as an idle one does. A
+thread watches the socket; an answer that stays unread is handed back to the queues, for other workers to start.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-#: How long an answer may lie unread before the event loop is asked for a sign of life.
+#: How long an answer may stay unread before the event loop is checked.
 _UNREAD_SECONDS = 0.02
-#: How long that may take, before the messages are another worker's.
+#: How long the event loop may take to run a callback before the messages are handed back.
 _BLOCKED_SECONDS = 0.1
 
 
 class _Wait:
-    """One wait, of which either the event loop has the answer or the guard: whichever is first."""
+    """One blocking read, whose answer goes either to the event loop or to the guard: the first to take it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -31,15 +31,16 @@ class _Wait:
         self._free = threading.Semaphore()
 
     def take(self) -> bool:
-        """True if the caller is the first."""
+        """Take the answer; True if the caller is the first."""
         return self._free.acquire(blocking=False)
 
 
 class UnreadGuard:
-    """Hands back what nobody reads. Its thread begins with the first wait.
+    """Hands back deliveries that the event loop does not read. Its thread starts with the first wait.
 
     Args:
-        hand_back: gives back what the worker does not know to hold; called from the guard's thread, may raise.
+        hand_back: hands back reserved deliveries that the worker does not hold; called in the guard's thread, may
+            raise.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, hand_back: Callable[[], None]) -> None:
@@ -47,19 +48,19 @@ class UnreadGuard:
         self._hand_back = hand_back
         self._wait: _Wait | None = None
         self._closed = False
-        self._woken, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
         self._thread = threading.Thread(target=self._run, name="diracx-unread-guard", daemon=True)
 
     def expect(self, descriptor: int) -> None:
-        """Note that tasks may be reserved for us from now on; the answer comes by this socket."""
+        """Watch a socket: from now on, tasks may be reserved for the worker, with the answer arriving there."""
         if self._thread.ident is None:
             self._thread.start()
         self._wait = _Wait(descriptor)
         self._wake()
 
     async def read(self) -> bool:
-        """The answer was read, or never will be. Whether what it reserved may have been handed back."""
+        """End the watch, as the answer was read or never will be; True if the guard has handed deliveries back."""
         wait, self._wait = self._wait, None
         if wait is None:
             return False
@@ -70,52 +71,52 @@ class UnreadGuard:
         return True
 
     def close(self) -> None:
-        """End the thread, as soon as it hands nothing back any more."""
+        """End the thread, after a hand-back that is running."""
         self._closed = True
         if self._thread.ident is not None:
             self._wake()
             self._thread.join()
-        os.close(self._woken)
-        os.close(self._waker)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def _wake(self) -> None:
-        with suppress(BlockingIOError):  # it was called often
-            os.write(self._waker, b".")
+        with suppress(BlockingIOError):  # the pipe is full of earlier calls
+            os.write(self._wake_write, b".")
 
     def _run(self) -> None:
         while not self._closed:
             wait = self._wait
             events = select.poll()
-            events.register(self._woken, select.POLLIN)
+            events.register(self._wake_read, select.POLLIN)
             if wait is not None and not wait.ended.is_set():
                 events.register(wait.descriptor, select.POLLIN)
             ready = [descriptor for descriptor, _ in events.poll()]
-            if self._woken in ready:
-                os.read(self._woken, 4096)
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
             elif wait is not None and not wait.ended.wait(_UNREAD_SECONDS) and self._loop_is_blocked():
-                self._give_back(wait)
-                wait.ended.wait()  # nothing more comes by this wait
+                self._take_and_hand_back(wait)
+                wait.ended.wait()  # this read has no further answer
 
     def _loop_is_blocked(self) -> bool:
-        """True if it gives no sign of life. If it does, it is reading a large answer of which a part has come."""
+        """True if it runs no callback in time. A loop that does is still reading a large, incomplete answer."""
         answered = threading.Event()
         try:
             self._loop.call_soon_threadsafe(answered.set)
-        except RuntimeError:  # it is closed
+        except RuntimeError:  # the loop is closed
             return False
         return not answered.wait(_BLOCKED_SECONDS)
 
-    def give_back(self) -> None:
-        """Hand back what has come and is not read; from any thread, when the server gives us nothing more."""
+    def hand_back_now(self) -> None:
+        """Hand back unread deliveries, from any thread, after the blocking read has ended on the server."""
         if (wait := self._wait) is not None:
-            self._give_back(wait)
+            self._take_and_hand_back(wait)
 
-    def _give_back(self, wait: _Wait) -> None:
+    def _take_and_hand_back(self, wait: _Wait) -> None:
         if not wait.take():
             return
         try:
             self._hand_back()
         except Exception as error:
-            logger.warning("cannot hand back what came while the event loop is blocked: %s", error)
+            logger.warning("cannot hand back tasks that arrived while the event loop is blocked: %s", error)
         finally:
             wait.handed_back.set()

@@ -1,7 +1,6 @@
-"""Executions that do not heed their cancellation: they are reported, and with a hard limit they end the process.
-So are those that block the event loop.
+"""Reports executions that ignore their cancellation or block the event loop; with a hard limit, ends the process.
 
-Runs on a thread of its own, since such an execution may block the event loop.
+Runs in a thread of its own, since such an execution may block the event loop.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .._util.passwords import mask
 from ..broker import worker_state
 from ..broker.connection import sync_client
-from ..broker.spans import task_attributes
-from .dead_letters import in_redis
+from ..broker.telemetry import task_attributes
 from .settlement import settle
 
 if TYPE_CHECKING:
@@ -37,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 #: Exit code of a worker that was ended by its hard limit.
 EXIT_CODE = 70
-#: How long a stopping worker still tries to tell the broker what ended, and cancelled tasks to end; and how long
-#: the event loop may take to show that it is alive.
+#: Timeout of a stopping worker for its last settlements, for the end of cancelled tasks, and for a callback in the
+#: event loop that shows that the loop is not blocked.
 SHUTDOWN_FLUSH_SECONDS = 5.0
-#: The same of a worker that ends because a task goes on although its lock may be another's.
+#: The same for a worker that ends because a task goes on although another worker may hold its lock.
 _URGENT_FLUSH_SECONDS = 0.5
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _PUBLISH_SECONDS = 5.0
 _LONGEST_STACK = 4_000
 
@@ -79,29 +77,29 @@ class Watchdog:
         )
         self.ending = False
         """True if it is about to end the process."""
-        # It outlives the worker if it must: a loop does not close before its last task has ended.
+        # May outlive the worker: an event loop does not close before its last task has ended.
         self._thread = threading.Thread(target=self._watch, name="diracx-watchdog", daemon=True)
 
     def _running(self) -> list[Execution]:
         return list(self._executor.running)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._thread.start()
 
     def finish(self) -> None:
-        """End; with a hard limit, as soon as nothing runs any more."""
+        """End the thread; with a hard limit, once no execution runs."""
         self._over.set()
 
     def _watch(self) -> None:
         limit, report = self._limit_seconds, self._settings.report_overdue_seconds
         blocked = self._settings.report_blocked_seconds
-        pause = min(_LOOK_SECONDS, report / 4, blocked / 4, *([limit / 4] if limit is not None else []))
+        pause = min(_POLL_SECONDS, report / 4, blocked / 4, *([limit / 4] if limit is not None else []))
         reported: set[Execution] = set()
         suspected: list[Execution] = []
         while not self._over.is_set() or (limit is not None and self._running()):
             if limit is not None:
-                # Seen twice, or a process that was paused beyond its limits would end before it could heed them.
+                # Found in two checks: after a pause of the whole process, executions need time to react.
                 seen_before, suspected = suspected, self._unresponsive(limit)
                 if unresponsive := [execution for execution in suspected if execution in seen_before]:
                     self._end(unresponsive, limit)
@@ -118,14 +116,16 @@ class Watchdog:
             self._reporter.report_blocked(redis, blocked)
 
     def _unresponsive(self, seconds: float) -> list[Execution]:
-        """Executions that should have ended longer ago than that."""
+        """Executions that should have ended more than `seconds` ago."""
         earliest = time.monotonic() - seconds
         return [e for e in self._running() if (since := e.should_have_ended_at()) is not None and since < earliest]
 
-    def _report(self, execution: Execution, seconds: float, then: str) -> None:
-        which = task_attributes(execution.message)
+    def _report(self, execution: Execution, seconds: float, consequence: str) -> None:
+        attributes = task_attributes(execution.message)
         logger.error(
-            "%s %s ignores its cancellation for more than %g s: %s", *which.values(), seconds, then, extra=which
+            "%s %s ignores its cancellation for more than %g s: %s",
+            *(*attributes.values(), seconds, consequence),
+            extra=attributes,
         )
 
     def _end(self, unresponsive: list[Execution], limit: float) -> None:
@@ -133,34 +133,34 @@ class Watchdog:
         for execution in unresponsive:
             self._report(execution, limit, f"the process ends with exit code {EXIT_CODE}")
         try:
-            self._let_others_end(limit)
+            self._wait_for_others(limit)
             self._settle({*unresponsive, *self._unresponsive(limit)}, self._flush_seconds(limit))
         except Exception as error:
-            logger.error("ending without the last settlements (%s): others will run these tasks again", error)
+            logger.error(
+                "ending without the last settlements (%s): other workers will run these tasks again", error
+            )
         finally:
             os._exit(EXIT_CODE)
 
-    def _is_without_lock(self, limit: float) -> bool:
-        """True if one of them goes on under a lock that may be another's: nothing is worth waiting for then."""
-        return any(execution.locks_expire_at <= time.monotonic() for execution in self._unresponsive(limit))
-
     def _flush_seconds(self, limit: float) -> float:
-        """Time the server may take: little where an execution goes on under a lock that may be another's."""
+        """Timeout of calls: short while an execution goes on under a lock that another worker may hold."""
         now = time.monotonic()
         is_without_lock = any(execution.locks_expire_at <= now for execution in self._unresponsive(limit))
         return _URGENT_FLUSH_SECONDS if is_without_lock else SHUTDOWN_FLUSH_SECONDS
 
-    def _let_others_end(self, limit: float) -> None:
-        """The other tasks have the grace period, unless the event loop is blocked and they cannot go on, or what
-        does not end has lost its lock.
+    def _wait_for_others(self, limit: float) -> None:
+        """Give the other tasks the grace period, unless the event loop is blocked, or an unresponsive execution
+        has lost its lock.
         """
         self._loop.call_soon_threadsafe(self._stop.set)
         answered = threading.Event()
         self._loop.call_soon_threadsafe(answered.set)
         if not answered.wait(self._flush_seconds(limit)):
-            logger.warning("the event loop is blocked: what else runs is cut off, and runs again elsewhere")
+            logger.warning(
+                "the event loop is blocked: the other running tasks are cut off, and run again elsewhere"
+            )
             return
-        # They are cancelled when the grace period is over, and then need a moment.
+        # They are cancelled when the grace period is over, and then need time to end.
         deadline = time.monotonic() + self._settings.grace_seconds + SHUTDOWN_FLUSH_SECONDS
         while time.monotonic() < deadline and len(self._running()) > len(self._unresponsive(limit)):
             if self._flush_seconds(limit) < SHUTDOWN_FLUSH_SECONDS:
@@ -171,18 +171,14 @@ class Watchdog:
             flushed.result(self._flush_seconds(limit))
 
     def _settle(self, unresponsive: Collection[Execution], timeout_seconds: float) -> None:
-        """Settle executions that did not end as failed, by their policy. Last of all: their locks go with it."""
+        """Settle unresponsive executions as failed, by their retry policy. Call last: it frees their locks."""
         settlements = []
         for execution in unresponsive:
             outcome = execution.abandoned_outcome()
             if outcome is None:
-                continue  # not ours any more
-            settlement, dead_letter = settle(execution, outcome, self._settings)
-            if (
-                dead_letter is not None
-            ):  # a database needs the event loop: it waits for the next worker that has one
-                settlement.dead = in_redis(dead_letter)
-            settlements.append(settlement)
+                continue  # another worker has taken it over
+            # With its dead letter: the database needs the event loop, so another worker imports it from Redis.
+            settlements.append(settle(execution, outcome, self._settings))
         self._keeper.stop_renewing()
         with sync_client(
             self._broker.url,
@@ -191,24 +187,23 @@ class Watchdog:
             socket_connect_timeout=min(2.0, timeout_seconds),
         ) as redis:
             worker = self._broker.consumer_name
-            # Before our own wait could be given what goes back to its queue.
+            # First end the worker's own blocking read, which could get the requeued tasks.
             worker_state.end_wait(redis, worker)
-            self._unread.give_back()
+            self._unread.hand_back_now()
             worker_state.settle_now(redis, worker, settlements)
             worker_state.leave_now(redis, worker)
 
 
 class BlockedLoopDetector:
-    """Detects that a task blocks the event loop, and publishes which one, since when and where.
+    """Detects a task that blocks the event loop, and publishes the task, the time since then and the stack.
 
-    Code that holds the GIL (a C extension) stops the watchdog's thread as well; the lease of such a worker ends.
-
-    Asks the event loop for a sign of life, again and again. Made in the thread of the loop.
+    Schedules callbacks in the event loop and checks that they run. Must be made in the thread of the loop. Code
+    that holds the GIL (a C extension) stops the watchdog's thread as well; the lease of such a worker ends.
 
     Args:
-        seconds: without a sign of life for so long the loop is blocked.
+        seconds: the loop counts as blocked when a callback has not run for this time.
         running: the executions of the worker; a live view.
-        publish: makes known what blocks the loop, None when nothing does any more; may raise.
+        publish: publishes the description of the blocking task, or None when the loop goes on; may raise.
     """
 
     def __init__(
@@ -225,26 +220,26 @@ class BlockedLoopDetector:
         self._publish = publish
         self._answered = threading.Event()
         self._answered.set()
-        self._asked_at = time.monotonic()
+        self._callback_at = time.monotonic()
         self._suspected = False
         self._blocked: dict[str, Any] | None = None
         self._published_at = 0.0
 
     def check(self) -> None:
-        """Look once; called about twice a second, in the watchdog's thread."""
+        """Check once; called about twice a second, in the watchdog's thread."""
         now = time.monotonic()
         if self._answered.is_set():
             self._suspected = False
             if self._blocked is not None and self._try_publish(None):
                 logger.warning("the event loop goes on, after %.0f s", time.time() - self._blocked["since"])
                 self._blocked = None
-            self._answered, self._asked_at = threading.Event(), now
+            self._answered, self._callback_at = threading.Event(), now
             try:
                 self._loop.call_soon_threadsafe(self._answered.set)
             except RuntimeError:  # the loop is closed
                 self._answered.set()
-        elif now - self._asked_at >= self._seconds:
-            # Seen twice: after a pause of the whole process the loop needs a moment, too.
+        elif now - self._callback_at >= self._seconds:
+            # Found in two checks: after a pause of the whole process, the loop needs time to react.
             if not self._suspected:
                 self._suspected = True
             elif self._blocked is None:
@@ -259,23 +254,23 @@ class BlockedLoopDetector:
         frame = sys._current_frames().get(self._thread_id)
         stack = "" if frame is None else mask("".join(traceback.format_stack(frame)))
         return {
-            "since": time.time() - (now - self._asked_at),
+            "since": time.time() - (now - self._callback_at),
             "task_id": None if execution is None else execution.message.task_id,
             "task_name": None if execution is None else execution.message.task_name,
             "stack": stack[-_LONGEST_STACK:],
         }
 
     def _blocking(self) -> Execution | None:
-        """The execution that the loop is in: that of the current task of asyncio, or the only one there is."""
+        """The execution of the current asyncio task, or the only running one; None if unknown."""
         running, current = list(self._running), asyncio.current_task(self._loop)
         found = [execution for execution in running if execution.running is current]
         return next(iter(found or (running if len(running) == 1 else ())), None)
 
     def _report(self, blocked: dict[str, Any]) -> None:
-        which = f"{blocked['task_name']} {blocked['task_id']}" if blocked["task_id"] else "a task"
+        label = f"{blocked['task_name']} {blocked['task_id']}" if blocked["task_id"] else "a task"
         logger.error(
             "%s blocks the event loop for more than %g s: nothing else of this worker goes on. It is at\n%s",
-            which,
+            label,
             self._seconds,
             blocked["stack"],
             extra={f"task.{name}": blocked[f"task_{name}"] for name in ("name", "id") if blocked["task_id"]},
@@ -286,6 +281,6 @@ class BlockedLoopDetector:
         try:
             self._publish(blocked)
         except Exception as error:
-            logger.debug("that the event loop is blocked cannot be published: %s", error)
+            logger.debug("the state of the event loop cannot be published: %s", error)
             return False
         return True

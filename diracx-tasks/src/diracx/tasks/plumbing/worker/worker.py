@@ -1,4 +1,4 @@
-"""The worker: its life cycle. What a task goes through is in `executor.py`."""
+"""The worker and its life cycle. The steps of a task are in `executor.py`."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ class Worker:
     """Runs tasks of one size.
 
     Args:
-        broker: carries the worker's size and name.
-        registry: registry name -> task class; anything else that arrives is a dead letter.
-        task_db: where dead letters are kept; without one they wait in Redis.
-        overrides: replacements of dependencies, as FastAPI's `dependency_overrides`; they win over
-            what the environment provides.
+        broker: holds the worker's size and name.
+        registry: task classes by registry name; a task with another name becomes a dead letter.
+        task_db: database of dead letters; without one they wait in Redis.
+        overrides: replacements of dependencies, as FastAPI's `dependency_overrides`; they take precedence over the
+            environment.
         config: the operator's settings of tasks.
-        task_class_registry: published name of `registry`, beside the functions of `create_task_bindings`, which
-            are not used; `max_concurrent_tasks` is that of the settings, and nothing is fetched before it can run.
+        task_class_registry: name of `registry` in the published interface, whose own `registry` (the functions of
+            `create_task_bindings`) is ignored then. `max_concurrent_tasks` is used without `settings`;
+            `max_prefetch` is ignored, as the worker fetches only for free slots.
     """
 
     def __init__(
@@ -81,38 +82,39 @@ class Worker:
         self._running: set[Execution] = set()
         self.reporter = Reporter(broker, self._settings, self._running)
         self.ready = asyncio.Event()
-        """Set when the worker takes tasks."""
+        """Set when the worker starts to take tasks."""
 
     @property
     def plans(self) -> Sequence[Plan]:
-        """Plans of the tasks, but for those that are compiled when the first of them comes."""
+        """Injection plans of the tasks, without those that are compiled at first use."""
         return self._dependencies.plans
 
     def cancel_running(self) -> None:
-        """Cancel what runs, as the end of the grace period would."""
+        """Cancel all running tasks, as at the end of the grace period."""
         for execution in self._running:
             execution.stop()
 
     def reconfigure(self, config: TasksConfig) -> None:
-        """Go on with other settings. Call it in the worker's event loop.
+        """Apply other task settings. Call it in the worker's event loop.
 
-        They are for what is delivered from now on: its limits are those of its next attempt to take its locks.
-        What runs keeps what it began with: its time limit, its locks and its retries. What tasks submit goes to
-        the queue that the new settings say.
+        They apply to deliveries from now on: a parked task gets the new limits with its next attempt to take its
+        locks. Running tasks keep their time limit, locks and retries. Tasks submitted by them go to the queue of
+        the new settings.
         """
         self._specs.update(task_specs(self._registry, config, self._specs))
         self._binding = replace(self._binding, config=config)
 
     async def listen(self, finish_event: asyncio.Event) -> None:
-        """`run` under its published name, on a broker that may not have been started."""
+        """Start the broker if necessary, then `run`; the published name."""
         await self._broker.startup(Role.WORKER)
         await self.run(finish_event)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then let what runs end within the grace period.
+        """Run tasks until `stop` is set, then let the running ones end within the grace period.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer at the start. Later it is waited for.
+            redis.exceptions.RedisError: when the server does not answer at the start. Later, the worker waits for
+                it.
         """
         broker, settings, running, reporter = self._broker, self._settings, self._running, self.reporter
         loop = asyncio.get_running_loop()
@@ -128,21 +130,12 @@ class Worker:
             control.listening,
         )
         unread = UnreadGuard(loop, partial(keeper.hand_back_unread, broker.streams))
-        intake = Intake(
-            broker,
-            settings,
-            stop,
-            keeper.held,
-            lambda: not running,
-            keeper.held_locks,
-            lambda: keeper.quiet_until,
-            unread,
-        )
-        control.call_at_shorter_lease(keeper.renew_soon, intake.look_at_once)
+        intake = Intake(broker, settings, stop, keeper, running, unread)
+        control.call_at_shorter_lease(keeper.renew_soon, intake.poll_now)
         async with keeper, self._dependencies.open():
             reporter.dataset = lambda: keeper.dataset_id
             settler = Settler(broker, keeper, intake)
-            dead_letters = DeadLetterStore(broker, self._task_db, settler, keeper)
+            dead_letters = DeadLetterStore(broker, settings, self._task_db, settler, keeper)
             executor = Executor(
                 broker,
                 settings,
@@ -168,14 +161,14 @@ class Worker:
                 finally:
                     await self._finish(executor, intake)
                     watchdog.finish()
-                    if watchdog.ending:  # the process ends any moment now, with an exit code of its own
+                    if watchdog.ending:  # the watchdog is about to end the process, with its exit code
                         await loop.create_future()
                     await cancel_and_wait(settling, promoting, *companions)
                     await asyncio.to_thread(unread.close)
         await self._leave()
 
     async def _finish(self, executor: Executor, intake: Intake) -> None:
-        """Take no more, let what runs end, then cancel it; tell the broker everything that can still be told."""
+        """End the intake, wait for running tasks, cancel the rest, then send the last settlements."""
         loop = asyncio.get_running_loop()
         grace_ends = loop.time() + self._settings.grace_seconds
         await executor.close_intake(intake)
@@ -187,28 +180,28 @@ class Worker:
         if self._running:
             logger.warning("stopping: %d tasks are cancelled", len(self._running))
             self.cancel_running()
-            # With a hard limit, what ignores this ends with the process, and not before.
+            # With a hard limit, the watchdog ends the process if a task ignores this.
             seconds = SHUTDOWN_FLUSH_SECONDS if self._settings.hard_limit_seconds is None else None
             await asyncio.wait(executor.tasks(), timeout=seconds)
         try:
             async with asyncio.timeout(SHUTDOWN_FLUSH_SECONDS):
                 await executor.flush()
         except TimeoutError:
-            logger.warning("stopping without the last settlements: others will run these tasks again")
+            logger.warning("stopping without the last settlements: other workers will run these tasks again")
         for left in executor.tasks():
             left.cancel()
 
     async def _leave(self) -> None:
         try:
             async with asyncio.timeout(SHUTDOWN_FLUSH_SECONDS):
-                await retry_until_available(self._broker.leave, "sign off")
+                await retry_until_available(self._broker.leave, "remove the worker")
                 await self.reporter.leave()
         except Exception as error:
-            logger.warning("could not sign off: %s; the lease will end by itself", reason(error))
+            logger.warning("cannot remove the worker: %s; its lease will end by itself", reason(error))
 
 
 async def run_supervised(companions: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-    """Do the work, but not a moment longer than its companions live, who never end by themselves."""
+    """Await `work`; cancel it, and raise the error, when one of the endless `companions` ends."""
     working = asyncio.create_task(work)
     try:
         await asyncio.wait({*companions, working}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,1 +1,1 @@
-"""The task system in the DiracX application: the HTTP interface `/api/tasks/…` and the dashboard below it."""
+"""HTTP API of the task system in the DiracX application, `/api/tasks/…`, and the dashboard below it."""

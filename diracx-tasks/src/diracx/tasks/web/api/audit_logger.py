@@ -1,4 +1,4 @@
-"""Requests that do something are written to the audit log; for those of extensions as well."""
+"""Writes actions of HTTP requests to the audit log; used by routes of extensions, too."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ...operations.audit import audited
 from ...plumbing.lock_registry import register_locked_object_type
 from ...plumbing.locks import RateLimiter
 from ..auth.diracx import name_of
-from .environment import broker_url, context_of_environment
+from .environment import broker_url, context_from_environment
 
 logger = logging.getLogger(__name__)
 
 _Outcome = TypeVar("_Outcome")
 
 
-_USER = register_locked_object_type("api_user")
+API_USER = register_locked_object_type("api_user")
 
 
 class UserActionRate(RateLimiter):
-    """Limit of the actions of one user by HTTP: what is refused neither fills the audit log nor reaches a site."""
+    """Rate limit of the actions of one user by HTTP, which protects audit log and sites."""
 
     limit = 60
     window_seconds = 60.0
 
 
 class AuditLogger:
-    """Writes down what this request does: in the administrators' log, or in that of the user's VO.
+    """Writes actions of a request to the audit log: that of administrators, or that of the user's VO.
 
-    Routes check the request, and the access policy (which knows the VOs), before they come here.
+    Routes must check the request and the access policy, which validates the VO, before.
     """
 
     def __init__(self, user: Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]) -> None:
@@ -51,23 +51,23 @@ class AuditLogger:
         do: Callable[[], Awaitable[_Outcome]],
         summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Do something. Arguments as of `diracx.tasks.operations.audit.audited`.
+        """Perform an action. Arguments as of `diracx.tasks.operations.audit.audited`.
 
-        In an application that knows no server of tasks there is no audit log: the log of the application has it.
+        An application without a configured broker writes it to its own log.
 
         Raises:
-            HTTPException: 503, when it cannot be written down, and 429, when this user acts too often; it is not
-                done then.
-            Exception: whatever `do` raises.
+            HTTPException: 503 if the audit log cannot be written, 429 if the user exceeds the rate limit; then the
+                action is not performed.
+            Exception: raised by `do`.
         """
         if not broker_url():
             outcome = await do()
             logger.info("%s, %s, %s: %s", self._who, action, target, summary(outcome))
             return outcome
         try:
-            redis = (await context_of_environment()).redis
-            if not self._is_admin and not await UserActionRate(_USER, self._user.sub).acquire(redis):
-                raise _too_often()
+            redis = (await context_from_environment()).redis
+            if not self._is_admin and not await UserActionRate(API_USER, self._user.sub).acquire(redis):
+                raise _rate_exceeded()
             vo = None if self._is_admin else self._user.vo
             return await audited(redis, self._who, "api", action, target, do, summary, vo=vo)
         except RedisError as error:
@@ -76,7 +76,7 @@ class AuditLogger:
             ) from error
 
 
-def _too_often() -> HTTPException:
+def _rate_exceeded() -> HTTPException:
     limit, seconds = UserActionRate.limit, UserActionRate.window_seconds
     return HTTPException(
         HTTPStatus.TOO_MANY_REQUESTS,

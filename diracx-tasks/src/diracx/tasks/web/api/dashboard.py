@@ -1,4 +1,4 @@
-"""The dashboard below `/api/tasks/dashboard/`, with the tokens and the access policy of DiracX."""
+"""Mounts the dashboard at `/api/tasks/dashboard/`, with the tokens and the access policy of DiracX."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..auth.code_flow import CodeFlow
 from ..auth.diracx import POLICY, DiracxAuthContext, DiracxBackend
 from ..auth.policies import ConfigReader
 from ..sse import StreamSettings
-from .environment import context_of_environment
+from .environment import context_from_environment
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from ..dashboard.app import DashboardApp
 
-_BELOW = "/api/tasks/dashboard"
+_ROOT_PATH = "/api/tasks/dashboard"
 
-# It has a sign-in of its own, for browsers send no `Authorization` by themselves. It is no interface for programs.
+# It has its own sign-in, as browsers send no `Authorization` header, and is not part of the API for programs.
 router = DiracxRouter(require_auth=False, include_in_schema=False, path_root="/api/tasks")
 
 
 def stream_settings() -> StreamSettings:
-    """Streams are short: the application is not told when its server stops, and the server waits for them."""
+    """Return settings of short event streams: a stopping server waits for their end."""
     return StreamSettings(max_seconds=20.0)
 
 
@@ -43,13 +43,13 @@ Stream = Annotated[StreamSettings, Depends(stream_settings)]
 async def dashboard(
     path: str, request: Request, settings: AuthSettings, policies: Policies, config: ConfigReader, stream: Stream
 ) -> Response:
-    """Hand the request on to the dashboard, with what its back end needs."""
-    await context_of_environment()  # says what is missing, as any other route does
-    return _HandedOn(_app(stream), DiracxAuthContext(request.app, settings, policies[POLICY].policy, config))
+    """Forward the request to the dashboard, with the context of its authentication."""
+    await context_from_environment()  # raises 503 if the broker is not configured
+    return _Forwarded(_app(stream), DiracxAuthContext(request.app, settings, policies[POLICY].policy, config))
 
 
-class _HandedOn(Response):
-    """The answer that the dashboard gives."""
+class _Forwarded(Response):
+    """Response of the dashboard application to a forwarded request."""
 
     def __init__(self, app: DashboardApp, diracx: DiracxAuthContext) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class _HandedOn(Response):
         self._diracx = diracx
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        below = str(scope.get("root_path", "")) + _BELOW
+        root_path = str(scope.get("root_path", "")) + _ROOT_PATH
         state = {**scope.get("state", {}), "diracx": self._diracx}
-        await self._app({**scope, "root_path": below, "state": state}, receive, send)
+        await self._app({**scope, "root_path": root_path, "state": state}, receive, send)
 
 
 #: An application has one event loop; tests have many.
@@ -72,14 +72,13 @@ def _app(stream: StreamSettings) -> DashboardApp:
     except ModuleNotFoundError as error:
         if error.name not in ("jinja2", "markupsafe"):
             raise
-        # The route is there wherever this distribution is, with the extra or without.
         raise HTTPException(
             HTTPStatus.SERVICE_UNAVAILABLE,
-            f"the dashboard needs {error.name}: pip install 'diracx-tasks[dashboard]' where this application runs",
+            f"the dashboard needs {error.name}: install it with `pip install 'diracx-tasks[dashboard]'`",
         ) from error
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
-        app = create_app(context_of_environment, DiracxBackend(CodeFlow(_BELOW)), stream=stream)
+        app = create_app(context_from_environment, DiracxBackend(CodeFlow(_ROOT_PATH)), stream=stream)
         _of_loop[loop] = app
     return app

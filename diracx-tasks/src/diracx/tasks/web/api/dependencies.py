@@ -1,4 +1,4 @@
-"""Dependencies of the routes: who may look or act, what of it, and how the answer is made."""
+"""Dependencies of the routes: access checks, visibility, responses and errors."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..auth.diracx import name_of
 from ..auth.policies import ConfigReader
 from ..context import AppContext
 from ..operator import NotPossibleError, Operator
-from .environment import context_of_environment
+from .environment import context_from_environment
 
-_Answer = TypeVar("_Answer")
+_Value = TypeVar("_Value")
 
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A user who may look."""
+    """Context of a route that reads."""
 
     system: AppContext
     viewer: Viewer
-    """Visibility of what belongs to a VO for the user."""
+    """Visibility of tasks for the user."""
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """A user who may act."""
+    """Context of a route that changes something."""
 
     operator: Operator
 
@@ -54,29 +54,28 @@ async def _reader(user: User, check: CheckTasksPolicyCallable, config: ConfigRea
         viewer = Viewer(user.vo)
     else:
         viewer = Viewer(None)
-    return _Reader(await context_of_environment(), viewer)
+    return _Reader(await context_from_environment(), viewer)
 
 
 async def _all_vos_reader(check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
     await check(action=ActionType.READ_ALL, config=config)
-    return _Reader(await context_of_environment(), Viewer(None))
+    return _Reader(await context_from_environment(), Viewer(None))
 
 
 async def _writer(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Writer:
     await check(action=ActionType.WRITE, config=config)
-    return _Writer(Operator(await context_of_environment(), name_of(user), "api"))
+    return _Writer(Operator(await context_from_environment(), name_of(user), "api"))
 
 
-# The policy is asked before anything of the request is looked at, or opened.
 Reader = Annotated[_Reader, Depends(_reader)]
-"""For what belongs to VOs (the route shows what `viewer` sees), and for numbers of the installation."""
+"""For data of VOs, of which the route shows what `viewer` sees, and for numbers of the installation."""
 AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
-"""For what belongs to no VO: others do not learn either whether it exists."""
+"""For data of no VO, whose existence other users must not learn either."""
 Writer = Annotated[_Writer, Depends(_writer)]
 
 
 def answered(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[JSONResponse]]:
-    """Answer with what a function returns, as JSON without passwords, or with the status that its error means."""
+    """Decorate a function to respond with its value as JSON, passwords masked, or with the status of its error."""
 
     @wraps(endpoint)
     async def answer(*args: Any, **kwargs: Any) -> JSONResponse:
@@ -89,19 +88,15 @@ def answered(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
         except SendTaskError as error:
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
         except RedisError as error:
-            said = f"the broker does not answer: {error}"
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, said) from error
+            detail = f"the broker does not respond: {error}"
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, detail) from error
         return JSONResponse(masked_json(as_json(value)))
 
     return answer
 
 
-def or_404(value: _Answer | None, what: str) -> _Answer:
-    """The value, if there is one.
-
-    Raises:
-        HTTPException: 404, there is none.
-    """
+def or_404(value: _Value | None, what: str) -> _Value:
+    """Return the value; raise a 404 if it is None."""
     if value is None:
-        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no {what}")
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"no {what}")
     return value

@@ -1,4 +1,4 @@
-"""Opens the task system of the environment for a DiracX application, at the first request."""
+"""Opens the task system configured by environment variables, at the first request of a DiracX application."""
 
 from __future__ import annotations
 
@@ -27,46 +27,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: An application has one event loop; tests have many.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[AppContext]] = WeakKeyDictionary()
-#: Databases go with the process, as the broker's connections do. An engine that nobody holds open is disposed of.
-_left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakKeyDictionary()
+contexts: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[AppContext]] = WeakKeyDictionary()
+#: Databases stay open until the process ends: an engine without a reference would be disposed of.
+left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakKeyDictionary()
 
 
-async def context_of_environment() -> AppContext:
-    """Context of the sources that DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration name.
+async def context_from_environment() -> AppContext:
+    """Return the context of DIRACX_TASKS_REDIS_URL, DIRACX_DB_URL_TASKDB and the configuration.
 
     Raises:
-        HTTPException: 503, when no broker is named.
+        HTTPException: 503, no broker is configured.
     """
     loop = asyncio.get_running_loop()
-    if (opening := _of_loop.get(loop)) is None:
-        opening = _of_loop[loop] = asyncio.ensure_future(_open())
+    if (opening := contexts.get(loop)) is None:
+        opening = contexts[loop] = asyncio.ensure_future(open_context())
     try:
         return await asyncio.shield(opening)
     except Exception:
-        # The next request tries again: once, however many have waited for this.
-        if _of_loop.get(loop) is opening:
-            del _of_loop[loop]
+        # The next request tries again.
+        if contexts.get(loop) is opening:
+            del contexts[loop]
         raise
 
 
-async def _open() -> AppContext:
+async def open_context() -> AppContext:
+    """Open the context of the environment."""
     url = broker_url()
     if not url:
         raise HTTPException(
-            HTTPStatus.SERVICE_UNAVAILABLE, f"this application knows no broker of tasks: set {REDIS_URL_VARIABLE}"
+            HTTPStatus.SERVICE_UNAVAILABLE, f"this application has no broker of tasks: set {REDIS_URL_VARIABLE}"
         )
     registry = load_task_registry()
     with _address_errors_as_503():
         broker = RedisStreamBroker(url)
-    return AppContext(broker, registry, ConfigReader.of_environment(registry), await _task_db(), mask(url))
+    return AppContext(broker, registry, ConfigReader.from_environment(registry), await _task_db(), mask(url))
 
 
 def broker_url() -> str | None:
-    """The address of the broker, as the environment has it; None when it names none.
+    """Return the URL of the broker from the environment; None if not set.
 
     Raises:
-        HTTPException: 503, when it is no address; the log says why.
+        HTTPException: 503, it is invalid; the log has the reason.
     """
     with _address_errors_as_503():
         return redis_url_from_environment()
@@ -80,12 +81,12 @@ def _address_errors_as_503() -> Iterator[None]:
         logger.error("%s", error)
         raise HTTPException(
             HTTPStatus.SERVICE_UNAVAILABLE,
-            f"the address of this application's broker of tasks cannot be used: correct {REDIS_URL_VARIABLE}",
+            f"the URL of this application's broker of tasks is invalid: correct {REDIS_URL_VARIABLE}",
         ) from error
 
 
 async def _task_db() -> TaskDB | None:
-    """The dead letters. An engine of our own: an application without this database must start as well."""
+    """Open the database of dead letters with its own engine; None if not configured."""
     from ...plumbing.persistence import TaskDB
 
     try:
@@ -98,5 +99,5 @@ async def _task_db() -> TaskDB | None:
     database = TaskDB(url)
     stack = AsyncExitStack()
     await stack.enter_async_context(database.engine_context())
-    _left_open[asyncio.get_running_loop()] = stack
+    left_open[asyncio.get_running_loop()] = stack
     return database

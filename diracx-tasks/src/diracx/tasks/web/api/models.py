@@ -1,4 +1,4 @@
-"""Models of requests and responses that are not values of `diracx.tasks.operations` themselves."""
+"""Models of requests and responses that are not read models of `diracx.tasks.operations`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
 from ...plumbing.persistence.db import DeadLetterFilter
 from ..operator import NotPossibleError
 
-# What comes in is short, and has no control characters: it goes into databases, keys, logs and terminals.
+# Values of requests go into databases, keys, logs and terminals: bounded, without control characters.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 TaskId = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_PRINTABLE)]
 TaskName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
@@ -24,16 +24,16 @@ Owner = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
 
 
 def _usable(moment: datetime) -> datetime:
-    # In UTC it must still be one that Python and every database know.
+    # After conversion to UTC, Python and every database must be able to represent it.
     if not 1970 <= moment.year <= 9998:
-        raise ValueError("it must be between the years 1970 and 9998")
+        raise ValueError("the year must be between 1970 and 9998")
     return moment
 
 
 Moment = Annotated[datetime, AfterValidator(_usable)]
 
 _Item = TypeVar("_Item")
-_AFTER = Field(default=None, description="To be given for the next page; null: this was the last one.")
+_AFTER = Field(default=None, description="Cursor of the next page; null: this is the last one.")
 
 
 class _Page(BaseModel, Generic[_Item]):
@@ -42,35 +42,35 @@ class _Page(BaseModel, Generic[_Item]):
 
 
 class QueuedTaskPage(_Page[QueuedTask]):
-    """A part of a backlog."""
+    """A page of queued tasks."""
 
 
 class WaitingDeadLetterPage(_Page[WaitingDeadLetter]):
-    """A part of the dead letters that wait in Redis."""
+    """A page of dead letters in Redis."""
 
 
 class RunningTaskPage(_Page[RunningTask]):
-    """A part of what runs."""
+    """A page of running tasks."""
 
 
 class DelayedTaskPage(_Page[DelayedTask]):
-    """A part of the delayed tasks."""
+    """A page of delayed tasks."""
 
 
 class FailurePage(_Page[Failure]):
-    """Some failed attempts."""
+    """A page of failed attempts."""
 
 
 class LockPage(_Page[Lock]):
-    """Some locks."""
+    """A page of locks."""
 
 
 class ConfigurationInForce(BaseModel):
-    """The configuration that one process runs with."""
+    """Active configuration of one process."""
 
     role: str
     source: str
-    digest: str = Field(description="The same for the same settings.")
+    digest: str = Field(description="Equal for equal settings.")
     since: datetime
     vos: list[str] | None
     problems: list[str]
@@ -85,49 +85,47 @@ class HealthReport(BaseModel):
 
     severity: Severity
     alerts: list[Alert]
-    unchecked: list[str] = Field(description="What is not looked at from here, and why.")
+    unchecked: list[str] = Field(description="Checks that are not configured, with the reason.")
 
 
 class SettingInForce(BaseModel):
-    """The value of a setting that holds in the end."""
+    """Resolved value of a setting."""
 
     value: Any
-    origin: str = Field(alias="from", description="Who says so: `code`, `common` or `vo NAME`.")
-    path: str | None = Field(description="Where it is written; null: in the code.")
-    line: int | None = Field(description="And in which line, where that is known.")
+    origin: str = Field(alias="from", description="Source: `code`, `common` or `vo NAME`.")
+    path: str | None = Field(description="Path in the configuration; null: set in the code.")
+    line: int | None = Field(description="Line in the configuration, if known.")
 
 
 class TaskSettings(BaseModel):
-    """The settings of a class of tasks."""
+    """Settings of a task class."""
 
     task: str = Field(description="category:ClassName.")
-    vo: str | None = Field(description="For which VO; null: for all that have nothing of their own.")
+    vo: str | None = Field(description="The VO; null: all VOs without their own settings.")
     settings: dict[str, SettingInForce]
-    instances: dict[str, dict[str, SettingInForce]] = Field(description="Of periodic tasks: by instance.")
+    instances: dict[str, dict[str, SettingInForce]] = Field(description="Settings of a periodic task by instance.")
 
 
 class ObjectLimits(BaseModel):
-    """The limits of objects that tasks lock."""
+    """Limits of objects that tasks lock."""
 
     object: str
-    key: str | None = Field(description="Of this one; null: of each.")
+    key: str | None = Field(description="Key of the object; null: default for all keys.")
     vo: str | None
     settings: dict[str, SettingInForce]
 
 
 class EffectiveSettings(BaseModel):
-    """Effective settings, as `diracx-task-run config show` has them."""
+    """Resolved settings, as of `diracx-task-run config show`."""
 
     source: str
     vos: list[str]
-    problems: list[str] = Field(description="What is wrong with what is written: the last good ones hold then.")
+    problems: list[str] = Field(description="Mistakes in the configuration; the last valid one is in force then.")
     tasks: list[TaskSettings]
-    limits: list[ObjectLimits] = Field(description="Left out where one task is asked for.")
+    limits: list[ObjectLimits] = Field(description="Empty if one task was requested.")
 
 
-class DeadLetterSummary(BaseModel):
-    """A dead letter without its contents."""
-
+class _DeadLetter(BaseModel):
     id: int
     task_id: str
     task_name: str
@@ -137,56 +135,48 @@ class DeadLetterSummary(BaseModel):
     status: DeadLetterStatus
     buried_at: datetime
     changed_at: datetime
+
+
+class DeadLetterSummary(_DeadLetter):
+    """A dead letter without message and tracebacks."""
+
     failed_attempts: int
     earlier_burials: int
     message_bytes: int = Field(description="Size of its message.")
 
 
 class DeadLetterPage(BaseModel):
-    """Some dead letters."""
+    """A page of dead letters."""
 
     items: list[DeadLetterSummary]
     total: int
     after: int | None = _AFTER
 
 
-class DeadLetterWithAttempts(BaseModel):
-    """A dead letter with everything but its raw message, which may hold secrets."""
+class DeadLetterWithAttempts(_DeadLetter):
+    """A dead letter with its attempts, without its raw message, which may have secrets."""
 
-    id: int
-    task_id: str
-    task_name: str
-    vo: str | None
-    reason: str
-    detail: str
-    status: DeadLetterStatus
-    buried_at: datetime
-    changed_at: datetime
     burial: str
     attempts: list[dict[str, Any]]
     history: list[dict[str, Any]]
-    arguments: dict[str, Any] | None = Field(description="Secrets masked; null when it cannot be read.")
+    arguments: dict[str, Any] | None = Field(description="Secrets masked; null if the message cannot be decoded.")
 
 
 class DeadLetterChoice(BaseModel):
-    """Choice of dead letters: some by their numbers, or those that a filter lets through."""
+    """Selection of dead letters by numbers or by a filter."""
 
     ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
-        default=None, min_length=1, max_length=1000, description="Numbers."
+        default=None, min_length=1, max_length=1000, description="Numbers of dead letters."
     )
-    all: bool = Field(default=False, description="All that the filter lets through, instead of `ids`.")
+    all: bool = Field(default=False, description="All that match the filter, instead of `ids`.")
     task_name: TaskName | None = None
     reason: DeadLetterReason | None = None
     since: Moment | None = None
     before: Moment | None = None
-    limit: int = Field(default=1000, ge=1, le=10_000, description="At most so many by filter.")
+    limit: int = Field(default=1000, ge=1, le=10_000, description="Maximum number selected by the filter.")
 
     def where(self, status: Any) -> DeadLetterFilter:
-        """As the database takes it.
-
-        Raises:
-            NotPossibleError: neither numbers nor `all` are given, or both.
-        """
+        """Convert it to a filter of the database."""
         if (self.ids is None) != self.all:
             raise NotPossibleError("give either `ids`, or `all` with filters")
         return {
@@ -199,17 +189,17 @@ class DeadLetterChoice(BaseModel):
 
 
 class Refusal(BaseModel):
-    """A dead letter that was left as it is."""
+    """A dead letter that was not changed, and the reason."""
 
     id: int
     why: str
 
 
 class Decision(BaseModel):
-    """Result of a decision about dead letters, by their numbers."""
+    """Result of retrying or discarding dead letters, by their numbers."""
 
     done: list[int]
-    already: list[int] = Field(description="Another user had done so.")
+    already: list[int] = Field(description="Dead letters that were submitted again before.")
     refused: list[Refusal]
 
 
@@ -220,7 +210,7 @@ class Purged(BaseModel):
 
 
 class Changed(BaseModel):
-    """The schedules that were not so before."""
+    """The schedules whose state has changed."""
 
     changed: list[str]
 

@@ -1,4 +1,4 @@
-"""Error responses of routes, for those of extensions as well: status codes, bounded bodies, databases."""
+"""Error responses of routes, also of extensions: status codes, bounded bodies, database errors."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ MAX_BODY_BYTES = 1_000_000
 _RETRY_AFTER_SECONDS = 10
 
 _MEANING = {
-    401: "No token, or one that is not valid",
+    401: "The token is missing or invalid",
     403: "The token's VO or properties do not allow this",
-    404: "There is nothing of that name or id",
-    429: "You act too often; `Retry-After` says for how many seconds to wait",
-    409: "Not possible as things are",
-    503: "No broker is configured, or it does not answer",
+    404: "No object of this name or id",
+    429: "Too many actions; `Retry-After` has the seconds to wait",
+    409: "Not possible in the current state",
+    503: "No broker is configured, or it does not respond",
 }
 
 
 def responses(*codes: int, meaning: Mapping[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
-    """Status codes with their meaning; those about tokens go without saying.
+    """Describe status codes for the OpenAPI document, including 401 and 403.
 
     Args:
-        meaning: what they mean here, where that is something else than elsewhere.
+        meaning: descriptions that differ from the defaults.
     """
     meanings = {**_MEANING, **(meaning or {})}
     example = {"application/json": {"example": {"detail": "…"}}}
@@ -45,14 +45,13 @@ def responses(*codes: int, meaning: Mapping[int, str] | None = None) -> dict[int
 
 
 class QuietRoute(APIRoute):
-    """A route that says what is wrong with a request without repeating it.
+    """Route whose validation errors do not repeat the request in response and log.
 
-    What was sent may be long, secret, or no text that JSON can hold (half of a character): 422, not 500. DiracX's
-    own handler would write the whole body to the log.
+    The request may be long, secret, or have text that JSON cannot represent.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """As of `APIRoute`."""
+        """Wrap the handler of `APIRoute`."""
         handle = super().get_route_handler()
 
         async def quiet(request: Request) -> Response:
@@ -68,13 +67,13 @@ class QuietRoute(APIRoute):
 
 
 class BoundedRoute(QuietRoute):
-    """Refuses a body of more than `MAX_BODY_BYTES` with 413, before it is in memory.
+    """Route that refuses bodies of more than `MAX_BODY_BYTES` with 413; set it as `route_class` of a router.
 
-    FastAPI reads a body before it asks who sends it. For the `route_class` of a router.
+    FastAPI reads the body before it checks the token.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As of `QuietRoute`."""
+        """Handle a request with a bounded body."""
         received = 0
 
         async def bounded() -> Message:
@@ -91,10 +90,10 @@ class BoundedRoute(QuietRoute):
 
 
 async def database_errors(request: Request) -> AsyncIterator[None]:
-    """A dependency of routers. The answer does not have the driver's words, which tell users and hosts.
+    """Dependency of routers that converts a `DatabaseError`, whose detail has users and hosts, to a 503.
 
     Raises:
-        HTTPException: 503, in place of a `DatabaseError`. DiracX's own handler would log a traceback.
+        HTTPException: 503.
     """
     try:
         yield

@@ -1,1 +1,1 @@
-"""Sign-in, sessions, access policies and the checks made on every request of the dashboard."""
+"""Sign-in, sessions, access policies and request checks of the dashboard."""

@@ -1,4 +1,4 @@
-"""Access policy of the task system: who may look, and who may act."""
+"""Access policy of the task system."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .policies import check_properties
 class ActionType(StrEnum):
     """Action of a request."""
 
-    READ = auto()  # look at the numbers of the installation, and at the tasks of one's own VO
-    READ_ALL = auto()  # look at the tasks of all VOs, and at what belongs to no VO
-    WRITE = auto()  # cancel, purge, release, pause, retry, discard: of all VOs
+    READ = auto()  # read numbers of the installation, and tasks of the user's VO
+    READ_ALL = auto()  # read tasks of all VOs, and data of no VO
+    WRITE = auto()  # cancel, purge, release, pause, retry, discard, for all VOs
 
 
 _NEEDED: dict[ActionType, tuple[str, ...]] = {
@@ -31,10 +31,7 @@ _NEEDED: dict[ActionType, tuple[str, ...]] = {
 
 
 class TasksAccessPolicy(BaseAccessPolicy):
-    """An operator sees the tasks of the own VO; a service administrator sees, and acts on, those of all.
-
-    READ needs Operator or ServiceAdministrator, READ_ALL and WRITE need ServiceAdministrator.
-    """
+    """READ needs the property Operator or ServiceAdministrator; READ_ALL and WRITE need ServiceAdministrator."""
 
     @staticmethod
     async def policy(
@@ -46,7 +43,7 @@ class TasksAccessPolicy(BaseAccessPolicy):
         config: Callable[[], Awaitable[Config]] | None = None,
         **_: Any,
     ) -> None:
-        """Allow or refuse; `policy_name` is the name it is registered under. See `check_properties`."""
+        """Check an action. `policy_name` is the name of its entry point. See `check_properties`."""
         await check_properties(user_info, action, _NEEDED, config)
 
 

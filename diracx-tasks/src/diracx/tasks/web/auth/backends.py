@@ -1,7 +1,6 @@
-"""Authentication back ends: they turn a credential into a session, and its cookie into a principal.
+"""Authentication back ends: make a session from a credential, and a principal from the session cookie.
 
-The stand-alone dashboard has `TokenBackend`; in the DiracX application it is `DiracxBackend` of
-`diracx.tasks.web.auth.diracx`.
+The stand-alone dashboard uses `TokenBackend`, the DiracX application `diracx.tasks.web.auth.diracx.DiracxBackend`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-#: A session ends so long after its sign-in, whatever happens in it: a working day.
+#: Lifetime of a session from its sign-in.
 SESSION_SECONDS = 12 * 3600
 
 
@@ -25,9 +24,9 @@ class Role(StrEnum):
     """Role of a principal."""
 
     READ = "read"
-    """Look."""
+    """May read."""
     WRITE = "write"
-    """Look and act."""
+    """May read and perform actions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,75 +34,75 @@ class Principal:
     """The user of a session."""
 
     name: str
-    """As the audit log has it."""
+    """Name in the audit log."""
     role: Role
     vo: str | None
-    """Things that belong to a VO are shown only when it is this one; None: those of all VOs, and those of none."""
+    """The VO whose data are visible; None: those of all VOs, and those of none."""
 
 
 class AuthBackend(Protocol):
-    """Decides who may sign in."""
+    """Authentication back end of the dashboard."""
 
     credential: str
-    """Name of the credential that the sign-in page asks for, in a few words."""
+    """Name of the credential for the sign-in page."""
     hint: str
-    """Hint where to get it."""
+    """Hint on the sign-in page: where to get the credential."""
     takes_links: bool
-    """True if a link with the credential in it signs in: logs keep it, so it must be good nowhere else."""
+    """Accept the credential in a URL. Logs may keep URLs: it must be valid for this dashboard alone."""
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
-        """Begin a session. Returns its secret, for the cookie; None when the credential is not valid."""
+        """Start a session. Returns its secret for the cookie; None if the credential is invalid."""
 
     async def principal(self, request: Request, secret: str) -> Principal | None:
-        """Return the user of a session; None when it does not exist or is over."""
+        """Return the user of a session; None if it does not exist or has expired."""
 
     async def sign_out(self, secret: str) -> None:
         """End the session."""
 
     provider: LoginProvider | None
-    """Provider that gives users a credential by a redirect there and back."""
+    """Identity provider, if sign-in by redirect is supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoginChoice:
-    """One role that a user may sign in with."""
+    """A role with which a user may sign in."""
 
     name: str
     value: str
-    """Value that the form sends."""
+    """Value of the form field."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoginOptions:
-    """Options of the sign-in page beside the field for a credential."""
+    """Options of the sign-in page in addition to the credential field."""
 
     choices: Sequence[LoginChoice] = ()
-    why_not: str = ""
-    """Reason why there are none, if that can be changed."""
+    unavailable_reason: str = ""
+    """Reason why there are no choices, if an administrator can change that."""
 
 
 class SignInError(Exception):
-    """A sign-in is refused; the message says why, and what to do."""
+    """The sign-in was refused; the message has reason and remedy for the user."""
 
 
 class LoginProvider(Protocol):
     """Signs users in by a redirect to an identity provider and back."""
 
     async def options(self, request: Request) -> LoginOptions:
-        """List the roles that users may sign in with."""
+        """Return the roles with which users may sign in."""
 
     async def begin(self, request: Request, choice: str) -> tuple[str, str]:
-        """Return the address to redirect to, and a secret that the browser keeps until it is back.
+        """Return the URL to redirect to, and a secret that the browser keeps until it returns.
 
         Raises:
-            SignInError: that choice is not offered.
+            SignInError: the choice does not exist.
         """
 
     async def finish(self, request: Request, kept: str) -> str:
-        """Return the credential of a browser that is back and kept this secret (empty: none).
+        """Return the credential of a browser that returns with this secret; empty: it has none.
 
         Raises:
-            SignInError: the answer does not belong to the secret, or is a refusal.
+            SignInError: the response does not match the secret, or is a refusal.
         """
 
 
@@ -113,7 +112,7 @@ def new_token() -> str:
 
 
 def form_token(secret: str) -> str:
-    """Return the token that forms of a session carry, against cross-site request forgery."""
+    """Return the CSRF token of the forms of a session."""
     return hmac.new(secret.encode(), b"diracx tasks dashboard: form", hashlib.sha256).hexdigest()
 
 
@@ -122,12 +121,12 @@ def _digest(token: str) -> str:
 
 
 class TokenBackend:
-    """Signs in with a token, for the stand-alone dashboard; sessions live in this process.
+    """Signs in with a token, for the stand-alone dashboard. Keeps sessions in memory.
 
     Args:
         tokens: the principal of each token.
         hint: where to get a token, for the sign-in page.
-        max_sessions: of one principal: the next one ends the oldest of them, and none of another principal.
+        max_sessions: sessions of one principal; a further sign-in ends its oldest one.
     """
 
     credential = "Token"
@@ -143,7 +142,7 @@ class TokenBackend:
     async def sign_in(self, request: Request, credential: str) -> str | None:
         """See `AuthBackend`."""
         given = _digest(credential.strip())
-        # All are compared, so that the time it takes tells nothing.
+        # All are compared, so that the time does not depend on the token.
         found = [principal for digest, principal in self._principals if hmac.compare_digest(digest, given)]
         if not found:
             return None

@@ -1,8 +1,7 @@
 """Sign-in to the dashboard with DiracX's authorization-code flow and PKCE (RFC 6749 4.1, RFC 7636).
 
-The browser keeps one secret during the flow: the code verifier, in a cookie. Challenge and state are one-way
-functions of it. DiracX's token endpoint is asked within this process; of its answer only
-the access token is used, and the refresh token forgotten.
+During the flow a cookie of the browser has the code verifier, of which challenge and state are one-way functions.
+The token endpoint of DiracX is called within this process. The refresh token of its response is discarded.
 """
 
 from __future__ import annotations
@@ -29,32 +28,29 @@ from .routes import root_of
 logger = logging.getLogger(__name__)
 
 _SETTING = "DIRACX_SERVICE_AUTH_ALLOWED_REDIRECTS"
-_MAY = {Role.READ: "may look", Role.WRITE: "may look and act"}
+_PERMISSIONS = {Role.READ: "read-only", Role.WRITE: "read and write"}
 
 
 class CodeFlow:
-    """See `LoginProvider`.
+    """See `LoginProvider`. The dashboard is mounted at `root_path` of the application."""
 
-    Args:
-        below: the path of the dashboard in the application.
-    """
-
-    def __init__(self, below: str) -> None:
-        self._below = below
+    def __init__(self, root_path: str) -> None:
+        self._root_path = root_path
 
     async def options(self, request: Request) -> LoginOptions:
-        """See `LoginProvider`. The groups of all VOs that the access policy allows."""
+        """See `LoginProvider`. The choices are the groups of all VOs that the access policy allows."""
         diracx: DiracxAuthContext = request.state.diracx
         if _path_of(diracx, "initiate_authorization_flow") is None:
             return LoginOptions()
         if (redirect := _redirect_uri(request)) not in diracx.settings.allowed_redirects:
-            return LoginOptions(why_not=f"To sign in without a token, have {redirect} added to {_SETTING}.")
+            return LoginOptions(
+                unavailable_reason=f"To sign in without a token, have {redirect} added to {_SETTING}."
+            )
         choices = []
         for vo, registered in sorted((await diracx.config()).registry.items()):
             for group, members in registered.groups.items():
                 if (role := await role_of(_member(vo, group, members.properties), diracx)) is not None:
-                    # The properties of a group come with it.
-                    choices.append(LoginChoice(f"{vo}: {group} ({_MAY[role]})", f"vo:{vo} group:{group}"))
+                    choices.append(LoginChoice(f"{vo}: {group} ({_PERMISSIONS[role]})", f"vo:{vo} group:{group}"))
         return LoginOptions(choices)
 
     async def begin(self, request: Request, choice: str) -> tuple[str, str]:
@@ -62,9 +58,9 @@ class CodeFlow:
         diracx: DiracxAuthContext = request.state.diracx
         options = await self.options(request)
         if choice not in [each.value for each in options.choices]:
-            raise SignInError(options.why_not or "There is no such VO and group to sign in with.")
+            raise SignInError(options.unavailable_reason or "There is no such VO and group to sign in with.")
         verifier = secrets.token_urlsafe(32)
-        question = {
+        parameters = {
             "response_type": "code",
             "client_id": diracx.settings.dirac_client_id,
             "redirect_uri": _redirect_uri(request),
@@ -73,15 +69,15 @@ class CodeFlow:
             "code_challenge": _challenge(verifier),
             "code_challenge_method": "S256",
         }
-        root = root_of(request).removesuffix(self._below)
-        return f"{root}{_path_of(diracx, 'initiate_authorization_flow')}?{urlencode(question)}", verifier
+        root = root_of(request).removesuffix(self._root_path)
+        return f"{root}{_path_of(diracx, 'initiate_authorization_flow')}?{urlencode(parameters)}", verifier
 
     async def finish(self, request: Request, kept: str) -> str:
         """See `LoginProvider`."""
         diracx: DiracxAuthContext = request.state.diracx
         code, state = (request.query_params.get(name, "") for name in ("code", "state"))
         if not kept or not code or not hmac.compare_digest(state.encode(), _state(kept).encode()):
-            raise SignInError("This sign-in was begun in another browser, or too long ago.")
+            raise SignInError("This sign-in was started in another browser, or has expired.")
         form = {
             "grant_type": "authorization_code",
             "client_id": diracx.settings.dirac_client_id,
@@ -89,16 +85,16 @@ class CodeFlow:
             "code": code,
             "code_verifier": kept,
         }
-        within = httpx2.ASGITransport(diracx.application, raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=within, base_url=_origin(request)) as client:
-            answer = await client.post(_path_of(diracx, "get_oidc_token") or "/", data=form)
-        if answer.status_code != HTTPStatus.OK:
-            raise SignInError(_reason(answer))
-        return str(answer.json()["access_token"])
+        transport = httpx2.ASGITransport(diracx.application, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url=_origin(request)) as client:
+            response = await client.post(_path_of(diracx, "get_oidc_token") or "/", data=form)
+        if response.status_code != HTTPStatus.OK:
+            raise SignInError(_reason(response))
+        return str(response.json()["access_token"])
 
 
 def _member(vo: str, group: str, properties: Iterable[str]) -> AuthorizedUserInfo:
-    """Return a user of that group, for the policy to decide about."""
+    """Make a user of a group, for a check of the access policy."""
     return AuthorizedUserInfo.model_validate(
         {
             "sub": f"{vo}:",
@@ -112,20 +108,20 @@ def _member(vo: str, group: str, properties: Iterable[str]) -> AuthorizedUserInf
     )
 
 
-def _reason(answer: httpx2.Response) -> str:
-    """Return the reason that DiracX gives for a refusal, if users can understand it."""
-    logger.warning("DiracX gave no token for a sign-in to the dashboard: %s", answer.status_code)
+def _reason(response: httpx2.Response) -> str:
+    """Return the reason of DiracX for a refusal, if it is meant for users."""
+    logger.warning("DiracX gave no token for a sign-in to the dashboard: %s", response.status_code)
     try:
-        detail = answer.json()["detail"]
+        detail = response.json()["detail"]
     except (ValueError, KeyError, TypeError):
         detail = None
-    if answer.is_client_error and isinstance(detail, str):
-        return f"DiracX does not let you in: {detail}"
-    return "DiracX could not end this sign-in; its log says why."
+    if response.is_client_error and isinstance(detail, str):
+        return f"DiracX refuses the sign-in: {detail}"
+    return "DiracX could not complete this sign-in; its log has the reason."
 
 
 def _redirect_uri(request: Request) -> str:
-    """Return the address that DiracX redirects the browser back to, with the host that the browser uses."""
+    """Return the redirect URI for DiracX, with the host that the browser uses."""
     return f"{_origin(request)}{root_of(request)}{CALLBACK}"
 
 
@@ -134,7 +130,7 @@ def _origin(request: Request) -> str:
 
 
 def _path_of(diracx: DiracxAuthContext, route: str) -> str | None:
-    """Return the path of a route of DiracX in its application; None where its service is switched off."""
+    """Return the path of a route of DiracX; None if its service is disabled."""
     try:
         return str(diracx.application.url_path_for(route))
     except NoMatchFound:

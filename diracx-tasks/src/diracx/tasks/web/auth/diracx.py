@@ -17,13 +17,13 @@ POLICY = "tasks"
 
 
 def name_of(user: AuthorizedUserInfo) -> str:
-    """Return the name of a user for the audit log: no two have the same."""
+    """Return the unique name of a user for the audit log."""
     return f"{user.preferred_username} ({user.sub})"
 
 
 @dataclass(frozen=True)
 class DiracxAuthContext:
-    """Inputs of a decision by DiracX; it is `diracx` in the state of a request."""
+    """Objects of DiracX needed for authentication; `diracx` in the state of a request."""
 
     application: FastAPI
     settings: AuthSettings
@@ -32,11 +32,7 @@ class DiracxAuthContext:
 
 
 class DiracxBackend:
-    """Takes access tokens of DiracX as sessions, as long as a token is valid and as far as the policy allows.
-
-    Args:
-        provider: gets a token by redirect.
-    """
+    """Uses access tokens of DiracX as sessions; they end when the token expires, or the policy denies access."""
 
     credential = "DiracX access token"
     takes_links = False
@@ -46,7 +42,7 @@ class DiracxBackend:
         self.provider: LoginProvider | None = provider
 
     async def sign_in(self, request: Request, credential: str) -> str | None:
-        """See `AuthBackend`. Forms may bring it as it is copied, with `Bearer` or quotes around it."""
+        """See `AuthBackend`. The token may be copied with `Bearer` or quotes around it."""
         token = credential.strip().removeprefix("Bearer ").strip().strip('"')
         return token if await self.principal(request, token) is not None else None
 
@@ -63,11 +59,11 @@ class DiracxBackend:
         return Principal(name_of(user), role, None if sees_all else user.vo)
 
     async def sign_out(self, secret: str) -> None:
-        """See `AuthBackend`. The token stays valid elsewhere; the browser forgets it."""
+        """See `AuthBackend`. The browser deletes the token, which stays valid."""
 
 
 async def role_of(user: AuthorizedUserInfo, diracx: DiracxAuthContext) -> Role | None:
-    """Return what the policy lets a user do, if anything."""
+    """Return the role that the policy allows a user, if any."""
     for action, role in ((ActionType.WRITE, Role.WRITE), (ActionType.READ, Role.READ)):
         if await _is_allowed(user, diracx, action):
             return role

@@ -1,4 +1,4 @@
-"""The names by which a server is called."""
+"""Checks host names of servers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this host can reach what listens there."""
+    """True if the address is reachable from this host alone."""
     if host == "localhost":
         return True
     try:
@@ -17,15 +17,15 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(text: str) -> str:
-    """A name or an address as browsers write it into the header `Host`, without a port.
+    """Normalise a name or address to the form of the header `Host`, without a port.
 
     Raises:
-        ValueError: it is none, but has a scheme, a port or a path.
+        ValueError: it has a scheme, a port or a path.
     """
     try:
         return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError:
         name = text.encode("idna").decode().lower()
     if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", name):
-        raise ValueError(f"{text!r} is no name of a host")
+        raise ValueError(f"{text!r} is not a host name")
     return name

@@ -1,4 +1,4 @@
-"""Shared parts of access policies of DiracX, for those of extensions as well."""
+"""Shared parts of access policies of DiracX, also for extensions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastapi import Depends, HTTPException, Request
 
 
 def forbidden(detail: str) -> HTTPException:
-    """A 403 that says why."""
+    """Make a 403 with a reason."""
     return HTTPException(status_code=HTTPStatus.FORBIDDEN, detail=detail)
 
 
@@ -27,17 +27,17 @@ async def check_properties(
 ) -> bool:
     """Check that the properties of a token allow an action, and that its VO is in the registry.
 
-    DiracX checks a token's signature, not its contents. Service administrators may do everything.
+    DiracX checks the signature of a token, not its contents. Service administrators may perform every action.
 
     Args:
-        needed: for each action the properties of which one is enough.
+        needed: sufficient properties of each action.
 
     Returns:
         Whether the user is a service administrator.
 
     Raises:
         HTTPException: 403, with the reason.
-        ValueError: the route gave no action or no configuration.
+        ValueError: the route passed no action or no configuration.
     """
     if action is None or config is None:
         raise ValueError("the access policy needs `action` and `config`")
@@ -45,8 +45,8 @@ async def check_properties(
         raise forbidden(f"VO {user_info.vo!r} is not in the registry of this installation")
     is_admin = SERVICE_ADMINISTRATOR in user_info.properties
     if not is_admin and not any(each in user_info.properties for each in needed[action]):
-        wanted = " or ".join([*needed[action], SERVICE_ADMINISTRATOR])
-        raise forbidden(f"this ({action}) needs the property {wanted}")
+        properties = " or ".join([*needed[action], SERVICE_ADMINISTRATOR])
+        raise forbidden(f"this ({action}) needs the property {properties}")
     return is_admin
 
 
@@ -55,5 +55,4 @@ def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
 
 
 ConfigReader = Annotated[Callable[[], Awaitable[Config]], Depends(_config_reader)]
-"""Reads the configuration when it is called: only the policy wants it, and one that an extension puts in its
-place (or the tests of one, which have no configuration) may not."""
+"""Reads the configuration lazily, as only some access policies need it."""

@@ -1,4 +1,4 @@
-"""Sign-in and sign-out: the page, the redirect to an identity provider and back, and their cookies."""
+"""Routes of sign-in and sign-out: the page, the redirect to an identity provider, and their cookies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..forms import Form
 from .backends import AuthBackend, LoginOptions, SignInError
 from .middleware import CALLBACK, cookie_name
 
-#: How long a sign-in at an identity provider may take.
+#: Timeout of a sign-in at an identity provider.
 _STATE_SECONDS = 300
 #: Browsers keep no cookie of more than 4,096 bytes.
 _LONGEST_TARGET = 3000
-#: What was chosen last, for next time.
+#: Cookie with the last choice.
 _CHOICE = "tasks-dashboard-choice"
 _CHOICE_SECONDS = 365 * 86400
 
@@ -29,18 +29,16 @@ class AuthRoutes:
     """Routes `/sign-in…` and `/sign-out`.
 
     Args:
-        backend: decides who may sign in.
-        page: renders a template: request, its name, what it shows, status.
+        backend: authentication back end.
+        page: renders a template, given request, name, context and status.
     """
 
-    def __init__(
-        self, backend: AuthBackend, page: Callable[[Request, str, dict[str, Any], int], Response]
-    ) -> None:
+    def __init__(self, backend: AuthBackend, page: Renderer) -> None:
         self._backend = backend
         self._page = page
 
     def routes(self) -> Iterator[tuple[str, Handler, list[str]]]:
-        """Paths, their handlers and methods."""
+        """Return paths, handlers and methods."""
         yield "/sign-in", self._sign_in, ["GET", "POST"]
         yield "/sign-out", self._sign_out, ["POST"]
         if self._backend.provider is not None:
@@ -52,7 +50,7 @@ class AuthRoutes:
         target = own_path(form.one("next") or request.query_params.get("next", "/"))
         given = form.one("credential")
         if not given and self._backend.takes_links:
-            # A link with the token is printed at the start of a dashboard; following it is signing in.
+            # The stand-alone dashboard prints a URL with the token at its start.
             given = request.query_params.get("token", "")
         if given:
             secret = await self._backend.sign_in(request, given)
@@ -68,7 +66,7 @@ class AuthRoutes:
             "refused": bool(given),
             "choices": options.choices,
             "chosen": unquote(request.cookies.get(_CHOICE, "")),
-            "why_not": options.why_not,
+            "unavailable_reason": options.unavailable_reason,
             "credential": self._backend.credential,
             "hint": self._backend.hint,
         }
@@ -89,12 +87,12 @@ class AuthRoutes:
         except SignInError as error:
             return self._refused(request, error, target)
         response = self._redirect_page(request, "Redirecting to your identity provider", address)
-        # The browser comes back from another site, and with it no cookie that is `strict`.
-        where = root_of(request) + CALLBACK
+        # `lax`: browsers send no `strict` cookie when another site redirects back.
+        callback = root_of(request) + CALLBACK
         path = quote(target)
         value = kept + (path if len(path) < _LONGEST_TARGET else "/")
         set_cookie(
-            response, request, _state_cookie(request), value, max_age=_STATE_SECONDS, path=where, samesite="lax"
+            response, request, _state_cookie(request), value, max_age=_STATE_SECONDS, path=callback, samesite="lax"
         )
         set_cookie(response, request, _CHOICE, quote(choice), max_age=_CHOICE_SECONDS)
         return response
@@ -106,7 +104,7 @@ class AuthRoutes:
         try:
             credential = await self._backend.provider.finish(request, kept)
             if (secret := await self._backend.sign_in(request, credential)) is None:
-                raise SignInError("You may not look at tasks here as what you have chosen.")
+                raise SignInError("The VO and group that you have chosen have no access to the tasks.")
         except SignInError as error:
             response = self._refused(request, error, target)
         else:
@@ -116,10 +114,10 @@ class AuthRoutes:
         return response
 
     def _redirect_page(self, request: Request, title: str, address: str) -> Response:
-        """Return a page that redirects by itself.
+        """Return a page that redirects by `meta refresh`.
 
-        An HTTP redirect does not work here: as the answer to a form it must not leave for another site
-        (`form-action`), and on the way back from one browsers send no cookies that are `strict`.
+        An HTTP redirect does not work: `form-action` forbids one to another site as the response to a form, and
+        browsers send no `strict` cookies after one from another site.
         """
         context = {**_frame(title), "problem": "", "address": address, "link": "Continue"}
         return self._page(request, "redirect.html", context, 200)
@@ -139,12 +137,12 @@ def _state_cookie(request: Request) -> str:
 
 
 def root_of(request: Request) -> str:
-    """Return the path that the dashboard is mounted at; empty at the top."""
+    """Return the path at which the dashboard is mounted; empty at the top."""
     return str(request.scope.get("root_path", ""))
 
 
 def own_path(text: str) -> str:
-    """Return a path of the dashboard, whatever was asked for: no redirect leaves for another site."""
+    """Return the path if it is one of the dashboard, else `/`, so that no redirect leads to another site."""
     plain = text.startswith("/") and not text.startswith(("//", "/\\")) and text.isprintable()
     return text if plain and "\\" not in text else "/"
 
@@ -162,16 +160,15 @@ def set_cookie(
     """Set a cookie that scripts cannot read.
 
     Args:
-        max_age: seconds; None: until the browser is closed.
-        path: below which it is sent; by default to all pages of the dashboard.
-        samesite: `lax`: links of other sites bring it along, too.
+        max_age: lifetime in seconds; None: until the browser is closed.
+        path: scope; by default all pages of the dashboard.
+        samesite: `lax` if links from other sites must send it.
     """
-    where = path or root_of(request) or "/"
     response.set_cookie(
         name,
         value,
         max_age=max_age,
-        path=where,
+        path=path or root_of(request) or "/",
         httponly=True,
         samesite=samesite,
         secure=request.state.secure,

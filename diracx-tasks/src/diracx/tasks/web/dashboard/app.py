@@ -1,4 +1,4 @@
-"""The application: pages, their live streams, and actions with their questions."""
+"""ASGI application of the dashboard: pages, their event streams, and actions with confirmation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from ...plumbing._util.passwords import mask
@@ -34,15 +34,15 @@ from ..context import AppContext
 from ..operator import NotPossibleError, Operator
 from ..sse import LivePage, StreamSettings
 from .health import probe
-from .page import Action, Extension, Form, NotFoundError, Page, UnavailableError, viewer_of
+from .page import Action, Extension, Form, NotFoundError, Page, Question, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
-from .rendering import STATIC, environment, render, text_of
+from .rendering import STATIC, environment, text_of
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-#: What a page may raise and the server behind it may suffer from. Each has its own words.
-_FORESEEN: tuple[type[Exception], ...] = (
+#: Expected errors of pages, each with its own message.
+_EXPECTED_ERRORS: tuple[type[Exception], ...] = (
     HTTPException,
     NotFoundError,
     NotPossibleError,
@@ -59,14 +59,14 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "diracx.tasks_dashboard"
 _FLASH = "tasks-dashboard-flash"
-#: Probes do not wait longer.
+#: Timeouts of `/readyz`.
 _READY_SECONDS = 2.0
 _ALERTS_SECONDS = 0.5
-_SECTIONS = ("Now", "Trouble", "Steering", "Pilots", "Record")
+_SECTIONS = ("Monitoring", "Problems", "Control", "Pilots", "History")
 
 
 def installed_extensions() -> list[Extension]:
-    """The pages that other installed distributions add. One that cannot be loaded is left out, and logged."""
+    """Load the pages of other installed distributions; log those that cannot be loaded."""
     from importlib.metadata import entry_points
 
     found = []
@@ -86,21 +86,21 @@ def create_app(
     extensions: Sequence[Extension] | None = None,
     stream: StreamSettings | None = None,
 ) -> DashboardApp:
-    """The dashboard, for a server of its own or below a path of another application.
+    """Make the dashboard, for its own server or to be mounted in another application.
 
     Args:
-        context: opens what the pages read; called once, before the first page.
-        backend: decides who comes in.
-        hosts: names by which the server may be called; None for any.
-        extensions: further pages; by default all that are installed.
-        stream: how live pages are kept up to date.
+        context: opens the data source; called once, before the first page.
+        backend: authentication back end.
+        hosts: allowed host names; None for any.
+        extensions: additional pages; by default all that are installed.
+        stream: settings of event streams.
     """
-    chosen = installed_extensions() if extensions is None else list(extensions)
-    return DashboardApp(context, backend, hosts, chosen, stream or StreamSettings())
+    extensions = installed_extensions() if extensions is None else list(extensions)
+    return DashboardApp(context, backend, hosts, extensions, stream or StreamSettings())
 
 
 class DashboardApp:
-    """An ASGI application. It opens what it needs with its lifespan, or else at its first request."""
+    """ASGI application that opens its resources with its lifespan, or else at its first request."""
 
     def __init__(
         self,
@@ -119,23 +119,23 @@ class DashboardApp:
         self._stack = AsyncExitStack()
         self._closing = asyncio.Event()
         self._streams: Counter[str] = Counter()
-        self._templates = environment(each.templates for each in extensions if each.templates is not None)
+        self._templates = environment(*(each.templates for each in extensions if each.templates is not None))
         pages = [*PAGES, *(page for extension in extensions for page in extension.pages)]
         actions = [*ACTIONS, *(action for extension in extensions for action in extension.actions)]
-        self._templates.globals["navigation"] = _navigation(pages)
+        self._navigation = _navigation(pages)
         self._app = AuthMiddleware(self._routes(pages, actions), backend, hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle a request."""
         if scope["type"] == "http":
-            if (probed := await probe(scope, self._readiness)) is not None:
-                await probed(scope, receive, send)
+            if (response := await probe(scope, self._readiness)) is not None:
+                await response(scope, receive, send)
                 return
             await self.open()
         await self._app(scope, receive, send)
 
     async def _readiness(self) -> tuple[bool, list[str]]:
-        """Readiness: it is open and its server answers; and the names of the alerts: probes have no token."""
+        """Return whether it is open and its server responds, and the names of the alerts."""
         if self._closing.is_set():
             return False, []
         try:
@@ -149,12 +149,12 @@ class DashboardApp:
         try:
             async with asyncio.timeout(_ALERTS_SECONDS):
                 return True, (await self.context.health()).names()
-        except Exception:  # a database that is slow must not make the dashboard count as not ready
+        except Exception:  # a slow database does not make the dashboard unready
             logger.debug("no alerts", exc_info=True)
             return True, []
 
     async def open(self) -> None:
-        """Open what the pages need, if that has not been done."""
+        """Open the resources of all pages, unless they are open."""
         async with self._opening:
             if self._context is not None:
                 return
@@ -162,15 +162,15 @@ class DashboardApp:
                 for extension in self._extensions:
                     await stack.enter_async_context(extension.lifespan())
                 self._context = await self._open_context()
-                # Only now: what could not be opened as a whole is closed again, and the next one begins anew.
+                # After a failure the resources opened so far are closed, and the next request tries again.
                 self._stack = stack.pop_all()
 
     def end_streams(self) -> None:
-        """Let all live pages go, so that a server may stop."""
+        """End all event streams, so that the server can stop."""
         self._closing.set()
 
     async def aclose(self) -> None:
-        """Close what was opened for extensions and health checks."""
+        """Close the resources of extensions and health checks."""
         self.end_streams()
         if self._context is not None:
             await self._context.aclose()
@@ -184,16 +184,16 @@ class DashboardApp:
             await self.aclose()
 
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-        app.mount("/static", _LastingFiles(directory=STATIC))
+        app.mount("/static", _ImmutableFiles(directory=STATIC))
         for path, handler, methods in AuthRoutes(self._backend, self._page).routes():
             app.add_route(path, handler, methods=methods)
         for page in pages:
-            app.add_route(page.path, self._shower(page), methods=["GET"])
+            app.add_route(page.path, self._page_handler(page), methods=["GET"])
             if page.live:
-                app.add_route("/live" + page.path, self._streamer(page), methods=["GET"])
+                app.add_route("/live" + page.path, self._stream_handler(page), methods=["GET"])
         for action in actions:
-            app.add_route(action.path, self._actor(action), methods=["POST"])
-        for kind in (*_FORESEEN, Exception):
+            app.add_route(action.path, self._action_handler(action), methods=["POST"])
+        for kind in (*_EXPECTED_ERRORS, Exception):
             app.add_exception_handler(kind, self._failed)
         return app
 
@@ -205,33 +205,33 @@ class DashboardApp:
 
     # --- pages ------------------------------------------------------------------------------------------
 
-    def _shower(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
+    def _page_handler(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def show(request: Request) -> Response:
-            _check_may_see(page, request)
-            values = await self._loaded(page, request)
-            # Who follows the page from here on must not be shown what was before it.
-            self.context.answers.put(_same(page, request, "page"), values, self._stream.shared_seconds)
+            _check_visible(page, request)
+            values = await self._load(page, request)
+            # The event stream of the page must not begin with older values.
+            self.context.answers.put(_cache_key(page, request, "page"), values, self._stream.shared_seconds)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
             return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
 
         return show
 
-    def _streamer(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
-        async def follow(request: Request) -> Response:
-            _check_may_see(page, request)
+    def _stream_handler(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
+        async def stream(request: Request) -> Response:
+            _check_visible(page, request)
             secret = request.cookies.get(cookie_name(request), "")
 
             async def fragment() -> str:
-                key = _same(page, request, "page")
+                key = _cache_key(page, request, "page")
                 answers = self.context.answers
-                values = await answers.get(key, lambda: self._loaded(page, request), self._stream.shared_seconds)
+                values = await answers.get(key, lambda: self._load(page, request), self._stream.shared_seconds)
                 return text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
 
             async def charts() -> dict[str, Any]:
-                look, key = page.charts, _same(page, request, "charts")
-                assert look is not None
+                load, key = page.charts, _cache_key(page, request, "charts")
+                assert load is not None
                 return await self.context.answers.get(
-                    key, lambda: look(request, self.context), self._stream.shared_seconds
+                    key, lambda: load(request, self.context), self._stream.shared_seconds
                 )
 
             async def still_allowed() -> bool:
@@ -250,17 +250,17 @@ class DashboardApp:
             )
             return live.response(request, self._streams)
 
-        return follow
+        return stream
 
-    async def _loaded(self, page: Page, request: Request) -> dict[str, Any]:
+    async def _load(self, page: Page, request: Request) -> dict[str, Any]:
         try:
-            return self._about(page) | await page.load(request, self.context)
+            return self._base_values(page) | await page.load(request, self.context)
         except ValueError as error:
-            if not request.query_params:  # no fault of the request
+            if not request.query_params:  # not caused by the request
                 raise
             raise NotFoundError(str(error)) from error
 
-    def _about(self, page: Page) -> dict[str, Any]:
+    def _base_values(self, page: Page) -> dict[str, Any]:
         return {
             "title": page.title,
             "page_name": page.name,
@@ -275,7 +275,8 @@ class DashboardApp:
         self, request: Request, template: str | list[str], values: dict[str, Any], status: int = 200
     ) -> Response:
         flash = _flash(request)
-        response = render(self._templates, request, template, {"flash": flash, "live": False, **values}, status)
+        common = {"navigation": self._navigation, "flash": flash, "live": False}
+        response = HTMLResponse(text_of(self._templates, request, template, {**common, **values}), status)
         if flash is not None:
             response.delete_cookie(_FLASH, path=root_of(request) or "/")
         return response
@@ -287,12 +288,12 @@ class DashboardApp:
 
     # --- actions ----------------------------------------------------------------------------------------
 
-    def _actor(self, action: Action) -> Callable[[Request], Awaitable[Response]]:
-        async def act(request: Request) -> Response:
-            _check_may_see(action, request)
+    def _action_handler(self, action: Action) -> Callable[[Request], Awaitable[Response]]:
+        async def perform(request: Request) -> Response:
+            _check_visible(action, request)
             form = Form(request.state.form)
             if form.one("confirmed") != "yes":
-                return await self._ask(request, action, form)
+                return await self._confirm(request, action, form)
             principal = request.state.principal
             operator = Operator(self.context, principal.name, "dashboard", principal.vo)
             try:
@@ -304,16 +305,15 @@ class DashboardApp:
             set_cookie(response, request, _FLASH, flash, max_age=60)
             return response
 
-        return act
+        return perform
 
-    async def _ask(self, request: Request, action: Action, form: Form) -> Response:
+    async def _confirm(self, request: Request, action: Action, form: Form) -> Response:
+        question: Question | None = None
+        problem = ""
         try:
             question = await action.ask(form, self.context)
         except (NotPossibleError, ValueError) as error:
-            question = None
             problem = str(error)
-        else:
-            problem = ""
         values = {
             "question": question,
             "problem": problem,
@@ -327,26 +327,26 @@ class DashboardApp:
             "next": own_path(form.one("next", "/")),
         }
         if "hx-request" in request.headers:
-            return render(self._templates, request, "_question.html", values)
+            return HTMLResponse(text_of(self._templates, request, "_question.html", values))
         title = question.title if question else "Not possible"
-        whole = {"title": title, "nav": "", "label": self.context.label, "charts": None, **values}
-        return self._page(request, "question.html", whole)
+        page = {"title": title, "nav": "", "label": self.context.label, "charts": None, **values}
+        return self._page(request, "question.html", page)
 
 
-def _check_may_see(what: Page | Action, request: Request) -> None:
-    """Refuse a page or an action about all VOs to a principal of one VO, whatever is on it."""
-    if what.all_vos and not viewer_of(request).sees(None):
+def _check_visible(route: Page | Action, request: Request) -> None:
+    """Refuse a page or an action about all VOs to a principal of one VO."""
+    if not route.per_vo and not viewer_of(request).sees(None):
         raise HTTPException(
             HTTPStatus.FORBIDDEN,
             "This is about all VOs: it needs the property ServiceAdministrator.",
         )
 
 
-class _LastingFiles(StaticFiles):
-    """Static files; their addresses change with what is in them."""
+class _ImmutableFiles(StaticFiles):
+    """Static files that browsers cache permanently; their URLs have a version."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """As of `StaticFiles`."""
+        """Add the cache header to the response of `StaticFiles`."""
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         return response
@@ -364,24 +364,24 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
         case UnavailableError() | UnreadableKeyError() | SendTaskError():
             found = 503, str(error)
         case RedisError():
-            found = 503, f"The server of the tasks does not answer: {error}"
+            found = 503, f"The Redis server of the tasks does not respond: {error}"
         case NotReadyError():
-            found = 503, "The configuration of DiracX is being read; load this page again in some seconds."
+            found = 503, "The configuration of DiracX is being read; reload this page in some seconds."
         case DatabaseError():
             logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
             found = 503, f"{str(error)[0].upper()}{str(error)[1:]}."
         case SQLAlchemyError() | DBUnavailableError():
-            found = 503, f"The database does not answer: {getattr(error, 'orig', None) or error}"
+            found = 503, f"The database does not respond: {getattr(error, 'orig', None) or error}"
         case _:
             logger.error("%s %s", request.method, request.url.path, exc_info=error)
-            found = 500, "Something went wrong here; the log of the dashboard says what."
+            found = 500, "Internal error; the log of the dashboard has the details."
     return found
 
 
-def _same(page: Page, request: Request, part: str) -> Hashable:
-    """Key of a part of a page: requests with the same key get the same part."""
-    query, place = sorted(request.query_params.multi_items()), sorted(request.path_params.items())
-    return part, page.path, tuple(place), tuple(query), request.state.principal.vo
+def _cache_key(page: Page, request: Request, part: str) -> Hashable:
+    """Return the cache key of a part of a page; requests with equal keys share it."""
+    query, path = sorted(request.query_params.multi_items()), sorted(request.path_params.items())
+    return part, page.path, tuple(path), tuple(query), request.state.principal.vo
 
 
 def _navigation(pages: Sequence[Page]) -> list[tuple[str, list[Page]]]:

@@ -1,4 +1,4 @@
-"""Liveness and readiness of the dashboard, for probes: those have no token, and call by any name."""
+"""Liveness and readiness probes of the dashboard, without token and for any host name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 async def probe(scope: Scope, readiness: Callable[[], Awaitable[tuple[bool, list[str]]]]) -> Response | None:
-    """The answer to `/healthz` and `/readyz`; None to all else.
+    """Respond to `/healthz` and `/readyz`; return None for other paths.
 
     Args:
-        readiness: whether the dashboard can do its work, and lines that anybody may see.
+        readiness: returns whether the dashboard is ready, and lines to add to the response.
     """
     path = path_below(scope)
     if path not in ("/healthz", "/readyz"):

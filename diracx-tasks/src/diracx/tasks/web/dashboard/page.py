@@ -41,96 +41,93 @@ __all__ = [
 
 
 class NotFoundError(Exception):
-    """There is no such thing (any more); the message says which."""
+    """The object does not exist; the message has its name."""
 
 
 class UnavailableError(Exception):
-    """Error of a page whose subject cannot be had at the moment; the message says why."""
+    """The data of a page are unavailable at the moment; the message has the reason."""
 
 
 Values: TypeAlias = dict[str, Any]
 
 
 def viewer_of(request: Request) -> Viewer:
-    """Return what the user of a request may see."""
+    """Return the visibility of tasks for the user of a request."""
     return Viewer(request.state.principal.vo)
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page. Its templates are `{name}.html` and, for what changes by itself, `_{name}.html`."""
+    """One page. Its templates are `{name}.html` and, for the live part, `_{name}.html`."""
 
     path: str
-    """Path, as `/queues/{queue}`."""
+    """Path, such as `/queues/{queue}`."""
     name: str
     title: str
     load: Callable[[Request, AppContext], Awaitable[Values]]
-    """Load the values for its templates. Only path, query and `state.principal.vo` of the request may count:
-    requests for which these are equal share it.
+    """Loads the values for its templates. They may depend on path, query and `state.principal.vo` of the request
+    alone: requests with equal ones share them.
 
     Raises `NotFoundError`, `UnavailableError`.
     """
     nav: str | None = None
-    """The path of the entry in the navigation that it belongs to; by default its own, or none."""
+    """Path of its entry in the navigation; by default its own path."""
     section: str | None = None
-    """The heading of the navigation below which it is listed; None: it is not."""
+    """Section of the navigation in which it is listed; None: not listed."""
     live: bool = True
-    """True if it follows what happens by itself."""
-    all_vos: bool = False
-    """True if it shows what belongs to all VOs, or to none: only principals without a VO may look at it then."""
+    """Update it by an event stream."""
+    per_vo: bool = False
+    """It shows a principal of a VO the data of that VO only. Other pages are for principals without a VO."""
     charts: Callable[[Request, AppContext], Awaitable[Values]] | None = None
     """Name of a chart -> `{"t": seconds since the epoch, "series": [{label, values}, …]}`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Confirmation that is asked for before an action."""
+    """Confirmation of an action."""
 
     title: str
     """With a question mark."""
     consequence: str | Markup
-    """Consequence of the action, and for whom."""
+    """Consequence of the action."""
     button: str
-    """The action, as a verb."""
+    """Verb for the action."""
     details: Sequence[str] = ()
-    """The things it is done to."""
+    """Affected objects."""
     dangerous: bool = False
     """True if it cannot be undone."""
     reason: str = ""
-    """Label of a line of text that is sent along as `reason`; empty: none is asked for."""
+    """Label of a required text field that is sent as `reason`; empty: no such field."""
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Fields that are sent along with the yes: name -> values, in place of what the field had.
+    """Form fields to set when the user confirms, name -> values.
 
-    It pins down what the question was about, where that may be another thing by the time of the answer.
+    They identify the affected objects, which may be others at the time of the confirmation.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """An action: it asks a question first, and reports what came of it."""
+    """Action with a confirmation."""
 
     path: str
     ask: Callable[[Form, AppContext], Awaitable[Question]]
-    """Raises `NotPossibleError` when there is nothing to ask about."""
+    """Makes the confirmation. Raises `NotPossibleError`."""
     do: Callable[[Form, Operator], Awaitable[str]]
-    """Does it, and says what came of it.
-
-    Raises `NotPossibleError`.
-    """
-    all_vos: bool = False
-    """True if it is about all VOs: only principals without a VO are asked about it then, and may do it."""
+    """Performs the action and returns a line about the result. Raises `NotPossibleError`."""
+    per_vo: bool = False
+    """It affects the principal's VO only. Other actions are for principals without a VO."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
-    """Pages that another distribution adds, by an entry point in the group `diracx.tasks_dashboard`.
+    """Pages of another distribution, returned by its entry point in the group `diracx.tasks_dashboard`.
 
-    The entry point names a function without arguments that returns this.
+    The entry point is a function without arguments.
     """
 
     pages: Sequence[Page] = ()
     actions: Sequence[Action] = ()
     templates: Path | None = None
-    """The directory of its templates."""
+    """Directory of its templates."""
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] = field(default=nullcontext)
-    """Entered before the first page is shown, left at the end: opens what its pages need."""
+    """Context that opens the resources of its pages, before the first one."""

@@ -1,10 +1,9 @@
-"""From values to pages: the templates, and how times, numbers and arguments are written there."""
+"""Renders the templates of the dashboard, with filters for times, numbers and arguments."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,6 @@ from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from starlette.responses import HTMLResponse
 
 from ...operations import as_json
 from ...plumbing._util.passwords import last_lines, mask
@@ -24,16 +22,17 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
-#: What stands where there is nothing.
+#: Text in place of a missing value.
 NONE = "\u2013"
-#: Longest argument or message that a table shows; pages about one thing show it whole.
+#: Maximum length of an argument or message in a table.
 _LONGEST = 160
 
 
-def environment(templates: Iterable[Path] = ()) -> Environment:
-    """The templates of the dashboard, and those of its extensions.
+@cache
+def environment(*templates: Path) -> Environment:
+    """Make the template environment of the dashboard and its extensions, once per process.
 
-    Everything is escaped, and passwords in URLs are masked, wherever a text comes from.
+    All values are escaped, and passwords in URLs are masked.
     """
     made = Environment(
         loader=ChoiceLoader([FileSystemLoader(path) for path in (HERE / "templates", *templates)]),
@@ -61,28 +60,21 @@ def environment(templates: Iterable[Path] = ()) -> Environment:
 
 
 def _without_passwords(value: Any) -> Any:
-    # What is Markup already has been through here before it was escaped.
+    # Markup was masked before it was escaped.
     return mask(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
 def _version_of_static() -> str:
-    """Changes with the files, so that browsers may keep them for ever."""
+    """Return a digest of all static files, for URLs that browsers may cache permanently."""
     digest = hashlib.sha256()
     for file in sorted(STATIC.rglob("*.*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def render(
-    templates: Environment, request: Request, template: str | list[str], context: dict[str, Any], status: int = 200
-) -> HTMLResponse:
-    """A page."""
-    return HTMLResponse(text_of(templates, request, template, context), status)
-
-
 def text_of(templates: Environment, request: Request, template: str | list[str], context: dict[str, Any]) -> str:
-    """Render the first of these templates that there is: a page or a part of one."""
+    """Render the first of these templates that exists."""
     root = str(request.scope.get("root_path", ""))
     theme = request.cookies.get("tasks-dashboard-theme", "")
     form_token = getattr(request.state, "form_token", "")
@@ -94,7 +86,7 @@ def text_of(templates: Environment, request: Request, template: str | list[str],
             "form_token": form_token,
             "form_field": field,
             "theme": theme if theme in ("light", "dark") else "",
-            # Of the page, also in the part of it that is sent again.
+            # Path of the page, also for its event stream.
             "here": str(request.scope["path"]).removeprefix(root).removeprefix("/live"),
             "now": datetime.now(UTC),
             "query": dict(request.query_params),
@@ -107,7 +99,7 @@ def text_of(templates: Environment, request: Request, template: str | list[str],
 
 
 def number(value: float | None) -> str:
-    """`12 345`, `0.4`."""
+    """Format a number: `12 345`, `0.4`."""
     if value is None:
         return NONE
     if isinstance(value, float) and abs(value) < 100 and value != int(value):
@@ -116,14 +108,14 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Of a share between 0 and 1."""
+    """Format a share between 0 and 1."""
     if value is None:
         return NONE
     return f"{value:.0%}" if value in (0, 1) or value >= 0.1 else f"{value:.1%}"
 
 
 def seconds(value: float | None) -> str:
-    """A duration in one unit: `12 ms`, `3.4 s`, `5 min`, `2 h`, `3 d`."""
+    """Format a duration: `12 ms`, `3.4 s`, `5 min`, `2 h`, `3 d`."""
     if value is None:
         return NONE
     if value < 0.0995:
@@ -138,7 +130,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """`12 MB`."""
+    """Format a number of bytes: `12 MB`."""
     if value is None:
         return NONE
     amount = float(value)
@@ -150,10 +142,10 @@ def size(value: float | None) -> str:
 
 
 def clock(moment: datetime | float | None) -> Markup:
-    """A moment in UTC: the time of today, the date and time of other days."""
+    """Render a time in UTC, with the date unless it is today."""
     if moment is None:
         return escape(NONE)
-    at = datetime.fromtimestamp(moment, UTC) if isinstance(moment, int | float) else _aware(moment)
+    at = _aware(moment)
     form = "%H:%M:%S" if at.date() == datetime.now(UTC).date() else "%Y-%m-%d %H:%M"
     return _time(at, at.strftime(form))
 
@@ -162,7 +154,7 @@ def age(moment: datetime | float | None) -> Markup:
     """Render the time since a moment, or `in` and the time until it."""
     if moment is None:
         return escape(NONE)
-    at = datetime.fromtimestamp(moment, UTC) if isinstance(moment, int | float) else _aware(moment)
+    at = _aware(moment)
     past = (datetime.now(UTC) - at).total_seconds()
     if abs(past) < 1:
         return _time(at, "now")
@@ -174,17 +166,19 @@ def _time(at: datetime, text: str) -> Markup:
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, text.replace(".0 ", " "))
 
 
-def _aware(moment: datetime) -> datetime:
+def _aware(moment: datetime | float) -> datetime:
+    if isinstance(moment, int | float):
+        return datetime.fromtimestamp(moment, UTC)
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-def compact(value: Any, longest: int = _LONGEST) -> str:
-    """Arguments on one line: `vo='lhcb', n=3`."""
+def compact(value: Any) -> str:
+    """Format arguments on one line: `vo="lhcb", n=3`."""
     if isinstance(value, dict):
         text = ", ".join(f"{name}={_literal(each)}" for name, each in value.items())
     else:
         text = _literal(value)
-    return short(text, longest)
+    return short(text)
 
 
 def _literal(value: Any) -> str:
@@ -192,17 +186,17 @@ def _literal(value: Any) -> str:
 
 
 def pretty(value: Any) -> str:
-    """Readable JSON."""
+    """Format a value as indented JSON."""
     return json.dumps(as_json(value), indent=2, ensure_ascii=False)
 
 
 def tail(text: Any, longest: int = 4000) -> str:
-    """The end of a long text, on all its lines: of a traceback, what matters."""
+    """Truncate a text to its last lines, such as the innermost frames of a traceback."""
     whole = str(text)
     return mask(whole) if len(whole) <= longest else f"… {mask(last_lines(whole, longest))}"
 
 
 def short(text: Any, longest: int = _LONGEST) -> str:
-    """At most so many characters, on one line."""
+    """Truncate a text to one line."""
     line = " ".join(mask(str(text), 20 * longest).split())
     return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -1,4 +1,4 @@
-"""Values of the pages with a table: its view and rows, and the controls around it."""
+"""Values of pages with a table: view, rows, filters, facts, buttons."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 
 from ...operations.views import Column, View
 
-#: Styles of terminals -> classes of the style sheet.
+#: Style of Rich -> CSS class.
 _CLASSES = {"red": "bad", "yellow": "warn", "green": "good", "dim": "muted"}
 
 
 class Button(NamedTuple):
-    """A button that asks a question first."""
+    """Button of an action."""
 
     path: str
-    """Of the action."""
+    """Path of the action."""
     label: str
     fields: Mapping[str, str]
-    """Values that the form sends."""
+    """Hidden form fields."""
     id: str
     kind: str = "quiet"
-    """Class: `quiet`, `danger`."""
+    """CSS class: `quiet`, `danger`."""
 
 
 class Link(NamedTuple):
-    """One choice of a filter."""
+    """Link of a filter."""
 
     text: str
     href: str
@@ -35,7 +35,7 @@ class Link(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A figure above the table."""
+    """Key figure above the table."""
 
     label: str
     value: str
@@ -46,19 +46,19 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of a view on a page."""
+    """Table of a page."""
 
     view: View[Any]
     rows: Sequence[Any]
     caption: str = ""
     empty: str = ""
-    """Text that is shown without rows; by default the words of the view."""
+    """Text in place of an empty table; by default that of the view."""
     after: str | None = None
     """Cursor of the next page."""
     actions: Callable[[Any], Sequence[Button]] | None = None
-    """The buttons of a row."""
+    """Returns the buttons of a row."""
     orders: Mapping[str, str] = field(default_factory=dict)
-    """Title of a column -> `order` of the query that sorts by it."""
+    """Title of a column -> query parameter `order` that sorts by it."""
 
     def meter(self, column: Column[Any], row: Any) -> tuple[float, float]:
         """Return value and maximum of the bar beside a cell."""
@@ -69,7 +69,7 @@ class Table:
         return value, maximum or 1
 
     def classes(self, column: Column[Any], row: Any) -> str:
-        """Return the classes of a cell."""
+        """Return the CSS classes of a cell."""
         style = _CLASSES.get(column.style(row), "") if column.style is not None else ""
         if column.right:
             zero = column.kind == "number" and not column.raw(row)
@@ -86,19 +86,19 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class TablePage:
-    """A page that is a table, and little else. `values` are what its template shows."""
+    """Page with one table; `values` returns the context of its template."""
 
     table: Table
     filters: Sequence[Link] = ()
     filters_label: str = ""
     facts: Sequence[Fact] = ()
     notes: Sequence[str] = ()
-    """Problems; words in `…` are code."""
+    """Problems; text in backticks is rendered as code."""
     buttons: Sequence[Button] = ()
-    """Below the table."""
+    """Buttons below the table."""
     heading: tuple[str, str] | None = None
-    """Path and title of the page above this one; the heading is a path then."""
+    """Path and title of the parent page, for a breadcrumb heading."""
 
     def values(self) -> dict[str, Any]:
-        """Return what the template `_table.html` shows."""
+        """Return the context of the template `_table.html`."""
         return {"shown": self, "parent": self.heading}

@@ -1,4 +1,4 @@
-"""`MyPilotDB`, in the modules of the published extension."""
+"""`MyPilotDB`, under the module names of the published extension."""
 
 from .db import MyPilotDB
 

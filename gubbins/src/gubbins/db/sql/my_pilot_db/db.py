@@ -1,4 +1,4 @@
-"""`MyPilotDB`: the one database class of the pilot system. Only `gubbins.logic` uses it."""
+"""`MyPilotDB`, the database class of the pilot system. Only `gubbins.logic` uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class MyPilotDB(
 ):
     """Compute elements, pilots, their history and their output.
 
-    Every method works inside a transaction of the caller (`async with db:`) and, without one, in a short
-    transaction of its own, which is repeated when a deadlock ends it; `await db.run(work)` groups several calls
-    into one such transaction.
+    Each method uses the transaction of the caller (`async with db:`), or else a short one of its own, which is
+    repeated after a deadlock. `await db.run(work)` combines several calls in such a transaction.
     """

@@ -1,4 +1,4 @@
-"""The tables and states of the pilot database under their published names."""
+"""Tables and states of the pilot database, under their published names."""
 
 from gubbins.domain.pilot_states import MyPilotStatus
 

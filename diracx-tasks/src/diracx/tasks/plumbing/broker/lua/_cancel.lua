@@ -1,7 +1,7 @@
--- Cancellation marks. `$CANCELLED` is a sorted set: task -> until when its mark is kept (ms). It is empty nearly
--- always, so that looking costs one TYPE per step and no round trip.
+-- Cancellation marks. `$CANCELLED` is a sorted set: task -> expiry of its mark (ms). It is usually empty, so that a
+-- check takes one TYPE per script and no round trip.
 
--- The id of a task, from the head of its message, where it always is. Nothing else is looked into.
+-- The id of a task, from the head of its message, without decoding the rest.
 local function task_of(data)
   if not data or string.sub(data, 2, 9) ~= '\167task_id' then return nil end
   local kind = string.byte(data, 10)
@@ -11,7 +11,7 @@ local function task_of(data)
   return nil
 end
 
--- A field of an entry.
+-- The value of a field of an entry, or nil.
 local function field_of(fields, name)
   for field = 1, #fields, 2 do
     if fields[field] == name then return fields[field + 1] end
@@ -32,9 +32,8 @@ local function is_cancelled(data)
   return task ~= nil and redis.call('ZSCORE', '$CANCELLED', task) ~= false
 end
 
--- Add a message to those that are handed to a worker: position of its stream, entry, its data (all of its fields, if
--- it has others), deliveries, 1 if it is to be cancelled. One flat list: the server takes longer for a table than for
--- what is in it.
+-- Adds a message to the reply for a worker: position of its stream, entry, its data (or all fields, if it has others),
+-- deliveries, 1 if it is marked as cancelled. One flat list, as nested tables take the server more time than values.
 local function hand_out(messages, position, entry, deliveries, marks)
   local fields, last = entry[2], #messages
   messages[last + 1] = position

@@ -1,8 +1,8 @@
--- Fencing tokens: each grant of locks has one, greater than those of all grants before it. `$FENCE` is the last one.
--- They are µs since the epoch, so that they rise also when the server has lost its data.
-local FENCE_MS = 86400000 -- a clock that is set back by more would be seen by everybody
+-- Fencing tokens: each grant of locks has a token greater than those of all earlier grants. `$FENCE` is the last one.
+-- Tokens are µs since the epoch, so that they increase also after a loss of the server's data.
+local FENCE_MS = 86400000 -- covers a clock that is set back by up to a day
 
--- So many tokens for the caller: the first of them.
+-- Reserves `number` tokens, and returns the first.
 local function take_tokens(number, now)
   local last = redis.pcall('GET', '$FENCE')
   local first = math.max(type(last) == 'string' and tonumber(last) or 0, now) + 1

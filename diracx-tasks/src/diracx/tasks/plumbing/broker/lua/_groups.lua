@@ -1,11 +1,11 @@
 -- Callback groups. `diracx:groups:{id}` is a hash (total, ttl_ms, created, callback, callback_stream, … and
--- the same for `failure`); beside it `:pending`, the set of children that have not ended, `:failed`, those that
--- have failed and why, and where a callback asks for them `:children` (in their order) and `:results`.
--- A set, not a counter: a child that ends twice is subtracted once.
-local LIVING_MS = 604800000 -- 7 days: no queue is longer than that, and nothing stays for ever
+-- the same for `failure`). Further keys: `:pending`, the set of children that have not ended; `:failed`, the failed
+-- ones with their errors; and, if a callback needs the results, `:children` (in their order) and `:results`.
+-- A set, not a counter: a child that ends twice is counted once.
+local LIVING_MS = 604800000 -- 7 days: longer than tasks wait in a queue
 local LONGEST_MS = 315576000000 -- ten years
 
--- The group and all that belongs to it live for another `ms`.
+-- Sets the time to live of all keys of a group to `ms`.
 local function remember(group, ms)
   local key, now_ms = '$GROUPS_PREFIX' .. group, now_us() / 1000
   for _, part in ipairs({'', ':pending', ':failed', ':children', ':results', ':staged'}) do
@@ -16,7 +16,7 @@ local function remember(group, ms)
   if redis.call('PTTL', '$GROUPS') < ms then redis.call('PEXPIRE', '$GROUPS', int(ms)) end
 end
 
--- A group that has not ended lives as long as its children may take, whatever its own time to live.
+-- Time to live of a group that has not ended: at least `LIVING_MS`, for its children may wait for long.
 local function living_ms(ttl_ms)
   return math.min(math.max(tonumber(ttl_ms) or 0, LIVING_MS), LONGEST_MS)
 end
@@ -31,9 +31,9 @@ local function forget_results(group)
   redis.call('UNLINK', key .. ':children', key .. ':results')
 end
 
--- Submit the callback, or what was given for the case of failure; the group ends with that. Returns 1, or 0
--- when there is nothing to fire: it has fired, is not complete yet, or has failed and nothing was given for
--- that (then it stays to be seen). `forced`: the callback then, all the same.
+-- Submits the callback, or the failure callback, and deletes the group. Returns 1, or 0 without a submission: the group
+-- has called back, is not submitted completely, or has failed without a failure callback (it is kept for inspection).
+-- `forced`: submit the callback of a failed group without a failure callback.
 local function fire(group, forced)
   local key = '$GROUPS_PREFIX' .. group
   if redis.call('HEXISTS', key, 'submitting') == 1 then return 0 end
@@ -60,9 +60,9 @@ local function fire(group, forced)
   return 1
 end
 
--- A child has ended permanently. `g` has id, child, and if there is one its error (in a line) and its result.
--- Without a child it is a sign of life only. A failed child that succeeds after all (it was run again from the
--- dead letters) mends its group.
+-- Records the permanent end of a child. `g` has id, child and, if present, error (one line) and result. Without a child
+-- it only extends the group's time to live. A failed child that succeeds later (its dead letter was resubmitted) no
+-- longer counts as failed.
 local function child_done(g)
   local key = '$GROUPS_PREFIX' .. g.id
   local ttl_ms = redis.call('HGET', key, 'ttl_ms')
@@ -85,9 +85,8 @@ local function child_done(g)
   keep_alive(g.id, ttl_ms)
 end
 
--- The children of a large group wait in `:staged` until all are in; then anybody moves them into their streams,
--- a part at a time, of so many bytes (but for what is larger alone). Returns how many were moved, and what is left of
--- the bytes.
+-- Moves children of complete groups from `:staged` into their streams, up to a number of children and of bytes (one
+-- larger message is allowed). Returns how many were moved, and the bytes left.
 local function release_staged(at_most, bytes_left)
   local moved = 0
   while moved < at_most and bytes_left > 0 do

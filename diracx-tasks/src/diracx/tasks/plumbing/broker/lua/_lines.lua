@@ -1,4 +1,5 @@
--- A line has a part for each size, for it may be that no worker takes tasks of one of them.
+-- The line of a lock is the queue of the tasks that wait for it. It has a part for each size of task, for there may be
+-- no worker of one size.
 local EACH_SIZE = {'small', 'medium', 'large'}
 local function of_all_sizes(prefix, lock)
   return prefix .. 'small:' .. lock, prefix .. 'medium:' .. lock, prefix .. 'large:' .. lock

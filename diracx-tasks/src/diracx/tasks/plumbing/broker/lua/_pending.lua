@@ -1,12 +1,12 @@
--- What is in a worker's hands: entries of streams that were delivered to it and are not settled.
+-- Entries that were delivered to a worker and are not settled.
 
 local function is_pending(stream, consumer, entry, deliveries)
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1, consumer)
   return not pending.err and pending[1] ~= nil and tonumber(pending[1][4]) == deliveries
 end
 
--- Of some entries of a stream, what is pending with this worker: entry -> deliveries.
--- One question for all that lie side by side, as those of a batch do; one for each of the others.
+-- Which of these entries of a stream are pending for this worker: entry -> deliveries.
+-- One XPENDING for the range of all entries, as those of a batch are adjacent; one more for each entry not found.
 local function pending_of(consumer, stream, entries)
   local found, first, last = {}, entries[1], entries[1]
   for _, entry in ipairs(entries) do
@@ -25,7 +25,7 @@ local function pending_of(consumer, stream, entries)
   return found
 end
 
--- The same of a list in which each message has `step` places, of which the first two are its stream and its entry:
+-- The same for a flat list with `step` values per message, of which the first two are its stream and entry:
 -- stream -> entry -> deliveries.
 local function all_pending_of(consumer, list, step)
   local by_stream, found = {}, {}
@@ -41,12 +41,12 @@ local function all_pending_of(consumer, list, step)
   return found
 end
 
--- The field in a worker's held-locks record for an entry that it runs and that the server has lost: see renew.lua.
+-- Field of a worker's held-locks record for an entry that it runs and that the server has lost: see renew.lua.
 local function orphan(stream, entry)
   return 'entry:' .. stream .. ' ' .. entry
 end
 
--- Is the entry still ours, delivered as often as we believe? This fences off late settlements.
+-- True if the entry is still reserved for this consumer with this delivery count. This fences late settlements.
 local function owns(stream, consumer, entry, deliveries)
   return is_pending(stream, consumer, entry, deliveries)
     or redis.call('HEXISTS', '$HELD_PREFIX' .. consumer, orphan(stream, entry)) == 1

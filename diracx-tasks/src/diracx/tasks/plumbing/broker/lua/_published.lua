@@ -1,7 +1,7 @@
 -- Delayed tasks of the published package 0.7: see published.py.
 
--- A member of the delayed set that is a whole message, scored with its due time in seconds, becomes one of ours, or is
--- queued if it is due. What is neither that nor ours is a dead letter with all its bytes.
+-- Converts a member of the delayed set that is a whole message, scored with its due time in seconds, or adds it to its
+-- queue if it is due. An unreadable member becomes a dead letter with all its bytes.
 local function published_delayed(member)
   local due_ms = tonumber(redis.call('ZSCORE', '$DELAYED', member)) * 1000
   local read, _, _, task, _, _, name, labels = pcall(cmsgpack.unpack_limit, member, 6, 1)
@@ -14,5 +14,5 @@ local function published_delayed(member)
   elseif not pcall(enqueue, stream, member) then
     to_dead_letters(task, member)
   end
-  redis.call('ZREM', '$DELAYED', member) -- last: what fails before it, is asked for again
+  redis.call('ZREM', '$DELAYED', member) -- last: after an error before it, the next call repeats all
 end

@@ -1,7 +1,8 @@
 -- Groups of the published package 0.7, for child_done() in _groups.lua: see published.py.
 
--- A child of a group has ended of which there is no hash. In 0.7 there is a count of the children that have not succeeded,
--- a key for each that has, and the callback, which goes to the queue where 0.7 puts it. A failed child ends nothing.
+-- Records the end of a child of a group of 0.7, which has no hash: it has a counter of the children that have not
+-- succeeded, a key for each that has, and the callback, which goes to the same queue as in 0.7. A failed child changes
+-- nothing.
 local function published_child_done(g)
   local key = '$GROUPS_PREFIX' .. g.id
   local remaining = redis.pcall('GET', key .. ':remaining')

@@ -1,7 +1,7 @@
--- Where a message can be: in a stream, or in the delayed set. These are the only ways between them.
+-- A message is in a stream or in the delayed set. Only these functions move it between them.
 
--- An occurrence of a schedule is `{since}@{schedule and task, in hexadecimal}` wherever it goes, and has its own field
--- `occurrence` in a stream: so its schedule knows where it waits, and nobody else looks.
+-- In the delayed set, an occurrence of a schedule has `{since}@{schedule and task, in hexadecimal}` for `since`, and in
+-- a stream the field `occurrence`: each move updates `$LAST_RUNS`, so that its schedule knows its position.
 local function in_hex(text)
   return (string.gsub(text, '.', function(byte) return string.format('%02x', string.byte(byte)) end))
 end
@@ -14,7 +14,7 @@ local function from_hex(text)
   return (string.gsub(text, '%x%x', function(byte) return string.char(tonumber(byte, 16)) end))
 end
 
--- The last occurrence of a schedule waits under another entry now.
+-- Updates the entry of the last occurrence of a schedule.
 local function note_moved(occurrence, stream, entry)
   local schedule, task = string.match(from_hex(occurrence), '^(.*) (%S+)$')
   local last = schedule and redis.pcall('HGET', '$LAST_RUNS', schedule)
@@ -22,8 +22,9 @@ local function note_moved(occurrence, stream, entry)
   if known == task then redis.pcall('HSET', '$LAST_RUNS', schedule, table.concat({stream, entry, task, due}, ' ')) end
 end
 
--- `redelivery_count`: how many workers have died with it under earlier entries. The delivery count of an entry ends with it.
--- `granted`: the key of the lock that it was granted, if one was.
+-- Adds a message to a stream; returns the entry.
+-- `redelivery_count`: number of workers lost with earlier entries, as each entry has a delivery count of its own.
+-- `granted`: key of the lock that was granted to the task, or nil.
 local function enqueue(stream, data, since, redelivery_count, granted)
   local fields, occurrence = {'data', data}, nil
   if since and since ~= '0' then
@@ -50,21 +51,21 @@ end
 local PRIORITIES = {realtime = true, normal = true, background = true}
 local SIZES = {small = true, medium = true, large = true}
 
--- Whether it is the name of one of our streams: what comes from outside could name any key.
+-- True if it is the name of a stream of tasks: data from outside could name any key.
 local function is_stream(name)
   local priority, size, rest = string.match(name or '', '^diracx:tasks:(%l+):(%l+)(.*)$')
-  return PRIORITIES[priority] and SIZES[size] and (rest == '' or rest == '$HANDOVER')
+  return PRIORITIES[priority] and SIZES[size] and (rest == '' or rest == '$RESUMED_SUFFIX')
 end
 
--- The first line, and what comes after it; nothing after it where there is no end of a line.
+-- The first line, and the rest after it; '' without an end of line.
 local function head_of(stored)
   local header_end = string.find(stored, '\n', 1, true)
   if not header_end then return '' end
   return string.sub(stored, 1, header_end - 1), string.sub(stored, header_end + 1)
 end
 
--- What lies in one of our places and cannot be put into a stream ends here, with all its bytes. A group that waits for
--- it is found by the next audit, which begins soon.
+-- Stores an unreadable message as a dead letter, with all its bytes. An audit, which starts soon, finds the group that
+-- waits for it.
 local unreadable = 0
 local function to_dead_letters(task, stored)
   unreadable = unreadable + 1
@@ -72,15 +73,15 @@ local function to_dead_letters(task, stored)
   redis.pcall('DEL', '$GROUPS_AUDITED')
 end
 
--- How many are in the delayed set for each reason, for those who look.
+-- Counts the tasks in the delayed set by reason, for statistics.
 local function count_reason(reason, change)
   if redis.call('HINCRBY', '$DELAYED_REASONS', reason, change) <= 0 then
     redis.call('HDEL', '$DELAYED_REASONS', reason)
   end
 end
 
--- What is stored of a delayed task: stream, reason, since, redelivery_count, message, and the key of the lock that it waits for
--- or nil; nothing where it cannot be read.
+-- Parses a stored delayed task: stream, reason, since, redelivery_count, message, and the key of the lock that it waits
+-- for or nil; nothing if it is unreadable.
 local function parts_of(stored)
   local header, data = head_of(stored)
   local stream, reason, since, redelivery_count, lock = string.match(header, '^(%S+) ([%l_]+) (%d+@?%x*) ?(%d*) ?(.*)$')
@@ -89,13 +90,13 @@ local function parts_of(stored)
   return stream, reason, since, tonumber(redelivery_count), data, lock ~= '' and lock or nil
 end
 
--- The key of a lock as it stands in one line; no key begins with NUL.
+-- Encodes the key of a lock for the header line; no key begins with NUL.
 local function as_noted(lock)
   return string.find(lock, '\n', 1, true) and '\0' .. in_hex(lock) or lock
 end
 
--- Take the message of a delayed task away, and the task out of the line in which it stands: what is stored, and its
--- parts; nothing when it is not there. The last is the key of the lock, if others wait for it.
+-- Removes a delayed task, also from the line of its lock. Returns the stored value and its parts, nil when there is
+-- none; the last is the key of the lock, if other tasks wait for it.
 local function take_delayed(task, stored)
   stored = stored or redis.call('HGET', '$DELAYED_DATA', task)
   redis.call('ZREM', '$DELAYED', task)
@@ -105,7 +106,7 @@ local function take_delayed(task, stored)
   if stream then count_reason(reason, -1) end
   if lock then
     local waiters = {}
-    for position, kind in ipairs({'mutex', 'exclusive', 'shared', 'rate', 'concurrency'}) do
+    for position, kind in ipairs({$LOCK_KINDS}) do
       waiters[position] = kind .. ':' .. task
     end
     redis.pcall('ZREM', '$WAITING_PREFIX' .. size_of(stream) .. ':' .. lock, unpack(waiters))
@@ -117,27 +118,27 @@ local function take_delayed(task, stored)
   return stored, stream, since, redelivery_count, data, lock
 end
 
--- Something is due before all else. Who may not publish, is heard within the next look. What no scheduler hears, the
--- workers do themselves.
-local looking = false
+-- Announces a new earliest due time. Without the right to publish, the next poll finds it. If no scheduler listens, the
+-- workers are notified.
+local polling = false
 local function announce_due(due_ms)
-  if not looking and redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed') == 0 then
+  if not polling and redis.pcall('PUBLISH', '$WAKE_SCHEDULER', 'delayed') == 0 then
     redis.pcall('PUBLISH', '$WAKE_WORKERS', int(math.max(0, math.ceil(due_ms - now_us() / 1000))))
   end
 end
 
--- When the timer looks at a line next; `at_first`: only if it has no timer yet.
-local function look_at(lock, due_ms, at_first)
+-- Sets the time of the next poll of a line; `at_first`: only if it has none yet.
+local function schedule_poll(lock, due_ms, at_first)
   local before = tonumber(redis.pcall('ZSCORE', '$LINES', lock) or nil)
   if before and at_first then return end
   redis.pcall('ZADD', '$LINES', string.format('%.3f', due_ms), lock)
   if (not before or due_ms < before) and redis.pcall('ZRANGE', '$LINES', 0, 0)[1] == lock then announce_due(due_ms) end
 end
 
--- Into the delayed set. The message itself is never looked into, here or when it comes back.
--- `lock`: the key of the lock that refused it, if one did.
--- The same message takes its own place; another one that was given the same id is kept beside it.
--- Returns the name under which it is kept.
+-- Adds a task to the delayed set, without decoding its message.
+-- `lock`: key of the lock that refused it, or nil.
+-- Replaces the same message; another message with the same id is stored under another name.
+-- Returns the name under which the task is stored.
 local function delay(task, due_ms, stream, reason, since, data, redelivery_count, lock)
   local header = stream .. ' ' .. reason .. ' ' .. since
   if lock or (redelivery_count and redelivery_count > 0) then header = header .. ' ' .. (redelivery_count or 0) end
@@ -156,9 +157,9 @@ local function delay(task, due_ms, stream, reason, since, data, redelivery_count
   return task
 end
 
--- Out of the delayed set, into its stream; `granted` is the key of the lock that it was granted, if one was.
--- Returns the entry. False when the task is no longer there, or is a dead letter now: nobody can read what is stored, or
--- its stream refuses it (its key is none of a stream, or has had the last possible id).
+-- Moves a task from the delayed set into its stream; `granted` is the key of the lock that was granted to it, or nil.
+-- Returns the entry. False when the task does not exist, or is a dead letter now: it is unreadable, or its stream
+-- refuses it (a key of the wrong type, or the last possible id is used).
 local function undelay(task, granted, stored)
   local stream, since, redelivery_count, data
   stored, stream, since, redelivery_count, data = take_delayed(task, stored)

@@ -1,8 +1,8 @@
--- How often the workers of a message have vanished with it. `$SURVIVED` is a set, "{stream} {entry} {deliveries}":
--- deliveries that were taken over from workers which lived, as it turned out. It is empty nearly always.
-local SURVIVED_MS = 86400000 -- longer than any worker is silent and comes back
+-- Counts the workers that were lost with a message. `$SURVIVED` is a set, "{stream} {entry} {deliveries}": deliveries
+-- taken over from workers that were alive, as they showed later. It is usually empty.
+local SURVIVED_MS = 86400000 -- longer than a live worker is silent
 
--- The worker of that delivery has come back: if others have the message now (`is_passed_on`), it has not died of it.
+-- Notes that the worker of a delivery is alive, if another worker has the message now (`is_passed_on`: known to be so).
 local function note_survivor(stream, entry, deliveries, is_passed_on)
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
   if is_passed_on or not pending.err and pending[1] and tonumber(pending[1][4]) > deliveries then
@@ -20,7 +20,7 @@ local function survivals(stream, entry, deliveries)
   return found
 end
 
--- The entry as it is handed out again: with a field that says so, if it has survivors.
+-- The entry for a redelivery, with a field `survived` if some of its earlier workers are alive.
 local function with_survivals(stream, entry, deliveries)
   local found = survivals(stream, entry[1], deliveries)
   if found > 0 then
@@ -30,12 +30,12 @@ local function with_survivals(stream, entry, deliveries)
   return entry
 end
 
--- `noted`: the redelivery count of earlier entries, from the field `deaths` of the entry, or nil.
+-- Number of workers lost with a message. `noted`: that of earlier entries, from the field `deaths`, or nil.
 local function count_redeliveries(stream, entry, deliveries, noted)
   return deliveries - 1 - survivals(stream, entry, deliveries) + (tonumber(noted) or 0)
 end
 
--- Under another entry, with what the fields of this one say.
+-- Adds the message to stream `to` as a new entry, with the redelivery count and the other fields of this one.
 local function put_back(stream, entry, deliveries, fields, to, data, since)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
   local redelivery_count = count_redeliveries(stream, entry, deliveries, field_of(fields, 'deaths'))

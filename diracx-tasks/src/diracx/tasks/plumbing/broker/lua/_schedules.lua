@@ -1,7 +1,7 @@
--- What is known of schedules. `$LAST_RUNS` is a hash: schedule -> "{stream} {entry} {task} {due}" of the last
--- occurrence that was submitted.
+-- Stored data of schedules. `$LAST_RUNS` is a hash: schedule -> "{stream} {entry} {task} {due}" of the last submitted
+-- occurrence.
 
--- Where that occurrence is: it 'waits', in its stream or put aside; it 'runs'; or nil when it has ended.
+-- State of that occurrence: 'waits' (in its stream, or delayed), 'runs', or nil when it has ended.
 local function state_of(last)
   local stream, entry, task = string.match(last or '', '^(%S+) (%S+) (%S+)')
   if not stream then return nil end
@@ -16,7 +16,7 @@ local function last_run(stream, entry, task, due)
   return stream .. ' ' .. entry .. ' ' .. task .. ' ' .. int(due)
 end
 
--- How an occurrence ended, unless its schedule is forgotten. `outcome` is {id, text}.
+-- Stores the outcome of an occurrence, unless its schedule was deleted. `outcome` is {id, text}.
 local function note_outcome(outcome)
   if redis.call('HEXISTS', '$LAST_RUNS', outcome.id) == 1 then
     redis.call('HSET', '$OUTCOMES', outcome.id, int(math.floor(now_us() / 1000)) .. ' ' .. outcome.text)

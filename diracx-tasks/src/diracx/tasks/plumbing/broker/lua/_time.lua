@@ -1,5 +1,4 @@
--- The server's clock, in µs since the epoch. Two machines agree on it; their own clocks may differ.
--- One script is one moment.
+-- Time of the server's clock, in µs since the epoch; the clocks of clients may differ. Constant within a script.
 local moment_us
 local function now_us()
   if not moment_us then
@@ -18,8 +17,8 @@ local function in_ms(us)
   return string.format('%.3f', us / 1000)
 end
 
--- Remove the members of a sorted set whose score is `up_to` at most, as of what has expired: so many at a time, the
--- rest with the next calls.
+-- Removes expired members of a sorted set, those with a score of at most `up_to`: up to `AT_ONCE` of them, the rest in
+-- later calls.
 local AT_ONCE = 500
 local function trim(key, up_to)
   local expired = redis.call('ZCOUNT', key, '-inf', up_to)

@@ -1,8 +1,8 @@
--- Since when alerts are so whose data do not say it: the process that makes the health checks notes what they find.
--- KEYS: none. ARGV: the health checks that were made (msgpack list), the alerts they found (msgpack list of
---   `{check} {subject}`).
--- Returns for each alert since when it is noticed (ms). What was not noticed for a quarter of an hour begins anew, and
--- alerts of checks that were not made are left as they are: others make them.
+-- Stores the alerts that health checks have found, with the time of the first notice of each.
+-- KEYS: none. ARGV: the health checks that were made (msgpack list), their alerts (msgpack list of `{check}
+-- {subject}`).
+-- Returns the time of the first notice of each alert (ms). An alert without a notice for a quarter of an hour starts
+-- again. Alerts of other checks, which other processes make, do not change.
 -- #flags allow-oom
 -- #include _time
 local FORGOTTEN_MS, KEPT_MS = 900000, 86400000

@@ -1,7 +1,7 @@
--- Say with which configuration a process runs, or (with nothing to say) that it runs no more.
--- KEYS: none. ARGV: process, what it says or '', how long an entry counts (ms), whether to remove those of
---   processes that have been silent for longer (1 or 0).
--- Returns nothing. The key outlives the last process that removed the silent by twice that time.
+-- Publishes the configuration with which a process runs, or the end of the process.
+-- KEYS: none. ARGV: process, its configuration or '' at its end, time for which an entry is valid (ms), 1 to remove
+--   expired entries of other processes, else 0.
+-- Returns nothing. The key expires after twice that time without a call with 1.
 -- #flags allow-oom
 -- #include _time
 local now_ms, new = math.floor(now_us() / 1000), 0
@@ -11,7 +11,7 @@ else
   new = redis.call('HSET', '$CONFIG_IN_FORCE', ARGV[1], int(now_ms) .. ' ' .. ARGV[2])
 end
 if ARGV[4] == '1' then
-  -- Some of them, by chance: all do this now and then, and nobody is held up by how many there are.
+  -- A random sample, so that the call is short for any number of processes; all of them call this now and then.
   local entries = redis.call('HRANDFIELD', '$CONFIG_IN_FORCE', 200, 'WITHVALUES')
   for field = 1, #entries, 2 do
     local seen = tonumber(string.match(entries[field + 1], '^(%d+) ') or 0)

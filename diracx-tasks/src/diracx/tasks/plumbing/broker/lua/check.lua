@@ -1,6 +1,6 @@
--- Which commands the caller may not send; also whether scripts may touch keys that they do not declare. Changes nothing.
+-- Checks which commands the caller may send, and that scripts may use keys that they do not declare. Changes nothing.
 -- KEYS: none. ARGV: commands with their arguments, separated by spaces.
--- Returns those that are not allowed to the caller, or that the server does not have.
+-- Returns the commands that the caller may not send, or that the server does not have.
 -- #flags no-writes
 local refused = {}
 for _, command in ipairs(redis.acl_check_cmd and ARGV or {}) do

@@ -1,7 +1,7 @@
--- Read dead letters that wait in Redis for a database, for one worker at a time: all workers look for them.
--- KEYS: none. ARGV: worker, how long no other reads after this (ms), first entry as of XRANGE, the most entries, the
--- most bytes (but for what is larger alone).
--- Returns entries as XRANGE does; none: there are none, or another worker imports them.
+-- Reads dead letters to import into the database, for one worker at a time: all workers poll for them.
+-- KEYS: none. ARGV: worker, lease of the import against other workers (ms), first entry as for XRANGE, limit of
+-- entries, limit of bytes (one larger entry is allowed).
+-- Returns entries like XRANGE; an empty list if there are none, or another worker imports them.
 -- #flags allow-oom
 if redis.call('EXISTS', '$DEAD_LETTERS', '$IMPORTER') == 0 then return {} end
 local importer = redis.call('GET', '$IMPORTER')

@@ -1,7 +1,7 @@
--- Put messages aside until they are due: all of them or none.
--- KEYS: none. ARGV: for each of them task id, due (ms since the epoch), stream, reason, message.
--- Returns 1, or the first task id under which something else waits already: then nothing is put aside. What waits
--- there just so was sent before, and its answer was lost.
+-- Adds messages to the delayed set: all of them or none.
+-- KEYS: none. ARGV: for each message task id, due time (ms since the epoch), stream, reason, message.
+-- Returns 1, or the first task id that another waiting message has: then nothing is added. An identical message is a
+-- repetition after a lost answer, and is accepted.
 -- #include _time _lines _queue
 for i = 1, #ARGV, 5 do
   local task, due, stream, reason, data = unpack(ARGV, i, i + 4)

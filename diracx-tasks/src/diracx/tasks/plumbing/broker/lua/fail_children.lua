@@ -1,6 +1,6 @@
--- Children of a group that the server has lost have failed: the last of them ends the group.
+-- Fails children of a group that the server has lost: the last of them ends the group.
 -- KEYS: none. ARGV: group id, error, child ids.
--- Returns how many were still waited for.
+-- Returns how many of them were pending.
 -- #flags allow-oom
 -- #include _time _lines _queue _published_groups _groups
 local failed = 0

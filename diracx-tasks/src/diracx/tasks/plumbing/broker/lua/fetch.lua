@@ -1,19 +1,19 @@
--- Reserve as many messages as there are free slots, in the order of the given streams.
+-- Reserves messages for the free slots of a worker, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
---   the consumer's lease (ms), 0 if it has none; and an id for each stream, if all up to those has been delivered.
--- Returns {messages (see hand_out() in _cancel.lua), last ids}: the last ids are given only when there was nothing,
--- as the place from which to wait for something new; '' for a stream of which the given one still holds.
--- A stream without a group (new, written before any worker, or after FLUSHALL) gets it here, from the very first entry:
--- who waits for messages of a group needs both. So it has the worker's own stream, which is deleted to end its wait.
+--   the consumer's lease (ms), 0 if it has none; and optionally, for each stream, an id up to which all is delivered.
+-- Returns {messages (see hand_out() in _cancel.lua), last ids}: without messages, the last id of each stream, from
+-- which to wait; '' for a stream whose given id is still valid. Creates the consumer group of a stream without one (a
+-- new stream, or after FLUSHALL), from its first entry, as a blocking read needs stream and group. It also creates the
+-- worker's own stream, whose deletion ends its blocking read.
 -- #flags allow-oom
 -- #include _time _alive _cancel
-local WAIT_MS = 86400000 -- without it, a wait is refused, and a fetch follows
+local WAIT_MS = 86400000 -- when it has expired, the blocking read fails, and a fetch follows
 local news
 if ARGV[4] then
-  local looked = {'COUNT', 1, 'STREAMS'}
-  for _, stream in ipairs(KEYS) do looked[#looked + 1] = stream end
-  for position = 1, #KEYS do looked[#looked + 1] = ARGV[3 + position] end
-  local found = redis.call('XREAD', unpack(looked))
+  local arguments = {'COUNT', 1, 'STREAMS'}
+  for _, stream in ipairs(KEYS) do arguments[#arguments + 1] = stream end
+  for position = 1, #KEYS do arguments[#arguments + 1] = ARGV[3 + position] end
+  local found = redis.call('XREAD', unpack(arguments))
   if not found then return {{}, {}} end
   news = {}
   for _, each in ipairs(found) do news[each[1]] = true end
@@ -27,7 +27,7 @@ for position, stream in ipairs(KEYS) do
   end
   if reply and reply.err then
     local no_group = string.find(reply.err, 'NOGROUP', 1, true)
-    -- A key of another type has no messages, and those of the other streams must not wait for it.
+    -- A key of the wrong type has no messages: go on with the other streams.
     if not no_group and not string.find(reply.err, 'WRONGTYPE', 1, true) then return reply end
     reply = false
     if no_group then

@@ -1,6 +1,6 @@
--- Delete entries of a stream that were acknowledged and not deleted, as version 0.7 leaves them.
--- KEYS: the stream. ARGV: from which entry, the most entries to look at, the most bytes (but for what is larger alone).
--- Returns from which entry to go on, '' when all that was delivered has been looked at; and how many were deleted.
+-- Deletes entries of a stream that were acknowledged and not deleted, as version 0.7 leaves them.
+-- KEYS: the stream. ARGV: first entry, limit of entries, limit of bytes (one larger message is allowed).
+-- Returns the next entry to examine, '' after all delivered ones; and how many were deleted.
 -- #flags allow-oom
 local first, bytes_left, deleted, upto = ARGV[1], tonumber(ARGV[3]), 0, nil
 local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])

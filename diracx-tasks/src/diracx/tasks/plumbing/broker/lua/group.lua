@@ -1,9 +1,9 @@
--- Put children into a callback group; with the last of them the group is complete and they are submitted.
+-- Adds children to a callback group; with the last of them the group is complete and they are submitted.
 -- KEYS: none. ARGV: group id, fields of the group (msgpack table; only with the first children, else ''),
 --   children (msgpack list of {task, staged = "{stream}\n{message}"}), 1 when these are the last.
--- Returns 1 when the callback was fired at once (a group without children); -1 when the group is not there any
--- more; 2 when complete groups have children that promote.lua still has to move; else 0. Until a group is
--- complete nothing of it runs, and all of it expires soon when nobody goes on.
+-- Returns 1 when the callback was submitted at once (a group without children); -1 when the group does not exist any
+-- more; 2 when complete groups have children that promote.lua still has to move; else 0. No child runs before the group
+-- is complete; a group whose submitter stops before that expires soon.
 -- #include _time _lines _queue _groups
 local SUBMITTING_MS = 600000
 local group, children, last = ARGV[1], cmsgpack.unpack(ARGV[3]), ARGV[4] == '1'
@@ -28,6 +28,6 @@ redis.call('HDEL', key, 'submitting')
 if redis.call('EXISTS', key .. ':pending') == 0 then return fire(group, false) end
 remember(group, living_ms(redis.call('HGET', key, 'ttl_ms')))
 redis.call('RPUSH', '$GROUP_OUTBOX', group)
--- A group that came in one piece needs no second step, if nothing is before it.
+-- A group submitted in one call needs no second step, if no other group is before it.
 if first then release_staged(#children, math.huge) end
 return redis.call('EXISTS', '$GROUP_OUTBOX') * 2

@@ -1,20 +1,20 @@
--- The beginning of stored messages, for lists: however large a message is, little of it is sent.
--- KEYS: none. ARGV: the most bytes of each, ranges of streams (msgpack list of {stream, first, last, count}),
---   delayed tasks (msgpack list), the most bytes to read (but for what is larger alone).
+-- Reads truncated messages, for lists, so that little is sent of a large message.
+-- KEYS: none. ARGV: limit of bytes of each value, ranges of streams (msgpack list of {stream, first, last, count}),
+--   delayed tasks (msgpack list), limit of bytes to read (one larger message is allowed).
 -- Returns {for each range the list of its entries {entry, {field, value, …}, bytes of its longest value},
---   for each task false or {value, bytes}, 1 if there was more to read}. Values are cut off after the most bytes. What
---   was not read is the end of the last range in the answer and the ranges after it, or the tasks after the last.
+--   for each task false or {value, bytes}, 1 if more is left to read: the end of the last range in the answer and the
+--   ranges after it, or the tasks after the last}.
 -- #flags no-writes
 local at_most, ranges, delayed, bytes_left = tonumber(ARGV[1]), {}, {}, tonumber(ARGV[4])
 for position, range in ipairs(cmsgpack.unpack(ARGV[2])) do
   if bytes_left <= 0 then return {ranges, delayed, 1} end
   local found, first = {}, range[2]
   ranges[position] = found
-  -- One by one: a page of large messages at once would take the memory that it is to save.
+  -- One by one, to save memory: a page of large messages is not read as a whole.
   while #found < range[4] do
     if bytes_left <= 0 then return {ranges, delayed, 1} end
     local entries = redis.pcall('XRANGE', range[1], first, range[3], 'COUNT', 1)
-    local entry = not entries.err and entries[1] -- nothing comes after the last of all ids
+    local entry = not entries.err and entries[1] -- an error after the greatest possible id
     if not entry then break end
     local fields, bytes = entry[2], 0
     for field = 2, #fields, 2 do

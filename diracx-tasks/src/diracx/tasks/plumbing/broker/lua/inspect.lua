@@ -1,19 +1,20 @@
--- Who holds locks, and how many wait for them.
--- KEYS: none. ARGV: locks (msgpack list of {key, kind = mutex | rw | concurrency | rate, window_us or nil}), the
---   most holders to name.
+-- Reads the holders of locks, and the number of waiting tasks.
+-- KEYS: none. ARGV: locks (msgpack list of {key, kind, window_us or nil}), limit of holders.
 -- Returns a msgpack list: for each lock {held, waiters, ends in ms or -1, kind, {owner, ends (µs) or 0, …}};
--- of a rate limiter `held` is the quota spent and `ends in` the time until all of it is back.
+-- for a rate limiter, `held` is the spent quota and `ends in` the time until all of it is available again.
 -- #flags no-writes
 -- #include _time _lines
 local now, at_most, found = now_us(), tonumber(ARGV[2]), {}
-local look = {}
+-- For each kind of lock: number of holders, ms to its expiry or -1, kind, {owner, ends (µs) or 0, …}. Not in _kinds.lua:
+-- a script defines its functions again in each run.
+local inspectors = {}
 
-function look.mutex(lock)
+function inspectors.mutex(lock)
   local owner = redis.call('GET', lock.key)
   return owner and 1 or 0, redis.call('PTTL', lock.key), 'mutex', owner and {owner, '0'} or {}
 end
 
-function look.rw(lock)
+function inspectors.exclusive(lock)
   local writer = redis.call('HGET', lock.key, 'writer_owner')
   if writer then return 1, redis.call('PTTL', lock.key), 'exclusive', {writer, '0'} end
   local readers, fields = {}, redis.call('HSCAN', lock.key, 0, 'COUNT', at_most)[2]
@@ -26,8 +27,9 @@ function look.rw(lock)
   end
   return tonumber(redis.call('HGET', lock.key, 'readers') or 0), -1, 'shared', readers
 end
+inspectors.shared = inspectors.exclusive -- one key for both sides
 
-function look.concurrency(lock)
+function inspectors.concurrency(lock)
   local from = '(' .. in_ms(now)
   local owners = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'WITHSCORES', 'LIMIT', 0, at_most)
   for score = 2, #owners, 2 do owners[score] = int(1000 * tonumber(owners[score])) end
@@ -36,7 +38,7 @@ function look.concurrency(lock)
   return redis.call('ZCOUNT', lock.key, from, '+inf'), left, 'concurrency', owners
 end
 
-function look.rate(lock)
+function inspectors.rate(lock)
   local from = lock.window_us and int(now - lock.window_us) or '-inf'
   local first = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'LIMIT', 0, 1)[1]
   if not first then return 0, -1, 'rate', {} end
@@ -48,7 +50,7 @@ function look.rate(lock)
 end
 
 for position, lock in ipairs(cmsgpack.unpack(ARGV[1])) do
-  local held, left, kind, holders = look[lock.kind](lock)
+  local held, left, kind, holders = inspectors[lock.kind](lock)
   local waiting = 0
   for _, line in ipairs({of_all_sizes('$WAITING_PREFIX', lock.key)}) do waiting = waiting + redis.call('ZCARD', line) end
   found[position] = {held, waiting, left, kind, holders}

@@ -1,13 +1,13 @@
--- A worker that stops cleanly takes its name off every list. Messages that it still holds stay for others to reclaim,
--- and its locks with them. Without messages it needs no lock: one that it got without hearing of it is given back.
--- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing of it is left.
+-- Removes a stopping worker from all lists. Messages that it still holds, and its locks, are left for other workers to
+-- reclaim. Without messages, its remaining locks are released: they were granted in a call whose answer was lost.
+-- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing is left to reclaim, else 0.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _looks _wake
+-- #include _time _lines _kinds _locks _queue _polls _wake
 redis.call('UNLINK', '$WAIT_PREFIX' .. ARGV[1])
-local MOST = 150 -- locks that one call gives back: more are left to others, as those of the dead are
+local MOST = 150 -- locks that one call releases: with more, other workers reclaim them as from a dead worker
 local held = '$HELD_PREFIX' .. ARGV[1]
 local lines = redis.pcall('HRANDFIELD', held, MOST + 1, 'WITHVALUES')
-local locks = locks_in(lines.err and {} or lines) -- a key of another type is no record
+local locks = locks_in(lines.err and {} or lines) -- an error for a key of the wrong type
 local clean = #lines <= 2 * MOST
 for _, stream in ipairs(cmsgpack.unpack(ARGV[2])) do
   local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', 1, ARGV[1])

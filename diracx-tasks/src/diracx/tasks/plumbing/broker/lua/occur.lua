@@ -1,16 +1,16 @@
--- Submit occurrences of schedules and set their next runs, each of them once, even if two schedulers believe to lead.
+-- Submits occurrences of schedules and sets their next runs; each occurrence once, also with two would-be leaders.
 -- KEYS: none. ARGV: leader's token, occurrences (msgpack list of {id, due (ms)} with
---   next = when it is due after that (ms); without it, this is the last run
---   stream, task, data; without them, the occurrence is passed over).
+--   next = the following due time (ms); without it, this is the last run
+--   stream, task, data; without them, the occurrence is skipped).
 -- Returns {-1} when another scheduler leads, else for each occurrence 1 submitted, 2 left out because its predecessor
--- still waits, 3 not due yet, 4 paused, 5 passed over, 6 its stream refuses it, 0 not due any more.
--- What is not due yet, paused or refused stays due.
+-- still waits, 3 not due yet, 4 paused, 5 skipped, 6 refused by its stream, 0 not due any more.
+-- After 3, 4 and 6, the next run does not change.
 -- #include _time _lines _queue _schedules
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return {-1} end
-local now, wanted = now_us(), cmsgpack.unpack(ARGV[2])
-if #wanted == 0 then return {} end
+local now, occurrences = now_us(), cmsgpack.unpack(ARGV[2])
+if #occurrences == 0 then return {} end
 local ids, replies, next_runs, last_runs, over = {}, {}, {}, {}, {}
-for position, occurrence in ipairs(wanted) do ids[position] = occurrence.id end
+for position, occurrence in ipairs(occurrences) do ids[position] = occurrence.id end
 local dues = redis.call('ZMSCORE', '$NEXT_RUNS', unpack(ids))
 local paused = redis.call('HMGET', '$PAUSED', unpack(ids))
 local lasts = redis.call('HMGET', '$LAST_RUNS', unpack(ids))
@@ -28,7 +28,7 @@ local function decide(o, position)
   return 1
 end
 
-for position, o in ipairs(wanted) do
+for position, o in ipairs(occurrences) do
   local reply = decide(o, position)
   replies[position] = reply
   if reply == 1 or reply == 2 or reply == 5 then

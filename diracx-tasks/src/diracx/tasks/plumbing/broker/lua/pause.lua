@@ -1,6 +1,6 @@
--- Pause schedules, or let them go on. A paused one keeps its next run, which may pass; the leader hears when it goes on.
--- KEYS: none. ARGV: 1 to pause or 0 to go on, ids (msgpack list).
--- Returns for each 1, or 0 when it was so already.
+-- Pause or resume schedules. A paused one keeps its next run, which may pass; the leader is notified of a resumption.
+-- KEYS: none. ARGV: 1 to pause or 0 to resume, ids (msgpack list).
+-- Returns for each 1 if its state has changed, else 0.
 -- #flags allow-oom
 -- #include _time
 local replies, resumed = {}, false

@@ -1,10 +1,10 @@
--- Bring some schedules up to date. Only the leader may.
+-- Updates planned schedules, for the leader only.
 -- KEYS: none. ARGV: leader's token, schedules (msgpack list of {id} with
---   fingerprint, due (ms): it is new or has changed; without a due time its rule has come to its end;
---   neither: it is switched off, or it is forgotten = 1).
--- What is switched off has no next run, and its history is kept. Of what is forgotten only its pause is, and its last
--- occurrence until that has ended: should it return before, none is to be submitted beside that. Returns 1, or 0 when
--- another scheduler leads.
+--   fingerprint, due (ms): it is new or has changed; without a due time its rule has no further run;
+--   neither: it is disabled, or, with forgotten = 1, deleted).
+-- A disabled schedule has no next run, and keeps its history. Of a deleted one only its pause is kept, and its last
+-- occurrence until that has ended: if the schedule comes back before, no second occurrence is submitted meanwhile.
+-- Returns 1, or 0 when another scheduler leads.
 -- #flags allow-oom
 -- #include _time _schedules
 if redis.call('GET', '$LEADER') ~= ARGV[1] then return 0 end

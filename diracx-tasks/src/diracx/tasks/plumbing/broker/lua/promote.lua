@@ -1,27 +1,27 @@
--- Move what is due from the delayed set into its streams, and the children of complete groups into theirs.
--- Messages are not decoded.
--- KEYS: none. ARGV: the most to move in one step (keeps the server free for others), the most bytes (but for what is
--- larger alone).
--- Returns {number moved, when the next is due in ms or -1, now in ms, how long the leading scheduler leads if it does
--- not renew (ms), 0 when none does, 1 when there is more to move, how many are dead letters now for nobody can read
--- them}, all but the second 0 when there is nothing at all.
--- If there is no more to move, and the next is due, it is the line of a lock, for lines.lua.
+-- Moves due tasks from the delayed set into their streams, and the children of complete groups into theirs, without
+-- decoding messages.
+-- KEYS: none. ARGV: limit of tasks per call (so that the server is free for others), limit of bytes (one larger message
+-- is allowed).
+-- Returns {number moved, next due time (ms) or -1, now (ms), remaining lease of the leading scheduler (ms) or 0 without
+-- one, 1 if there are more to move, number of unreadable tasks that are dead letters now}, all but the second 0 when
+-- nothing is delayed.
+-- If there are no more to move, and the next is due, it is the line of a lock, for lines.lua.
 -- #flags allow-oom
--- #include _time _lines _looks _queue _published _groups
+-- #include _time _lines _polls _queue _published _groups
 if redis.pcall('EXISTS', '$DELAYED', '$GROUP_OUTBOX', '$LINES') == 0 then return {0, '-1', '0', 0, 0, 0} end
 local now, at_most, bytes_left = now_us() / 1000, tonumber(ARGV[1]), tonumber(ARGV[2])
-local LONGEST_MS = 86400000 -- looked at again once a day: a score may be infinite
+local LONGEST_MS = 86400000 -- polled once a day at least: a score may be infinite
 local function first_due(timers)
   local first = redis.call('ZRANGE', timers, 0, 0, 'WITHSCORES')[2]
   return first and math.max(0, math.min(tonumber(first), now + LONGEST_MS))
 end
--- As undelay() does for each, with few commands for all of them. Returns how many they were.
+-- Like undelay() for each task, with few commands for all of them. Returns the number of tasks.
 local function undelay_all(tasks)
   local number, plain, reasons, read, largest, stored_of = 0, {}, {}, 0, 1, {}
   for position, task in ipairs(tasks) do
     if position > #stored_of then
       if bytes_left <= 0 then break end
-      -- The first, then more of them at a time, as many as may be read if all are as large as the largest so far.
+      -- Read the first, then more at a time: as many as the limit allows if all are as large as the largest so far.
       read = math.max(1, math.min(4 * read + 1, math.floor(bytes_left / largest)))
       local upto = math.min(position + read - 1, #tasks)
       for _, stored in ipairs(redis.call('HMGET', '$DELAYED_DATA', unpack(tasks, position, upto))) do
@@ -62,7 +62,7 @@ moved = moved + released
 local readable, line_due = pcall(first_due, '$LINES')
 if readable and line_due then
   local last = tonumber(redis.call('ZRANGE', '$LINES', -1, -1, 'WITHSCORES')[2])
-  if last > now + LATEST_MS and last > latest_look(now) then line_due = 0 end
+  if last > now + LATEST_MS and last > latest_poll(now) then line_due = 0 end
 end
 if readable and line_due and (not next_due or line_due < next_due) then next_due = line_due end
 local next_due_ms = next_due and int(math.ceil(next_due)) or '-1'

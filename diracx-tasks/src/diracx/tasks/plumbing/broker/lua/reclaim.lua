@@ -1,87 +1,86 @@
--- Reclaim the messages and locks of dead workers, a part at a time.
+-- Reclaims messages and locks of dead workers, a limited number per call.
 -- KEYS: the streams of the caller, most urgent first. ARGV: consumer, number of free slots,
---   the streams of each size (msgpack list of lists), lease (ms): how long the caller lives from now,
---   the redelivery count that makes a message a poison candidate, the one that makes it poison.
--- A message that several workers have died with may be what killed them, or may only have been beside it each
--- time. So a poison candidate is handed to a worker that holds nothing else, and nothing is handed to a worker that
--- holds one: the next death is its own. One that is poison is no candidate: it will not run again, only be rejected,
--- but not before its last worker has had the time to come back.
--- When no worker is without work, one of them drains: it takes nothing until it has settled what it holds.
--- Urgent first, here too: before it takes over an ordinary message, the caller gets what is new in more urgent streams.
--- Returns {messages as fetch.lua does, each with its delivery count; when to look again (ms from now): with the next
--- free slot (0) where the slots were too few or there is more to do, within a second while a candidate waits, when one
--- that is poison may be rejected, and else when the next lease ends, if it is not renewed before; 1 if the caller
--- is to drain}.
--- This gives back the locks a dead worker held, readers included; its consumers go when nothing is left in them.
--- What is left concerns workers of its size alone: they find it in `$ALIVE` below zero, by size and by when one of them
--- last looked at it.
+--   the streams of each size (msgpack list of lists), the caller's lease (ms), which is renewed if it ends soon,
+--   the redelivery count of a poison candidate, that of a poison message.
+-- A message that has lost several workers may have killed them, or another task on the same workers did. So a poison
+-- candidate is given to a worker that holds nothing else, and that worker gets nothing else meanwhile: if it dies, the
+-- candidate was the cause. A poison message will not run again: it is delivered to be rejected, but not before its last
+-- worker has had the time to come back.
+-- When each worker holds something, one of them drains: it takes nothing until it has settled all that it holds.
+-- By priority here too: before it reclaims an ordinary message, the caller gets new ones of more urgent streams.
+-- Returns {messages like fetch.lua, each with its delivery count; time to the next call (ms): 0, with the next free
+-- slot, if there were too few slots or there is more to do; a second while a candidate waits; the time when a poison
+-- message may be rejected; else the end of the next lease; 1 if the caller is to drain}. Releases the locks of a dead
+-- worker, readers included, and deletes its consumers when no message is left in them. Messages that are left concern
+-- workers of the same size only: the dead worker gets a score below zero in `$ALIVE`, made of the size and the time of
+-- the last attempt.
 -- #flags allow-oom
--- #include _time _alive _lines _locks _queue _looks _wake _cancel _redelivery
+-- #include _time _alive _lines _kinds _locks _queue _polls _wake _cancel _redelivery
 local now_ms = math.floor(now_us() / 1000)
 ensure_alive(ARGV[1], tonumber(ARGV[4]), now_us())
 local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2] or 0)
--- A worker may come whose lease ends earlier than all that are there.
-local look_within_ms = shortest_lease() or math.huge
-if first_end > now_ms then -- as nearly always: nobody has left anything
-  return {{}, math.min(first_end - now_ms + 1, look_within_ms), 0}
+-- A new worker may have a lease that ends earlier than those of all others.
+local poll_within_ms = shortest_lease() or math.huge
+if first_end > now_ms then -- the usual case: no dead worker
+  return {{}, math.min(first_end - now_ms + 1, poll_within_ms), 0}
 end
 note_contact(tonumber(ARGV[4]), now_us())
 local consumer, free, messages, marks = ARGV[1], tonumber(ARGV[2]), {}, any_cancelled()
 local sizes, candidate_from, max_deliveries = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local LEFT_OVER_MS = 1000 -- a worker may hold nothing by then
 local SIZE_MS = 1e13 -- between two sizes, more than any time
-local DEAD, PORTION = 10, 100 -- workers that have just died, and others, in one call; messages in one look
--- That one call gives back; that it looks at, of those of the dead and of those in hand, fewer large messages.
-local locks_left, looks_left, looks_in_hand = 150, 400, 100
+local DEAD, PORTION = 10, 100 -- dead workers, new ones and earlier ones, in one call; messages in one XPENDING
+-- Limits of one call: released locks, examined messages of dead workers and of the caller; fewer with large messages.
+local locks_left, reads_left, held_reads_left = 150, 400, 100
 local BYTES = 2048
-local DOUBT = 3 -- leases for which the last worker of a poison message is waited for, as it may only be cut off
+local DOUBT = 3 -- leases to wait for the last worker of a poison message, which may only have lost its connection
 local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
-local room = '$ROOM_PREFIX' .. KEYS[1]
+local room = '$DRAINING_PREFIX' .. KEYS[1]
 local room_for = redis.call('GET', room)
 local candidate_left = false
 
--- What a message is that was handed out so often, and its bytes. Redeliveries of earlier entries are noted in the entry.
-local function verdict(stream, entry, deliveries)
-  local there = redis.call('XRANGE', stream, entry, entry)[1]
-  local redelivery_count = count_redeliveries(stream, entry, deliveries, there and field_of(there[2], 'deaths'))
-  local what = redelivery_count >= max_deliveries and 'poison' or redelivery_count >= candidate_from and 'candidate' or 'ordinary'
-  return what, #(there and data_of(there[2]) or '')
+-- Class of a message by its redelivery count ('poison', 'candidate' or 'ordinary'), and its bytes.
+local function class_of(stream, entry, deliveries)
+  local found = redis.call('XRANGE', stream, entry, entry)[1]
+  local redelivery_count = count_redeliveries(stream, entry, deliveries, found and field_of(found[2], 'deaths'))
+  local class = redelivery_count >= max_deliveries and 'poison' or redelivery_count >= candidate_from and 'candidate' or 'ordinary'
+  return class, #(found and data_of(found[2]) or '')
 end
 
--- What is in the caller's hands, but for what will not run: 'candidate', 'ordinary' or nothing. Nothing that runs is taken
--- beside a candidate, so where more is held than is looked at, there is none.
-local function found_in_hand()
-  -- Of what runs after a loss of data only the held-locks record knows.
+-- Class of the messages that the caller holds: 'candidate', 'ordinary' or nil; poison, which does not run, is ignored.
+-- No other running message is held with a candidate, so if more is held than examined, there is none.
+local function class_of_held()
+  -- After a loss of data, only the held-locks record contains the running tasks.
   local found = redis.call('EXISTS', '$HELD_PREFIX' .. consumer) == 1 and 'ordinary' or nil
   for _, stream in ipairs(KEYS) do
     local pending = redis.pcall('XPENDING', stream, '$GROUP', '-', '+', PORTION, consumer)
     for _, p in ipairs(pending.err and {} or pending) do
-      if looks_in_hand <= 0 then return found or 'ordinary' end
-      local what, bytes = verdict(stream, p[1], tonumber(p[4]))
-      looks_in_hand = looks_in_hand - 1 - bytes / BYTES
-      if what == 'candidate' then return what end
-      if what == 'ordinary' then found = what end
+      if held_reads_left <= 0 then return found or 'ordinary' end
+      local class, bytes = class_of(stream, p[1], tonumber(p[4]))
+      held_reads_left = held_reads_left - 1 - bytes / BYTES
+      if class == 'candidate' then return class end
+      if class == 'ordinary' then found = class end
     end
   end
   return found
 end
 
-local in_hand, looked = nil, false
-local function may_take(what)
-  if what == 'poison' then return true end
-  if not looked then in_hand, looked = found_in_hand(), true end
-  if in_hand == 'candidate' then return false end
-  if what == 'candidate' then
-    candidate_left = candidate_left or in_hand ~= nil
-    if in_hand then return false end
+local held_class, known = nil, false
+local function may_take(class)
+  if class == 'poison' then return true end
+  if not known then held_class, known = class_of_held(), true end
+  if held_class == 'candidate' then return false end
+  if class == 'candidate' then
+    candidate_left = candidate_left or held_class ~= nil
+    if held_class then return false end
   elseif room_for == consumer then
-    return false -- it is made for a candidate
+    return false -- it drains for a candidate
   end
-  in_hand = what
+  held_class = class
   return true
 end
 
--- What is new in the streams before this one.
+-- Takes new messages of the streams before this one.
 local function take_more_urgent(position)
   while free > 0 and urgent_seen < position - 1 do
     urgent_seen = urgent_seen + 1
@@ -94,9 +93,8 @@ local function take_more_urgent(position)
   end
 end
 
--- How long to wait (ms) until what is poison by the death of its worker may be rejected. If that comes back before,
--- it has the message still. The time without a renewal begins anew when the death is noticed: the server may have been
--- away.
+-- Time (ms) until a poison message of a dead worker may be rejected; a worker that comes back before still has it. The
+-- time without a renewal starts when the death is noticed, as the server may have been unavailable.
 local function doubt_ms(stream, worker, entry, unrenewed_ms, is_new)
   if is_new then
     redis.call('XCLAIM', stream, '$GROUP', worker, 0, entry, 'JUSTID')
@@ -106,23 +104,23 @@ local function doubt_ms(stream, worker, entry, unrenewed_ms, is_new)
   return DOUBT * lease_ms - unrenewed_ms
 end
 
--- What a dead worker has left in one stream, as far as the caller has slots for it.
+-- Takes over messages of a dead worker in one stream, for the free slots of the caller.
 local function take_over(position, stream, worker, is_new)
   local from, pending = '-', nil
-  while looks_left > 0 do -- to the end: what may be taken can stand behind candidates that may not
+  while reads_left > 0 do -- to the end: messages that may be taken can be behind candidates that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
     for _, p in ipairs(pending.err and {} or pending) do
-      if looks_left <= 0 then return end
-      local what, bytes
-      if free > 0 then what, bytes = verdict(stream, p[1], tonumber(p[4]) + 1) end
-      looks_left = looks_left - 1 - (bytes or 0) / BYTES
-      local doubt = what == 'poison' and doubt_ms(stream, worker, p[1], p[3], is_new) or 0
+      if reads_left <= 0 then return end
+      local class, bytes
+      if free > 0 then class, bytes = class_of(stream, p[1], tonumber(p[4]) + 1) end
+      reads_left = reads_left - 1 - (bytes or 0) / BYTES
+      local doubt = class == 'poison' and doubt_ms(stream, worker, p[1], p[3], is_new) or 0
       if doubt > 0 then
         waits_ms, doubtful[worker] = math.min(waits_ms, doubt), true
-      elseif what and not may_take(what) then
+      elseif class and not may_take(class) then
         waits_ms = math.min(waits_ms, LEFT_OVER_MS)
       else
-        if what == 'ordinary' then take_more_urgent(position) end
+        if class == 'ordinary' then take_more_urgent(position) end
         if free <= 0 then
           slots_too_few = true
           return
@@ -139,11 +137,11 @@ local function take_over(position, stream, worker, is_new)
   end
 end
 
--- Give back the locks of a dead worker. False when there are more than this call may give back.
+-- Releases the locks of a dead worker. False when there are more than this call may release.
 local function unlock(worker)
   local held = '$HELD_PREFIX' .. worker
   local lines = locks_left > 0 and redis.pcall('HRANDFIELD', held, locks_left, 'WITHVALUES') or {}
-  if lines.err then -- it is no held-locks record
+  if lines.err then -- a key of the wrong type
     redis.call('UNLINK', held)
   elseif lines[1] then
     local fields = {}
@@ -155,7 +153,7 @@ local function unlock(worker)
   return redis.call('EXISTS', held) == 0
 end
 
--- The consumers of a dead worker go; it stays on the list as long as messages are left, for a size that has some.
+-- Deletes the consumers of a dead worker without messages; it stays on the list, for its size, while messages are left.
 local function clear(worker)
   local left
   for size, streams in ipairs(sizes) do
@@ -201,7 +199,7 @@ end
 for position, worker in ipairs(left) do
   if position > earlier or not slots_too_few then clear(worker) end
 end
-more = more or slots_too_few or (messages[1] and (earlier == DEAD or looks_left <= 0))
+more = more or slots_too_few or (messages[1] and (earlier == DEAD or reads_left <= 0))
 if candidate_left and (not room_for or room_for == consumer) then
   redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
   room_for = consumer
@@ -213,6 +211,6 @@ local again_ms = 0
 if not more then
   local next_end = redis.call('ZRANGEBYSCORE', '$ALIVE', int(now_ms), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[4])
-  again_ms = math.min(again_ms, look_within_ms, math.max(waits_ms, 1))
+  again_ms = math.min(again_ms, poll_within_ms, math.max(waits_ms, 1))
 end
 return {messages, again_ms, room_for == consumer and 1 or 0}

@@ -1,11 +1,12 @@
--- Hand a worker what it reserved without hearing of it: the connection was lost before the answer came.
--- KEYS: its streams, most urgent first. ARGV: consumer, what it knows to hold (msgpack list of "stream entry"), some
---   locks that its held-locks record has and that it does not know (msgpack list of "owner:key"), the most messages,
---   the most bytes (but for what is larger alone); 1 if they go back to the others, for the worker's event loop is blocked.
--- Returns {messages as reclaim.lua does, 1 if there are more}. The locks are given back: they were granted in such a
--- call, or the server has gone back to an earlier state (a snapshot, a replica), in which they were still held.
+-- Delivers messages again that were reserved for a worker in a call whose answer was lost.
+-- KEYS: its streams, most urgent first. ARGV: consumer, entries that it holds (msgpack list of "stream entry"), locks
+-- of
+--   its held-locks record that it does not hold (msgpack list of "owner:key"), limit of messages, limit of bytes (one
+--   larger message is allowed); 1 to requeue the messages, as the worker's event loop is blocked.
+-- Returns {messages like reclaim.lua, 1 if there are more}. The locks are released: they were granted in such a call,
+-- or the server was restored to an earlier state (a snapshot, a replica), in which they were still held.
 -- #flags allow-oom
--- #include _time _lines _locks _queue _looks _wake _cancel _redelivery _pending
+-- #include _time _lines _kinds _locks _queue _polls _wake _cancel _redelivery _pending
 local consumer, known, messages, marks = ARGV[1], {}, {}, nil
 local unknown, messages_left, bytes_left = cmsgpack.unpack(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 if unknown[1] then
@@ -19,11 +20,11 @@ if unknown[1] then
 end
 
 local function hand_back(stream, entry, deliveries)
-  local there = redis.call('XRANGE', stream, entry, entry)[1]
-  local data = there and data_of(there[2])
+  local found = redis.call('XRANGE', stream, entry, entry)[1]
+  local data = found and data_of(found[2])
   if not data then return end
-  local resumed = string.gsub(stream, '$HANDOVER', '') .. '$HANDOVER'
-  put_back(stream, entry, deliveries, there[2], resumed, data, field_of(there[2], 'since') or '0')
+  local resumed = string.gsub(stream, '$RESUMED_SUFFIX', '') .. '$RESUMED_SUFFIX'
+  put_back(stream, entry, deliveries, found[2], resumed, data, field_of(found[2], 'since') or '0')
   remove(stream, entry)
 end
 

@@ -1,16 +1,16 @@
--- Renew everything a worker holds: its own life, its stream entries, its locks.
+-- Renews a worker's lease, its stream entries and its locks.
 -- KEYS: none. ARGV: consumer, lease (ms), entries (msgpack list of {stream, entry, deliveries}), locks (list),
---   dataset_id as the worker knows it ('' at first), the shortest lease as it knows it (ms), or '' to look at everything,
---   the run id of this server, or '', '1' if the caller's lease may have ended.
--- Returns {positions of lost entries, positions of lost locks, positions of entries that are to be cancelled, dataset_id,
---   the shortest lease of all (ms): at its pace everybody renews; for how long (ms) no lease can end}.
--- Another dataset_id means that the server has lost its data; another run in it, that it may have gone back to earlier
--- ones (a snapshot, a replica that was behind). What this worker runs, and nobody else could take over, may then be known
--- to nobody: it is noted in the worker's held-locks record, and stays its own to settle; its locks are taken anew where they are
--- free.
+--   dataset_id at the last renewal ('' at first), the shortest lease at the last renewal (ms), or '' to check all
+--   lists, the run id of this server, or '', '1' if the caller's lease may have ended.
+-- Returns {positions of lost entries, positions of lost locks, positions of cancelled entries, dataset_id,
+--   the shortest lease of all (ms), at whose pace all workers renew; time in which no lease can end (ms)}.
+-- Another dataset_id means that the server has lost its data; another run id in it, that it may have been restored to
+-- earlier data (a snapshot, a replica that was behind). Entries that this worker holds may be missing then: those that
+-- no other worker has are recorded in its held-locks record, and it can settle them; its locks are taken again if they
+-- are free.
 -- #flags allow-oom
--- #include _time _alive _pending _lines _locks _queue _cancel _redelivery
-local EPOCH_MS = 86400000 -- longer than any worker is silent and comes back
+-- #include _time _alive _pending _lines _kinds _locks _queue _cancel _redelivery
+local EPOCH_MS = 86400000 -- longer than a live worker is silent
 local consumer, now, held, run = ARGV[1], now_us(), '$HELD_PREFIX' .. ARGV[1], ARGV[7] or ''
 -- A dataset id is `{worker} {microseconds}@{run id}`.
 local function life_and_run(id)
@@ -21,21 +21,21 @@ local known_life, known_run = life_and_run(ARGV[5])
 local restarted = run ~= '' and known_run ~= '' and run ~= known_run
 local known = not restarted and ARGV[5] ~= '' and ARGV[6] ~= '' and ARGV[6] .. ' ' .. ARGV[5] or nil
 local dataset_id = ARGV[5]
--- Off the list, or below zero: others may have taken over what it had.
+-- Missing on the list, or below zero: other workers may have reclaimed its messages.
 local declared_dead = restarted and ARGV[8] == '1' and tonumber(redis.call('ZSCORE', '$ALIVE', consumer) or 0) <= 0
 if not heartbeat(consumer, tonumber(ARGV[2]), now, known) then
-  dataset_id = redis.pcall('GETEX', '$EPOCH', 'PX', EPOCH_MS)
+  dataset_id = redis.pcall('GETEX', '$DATASET_ID', 'PX', EPOCH_MS)
   local is_named = type(dataset_id) == 'string'
   local life, of_run = life_and_run(is_named and dataset_id or consumer .. ' ' .. int(now))
   if not is_named or run ~= '' and run ~= of_run then
     dataset_id = life .. '@' .. run
-    redis.call('SET', '$EPOCH', dataset_id, 'PX', EPOCH_MS)
+    redis.call('SET', '$DATASET_ID', dataset_id, 'PX', EPOCH_MS)
   end
   local changed = int(now / 1000) .. ' ' .. int(shortest_lease()) .. ' ' .. dataset_id
   redis.call('SET', '$RENEWED', changed, 'PX', RENEWED_MS)
 end
 local data_lost = ARGV[5] ~= '' and (known_life ~= life_and_run(dataset_id) or restarted and not declared_dead)
--- Nobody can have settled it in that life, but it may have been handed out anew.
+-- With new data, no worker can have settled the entry, but it may have been delivered again.
 local function is_in_other_hands(stream, entry)
   local pending = redis.pcall('XPENDING', stream, '$GROUP', entry, entry, 1)
   return not pending.err and pending[1] ~= nil
@@ -45,8 +45,8 @@ local marks = entries[1] and any_cancelled()
 for position, e in ipairs(entries) do
   if is_pending(e.stream, consumer, e.entry, e.deliveries) then
     redis.call('XCLAIM', e.stream, '$GROUP', consumer, 0, e.entry, 'JUSTID')
-    local there = marks and redis.call('XRANGE', e.stream, e.entry, e.entry)[1]
-    if there and is_cancelled(data_of(there[2])) then cancelled[#cancelled + 1] = position end
+    local found = marks and redis.call('XRANGE', e.stream, e.entry, e.entry)[1]
+    if found and is_cancelled(data_of(found[2])) then cancelled[#cancelled + 1] = position end
   elseif data_lost and not is_in_other_hands(e.stream, e.entry) then
     redis.call('HSET', held, orphan(e.stream, e.entry), '')
   elseif not owns(e.stream, consumer, e.entry, e.deliveries) then
@@ -56,14 +56,14 @@ for position, e in ipairs(entries) do
 end
 for position, lock in ipairs(cmsgpack.unpack(ARGV[4])) do
   local kind = kinds[lock.kind]
-  local looked, ours = pcall(kind.keep, lock, now)
-  ours = looked and ours -- a key of another type is no lock of ours
-  if not ours and data_lost then
+  local done, is_held = pcall(kind.keep, lock, now)
+  is_held = done and is_held -- an error for a key of the wrong type
+  if not is_held and data_lost then
     redis.call('HSET', held, held_line(lock))
-    looked, ours = pcall(kind.take, lock, now)
-    ours = looked and ours
+    done, is_held = pcall(kind.take, lock, now)
+    is_held = done and is_held
   end
-  if not ours then lost_locks[#lost_locks + 1] = position end
+  if not is_held then lost_locks[#lost_locks + 1] = position end
 end
 local first_end = tonumber(redis.call('ZRANGE', '$ALIVE', 0, 0, 'WITHSCORES')[2])
 local quiet_ms = math.max(0, math.min(first_end - now / 1000, shortest_lease()))

@@ -1,51 +1,51 @@
--- What a worker tells those who look: that it lives, what it runs, and what ended since it last said so.
--- KEYS: none. ARGV: worker, number of the report, its line or '' (as before), what it runs or '' (as before),
---   what is added (msgpack) or '', 1 when it signs off, the nine queues (msgpack), and how old (ms) the first of the sums
---   in $SUMS is to be for all of them to be added up ('': any age is too young). Added may be
+-- Publishes the report of a worker: its state, its running tasks, and the statistics since the last report.
+-- KEYS: none. ARGV: worker, number of the report, state or '' (unchanged), running tasks or '' (unchanged),
+--   statistics (msgpack) or '', 1 when the worker stops, the nine queues (msgpack), and the age (ms) of the first
+--   counters in $SUMS from which all of them are added up ('': do not add them up). Statistics may have
 --   stats    = {name of a task = {counter = number}}   into the buckets of this minute and this hour
 --   ended    = {stream = number of executions}         for the rate at which a queue is worked off
 --   failures = list of msgpack strings                 into the stream of failures
 --   locks    = list of lines, `{kind} {limit} {window in µs} {key}`, of limiters and of locks that refused.
--- Sums are msgpack: worker, their number, and what is added of them, of `stats` and `ended`; numbers are in ms by the
--- server's clock.
--- Returns {now (ms), 1 if what it said before is still known, 1 if there are more sums than one call adds up}. A report
--- that comes again adds nothing, and neither do sums.
+-- $SUMS has msgpack lists: worker, number, and statistics with `stats` and `ended`; numbers are times of the server's
+-- clock (ms).
+-- Returns {now (ms), 1 if the last report of the worker is stored, 1 if there are more counters than one call adds up}.
+-- A repeated report, or repeated counters, add nothing.
 -- #flags allow-oom
 -- #include _time
-local SAID_MS, RENEW_MINUTES, MINUTES_MS, HOURS_MS, FLOW_MINUTES = 3600000, 10, 4200000, 90000000, 3
+local REPORT_MS, RENEW_MINUTES, MINUTES_MS, HOURS_MS, THROUGHPUT_MINUTES = 3600000, 10, 4200000, 90000000, 3
 local FAILURES, FAILURES_MS, LOCKS, LOCKS_MS, SUMS_AT_ONCE = 500, 604800000, 1000, 86400000, 200
 local worker, now_ms = ARGV[1], math.floor(now_us() / 1000)
-local said = '$REPORT_PREFIX' .. worker
+local report = '$REPORT_PREFIX' .. worker
 local minute, hour = int(math.floor(now_ms / 60000)), int(math.floor(now_ms / 3600000))
-local before = redis.call('HMGET', said, 'number', 'minute')
+local before = redis.call('HMGET', report, 'number', 'minute')
 local known, repeated, new_minute = before[1] and 1 or 0, before[1] == ARGV[2], before[2] ~= minute
 local renewed = (tonumber(before[2]) or 0) + RENEW_MINUTES <= tonumber(minute)
 
 if ARGV[6] == '1' then
-  redis.call('DEL', said)
+  redis.call('DEL', report)
   redis.call('ZREM', '$REPORTING', worker)
 else
   local fields = {}
   if ARGV[3] ~= '' then fields[#fields + 1] = 'line'; fields[#fields + 1] = ARGV[3] end
   if ARGV[4] ~= '' then fields[#fields + 1] = 'running'; fields[#fields + 1] = ARGV[4] end
   local news = fields[1] or ARGV[5] ~= ''
-  if news or renewed then redis.call('HSET', said, 'number', ARGV[2], 'minute', minute, unpack(fields)) end
+  if news or renewed then redis.call('HSET', report, 'number', ARGV[2], 'minute', minute, unpack(fields)) end
   redis.call('ZADD', '$REPORTING', int(now_ms), worker)
   if news and new_minute or renewed then -- before it expires, but not with each report of an idle worker
-    redis.call('PEXPIRE', said, SAID_MS)
-    trim('$REPORTING', int(now_ms - SAID_MS))
-    redis.call('PEXPIRE', '$REPORTING', SAID_MS)
+    redis.call('PEXPIRE', report, REPORT_MS)
+    trim('$REPORTING', int(now_ms - REPORT_MS))
+    redis.call('PEXPIRE', '$REPORTING', REPORT_MS)
   end
 end
 
--- How much has ever come into each queue: the first report of a minute notes it, and differences are rates. Where
--- nothing ends, every third minute is enough for those who look.
-local flow = '$FLOW_PREFIX' .. minute
-local due = known == 0 or ARGV[5] ~= '' or tonumber(minute) % FLOW_MINUTES == 0
+-- Stores the number of tasks ever added to each queue, with the first report of a minute; differences are rates. If no
+-- task ends, every third minute is enough.
+local flow = '$THROUGHPUT_PREFIX' .. minute
+local due = known == 0 or ARGV[5] ~= '' or tonumber(minute) % THROUGHPUT_MINUTES == 0
 if new_minute and due and redis.call('HEXISTS', flow, 'at') == 0 then
   local noted, streams, resumed_streams = {'at', int(now_ms)}, cmsgpack.unpack(ARGV[7]), {}
-  for position, stream in ipairs(streams) do resumed_streams[position] = stream .. '$HANDOVER' end
-  -- In most installations the queues of some sizes were never used: a worker makes all of its size.
+  for position, stream in ipairs(streams) do resumed_streams[position] = stream .. '$RESUMED_SUFFIX' end
+  -- Often the queues of some sizes were never used: a worker creates all those of its size.
   local SIZES, used, resumed_pending = 3, {}, {}
   for size = 1, SIZES do
     local queues, resumed = {}, {}
@@ -90,7 +90,7 @@ local function add_up(bucket, lives_ms)
   end
 end
 
--- What workers have told since this was done last.
+-- Adds up the counters in $SUMS.
 local more = 0
 local function take_sums()
   local workers, numbers, all = {}, {}, {}
@@ -107,25 +107,25 @@ local function take_sums()
   end
   local last = {}
   for _, sums in ipairs(all) do
-    local who, number = tostring(sums[1]), tonumber(sums[2])
-    if number > numbers[who] then
+    local sender, number = tostring(sums[1]), tonumber(sums[2])
+    if number > numbers[sender] then
       add(sums[3])
-      numbers[who], last[who] = number, number
+      numbers[sender], last[sender] = number, number
     end
   end
   local noted = {}
-  for who, number in pairs(last) do noted[#noted + 1], noted[#noted + 2] = int(number), who end
+  for sender, number in pairs(last) do noted[#noted + 1], noted[#noted + 2] = int(number), sender end
   if noted[1] then redis.call('ZADD', '$SUMS_ADDED', unpack(noted)) end
-  trim('$SUMS_ADDED', int(now_ms - SAID_MS))
-  redis.call('PEXPIRE', '$SUMS_ADDED', SAID_MS)
+  trim('$SUMS_ADDED', int(now_ms - REPORT_MS))
+  redis.call('PEXPIRE', '$SUMS_ADDED', REPORT_MS)
 end
 
 if ARGV[8] ~= '' then
   local first = redis.pcall('LINDEX', '$SUMS', 0)
   local readable, sums = pcall(cmsgpack.unpack, first)
-  local told_ms = readable and type(sums) == 'table' and tonumber(sums[2]) or 0
-  -- Sums of another type go: nothing is lost but counts.
-  if first and told_ms + tonumber(ARGV[8]) <= now_ms and not pcall(take_sums) then redis.call('UNLINK', '$SUMS') end
+  local sent_ms = readable and type(sums) == 'table' and tonumber(sums[2]) or 0
+  -- An unreadable list is deleted: only counters are lost.
+  if first and sent_ms + tonumber(ARGV[8]) <= now_ms and not pcall(take_sums) then redis.call('UNLINK', '$SUMS') end
 end
 local added = ARGV[5] ~= '' and not repeated and cmsgpack.unpack(ARGV[5]) or {}
 add(added)

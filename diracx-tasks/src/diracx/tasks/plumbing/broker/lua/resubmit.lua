@@ -1,6 +1,6 @@
--- Submit dead letters again, each of them once however often this is asked: submitting and noting that it was
--- done are one step. Nobody needs to know whether an earlier call, of this process or another, got here.
--- KEYS: none. ARGV: how long to remember (ms), dead letters (msgpack list of {ticket, stream, data}).
+-- Submits dead letters again, each ticket once: submission and record are one step, so that the call is safe to repeat,
+-- also by another process.
+-- KEYS: none. ARGV: time to live of the records (ms), dead letters (msgpack list of {ticket, stream, data}).
 -- Returns a list of 1 (submitted now) or 0 (it had been before).
 -- #include _time _lines _queue
 local replies = {}

@@ -1,5 +1,5 @@
--- Submit a schedule's task at once, unless its last occurrence still waits. Its next run stays as it is; nobody
--- needs to lead.
+-- Submits a schedule's task at once, unless its last occurrence still waits. Its next run does not change; no scheduler
+-- has to lead.
 -- KEYS: none. ARGV: schedule, stream, task id, message.
 -- Returns '', or the id of the task that still waits.
 -- #include _time _lines _queue _schedules

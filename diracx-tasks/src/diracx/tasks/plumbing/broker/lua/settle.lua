@@ -1,27 +1,28 @@
--- The end of executions. For each: remove the entry, give the locks back (waking who waits), and do the
--- one thing that follows. A delivery that is no longer ours changes nothing but the locks we still hold.
--- KEYS: none. ARGV: consumer, dataset id as the worker knows it (or ''), the deliveries (msgpack list of stream, entry,
--- deliveries of one after another), what follows on them (msgpack map position -> what, for most nothing, with any of
---   locks   = those it holds
+-- Settles deliveries. For each: removes the entry, releases the locks (and grants them to waiting tasks), and applies
+-- the effects. For a delivery that another worker has taken over, only the locks that are still held are released.
+-- KEYS: none. ARGV: consumer, dataset id at the worker's last renewal (or ''), the deliveries (flat msgpack list of
+-- stream, entry, deliveries), their effects (msgpack map position -> effects, for most tasks none, with any of
+--   locks   = the locks that it holds
 --   result  = {key, value, ttl_ms}
---   retry   = {task, delay_ms, stream, data, occurrence}    put aside for so long, by the server's clock
---   requeue = {stream, data, since}             handed back, to start elsewhere at once
---   aside   = true                              left for a worker that holds nothing else, as the dead leave theirs
---   group   = {id, child, error, result}        one child less to wait for; without a child, a sign of life
---   release_results = group id                  its callback has ended and needs the results no more
---   granted = lock                              it had the turn for it: the next has it, unless it took the lock
---   outcome = {id, text}                        how an occurrence of a schedule ended
---   dead    = {reason, data}                    kept until a worker imports it into a database).
--- Returns a list of position, why of each that was not settled: 0 (refused: it was taken over by another worker) or
--- -1 (nothing done: the server has lost its data; the worker must renew what it holds and come again); or, as text,
--- what of that which follows was refused: the rest was done. What has to be kept and cannot be (retry, requeue, dead)
--- leaves the entry where it is, which is then not settled: the text begins with `kept`.
+--   retry   = {task, delay_ms, stream, data, occurrence}    delay it by `delay_ms` of the server's clock
+--   requeue = {stream, data, since}             requeue it, to start elsewhere at once
+--   isolate = true                              leave it for a worker that holds nothing else, as if its worker had
+--   died
+--   group   = {id, child, error, result}        the end of a child; without a child, extend the group's time to live
+--   release_results = group id                  delete the results of the group, whose callback has ended
+--   granted = lock                              it had the turn for this lock: grant the next, unless it took the lock
+--   outcome = {id, text}                        outcome of an occurrence of a schedule
+--   dead    = {reason, data}                    keep the dead letter until a worker imports it into the database).
+-- Returns a flat list of position, reason for deliveries that were not settled: 0 (another worker has taken it over) or
+-- -1 (the server has lost its data, nothing was done: the worker must renew and settle again); or a text, the effects
+-- that the server refused, while the others were applied. If an effect that must not be lost is refused (retry,
+-- requeue, dead), the entry stays and is not settled: the text begins with `kept`.
 -- #flags allow-oom
 -- #include _pending
 local consumer, unsettled = ARGV[1], {}
-local dataset_id, marks = unpack(redis.call('MGET', '$EPOCH', '$ANY_CANCELLED'))
+local dataset_id, marks = unpack(redis.call('MGET', '$DATASET_ID', '$ANY_CANCELLED'))
 local data_lost = ARGV[2] ~= '' and dataset_id ~= ARGV[2]
-local places, follows, held = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
+local places, effects_of, held = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), '$HELD_PREFIX' .. consumer
 if marks and redis.call('TYPE', '$CANCELLED').ok ~= 'zset' then
   redis.call('DEL', '$ANY_CANCELLED')
   marks = nil
@@ -29,30 +30,30 @@ end
 local pending = all_pending_of(consumer, places, 3)
 local ended, lines = {}, {}
 
--- What only some settlements need. Functions are made anew in each run of a script, and the server's Lua has to
--- collect them: that is most of what a plain settlement would cost.
-local function following()
-  -- #include _time _parts _lines _locks _queue _looks _wake _published_groups _groups _cancel _schedules _redelivery
-  -- One step that fails, as for a key of another type, must not keep the others from being done.
+-- Functions that only some settlements need. A script defines its functions again in each run, and their garbage
+-- collection would be most of the cost of a plain settlement.
+local function effect_functions()
+  -- #include _time _parts _lines _kinds _locks _queue _polls _wake _published_groups _groups _cancel _schedules _redelivery
+  -- A step that fails, for a key of the wrong type, say, does not prevent the others.
   local function try(refused, step, ...)
-    local done, why = pcall(step, ...)
-    if not done then refused[#refused + 1] = type(why) == 'table' and why.err or tostring(why) end
+    local done, message = pcall(step, ...)
+    if not done then refused[#refused + 1] = type(message) == 'table' and message.err or tostring(message) end
     return done
   end
-  local function keep(stream, entry, deliveries, s, there)
+  local function keep(stream, entry, deliveries, s, found)
     if s.retry then
       local due = now_us() / 1000 + s.retry.delay_ms
       delay(s.retry.task, due, s.retry.stream, 'retry', with_occurrence('0', s.retry.occurrence), s.retry.data)
     end
     if s.requeue then
       local again = s.requeue
-      put_back(stream, entry, deliveries, there and there[2] or {}, again.stream, again.data, again.since)
+      put_back(stream, entry, deliveries, found and found[2] or {}, again.stream, again.data, again.since)
     end
-    if s.aside then -- to a name that has signed off; nobody has died of it
+    if s.isolate then -- to the name of a stopped worker; it counts as no redelivery
       redis.call('XCLAIM', stream, '$GROUP', consumer .. ':aside', 0, entry, 'JUSTID')
       note_survivor(stream, entry, deliveries, true)
       redis.call('ZADD', '$ALIVE', 0, consumer .. ':aside')
-      redis.pcall('PUBLISH', '$LEASES', '0') -- so that all look for what the dead have left
+      redis.pcall('PUBLISH', '$LEASES', '0') -- so that all workers reclaim now
     end
     if s.dead then redis.call('XADD', '$DEAD_LETTERS', '*', 'reason', s.dead.reason, 'data', s.dead.data) end
   end
@@ -60,17 +61,17 @@ local function following()
     redis.call('SET', result.key, result.value, 'PX', result.ttl_ms)
     redis.call('PUBLISH', result.key, '')
   end
-  local function follow(stream, entry, deliveries, s)
+  local function apply_effects(stream, entry, deliveries, s)
     local refused = {}
     for _, lock in ipairs(s.locks or {}) do
       if lock.key == s.granted then s.granted = nil end
     end
-    local looked = s.granted or s.requeue or (marks and not s.retry)
-    local there = looked and redis.call('XRANGE', stream, entry, entry)[1]
-    local task = there and not s.requeue and task_of(data_of(there[2]))
-    if not try(refused, keep, stream, entry, deliveries, s, there) then return 'kept: ' .. refused[1] end
-    if s.aside then return end
-    remove(stream, entry) -- before the rest: should that go wrong, it must not be done twice
+    local wanted = s.granted or s.requeue or (marks and not s.retry)
+    local found = wanted and redis.call('XRANGE', stream, entry, entry)[1]
+    local task = found and not s.requeue and task_of(data_of(found[2]))
+    if not try(refused, keep, stream, entry, deliveries, s, found) then return 'kept: ' .. refused[1] end
+    if s.isolate then return end
+    remove(stream, entry) -- before the rest, which must not be applied twice after an error
     if task and marks and not s.retry then try(refused, redis.call, 'ZREM', '$CANCELLED', task) end
     if s.group then try(refused, child_done, s.group) end
     if s.release_results then try(refused, forget_results, s.release_results) end
@@ -83,7 +84,7 @@ local function following()
     release_all(locks)
     for _, lock in ipairs(locks) do lines[#lines + 1] = held_line(lock) end
   end
-  return follow, unlock, in_parts
+  return apply_effects, unlock, in_parts
 end
 
 local function survived(stream, entry, deliveries)
@@ -91,18 +92,18 @@ local function survived(stream, entry, deliveries)
   note_survivor(stream, entry, deliveries)
 end
 
-local follow, unlock, in_parts
+local apply_effects, unlock, in_parts
 for at = 1, #places, 3 do
   local stream, entry, position = places[at], places[at + 1], (at + 2) / 3
-  local s = follows[position]
-  -- After a loss nothing is settled, what came since included: a renewal on its way would note it as ours once more.
-  local ours = not data_lost and (pending[stream][entry] == places[at + 2]
+  local s = effects_of[position]
+  -- After a loss of data nothing is settled, not even later deliveries: a concurrent renewal would record them again.
+  local is_held = not data_lost and (pending[stream][entry] == places[at + 2]
     or redis.call('HDEL', held, orphan(stream, entry)) == 1)
-  if (s or marks) and not follow then follow, unlock, in_parts = following() end
-  if ours then
-    pending[stream][entry] = nil -- who says it twice is refused the second time
-    if follow and (s or marks) then
-      local refused = follow(stream, entry, places[at + 2], s or {})
+  if (s or marks) and not apply_effects then apply_effects, unlock, in_parts = effect_functions() end
+  if is_held then
+    pending[stream][entry] = nil -- a second settlement in the same call is refused
+    if apply_effects and (s or marks) then
+      local refused = apply_effects(stream, entry, places[at + 2], s or {})
       if refused then
         unsettled[#unsettled + 1] = position
         unsettled[#unsettled + 1] = refused

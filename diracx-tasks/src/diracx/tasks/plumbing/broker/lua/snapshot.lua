@@ -1,26 +1,27 @@
--- Everything that can be counted, at one moment. Nothing here depends on how much is queued.
+-- Reads the numbers of the whole system, in one atomic step. Its time does not depend on the lengths of the queues.
 -- KEYS: none. ARGV: the streams of the nine queues (msgpack list).
 -- Returns a msgpack map:
 --   now      (ms)
---   queues   = for each stream {length, in the hands of workers, since when the first of the others waits (µs, or
---              0), entries ever added}, resumed tasks included but for the last
---   flow     = {since (ms), {stream ` added` = …, stream ` ended` = …}}: what was noted up to five minutes ago,
---              and what has ended since; absent when nobody reports
+--   queues   = for each stream {length, number reserved for workers, time since which the first of the others waits
+--   (µs,
+--              or 0), entries ever added}, all but the last with the resumed queue
+--   flow     = {since (ms), {stream ` added` = …, stream ` ended` = …}}: numbers of added tasks up to five minutes ago,
+--              and of ended ones since then; absent without reports
 --   delayed  = {reason, number, …};  overdue = delayed tasks that are more than 10 s late
---   schedules, late (of the first 1,000 that are due and not paused), leads (1: a scheduler does), groups, dead;
---   schedule_lateness, delayed_lateness: how late the latest one is (ms);
---   groups_stuck: groups that have shown no sign of life for a day, or failed;  dead_since: when the first of the
---   dead letters came (ms), absent without one.
+--   schedules, late (of the first 1,000 that are due and not paused), leads (1: a scheduler leads), groups, dead;
+--   schedule_lateness, delayed_lateness: the greatest lateness (ms);
+--   groups_stuck: groups without an ended child or retry for a day, or failed;  dead_since: time of the first
+--   dead letter (ms), absent without one.
 -- #flags no-writes
 -- #include _time
 local MINUTES, LATE_MS, SCHEDULES = 5, 10000, 1000
 local now_ms = math.floor(now_us() / 1000)
 local found = {now = now_ms, queues = {}}
 
--- The entry that the next fetch gets: when did it begin to wait?
+-- Time since which the entry waits that the next fetch will get (µs).
 local function first_waiting(stream, after)
   local entries = redis.pcall('XRANGE', stream, after == '0-0' and '-' or '(' .. after, '+', 'COUNT', 1)
-  local entry = not entries.err and entries[1] -- nothing comes after the last of all ids
+  local entry = not entries.err and entries[1] -- an error after the greatest possible id
   if not entry then return nil end
   for field = 1, #entry[2], 2 do
     if entry[2][field] == 'since' then return tonumber(string.match(entry[2][field + 1], '^%d+$')) end
@@ -30,7 +31,7 @@ end
 
 for position, name in ipairs(cmsgpack.unpack(ARGV[1])) do
   local length, taken, oldest, added = 0, 0, nil, 0
-  for _, stream in ipairs({name, name .. '$HANDOVER'}) do
+  for _, stream in ipairs({name, name .. '$RESUMED_SUFFIX'}) do
     local here = redis.call('XLEN', stream)
     if redis.call('EXISTS', stream) == 1 then
       local last, pending = '0-0', 0
@@ -58,7 +59,7 @@ end
 
 local minute = math.floor(now_ms / 60000)
 for before = MINUTES, 1, -1 do
-  local noted = redis.call('HGETALL', '$FLOW_PREFIX' .. int(minute - before))
+  local noted = redis.call('HGETALL', '$THROUGHPUT_PREFIX' .. int(minute - before))
   local values = {}
   for field = 1, #noted, 2 do values[noted[field]] = tonumber(noted[field + 1]) end
   if found.flow then
@@ -70,7 +71,7 @@ for before = MINUTES, 1, -1 do
   end
 end
 if found.flow then
-  local noted = redis.call('HGETALL', '$FLOW_PREFIX' .. int(minute))
+  local noted = redis.call('HGETALL', '$THROUGHPUT_PREFIX' .. int(minute))
   for field = 1, #noted, 2 do
     if string.sub(noted[field], -6) == ' ended' then
       found.flow[2][noted[field]] = (found.flow[2][noted[field]] or 0) + tonumber(noted[field + 1])
@@ -93,7 +94,8 @@ local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
 if first then found.delayed_lateness = math.max(0, math.floor(now_ms - tonumber(first))) end
 found.leads = redis.call('EXISTS', '$LEADER')
 found.groups = redis.call('ZCARD', '$GROUPS')
--- A sign of life keeps a group for 7 days, and one that is being submitted for 10 minutes: see _groups.lua.
+-- An ended child or a retry extends a group's time to live to 7 days; during its submission it has 10 minutes: see
+-- _groups.lua and group.lua.
 found.groups_stuck = redis.call('ZCOUNT', '$GROUPS', int(now_ms + 600000), int(now_ms + 518400000))
 found.dead = redis.call('XLEN', '$DEAD_LETTERS')
 local dead_letter = redis.call('XRANGE', '$DEAD_LETTERS', '-', '+', 'COUNT', 1)[1]

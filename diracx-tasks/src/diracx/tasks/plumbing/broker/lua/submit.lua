@@ -1,5 +1,5 @@
--- Put messages into a stream, all of them or none.
--- KEYS: none: the right to read the stream is asked of a caller that declares it, and a submitter needs it not.
--- ARGV: the stream, the messages. Returns how many.
+-- Adds messages to a stream, all of them or none.
+-- KEYS: none, for a declared key requires the right to read it, which a submitter need not have.
+-- ARGV: the stream, the messages. Returns their number.
 for position = 2, #ARGV do redis.call('XADD', ARGV[1], '*', 'data', ARGV[position]) end
 return #ARGV - 1

@@ -1,10 +1,10 @@
-"""The pages, each module with those about one thing: what they show, and what can be done there."""
+"""Pages and actions of the dashboard, one module per subject."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-#: In the order of the navigation.
+#: Modules in the order of the navigation.
 _NAMES = (
     *("overview", "queues", "running", "delayed", "workers", "tasks", "failures", "dead_letters"),
     *("schedules", "locks", "groups", "configuration", "audit"),

@@ -1,4 +1,4 @@
-"""The audit log: who did what, and when."""
+"""Page of the audit log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     query, viewer = request.query_params, viewer_of(request)
     vo = viewer.chosen(query.get("vo") or None)
     page = await audit_page(context.redis, _PAGE, query.get("after") or None, vo=vo)
-    # Which logs there are: the administrators', and one of each VO.
+    # One log of administrators, and one per VO.
     vos = list((await context.settings()).vos) if viewer.sees(None) else [vo] if vo else []
     administrators = [Link("administrators", "/audit", vo is None)] if viewer.sees(None) and vos else []
-    did = (
-        f"What members of {vo} did by HTTP" if vo else "What administrators did by dashboard, HTTP or command line"
+    actions = (
+        f"Actions of members of {vo} by HTTP"
+        if vo
+        else "Actions of administrators by dashboard, HTTP or command line"
     )
     return TablePage(
         filters=administrators + [Link(name, f"/audit?vo={quote(name, safe='')}", name == vo) for name in vos],
@@ -29,10 +31,10 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         table=Table(
             view=AUDIT,
             rows=page.items,
-            caption=f"{did}, newest first.",
+            caption=f"{actions}, newest first.",
             after=page.after,
         ),
     ).values()
 
 
-PAGES = [Page("/audit", "audit", "Audit log", _load, section="Record")]
+PAGES = [Page("/audit", "audit", "Audit log", _load, section="History", per_vo=True)]

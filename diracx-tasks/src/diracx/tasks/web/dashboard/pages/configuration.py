@@ -1,4 +1,4 @@
-"""Configuration in force in each process, and the value of every setting."""
+"""Page of the active configuration of each process, and of all settings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from ....operations.settings import limit_records, task_records
 from ....plumbing.config.active import ActiveConfig, active_configs
 from ..page import AppContext, Page, Request
 
-#: Of more tasks than these a page has the settings one by one.
+#: Maximum number of tasks whose settings are on one page.
 _UNFOLDED = 20
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     entries = await active_configs(context.redis)
     settings = await context.settings()
-    wanted = request.query_params.get("task", "")
+    chosen = request.query_params.get("task", "")
     tasks = [
         record
         for name in sorted(context.registry)
-        if not wanted or name == wanted
+        if not chosen or name == chosen
         for record in task_records(settings.tasks, name, context.registry[name], None)
     ]
     return {
@@ -31,13 +31,13 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         "tasks": [record | {"rows": list(_rows(record))} for record in tasks],
         "limits": limit_records(settings.tasks, None),
         "names": sorted(context.registry),
-        "wanted": wanted,
+        "chosen": chosen,
         "unfolded": len(tasks) <= _UNFOLDED,
     }
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Instance, setting and its record."""
+    """Return instance, name and record of each setting."""
     rows = [("", name, setting) for name, setting in record["settings"].items()]
     for key, settings in record["instances"].items():
         rows += [(key, name, setting) for name, setting in settings.items()]
@@ -45,7 +45,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _lines(entries: list[ActiveConfig]) -> list[tuple[str, str, int]]:
-    """Each problem and warning once: kind, text, number of processes that have it."""
+    """Return kind, text and number of processes of each problem and warning, without duplicates."""
     found: dict[tuple[str, str], int] = {}
     for entry in entries:
         for kind, lines in (("bad", entry.problems), ("warn", entry.warnings)):
@@ -60,8 +60,7 @@ PAGES = [
         "configuration",
         "Configuration",
         _load,
-        section="Steering",
+        section="Control",
         live=False,
-        all_vos=True,
     )
 ]

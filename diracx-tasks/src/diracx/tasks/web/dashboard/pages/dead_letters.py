@@ -1,4 +1,4 @@
-"""Dead letters: look at them, submit them again, discard them; some, or all that a filter lets through."""
+"""Pages of dead letters, with actions to submit them again or discard them, by number or by filter."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from diracx.db.exceptions import DBUnavailableError
 from sqlalchemy.exc import SQLAlchemyError
 
 from ....operations import waiting_dead_letters
-from ....operations.dead_letters import Decided, dead_letter_arguments, find_dead_letter
+from ....operations.dead_letters import STATUSES, Decided, dead_letter_arguments, find_dead_letter
 from ....operations.health.runner import database_error
 from ....operations.views import WAITING_DEAD_LETTERS
-from ....plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ....plumbing.persistence import DeadLetterReason
 from ..page import (
     Action,
     AppContext,
@@ -34,17 +34,12 @@ if TYPE_CHECKING:
     from ....plumbing.persistence.db import DeadLetterFilter
 
 _PAGE = 50
-#: A database that is cut off says nothing at all.
+#: Timeout of the database.
 _ANSWER_SECONDS = 5.0
-#: What one click may decide about: a browser waits for the answer.
+#: Maximum number of dead letters of one action, for which a browser waits.
 _MOST = 10_000
-#: Those in Redis that are listed.
+#: Maximum number of listed dead letters in Redis.
 _WAITING_SHOWN = 30
-_STATUSES: dict[str, Any] = {
-    "open": OPEN,
-    **{str(status).lower(): status for status in DeadLetterStatus},
-    "any": None,
-}
 _AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 
 
@@ -58,7 +53,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "chosen": chosen,
         "status": status,
         "reasons": [str(reason) for reason in DeadLetterReason],
-        "statuses": list(_STATUSES),
+        "statuses": list(STATUSES),
         "ages": list(_AGES),
         "configured": context.task_db is not None,
         "most": _MOST,
@@ -67,12 +62,12 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "waiting": (await context.snapshot()).dead_letters_waiting,
     }
     if shown["waiting"]:
-        look = partial(waiting_dead_letters, context.redis, registry=context.registry)
-        rows = (await viewer.page(look, _WAITING_SHOWN, None)).items
+        read = partial(waiting_dead_letters, context.redis, registry=context.registry)
+        rows = (await viewer.page(read, _WAITING_SHOWN, None)).items
         caption = "Waiting in Redis."
         if shown["waiting"] > len(rows):
             number = f"{len(rows)} of {shown['waiting']:,}"
-            caption = f"Waiting in Redis: {number}; `diracx-task-run dlq waiting` has them all."
+            caption = f"Waiting in Redis: {number}; `diracx-task-run dlq waiting` lists all."
         shown["waiting_table"] = Table(view=WAITING_DEAD_LETTERS, rows=rows, caption=caption)
     if context.task_db is None:
         return shown
@@ -103,32 +98,32 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 def _where(chosen: dict[str, str], status: str) -> DeadLetterFilter:
-    if status not in _STATUSES:
-        raise NotPossibleError(f"{status[:40]!r} is no status of a dead letter")
+    if status not in STATUSES:
+        raise NotPossibleError(f"{status[:40]!r} is not a status of a dead letter")
     if chosen["reason"] and chosen["reason"] not in [str(reason) for reason in DeadLetterReason]:
-        raise NotPossibleError(f"{chosen['reason'][:40]!r} is no reason for a dead letter")
+        raise NotPossibleError(f"{chosen['reason'][:40]!r} is not a reason of a dead letter")
     if chosen["since"] and chosen["since"] not in _AGES:
         raise NotPossibleError(f"{chosen['since'][:40]!r} is none of {', '.join(_AGES)}")
     return {
         "task_name": chosen["task"] or None,
         "reason": chosen["reason"] or None,
-        "status": _STATUSES[status],
+        "status": STATUSES[status],
         "since": datetime.now(UTC) - _AGES[chosen["since"]] if chosen["since"] else None,
     }
 
 
 def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilter]:
-    """The dead letters that were ticked, or (None) the filter when all of it are meant."""
+    """Return the numbers of the selected dead letters, or None and the filter if all are selected."""
     if form.one("scope") == "all":
         return None, _where({name: form.one(name) for name in ("task", "reason", "since")}, status)
     numbers = form.numbers("dead_letter")
     if not numbers:
-        raise NotPossibleError("No dead letter was chosen.")
+        raise NotPossibleError("No dead letter is selected.")
     return numbers, {}
 
 
-async def _asked(form: Form, context: AppContext, status: str) -> tuple[int, list[str]]:
-    """Number of dead letters that a form is about, and a description of them."""
+async def _selected(form: Form, context: AppContext, status: str) -> tuple[int, list[str]]:
+    """Return the number of dead letters that a form selects, and a description of them."""
     if context.task_db is None:
         raise NotPossibleError("No database of dead letters is configured here.")
     numbers, where = _of_form(form, status)
@@ -136,45 +131,35 @@ async def _asked(form: Form, context: AppContext, status: str) -> tuple[int, lis
         return len(numbers), [f"number {number}" for number in numbers]
     total = sum((await context.task_db.count(**where)).values())
     if not total:
-        raise NotPossibleError("There are no such dead letters.")
-    said = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]
-    return min(total, _MOST), said or ["all that are open"]
+        raise NotPossibleError("No dead letter matches the filter.")
+    filters = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]
+    return min(total, _MOST), filters or ["all open dead letters"]
 
 
 async def _ask_retry(form: Form, context: AppContext) -> Question:
-    number, details = await _asked(form, context, "open")
-    return Question(
-        f"Submit {_letters(number)} again?",
-        "They go to their queues under their old task ids, with all their retries. Each is submitted once, "
-        "however often this is repeated.",
-        "Submit again",
-        details,
+    number, details = await _selected(form, context, "open")
+    consequence = (
+        "They are submitted with their task ids and with all their retries; each once, even if this is repeated."
     )
+    return Question(f"Submit {_dead_letters(number)} again?", consequence, "Submit again", details)
 
 
 async def _ask_discard(form: Form, context: AppContext) -> Question:
-    number, details = await _asked(form, context, "pending")
-    return Question(
-        f"Discard {_letters(number)}?",
-        "They will not run again. Their rows stay in the database, as discarded.",
-        "Discard",
-        details,
-        dangerous=True,
-    )
+    number, details = await _selected(form, context, "pending")
+    consequence = "They cannot be submitted again. Their rows stay in the database, marked as discarded."
+    return Question(f"Discard {_dead_letters(number)}?", consequence, "Discard", details, dangerous=True)
 
 
 async def _retry(form: Form, operator: Operator) -> str:
-    numbers, where = _of_form(form, "open")
-    return _summary_of(await operator.retry(numbers, where, _MOST), "submitted again")
+    return _summary_of(await operator.retry(*_of_form(form, "open"), _MOST), "submitted again")
 
 
 async def _discard(form: Form, operator: Operator) -> str:
-    numbers, where = _of_form(form, "pending")
-    return _summary_of(await operator.discard(numbers, where, _MOST), "discarded")
+    return _summary_of(await operator.discard(*_of_form(form, "pending"), _MOST), "discarded")
 
 
 def _summary_of(decided: Decided, verb: str) -> str:
-    parts = [f"{_letters(len(decided.done))} {verb}"]
+    parts = [f"{_dead_letters(len(decided.done))} {verb}"]
     if decided.already:
         parts.append(f"{len(decided.already)} had been already")
     if decided.refused:
@@ -186,15 +171,23 @@ def _summary_of(decided: Decided, verb: str) -> str:
     return text
 
 
-def _letters(number: int) -> str:
+def _dead_letters(number: int) -> str:
     return "1 dead letter" if number == 1 else f"{number} dead letters"
 
 
 PAGES = [
-    Page("/dead-letters", "dead_letters", "Dead letters", _list, section="Trouble", live=False),
-    Page("/dead-letters/{dead_letter}", "dead_letter", "Dead letter", _one, nav="/dead-letters", live=False),
+    Page("/dead-letters", "dead_letters", "Dead letters", _list, section="Problems", live=False, per_vo=True),
+    Page(
+        "/dead-letters/{dead_letter}",
+        "dead_letter",
+        "Dead letter",
+        _one,
+        nav="/dead-letters",
+        live=False,
+        per_vo=True,
+    ),
 ]
 ACTIONS = [
-    Action("/dead-letters/retry", _ask_retry, _retry),
-    Action("/dead-letters/discard", _ask_discard, _discard),
+    Action("/dead-letters/retry", _ask_retry, _retry, per_vo=True),
+    Action("/dead-letters/discard", _ask_discard, _discard, per_vo=True),
 ]

@@ -1,4 +1,4 @@
-"""Delayed tasks: until a time, for a retry, for a lock, for quota."""
+"""Page of delayed tasks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     reason = request.query_params.get("reason") or None
     if reason is not None and reason not in DELAY_REASONS:
         raise NotFoundError(f"Tasks are not delayed for {reason[:40]!r}.")
-    look = partial(operations.delayed, context.redis, reason, registry=context.registry)
-    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
+    read = partial(operations.delayed, context.redis, reason, registry=context.registry)
+    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     snapshot = await context.snapshot()
     links = [Link("All", "/delayed", reason is None, sum(snapshot.delayed.values()))]
     links += [
         Link(text, f"/delayed?reason={name}", reason == name, snapshot.delayed.get(name, 0))
         for name, text in _NAMES.items()
     ]
-    overdue = f"{number(snapshot.overdue)} of them are overdue: no worker or scheduler moves them to their queues."
+    overdue = f"{number(snapshot.overdue)} of them are overdue: no worker or scheduler promotes them."
     return TablePage(
         filters=links,
         filters_label="Reason",
@@ -36,7 +36,7 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         table=Table(
             view=DELAYED,
             rows=page.items,
-            caption="What is due first comes first; a lock that is released brings its waiters sooner.",
+            caption="By due time; tasks that wait for a lock may start earlier, when it is released.",
             after=page.after,
             actions=_actions,
         ),
@@ -48,4 +48,4 @@ def _actions(task: DelayedTask) -> list[Button]:
     return [Button("/tasks/cancel", "Cancel", fields, f"cancel-{task.task_id}")]
 
 
-PAGES = [Page("/delayed", "delayed", "Delayed", _load, section="Now")]
+PAGES = [Page("/delayed", "delayed", "Delayed", _load, section="Monitoring", per_vo=True)]

@@ -1,4 +1,4 @@
-"""Failed attempts, with their tracebacks."""
+"""Page of failed attempts, with their tracebacks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 from .... import operations
 from ..page import AppContext, Page, Request, viewer_of
 
-#: Each has a traceback.
 _PAGE = 20
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     task = request.query_params.get("task") or None
-    look = partial(operations.failures, context.redis, task_name=task)
-    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
+    read = partial(operations.failures, context.redis, task_name=task)
+    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     return {"page": page, "task": task}
 
 
-PAGES = [Page("/failures", "failures", "Failures", _load, section="Trouble")]
+PAGES = [Page("/failures", "failures", "Failures", _load, section="Problems", per_vo=True)]

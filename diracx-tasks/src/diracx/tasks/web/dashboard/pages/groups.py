@@ -1,4 +1,4 @@
-"""Callback groups that have not called back."""
+"""Pages of pending callback groups."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CHILDREN = 200
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
     groups = await operations.groups(context.redis, _GROUPS)
-    caption = "Groups that have not called back."
+    caption = "Pending groups."
     if snapshot.groups > len(groups):
-        caption = f"{len(groups)} of {number(snapshot.groups)}, those that expire first."
+        caption = f"{len(groups)} of {number(snapshot.groups)} pending groups, those that expire first."
     return TablePage(table=Table(view=GROUPS, rows=groups, caption=caption)).values()
 
 
@@ -28,7 +28,7 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     name = request.path_params["group"]
     group = await read_group(context.redis, name)
     if group is None:
-        raise NotFoundError(f"There is no group {name!r} (any more): it has called back, or there never was one.")
+        raise NotFoundError(f"No group {name!r}: its callback was submitted, it has expired, or it never existed.")
     return {
         "group": group,
         "parent": ("/groups", "Groups"),
@@ -39,6 +39,6 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 PAGES = [
-    Page("/groups", "groups", "Groups", _all, section="Steering", all_vos=True),
-    Page("/groups/{group}", "group", "Group", _one, nav="/groups", all_vos=True),
+    Page("/groups", "groups", "Groups", _all, section="Control"),
+    Page("/groups/{group}", "group", "Group", _one, nav="/groups"),
 ]

@@ -1,4 +1,4 @@
-"""Locks and limiters: who holds them, who waits, and taking one away."""
+"""Pages of locks and limiters, with an action to release them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     page = await operations.locks(context.redis, _PAGE, request.query_params.get("after"))
     caption = "Locks that tasks hold or wait for, and limiters that were used within the last day."
     table = Table(
-        view=LOCKS, rows=page.items, caption=caption, after=page.after, empty="No lock is held or waited for."
+        view=LOCKS, rows=page.items, caption=caption, after=page.after, empty="No lock has holders or waiters."
     )
     return TablePage(table=table).values()
 
@@ -34,22 +34,22 @@ async def _ask_release(form: Form, context: AppContext) -> Question:
     key = form.one("key")
     found = await operations.lock(context.redis, key)
     if found is None or not found.held:
-        raise NotPossibleError(f"Nobody holds {key[:200]!r} any more.")
-    if found.kind == "rate":
+        raise NotPossibleError(f"{key[:200]!r} is not held.")
+    if found.is_quota:
         return Question(
-            f"Give back the quota of {key}?",
-            f"{found.held} units were spent within the window. Tasks that wait for it come at their time.",
-            "Give it back",
+            f"Reset the quota of {key}?",
+            f"{found.held} units were used within the window. Waiting tasks start at their due time.",
+            "Reset quota",
         )
     chosen = form.many("owner")
     holders = [holder for holder in found.holders if not chosen or holder.owner in chosen]
     if not holders:
-        raise NotPossibleError("It was given back meanwhile.")
+        raise NotPossibleError("The lock was released meanwhile.")
     return Question(
-        f"Take {key} away from {'its holder' if found.held == 1 else 'this holder' if chosen else 'its holders'}?",
-        "Each task below is cancelled when its worker next renews the lock, and counts as failed. Until then it "
-        "runs side by side with the next holder.",
-        "Release it",
+        f"Release {key} of {'its holder' if found.held == 1 else 'this holder' if chosen else 'its holders'}?",
+        "Each task below is cancelled at the next renewal of the lock and counts as failed. Until then it may run "
+        "at the same time as the next holder.",
+        "Release lock",
         [f"{holder.task_name or 'unknown task'} {holder.task_id or holder.owner}" for holder in holders],
         dangerous=True,
         fields={"owner": [holder.owner for holder in holders]},
@@ -57,17 +57,16 @@ async def _ask_release(form: Form, context: AppContext) -> Question:
 
 
 async def _release(form: Form, operator: Operator) -> str:
-    # None named is none released: it may have other holders by now, which the question was not about.
+    # Only the confirmed owners: the lock may have other holders by now.
     released = await operator.release_lock(form.one("key"), form.many("owner"))
     if not released.released:
-        raise NotPossibleError("It was given back meanwhile: nothing was changed.")
-    return (
-        f"Released: {released.released}, from {', '.join(h.task_id or h.owner for h in released.hit) or 'nobody'}."
-    )
+        raise NotPossibleError("The lock was released meanwhile: nothing was changed.")
+    tasks = ", ".join(holder.task_id or holder.owner for holder in released.hit)
+    return f"Released: {released.released}, from {tasks or 'no task'}."
 
 
 PAGES = [
-    Page("/locks", "locks", "Locks", _all, section="Steering", all_vos=True),
-    Page("/locks/one", "lock", "Lock", _one, nav="/locks", all_vos=True),
+    Page("/locks", "locks", "Locks", _all, section="Control"),
+    Page("/locks/one", "lock", "Lock", _one, nav="/locks"),
 ]
-ACTIONS = [Action("/locks/release", _ask_release, _release)]
+ACTIONS = [Action("/locks/release", _ask_release, _release, per_vo=True)]

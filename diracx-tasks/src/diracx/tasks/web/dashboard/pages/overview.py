@@ -1,4 +1,4 @@
-"""The first page: whether all is well, and if not, what to look at."""
+"""Overview page: alerts, key figures, queues, last failures, charts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ...context import Load
 from ..page import AppContext, Page, Request, viewer_of
 
 _FAILURES = 6
-#: Number of a colour; the third in order would be red, which is for failures.
+#: Number of the colour for `both`; that of the third series is used for failures.
 _VIOLET = 5
 
 
 async def load(request: Request, context: AppContext) -> dict[str, Any]:
-    """Load the values of the page that can be had: the alerts say which cannot."""
+    """Load the values of the page, only the alerts if the server does not respond."""
     viewer, whole = viewer_of(request), await context.health()
     health = whole.for_viewer(viewer)
     shown: dict[str, Any] = {"health": health, "snapshot": None, "sizes": ("small", "medium", "large")}
@@ -39,12 +39,12 @@ async def load(request: Request, context: AppContext) -> dict[str, Any]:
         alerts = sorted([unreadable(error), *others], key=lambda alert: -alert.severity.rank)
         return shown | {"health": replace(health, alerts=alerts, severity=worst(alerts))}
     dead_letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
-    away = context.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
+    unavailable = context.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
     return shown | {
         "snapshot": snapshot,
         "failures": failures.items,
-        "dead_letters": None if away else sum(dead_letters),
-        "no_letters": "no database here" if context.task_db is None else "database away",
+        "dead_letters": None if unavailable else sum(dead_letters),
+        "no_dead_letters": "no database" if context.task_db is None else "database unavailable",
         "waiting": sum(queue.backlog for queue in snapshot.queues),
         "running": sum(queue.running for queue in snapshot.queues),
         "slots": sum(worker.slots or 0 for worker in snapshot.workers if worker.alive),
@@ -58,7 +58,7 @@ async def load(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 async def charts(request: Request, context: AppContext) -> dict[str, Any]:
-    """The past hour by the minute, and what of it was seen."""
+    """Load the charts of the past hour."""
     try:
         points = await context.history()
         await context.snapshot()
@@ -68,7 +68,7 @@ async def charts(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 def throughput(points: list[Point]) -> dict[str, Any]:
-    """Tasks per minute, for a chart. The present minute is not over: it would look like a breakdown."""
+    """Make the chart of tasks per minute, without the current minute, which is not complete."""
     points = points[:-1]
     return {
         "t": [int(point.at.timestamp()) for point in points],
@@ -80,16 +80,16 @@ def throughput(points: list[Point]) -> dict[str, Any]:
     }
 
 
-def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
-    """Tasks in the queues, for a chart of the past hour.
+def load_of(points: Sequence[Point], loads: Iterable[Load]) -> dict[str, Any]:
+    """Make the chart of waiting and running tasks.
 
-    By the minute one knows those that wait and those that run together; apart while a page was open.
+    `points` has their sum for each minute; `loads` has both, for the times at which a page was open.
     """
     begin = points[0].at.timestamp()
-    seen = [look for look in looks if look.at >= begin]
-    minutes = {look.at // 60 for look in seen}
+    recent = [load for load in loads if load.at >= begin]
+    minutes = {load.at // 60 for load in recent}
     rows: list[tuple[float, int | None, int | None, int]] = [
-        (round(look.at, 1), look.waiting, look.running, look.waiting + look.running) for look in seen
+        (round(load.at, 1), load.waiting, load.running, load.waiting + load.running) for load in recent
     ]
     rows += [
         (at, None, None, point.backlog)
@@ -106,4 +106,4 @@ def load_of(points: Sequence[Point], looks: Iterable[Load]) -> dict[str, Any]:
     }
 
 
-PAGES = [Page("/", "overview", "Overview", load, section="Now", charts=charts)]
+PAGES = [Page("/", "overview", "Overview", load, section="Monitoring", charts=charts, per_vo=True)]

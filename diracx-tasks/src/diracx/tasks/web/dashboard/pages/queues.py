@@ -1,4 +1,4 @@
-"""The nine queues, and what waits in each."""
+"""Pages of the nine queues and their waiting tasks, with an action to purge a queue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def _all(request: Request, context: AppContext) -> dict[str, Any]:
         table=Table(
             view=QUEUES,
             rows=snapshot.queues,
-            caption="Nine queues, most urgent first; a worker takes tasks of its size.",
+            caption="By priority; a worker runs tasks of its size.",
         ),
     ).values()
 
@@ -51,28 +51,28 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
     found = [queue for queue in snapshot.queues if queue.name == name]
     if not found:
-        raise NotFoundError(f"There is no queue {name!r}.")
-    look = partial(operations.peek, context.redis, name, registry=context.registry)
+        raise NotFoundError(f"No queue {name!r}.")
+    read = partial(operations.peek, context.redis, name, registry=context.registry)
     try:
-        page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
+        page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     except ValueError as error:
         raise NotFoundError(str(error)) from error
     [queue] = found
-    purge = Button("/queues/purge", "Remove all that wait here…", {"queue": name}, "purge", "danger")
+    purge = Button("/queues/purge", "Cancel all waiting tasks…", {"queue": name}, "purge", "danger")
     shown = TablePage(
         heading=("/queues", "Queues"),
         facts=[
             Fact("Waiting", number(queue.backlog)),
             Fact("Running", number(queue.running), "/running"),
-            Fact("Oldest waits", seconds(queue.oldest_waiting_seconds)),
+            Fact("Oldest waiting", seconds(queue.oldest_waiting_seconds)),
             Fact("In", number(queue.in_per_second), small="per second"),
             Fact("Out", number(queue.out_per_second), small="per second"),
         ],
         table=Table(
             view=QUEUED,
             rows=page.items,
-            caption="In the order in which workers will take them.",
-            empty="Nothing waits here.",
+            caption="In the order of delivery.",
+            empty="No tasks wait.",
             after=page.after,
             actions=_actions,
         ),
@@ -93,10 +93,10 @@ async def _ask_purge(form: Form, context: AppContext) -> Question:
     snapshot = await context.snapshot()
     [queue] = [queue for queue in snapshot.queues if queue.name == name]
     return Question(
-        f"Remove all tasks that wait in {name}?",
-        f"{queue.backlog} tasks wait there now. They will be cancelled: they will not run, will not be "
-        "dead letters, and cannot be brought back. What runs goes on.",
-        "Remove them",
+        f"Cancel all tasks that wait in {name}?",
+        f"{queue.backlog} tasks wait now. They will not run and not become dead letters; this cannot be undone. "
+        "Running tasks continue.",
+        "Cancel them",
         dangerous=True,
     )
 
@@ -109,12 +109,12 @@ async def _purge(form: Form, operator: Operator) -> str:
 def _checked(form: Form) -> str:
     name = form.one("queue")
     if name not in _NAMES:
-        raise NotPossibleError(f"There is no queue {name[:80]!r}.")
+        raise NotPossibleError(f"No queue {name[:80]!r}.")
     return name
 
 
 PAGES = [
-    Page("/queues", "queues", "Queues", _all, section="Now"),
-    Page("/queues/{queue}", "queue", "Queue", _one, nav="/queues"),
+    Page("/queues", "queues", "Queues", _all, section="Monitoring", per_vo=True),
+    Page("/queues/{queue}", "queue", "Queue", _one, nav="/queues", per_vo=True),
 ]
-ACTIONS = [Action("/queues/purge", _ask_purge, _purge)]
+ACTIONS = [Action("/queues/purge", _ask_purge, _purge, per_vo=True)]

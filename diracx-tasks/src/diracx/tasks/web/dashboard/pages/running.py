@@ -1,4 +1,4 @@
-"""Running tasks; and the cancelling of tasks, wherever they are."""
+"""Page of running tasks, and the action to cancel tasks in any state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _PAGE = 100
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
-    look = partial(operations.running, context.redis, registry=context.registry)
-    page = await viewer_of(request).page(look, _PAGE, request.query_params.get("after"))
+    read = partial(operations.running, context.redis, registry=context.registry)
+    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     snapshot = await context.snapshot()
     total = sum(queue.running for queue in snapshot.queues)
     return TablePage(
         table=Table(
             view=RUNNING,
             rows=page.items,
-            caption=f"{number(total)} run, longest first; workers report every 5 s.",
-            empty="Nothing runs.",
+            caption=f"{number(total)} running tasks, longest first; workers report every 5 s.",
+            empty="No tasks run.",
             after=page.after,
             actions=_actions,
         )
@@ -41,8 +41,8 @@ async def _ask_cancel(form: Form, context: AppContext) -> Question:
     ids, about = _ids(form), form.one("about")
     return Question(
         "Cancel this task?" if len(ids) == 1 else f"Cancel {len(ids)} tasks?",
-        "What has not begun is gone at once; what runs is cancelled by its worker within about a second. "
-        "It is not retried, and is no dead letter.",
+        "Waiting tasks are removed immediately; running tasks are cancelled by their workers within about a "
+        "second. They are not retried and do not become dead letters.",
         "Cancel it" if len(ids) == 1 else "Cancel them",
         details=[f"{ids[0]}: {about}"] if len(ids) == 1 and about else ids,
         dangerous=True,
@@ -51,19 +51,19 @@ async def _ask_cancel(form: Form, context: AppContext) -> Question:
 
 async def _cancel(form: Form, operator: Operator) -> str:
     found = await operator.cancel_tasks(_ids(form))
-    gone = [task for task, place in found.items() if place == "unknown"]
+    ended = [task for task, place in found.items() if place == "unknown"]
     cancelled = ", ".join(f"{task} ({place})" for task, place in list(found.items())[:5] if place != "unknown")
     if not cancelled:
         raise NotPossibleError("Nothing was cancelled: it had ended already.")
-    return f"Cancelled: {cancelled}" + (f"; {len(gone)} had ended already." if gone else ".")
+    return f"Cancelled: {cancelled}" + (f"; {len(ended)} had ended already." if ended else ".")
 
 
 def _ids(form: Form) -> list[str]:
     ids = [text.strip() for text in form.many("task") if text.strip()]
     if not ids:
-        raise NotPossibleError("No task was chosen.")
+        raise NotPossibleError("No task is selected.")
     return ids
 
 
-PAGES = [Page("/running", "running", "Running", _load, section="Now")]
-ACTIONS = [Action("/tasks/cancel", _ask_cancel, _cancel)]
+PAGES = [Page("/running", "running", "Running", _load, section="Monitoring", per_vo=True)]
+ACTIONS = [Action("/tasks/cancel", _ask_cancel, _cancel, per_vo=True)]

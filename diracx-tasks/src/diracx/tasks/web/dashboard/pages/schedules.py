@@ -1,7 +1,8 @@
-"""Schedules of periodic tasks: when each runs next, how it went last; pause, resume, run now."""
+"""Page of the schedules of periodic tasks, with actions to pause, resume and run them."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -31,26 +32,26 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     viewer = viewer_of(request)
     known = await schedules(context.redis, context.registry, settings.tasks, settings.vos)
     states = [state for state in known if viewer.sees(state.vo)]
-    wanted = request.query_params.get("vo", "")
+    vo = request.query_params.get("vo", "")
     after = request.query_params.get("after", "")
     vos = sorted({state.vo for state in states if state.vo})
-    if wanted and (not viewer.sees(wanted) or wanted not in {*vos, *settings.vos}):
-        raise NotFoundError(f"There is no VO {wanted[:40]!r}.")
-    chosen = [state for state in states if wanted in ("", state.vo)]
+    if vo and (not viewer.sees(vo) or vo not in {*vos, *settings.vos}):
+        raise NotFoundError(f"No VO {vo[:40]!r}.")
+    chosen = [state for state in states if vo in ("", state.vo)]
     shown = [state for state in chosen if state.id > after][:_PAGE]
     notes = list(settings.problems) if viewer.sees(None) else []
     if not await has_leader(context.redis):
         notes.insert(0, "No scheduler leads: nothing is submitted. Start one with `diracx-task-run scheduler`.")
-    links = [Link(vo, f"/schedules?vo={quote(vo, safe='')}", vo == wanted) for vo in vos]
+    links = [Link(each, f"/schedules?vo={quote(each, safe='')}", each == vo) for each in vos]
     return TablePage(
-        filters=[Link("All VOs", "/schedules", not wanted), *links] if vos else [],
+        filters=[Link("All VOs", "/schedules", not vo), *links] if vos else [],
         filters_label="VO",
         notes=notes,
         table=Table(
             view=SCHEDULES,
             rows=shown,
             caption="" if len(shown) == len(chosen) else f"{len(shown)} of {number(len(chosen))} schedules",
-            empty="No periodic task is installed here.",
+            empty="No periodic task is installed.",
             after=shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
             actions=_actions,
         ),
@@ -72,7 +73,7 @@ def _actions(state: ScheduleState) -> list[Button]:
 def _chosen(form: Form) -> list[str]:
     ids = form.many("schedule")
     if not ids:
-        raise NotPossibleError("No schedule was chosen.")
+        raise NotPossibleError("No schedule is selected.")
     return ids
 
 
@@ -80,34 +81,12 @@ def _about(ids: list[str]) -> str:
     return ids[0] if len(ids) == 1 else f"{len(ids)} schedules"
 
 
-async def _ask_pause(form: Form, context: AppContext) -> Question:
-    ids = _chosen(form)
-    return Question(
-        f"Pause {_about(ids)}?",
-        "No more occurrences are submitted until they are resumed. What has been submitted goes on.",
-        "Pause",
-        ids,
-    )
+def _ask(title: str, consequence: str, button: str) -> Callable[[Form, AppContext], Awaitable[Question]]:
+    async def ask(form: Form, context: AppContext) -> Question:
+        ids = _chosen(form)
+        return Question(title.format(_about(ids)), consequence, button, ids)
 
-
-async def _ask_resume(form: Form, context: AppContext) -> Question:
-    ids = _chosen(form)
-    return Question(
-        f"Resume {_about(ids)}?",
-        "A run that was missed meanwhile is made up for, once, unless the schedule says `missed: skip`.",
-        "Resume",
-        ids,
-    )
-
-
-async def _ask_run(form: Form, context: AppContext) -> Question:
-    ids = _chosen(form)
-    return Question(
-        f"Run {_about(ids)} now?",
-        "The task is submitted at once, paused or not. The next run stays as it is.",
-        "Run now",
-        ids,
-    )
+    return ask
 
 
 async def _pause(form: Form, operator: Operator) -> str:
@@ -124,9 +103,12 @@ async def _run(form: Form, operator: Operator) -> str:
     return "Submitted: " + ", ".join([await operator.run_schedule(schedule) for schedule in _chosen(form)])
 
 
-PAGES = [Page("/schedules", "schedules", "Schedules", _load, section="Steering")]
+PAGES = [Page("/schedules", "schedules", "Schedules", _load, section="Control", per_vo=True)]
+_PAUSE = "No occurrences are submitted until they are resumed. Submitted tasks continue."
+_RESUME = "A run that was missed meanwhile is submitted once, unless `missed: skip` is set."
+_RUN = "The task is submitted now, even if it is paused. The next run does not change."
 ACTIONS = [
-    Action("/schedules/pause", _ask_pause, _pause),
-    Action("/schedules/resume", _ask_resume, _resume),
-    Action("/schedules/run-now", _ask_run, _run),
+    Action("/schedules/pause", _ask("Pause {}?", _PAUSE, "Pause"), _pause, per_vo=True),
+    Action("/schedules/resume", _ask("Resume {}?", _RESUME, "Resume"), _resume, per_vo=True),
+    Action("/schedules/run-now", _ask("Run {} now?", _RUN, "Run now"), _run, per_vo=True),
 ]

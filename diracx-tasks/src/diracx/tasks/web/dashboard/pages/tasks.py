@@ -1,4 +1,4 @@
-"""Statistics of each class of tasks."""
+"""Page of statistics by task class."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     ).values()
 
 
-PAGES = [Page("/tasks", "tasks", "Task classes", _load, section="Now")]
+PAGES = [Page("/tasks", "tasks", "Task classes", _load, section="Monitoring", per_vo=True)]

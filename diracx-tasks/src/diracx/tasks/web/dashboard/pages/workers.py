@@ -1,4 +1,4 @@
-"""Workers."""
+"""Page of the workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..page import AppContext, Page, Request, viewer_of
 from ..rendering import number
 from ..tables import Fact, Table, TablePage
 
-#: A page has no more; the lost ones come first.
+#: Maximum number of listed workers; dead ones come first.
 _MOST = 150
 
 
@@ -29,10 +29,10 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         table=Table(
             view=WORKERS,
             rows=workers[:_MOST],
-            caption=f"{_MOST} of them; `diracx-task-run workers` has {number(hidden)} more." if hidden else "",
+            caption=f"{_MOST} workers; `diracx-task-run workers` lists {number(hidden)} more." if hidden else "",
             empty="No worker runs. Start one with `diracx-task-run worker`.",
         ),
     ).values()
 
 
-PAGES = [Page("/workers", "workers", "Workers", _load, section="Now")]
+PAGES = [Page("/workers", "workers", "Workers", _load, section="Monitoring", per_vo=True)]

@@ -1,25 +1,24 @@
-// What a page does by itself: it follows the server, draws charts, asks before it acts, and remembers light or dark.
-// Without it every page can be read, and every action works.
+// Live updates, charts, confirmation dialogs, light and dark theme. All pages and actions work without it.
 "use strict";
 
 const root = document.documentElement;
 const body = document.body;
 const byId = (id) => document.getElementById(id);
 
-// Where the navigation is one long line, the page that one is on must be in sight.
+// Scroll a one-line navigation to the current page.
 const entry = document.querySelector(".side [aria-current]");
 const line = entry?.closest("nav");
 if (line && line.scrollWidth > line.clientWidth) line.scrollLeft = entry.offsetLeft - line.clientWidth / 3;
 
-// What has to be moved sideways to be seen can be, by keyboard alone.
-function reach() {
+// Make scrollable boxes focusable, so that they can be scrolled by keyboard.
+function makeFocusable() {
   document.querySelectorAll("#live, .scroll, .overview :is(.first, .last)").forEach((box) => {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   });
 }
-addEventListener("resize", reach);
-reach();
+addEventListener("resize", makeFocusable);
+makeFocusable();
 
 // --- light and dark --------------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ const plots = new Map();
 let chartData = {};
 
 function colour(number) {
-  // The computed value of a custom property is what was written; a property of an element is a colour.
+  // The computed value of a custom property is not a colour; that of `color` is.
   const probe = document.createElement("i");
   probe.style.color = number ? `var(--series-${number})` : "var(--muted)";
   body.append(probe);
@@ -58,7 +57,7 @@ function colour(number) {
   return found;
 }
 
-function shown(value) {
+function format(value) {
   if (value === null || value === undefined) return "–";
   return Math.abs(value) >= 1e6 ? `${+(value / 1e6).toPrecision(3)} M`
     : Math.abs(value) >= 1e4 ? `${+(value / 1e3).toPrecision(3)} k` : `${+value.toPrecision(4)}`;
@@ -86,7 +85,7 @@ function drawOne(figure) {
       axes: [
         { ...axis, space: 70, size: 26, gap: 4, values: [[3600, "{HH}:{mm}", null, null, null, null, null, null, 1],
           [60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
-        { ...axis, size: 46, values: (_, ticks) => ticks.map(shown) },
+        { ...axis, size: 46, values: (_, ticks) => ticks.map(format) },
       ],
       tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1e3), "UTC"),
       series: [{}, ...data.series.map((one, index) => ({
@@ -107,10 +106,10 @@ function legend(figure, index) {
   place.replaceChildren(...data.series.map((one, number) => {
     const entry = document.createElement("span");
     entry.className = `s${one.colour ?? number + 1}`;
-    entry.textContent = `${one.label} ${shown(one.values[at])}`;
+    entry.textContent = `${one.label} ${format(one.values[at])}`;
     return entry;
   }));
-  const last = data.series.map((one) => `${one.label} ${shown(one.values[data.t.length - 1])}`).join(", ");
+  const last = data.series.map((one) => `${one.label} ${format(one.values[data.t.length - 1])}`).join(", ");
   const plot = figure.querySelector(".plot");
   plot.setAttribute("aria-label", `${figure.querySelector("b").textContent}, ${figure.dataset.unit}; latest: ${last}`);
 }
@@ -129,38 +128,38 @@ if (holder && holder.dataset.charts) {
   })).observe(holder);
 }
 
-// --- following the server --------------------------------------------------------------------------------------
+// --- live updates ----------------------------------------------------------------------------------------------
 
 const state = byId("state");
 const pauseButton = byId("pause");
 const place = byId("live");
-let held = null; // what came while it could not be shown
+let pending = null; // update that could not be applied yet
 let paused = false;
 let source = null;
-let doubt = 0; // timers: until it is told that there is no connection, until another is tried
-let again = 0;
+let lostTimer = 0; // until "no connection" is shown
+let retryTimer = 0;
 let lost = false;
-let problemd = false;
+let hasProblem = false;
 
-function tell(kind, text) {
+function setState(kind, text) {
   if (!state) return;
   if (state.dataset.state !== kind) state.dataset.state = kind;
   if (state.textContent !== text) state.textContent = text;
 }
 
-function inUse() {
-  // Somebody selects text there, or is about to press a button: nothing may move under the hand.
+function isInUse() {
+  // The user selects text, presses a button or confirms an action.
   const selection = getSelection();
   const selecting = selection && !selection.isCollapsed && place.contains(selection.anchorNode);
   return selecting || place.querySelector(":active") || byId("question").open;
 }
 
-function put(html) {
-  if (paused || inUse()) {
-    held = html;
+function update(html) {
+  if (paused || isInUse()) {
+    pending = html;
     return;
   }
-  held = null;
+  pending = null;
   const open = [...place.querySelectorAll("details[open][id]")].map((one) => one.id);
   const focused = place.contains(document.activeElement) ? document.activeElement : null;
   const mark = focused && (focused.id ? `#${CSS.escape(focused.id)}` : focused.href ? `a[href="${CSS.escape(focused.getAttribute("href"))}"]` : null);
@@ -168,82 +167,81 @@ function put(html) {
   htmx.swap(place, html, { swapStyle: "innerHTML" });
   open.forEach((id) => { const one = byId(id); if (one) one.open = true; });
   if (mark && !place.contains(document.activeElement)) place.querySelector(mark)?.focus({ preventScroll: true });
-  reach();
+  makeFocusable();
   [place.scrollLeft, place.scrollTop] = scroll;
 }
 
-function problem(text) {
+function showProblem(text) {
   const note = byId("problem");
   note.hidden = !text;
   if (note.textContent !== text) note.textContent = text;
-  problemd = Boolean(text);
-  tellState();
+  hasProblem = Boolean(text);
+  showState();
 }
 
-function tellState() {
+function showState() {
   const open = source?.readyState === EventSource.OPEN;
-  if (paused) tell("paused", "paused");
-  else if (lost && !open) tell("problem", "no connection");
-  else if (problemd) tell("problem", "not up to date");
-  else if (open) tell("live", "live");
-  else if (source) tell("waiting", "connecting");
+  if (paused) setState("paused", "paused");
+  else if (lost && !open) setState("problem", "no connection");
+  else if (hasProblem) setState("problem", "not up to date");
+  else if (open) setState("live", "live");
+  else if (source) setState("waiting", "connecting");
 }
 
-function leave() {
-  clearTimeout(doubt);
-  clearTimeout(again);
+function disconnect() {
+  clearTimeout(lostTimer);
+  clearTimeout(retryTimer);
   source?.close();
 }
 
-function follow() {
-  leave();
+function connect() {
+  disconnect();
   source = new EventSource(body.dataset.live);
-  // A new stream begins with what is wrong, if anything is.
-  source.addEventListener("open", () => { clearTimeout(doubt); lost = false; problem(""); });
-  source.addEventListener("fragment", (event) => put(event.data));
+  // A new stream begins with the current problem, if any.
+  source.addEventListener("open", () => { clearTimeout(lostTimer); lost = false; showProblem(""); });
+  source.addEventListener("fragment", (event) => update(event.data));
   source.addEventListener("charts", (event) => {
     if (paused) return;
     chartData = JSON.parse(event.data);
     drawAll();
   });
-  source.addEventListener("problem", (event) => problem(event.data));
+  source.addEventListener("problem", (event) => showProblem(event.data));
   source.addEventListener("gone", () => location.reload());
   source.addEventListener("error", () => {
-    // Streams end now and then, and begin again at once: that is nothing to tell.
-    clearTimeout(doubt);
-    doubt = setTimeout(() => { lost = true; tellState(); }, 3000);
-    // A browser does not try again where it was refused.
-    if (source.readyState === EventSource.CLOSED) again = setTimeout(follow, 5000);
+    // The server limits the duration of streams; the browser reconnects, except after a refusal.
+    clearTimeout(lostTimer);
+    lostTimer = setTimeout(() => { lost = true; showState(); }, 3000);
+    if (source.readyState === EventSource.CLOSED) retryTimer = setTimeout(connect, 5000);
   });
 }
 
 if (body.dataset.live && place) {
-  tell("waiting", "connecting");
+  setState("waiting", "connecting");
   pauseButton.hidden = false;
   pauseButton.addEventListener("click", () => {
     paused = !paused;
     pauseButton.setAttribute("aria-pressed", String(paused));
-    pauseButton.textContent = paused ? "Go on" : "Pause";
+    pauseButton.textContent = paused ? "Resume" : "Pause";
     if (!paused) {
-      if (held !== null) put(held);
-      if (source?.readyState === EventSource.CLOSED) follow();
+      if (pending !== null) update(pending);
+      if (source?.readyState === EventSource.CLOSED) connect();
     }
-    tellState();
+    showState();
   });
-  // A tab that nobody sees costs nobody anything.
+  // Hidden tabs do not load the server.
   document.addEventListener("visibilitychange", () => {
-    if (document.hidden) { leave(); tell("waiting", "not followed"); }
-    else { follow(); tellState(); }
+    if (document.hidden) { disconnect(); setState("waiting", "not updated"); }
+    else { connect(); showState(); }
   });
-  setInterval(() => { if (held !== null && !paused) put(held); }, 500);
-  if (!document.hidden) follow();
+  setInterval(() => { if (pending !== null && !paused) update(pending); }, 500);
+  if (!document.hidden) connect();
 }
 
-// --- asking ----------------------------------------------------------------------------------------------------
+// --- confirmation ----------------------------------------------------------------------------------------------
 
 const question = byId("question");
 
-// After it has settled: until then, htmx itself may still move the focus.
+// After htmx has settled: before that, it may still move the focus.
 body.addEventListener("htmx:afterSettle", (event) => {
   if (event.detail.target !== question || question.open) return;
   question.showModal();
@@ -251,9 +249,9 @@ body.addEventListener("htmx:afterSettle", (event) => {
 });
 body.addEventListener("htmx:responseError", (event) => {
   if (event.detail.xhr.status === 401) location.reload();
-  else problem(event.detail.xhr.responseText.slice(0, 300));
+  else showProblem(event.detail.xhr.responseText.slice(0, 300));
 });
-body.addEventListener("htmx:sendError", () => problem("the dashboard does not answer"));
+body.addEventListener("htmx:sendError", () => showProblem("the dashboard does not respond"));
 question.addEventListener("click", (event) => {
   if (event.target.closest("[data-close]")) {
     event.preventDefault();
@@ -261,18 +259,18 @@ question.addEventListener("click", (event) => {
   }
 });
 
-// --- choosing several ------------------------------------------------------------------------------------------
+// --- selection of several --------------------------------------------------------------------------------------
 
 const bulk = document.querySelector("[data-bulk]");
 if (bulk) {
   const every = bulk.querySelector("[data-every]");
   const boxes = () => [...bulk.querySelectorAll("tbody input[type=checkbox]")];
   const count = () => {
-    const chosen = boxes().filter((box) => box.checked).length;
-    bulk.querySelector("[data-count]").textContent = chosen ? `${chosen} chosen` : "None chosen";
-    bulk.querySelectorAll("[data-chosen]").forEach((button) => { button.disabled = !chosen; });
-    every.checked = chosen > 0 && chosen === boxes().length;
-    every.indeterminate = chosen > 0 && !every.checked;
+    const selected = boxes().filter((box) => box.checked).length;
+    bulk.querySelector("[data-count]").textContent = selected ? `${selected} selected` : "None selected";
+    bulk.querySelectorAll("[data-chosen]").forEach((button) => { button.disabled = !selected; });
+    every.checked = selected > 0 && selected === boxes().length;
+    every.indeterminate = selected > 0 && !every.checked;
   };
   every.hidden = false;
   every.addEventListener("change", () => { boxes().forEach((box) => { box.checked = every.checked; }); count(); });

@@ -1,0 +1,270 @@
+"""The task system in a DiracX application: access control and responses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from diracx.tasks import operations as monitor
+from diracx.tasks.operations.audit import read_audit
+from support.config_repository import ConfigRepository
+from support.dashboard_world import HOSTILE, SECRET, World, small_world
+from support.diracx_application import HOME, make_application, set_environment, token_maker
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+READS = [
+    *("summary", "queues", "queues/realtime:large", "running", "delayed", "workers", "stats", "history"),
+    *("failures", "locks", "schedules", "groups", "configuration", "audit", "dead-letters", "dead-letters/1"),
+    *("waiting-dead-letters", "configuration/settings"),
+]
+WRITES: dict[str, Any] = {
+    "cancel": {"task_ids": ["0" * 32]},
+    "queues/realtime:large/purge": None,
+    "locks/release": {"key": "diracx:lock:mutex:nothing"},
+    "schedules/pause": {"ids": ["test:None"]},
+    "schedules/resume": {"ids": ["test:None"]},
+    "schedules/run-now": {"schedule_id": "test:None"},
+    "dead-letters/retry": {"ids": [1]},
+    "dead-letters/discard": {"all": True},
+}
+
+Token = Callable[..., str]
+
+
+@pytest.fixture
+async def world(redis_url: str) -> AsyncIterator[World]:
+    async with small_world(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Token:
+    """Makes tokens that the application will accept; the environment of the application is that of this test."""
+    repository = ConfigRepository(tmp_path / "config", vos=["lhcb"])
+    set_environment(monkeypatch, tmp_path, redis_url, repository.url)
+    return token_maker()
+
+
+@pytest.fixture
+async def client(token: Token, world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    """A DiracX application with the dashboard of the small world."""
+    from diracx.tasks.web.api import environment
+
+    async def this() -> Any:
+        return world.context
+
+    monkeypatch.setattr(environment, "open_context", this)
+    app = make_application()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url=HOME) as made,
+    ):
+        yield made
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+async def test_a_token_that_has_expired_or_is_of_an_unknown_vo_is_good_for_nothing(
+    client: httpx.AsyncClient, token: Token
+) -> None:
+    expired, foreign = token("ServiceAdministrator", seconds=-60), token("ServiceAdministrator", vo="elsewhere")
+    for refused, status in ((expired, 401), (foreign, 403)):
+        for path in READS:
+            assert (await client.get(f"/api/tasks/{path}", headers=bearer(refused))).status_code == status, path
+        for path, body in WRITES.items():
+            answer = await client.post(f"/api/tasks/{path}", json=body, headers=bearer(refused))
+            assert answer.status_code == status, f"{path}: {answer.text}"
+
+
+async def test_an_unavailable_database_of_dead_letters_is_503(
+    client: httpx.AsyncClient, token: Token, world: World, tmp_path: Path
+) -> None:
+    from diracx.tasks.plumbing.persistence import TaskDB
+
+    (tmp_path / "another").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    world.context.task_db = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/another")
+    requested = [("GET", path, None) for path in READS if path.startswith("dead-letters")]
+    requested += [("POST", path, body) for path, body in WRITES.items() if path.startswith("dead-letters")]
+    async with world.context.task_db.engine_context():
+        for method, path, body in requested:
+            address, headers = f"/api/tasks/{path}", bearer(token("ServiceAdministrator"))
+            answer = await client.request(method, address, json=body, headers=headers)
+            assert answer.status_code == 503, (path, answer.text)
+            assert "is not an SQLite database" in answer.json()["detail"]
+            assert "DIRACX_DB_URL_TASKDB" in answer.json()["detail"]
+
+
+async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
+    for path in ("running", "delayed", "failures", "queues/normal:small", "dead-letters/waiting"):
+        for after in ("x", "nan", "1-x", "99999999999999999999-1"):
+            answer = await client.get(
+                f"/api/tasks/{path}", params={"after": after}, headers=bearer(token("Operator"))
+            )
+            reported = answer.status_code, answer.json()
+            assert answer.status_code == 404, f"{path} {after}: {reported}"
+
+
+async def test_responses_match_the_schema_and_contain_no_secrets(client: httpx.AsyncClient, token: Token) -> None:
+    from diracx.tasks.web.api.api import router
+    from fastapi.routing import APIRoute
+    from pydantic import TypeAdapter
+
+    headers = bearer(token("ServiceAdministrator"))
+    models = {route.path: route.response_model for route in router.routes if isinstance(route, APIRoute)}
+    for path in READS:
+        answer = await client.get(f"/api/tasks/{path}", headers=headers)
+        template = re.sub(r"^/(queues|dead-letters|groups)/.*", r"/\1/{}", f"/{path}")
+        model = next(m for known, m in models.items() if re.sub(r"\{\w+\}", "{}", known) == template)
+        TypeAdapter(model).validate_json(answer.content)
+        assert SECRET not in answer.text
+    dead_letter = (await client.get("/api/tasks/dead-letters/1", headers=headers)).json()
+    assert dead_letter["arguments"]["password"] == "•••"
+    assert HOSTILE in dead_letter["arguments"]["url"]
+
+
+async def test_actions_by_http_are_done_and_audited(client: httpx.AsyncClient, token: Token, world: World) -> None:
+    headers = bearer(token("ServiceAdministrator"))
+
+    async def post(path: str, **body: Any) -> Any:
+        answer = await client.post(f"/api/tasks/{path}", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    assert await post("dead-letters/discard", ids=[1]) == {"done": [1], "already": [], "refused": []}
+    assert (await post("dead-letters/retry", all=True, task_name="Fail"))["done"] == [2, 3]
+    assert await post("cancel", task_ids=["f" * 32, "0" * 32]) == {"f" * 32: "queued", "0" * 32: "unknown"}
+    assert await post("schedules/pause", ids=["test:Tidy/lhcb"]) == {"changed": ["test:Tidy/lhcb"]}
+    assert len((await post("schedules/run-now", schedule_id="test:Tidy/lhcb"))["task_id"]) == 32
+    entries = await read_audit(world.system.broker.redis)
+    assert {entry.who for entry in entries} == {"fred (lhcb:nobody)"}
+    assert {entry.via for entry in entries} == {"api"}
+    assert len(entries) == 5
+
+
+async def test_a_server_that_takes_no_task_is_no_fault_of_the_application(
+    client: httpx.AsyncClient, token: Token, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.refuse(monkeypatch)
+    answer = await client.post(
+        "/api/tasks/dead-letters/retry", json={"ids": [1]}, headers=bearer(token("ServiceAdministrator"))
+    )
+    assert answer.status_code == 503, answer.text
+    assert answer.json()["detail"].startswith("cannot submit 1 dead letters again")
+
+
+async def test_a_lock_is_found_by_its_key(client: httpx.AsyncClient, token: Token, world: World) -> None:
+    [held] = [lock for task in (await monitor.running(world.system.broker.redis)).items for lock in task.locks]
+
+    async def ask(key: str, *properties: str) -> httpx.Response:
+        return await client.get("/api/tasks/locks/one", params={"key": key}, headers=bearer(token(*properties)))
+
+    answer = (await ask(held, "ServiceAdministrator")).json()
+    assert (answer["key"], answer["held"], answer["waiters"]) == (held, 1, 1)
+    assert answer["holders"][0]["task_name"] == "test:HoldSite"
+    for none in ("lock:mutex:job:42", "diracx:tasks:alive"):
+        assert (await ask(none, "ServiceAdministrator")).status_code == 404, none
+    assert (await ask(held, "NormalUser")).status_code == 403
+
+
+async def test_settings_are_explained_as_by_the_command_line(client: httpx.AsyncClient, token: Token) -> None:
+    async def ask(**params: str) -> httpx.Response:
+        path = "/api/tasks/configuration/settings"
+        return await client.get(path, params=params, headers=bearer(token("Operator")))
+
+    everything = (await ask()).json()
+    assert {each["task"] for each in everything["tasks"]} >= {"test:Hold", "test:Tidy"}
+    [one] = (await ask(task_name="Fail", vo="lhcb")).json()["tasks"]
+    assert (one["task"], one["vo"]) == ("test:Fail", "lhcb")
+    assert one["settings"]["priority"] == {"value": "normal", "from": "code", "path": None, "line": None}
+    assert (await ask(task_name="Nothing")).status_code == 404
+    assert (await ask(vo="nowhere")).status_code == 404
+
+
+async def test_the_schema_of_the_application_has_every_route(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/api/openapi.json")).json()
+    for path in ("/api/tasks/locks/one", "/api/tasks/configuration/settings", "/api/tasks/audit"):
+        assert path in schema["paths"]
+    for path in ("/api/tasks/summary", "/api/tasks/dead-letters/{key}", "/api/tasks/queues/{queue}/purge"):
+        assert path in schema["paths"]
+    assert not [path for path in schema["paths"] if "dashboard" in path]
+    operations = [each["operationId"] for methods in schema["paths"].values() for each in methods.values()]
+    assert len(operations) == len(set(operations))
+
+
+async def test_a_link_with_a_diracx_token_does_not_sign_in(client: httpx.AsyncClient, token: Token) -> None:
+    below = "/api/tasks/dashboard"
+    answer = await client.get(f"{below}/sign-in", params={"token": token("ServiceAdministrator")})
+    assert answer.status_code == 200
+    assert "set-cookie" not in answer.headers
+    assert (await client.get(f"{below}/queues")).status_code == 303
+
+
+async def test_the_dashboard_of_the_application_takes_diracx_tokens(
+    client: httpx.AsyncClient, token: Token
+) -> None:
+    below = "/api/tasks/dashboard"
+    answer = await client.get(f"{below}/queues")
+    assert answer.headers["location"] == f"{below}/sign-in?next=%2Fqueues"
+    for refused in ("invalid", token("NormalUser"), token("Operator", seconds=-60), token("Operator", vo="x")):
+        answer = await client.post(f"{below}/sign-in", data={"credential": refused})
+        assert answer.status_code == 403
+    answer = await client.post(f"{below}/sign-in", data={"credential": token("Operator"), "next": "/queues"})
+    assert answer.headers["location"] == f"{below}/queues"
+    assert f"Path={below}" in answer.headers["set-cookie"]
+    page = await client.get(f"{below}/queues")
+    assert page.status_code == 200
+    assert "read-only" in page.text
+    assert "read and write" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for link in re.findall(r'(?:href|src|action|hx-post|data-live)="([^"]+)"', page.text):
+        assert link.startswith((below, "#")), link
+    [style] = re.findall(r'href="([^"]*dashboard\.css[^"]*)"', page.text)
+    assert (await client.get(style)).status_code == 200
+    form = re.search(r'name="form_token" value="(\w+)"', page.text)
+    assert form
+    answer = await client.post(
+        f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
+    )
+    assert answer.status_code == 403
+
+
+async def test_cookies_are_secure_if_a_trusted_proxy_reports_tls(client: httpx.AsyncClient, token: Token) -> None:
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    for trusted, scheme, secure in (
+        ("127.0.0.1", "https", True),
+        ("127.0.0.1", "http", False),
+        ("192.0.2.1", "https", False),  # a header of an untrusted client
+    ):
+        # As `uvicorn --forwarded-allow-ips` makes it.
+        behind = ProxyHeadersMiddleware(transport.app, trusted_hosts=trusted)  # type: ignore[arg-type]
+        proxy = httpx.ASGITransport(behind, client=("127.0.0.1", 5))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=proxy, base_url=HOME) as browser:
+            answer = await browser.post(
+                "/api/tasks/dashboard/sign-in",
+                data={"credential": token("Operator")},
+                headers={"X-Forwarded-Proto": scheme},
+            )
+        assert answer.status_code == 303
+        assert ("; Secure" in answer.headers["set-cookie"]) is secure, (trusted, scheme)
+
+
+async def test_without_jinja2_the_dashboard_names_the_missing_package(
+    client: httpx.AsyncClient, token: Token, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("app", "rendering"):
+        monkeypatch.delitem(sys.modules, f"diracx.tasks.web.dashboard.{name}")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    answer = await client.get("/api/tasks/dashboard/")
+    assert answer.status_code == 503
+    assert "pip install 'diracx-tasks[dashboard]'" in answer.json()["detail"]
+    answer = await client.get("/api/tasks/queues", headers=bearer(token("Operator")))
+    assert answer.status_code == 200

@@ -1,0 +1,302 @@
+"""Lost responses: connections that break after the server acted."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import pytest
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
+from diracx.tasks.plumbing.broker.replies import SettleReply
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.registry import TaskRegistry
+from diracx.tasks.plumbing.worker import Worker
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
+from diracx.tasks.plumbing.worker.settings import WorkerSettings
+from diracx.tasks.testing import TaskSystem
+from redis.asyncio import Redis
+from support.standard_tasks import SEEN
+
+pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
+
+NORMAL = "diracx:tasks:normal:medium"
+
+
+@dataclass
+class Marked(BaseTask):
+    text: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.text)]
+
+    async def execute(self) -> str:
+        SEEN.append(self.text)
+        return self.text
+
+
+class LossyProxy:
+    """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
+    after `stop_answering()` passes nothing on by the connections that there are, and leaves them open;
+    `forget()` closes those, and does not tell the server; after `keep_open()` the server hears of no end at all.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._target = urlsplit(url)
+        self._needle = b""
+        self._countdown = 0
+        self._connections = self._silent = 0
+        self._forgotten: float = 0
+        self._clients: list[asyncio.StreamWriter] = []
+        self._over = asyncio.Event()
+        self.lost = asyncio.Event()
+
+    def lose(self, nth: int, needle: bytes) -> None:
+        """Lose the n-th answer that contains the needle."""
+        self._needle, self._countdown = needle, nth
+        self.lost.clear()
+
+    def stop_answering(self) -> None:
+        self._silent = self._connections
+
+    def forget(self) -> None:
+        self._forgotten = self._connections
+        for client in self._clients:
+            client.transport.abort()
+
+    def keep_open(self) -> None:
+        self._forgotten = math.inf
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[str]:
+        connections: set[asyncio.Task[None]] = set()
+
+        async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            this = asyncio.current_task()
+            assert this is not None
+            connections.add(this)
+            await self._forward(reader, writer)
+            connections.discard(this)
+
+        server = await asyncio.start_server(connect, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            server.close()
+            self._over.set()
+            if connections:
+                await asyncio.wait(connections)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Both ways, until either side closes."""
+        self._connections += 1
+        self._clients.append(writer)
+        number = self._connections
+        server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
+        ways = [
+            asyncio.ensure_future(self._copy(reader, server_writer, number)),
+            asyncio.ensure_future(self._copy_answers(server_reader, writer, number)),
+        ]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        writer.close()
+        if number <= self._forgotten:
+            await self._over.wait()
+        server_writer.close()
+
+    async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        while data := await reader.read(65536):
+            if number <= self._silent:
+                continue
+            if self._countdown and self._needle in data:
+                self._countdown -= 1
+                if not self._countdown:
+                    self.lost.set()
+                    return
+            writer.write(data)
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        while data := await reader.read(65536):
+            if number > self._silent:
+                writer.write(data)
+
+
+@asynccontextmanager
+async def behind_a_lossy_proxy(
+    task: type[BaseTask], redis_url: str, **settings: float
+) -> AsyncIterator[tuple[LossyProxy, TaskSystem]]:
+    """A worker connected through the proxy; the submitter is connected directly."""
+    proxy, stop = LossyProxy(redis_url), asyncio.Event()
+    async with proxy.serve() as lossy_url, TaskSystem([task], redis_url=redis_url, workers=0) as system:
+        broker = RedisStreamBroker(lossy_url)
+        registry = TaskRegistry({f"test:{task.__name__}": task})
+        worker = Worker(broker, registry, settings=WorkerSettings(result_ttl_seconds=60, **settings))
+        running = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        yield proxy, system
+        stop.set()
+        await running
+        await broker.shutdown()
+        await system.drain()
+
+
+async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
+        while not any(client["cmd"] == "xreadgroup" for client in await system.broker.redis.client_list()):
+            await asyncio.sleep(0.005)
+        # The worker waits now, and the answer that wakes it hands the message over.
+        proxy.lose(1, b"once-and-only-once")
+        task_id = await Marked("once-and-only-once").schedule()
+        result = await system.result(task_id, timeout=60)
+        assert proxy.lost.is_set()
+        assert result.return_value == "once-and-only-once"
+        for text in ("afterwards", "and again"):
+            await system.result(await Marked(text).schedule(), timeout=60)
+    assert SEEN == ["once-and-only-once", "afterwards", "and again"]
+
+
+async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str, redis: Redis) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Marked, redis_url, lease_seconds=3) as (proxy, system):
+
+        async def waits(number: int) -> None:
+            while sum(client["cmd"] == "xreadgroup" for client in await redis.client_list()) < number:
+                await asyncio.sleep(0.01)
+
+        async with asyncio.timeout(20):
+            await waits(1)
+            proxy.forget()
+            await waits(2)
+            submitted = [await Marked(text).schedule() for text in ("a", "b")]
+            for task_id in submitted:
+                await system.result(task_id)
+    assert sorted(SEEN) == ["a", "b"]
+
+
+async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(redis_url: str) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
+        for nth in range(3, 7):  # whichever answer is lost: of the fetch, the locks, the settlement
+            proxy.lose(nth, b"")
+            task_id = await Marked(f"number {nth}").schedule()
+            await system.result(task_id, timeout=60)
+            await asyncio.wait_for(proxy.lost.wait(), 60)
+    assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
+
+
+@dataclass
+class Fragile(BaseTask):
+    """Fails once, and then succeeds."""
+
+    text: str
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.05, max_retries=1)
+
+    async def execute(self) -> str:
+        SEEN.append(self.text)
+        if SEEN.count(self.text) == 1:
+            raise ValueError("not yet")
+        return self.text
+
+
+async def test_P11_a_retry_with_a_lost_response_happens_once(redis_url: str) -> None:
+    SEEN.clear()
+    async with behind_a_lossy_proxy(Fragile, redis_url) as (proxy, system):
+        for nth in range(1, 6):  # whichever answer it is, that of the settlement with the retry included
+            proxy.lose(nth, b"")
+            task_id = await Fragile(f"number {nth}").schedule()
+            assert (await system.result(task_id, timeout=60)).return_value == f"number {nth}"
+    assert [SEEN.count(f"number {nth}") for nth in range(1, 6)] == [2] * 5
+
+
+async def test_a_silent_connection_of_the_control_channel_is_replaced(redis_url: str) -> None:
+    proxy, heard = LossyProxy(redis_url), asyncio.Event()
+    direct = RedisStreamBroker(redis_url)
+    loop = asyncio.get_running_loop()
+    async with (
+        proxy.serve() as silent_url,
+        LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: heard.set()),
+    ):
+        proxy.stop_answering()
+        async with asyncio.timeout(60):
+            while not heard.is_set():
+                await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")
+                await asyncio.sleep(0.01)
+    await direct.leave()
+    await direct.redis.delete(keys.ALIVE, keys.LEASES, keys.DATASET_ID)
+    await direct.shutdown()
+
+
+@dataclass
+class Endless(BaseTask):
+    async def execute(self) -> None:
+        await asyncio.Event().wait()
+
+
+def endless(task_id: str) -> Submission:
+    return Submission(TaskMessage(task_id=task_id, task_name="test:Endless"), NORMAL)
+
+
+class AddsTasks(RedisStreamBroker):
+    """Submits a task behind each settlement of a worker that stops, and before it signs off."""
+
+    def __init__(self, url: str, stop: asyncio.Event, direct: RedisStreamBroker) -> None:
+        super().__init__(url)
+        self._stopping, self._direct = stop, direct
+        self.added = 0
+
+    async def _add_one(self) -> None:
+        if self._stopping.is_set():
+            self.added += 1
+            await self._direct.submit([endless(f"{self.added}")])
+
+    async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[SettleReply]:
+        replies = await super().settle(settlements, dataset_id)
+        await self._add_one()
+        return replies
+
+    async def leave(self) -> bool:
+        await self._add_one()
+        return await super().leave()
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+@pytest.mark.parametrize("running", [0, 1, 3])
+async def test_nothing_is_delivered_to_a_worker_that_has_begun_to_hand_back(
+    redis_url: str, redis: Redis, running: int
+) -> None:
+    """Not even if the server does not notice the end of a waiting connection."""
+    proxy, stop, direct = LossyProxy(redis_url), asyncio.Event(), RedisStreamBroker(redis_url)
+    async with proxy.serve() as url:
+        broker = AddsTasks(url, stop, direct)
+        settings = WorkerSettings(grace_seconds=0)
+        worker = Worker(broker, TaskRegistry({"test:Endless": Endless}), settings=settings)
+        working = asyncio.create_task(worker.run(stop))
+        await worker.ready.wait()
+        for number in range(running):
+            await direct.submit([endless(f"running {number}")])
+        while len(worker._running) < running or not await waiting(redis):
+            await asyncio.sleep(0.005)
+        proxy.keep_open()
+        stop.set()
+        await working
+        await broker.shutdown()
+    deliveries, _ = await direct.fetch(100)
+    assert len(deliveries) == running + broker.added, "all of them are in the queue"
+    assert {delivery.deliveries for delivery in deliveries} == {1}
+    assert broker.added >= 1 + bool(running), "a task came at every step"
+    assert await redis.zcard(keys.ALIVE) == 0
+    await direct.shutdown()
+
+
+async def waiting(redis: Redis) -> bool:
+    return any(client["cmd"] == "xreadgroup" for client in await redis.client_list())

@@ -1,0 +1,286 @@
+"""Providers open exactly the dependencies of the plans, from the environment."""
+
+import subprocess
+import textwrap
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pytest
+from diracx.core.config import ConfigSource
+from diracx.core.settings import DevelopmentSettings, ServiceSettingsBase
+from diracx.core.sources import AsyncCacheableSource, Snapshot
+from diracx.db.os import JobParametersDB
+from diracx.db.sql import AuthDB, JobDB, JobLoggingDB, ResourceStatusDB
+from diracx.logic.rss.source import SiteStatusSource
+from diracx.tasks.plumbing.depends import AvailableSecurityProperties, Config, NoTransaction, auto_inject
+from diracx.tasks.plumbing.exceptions import TaskConfigError
+from diracx.tasks.plumbing.injection.plan import (
+    compile_plan,
+    find_missing_overrides,
+    resolve,
+    setup_dependency_overrides,
+)
+from fastapi import Depends
+from sqlalchemy import select
+from support.library import run
+
+# --- find_missing_overrides, setup_dependency_overrides ---------------------------------------------------
+
+
+def nested_auth(db: AuthDB) -> AuthDB:
+    return db
+
+
+class ShelfSettings(ServiceSettingsBase):
+    model_config: ClassVar[Any] = {"env_prefix": "TEST_SHELF_"}
+    width: int
+    _events: ClassVar[list[str]] = []
+
+    @asynccontextmanager
+    async def lifetime_function(self) -> AsyncIterator[None]:
+        self._events.append("started")
+        yield
+        self._events.append("stopped")
+
+
+async def wants_a_lot(
+    db: JobDB,
+    bare: Annotated[JobDB, NoTransaction()],
+    config: Config,
+    parameters: JobParametersDB,
+    development: DevelopmentSettings,
+    shelf: ShelfSettings,
+    properties: AvailableSecurityProperties,
+    sites: SiteStatusSource,
+    auth: Annotated[AuthDB, Depends(nested_auth)],
+) -> None: ...
+
+
+EVERYTHING = [
+    "JobDB.transaction",
+    "JobDB.no_transaction",
+    "ConfigSource.create",
+    "JobParametersDB.session",
+    "ShelfSettings.create",
+    "SiteStatusSource.create",
+    "AuthDB.transaction",
+]
+
+
+def test_missing_overrides_of_a_plan_and_of_a_fastapi_dependant() -> None:
+    from fastapi.dependencies.utils import get_dependant
+
+    plan = compile_plan(wants_a_lot)
+    dependant = get_dependant(path="/", call=_with_resolved_leaves())
+    assert find_missing_overrides(plan, {}) == EVERYTHING
+    assert find_missing_overrides(dependant, {}) == EVERYTHING[:-1]
+    found = find_missing_overrides(plan, {JobDB.transaction: object, nested_auth: object})
+    assert found == EVERYTHING[1:-1]
+
+
+def _with_resolved_leaves() -> Any:
+    """FastAPI does not search plain functions for databases, so omit that one."""
+    import inspect
+
+    injected = auto_inject(wants_a_lot)
+    signature = inspect.signature(injected)
+    kept = [param for name, param in signature.parameters.items() if name != "auth"]
+
+    def call() -> None: ...
+
+    call.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    import os
+
+    from diracx.db.os.utils import BaseOSDB
+
+    for name in list(os.environ):
+        if name.startswith(("DIRACX_DB_URL_", "DIRACX_OS_DB_", "DIRACX_CONFIG_", "DIRACX_SERVICE_DOTENV")):
+            monkeypatch.delenv(name)
+    # The client factory of DiracX puts databases of its own there, for as long as its process lives.
+    if isinstance(BaseOSDB.available_implementations, partial):
+        real = BaseOSDB.available_implementations.keywords["real_available_implementations"]
+        monkeypatch.setattr(BaseOSDB, "available_implementations", real)
+    return monkeypatch
+
+
+@pytest.fixture
+def config_repository(tmp_path: Path) -> str:
+    repository = tmp_path / "configuration"
+    repository.mkdir()
+    (repository / "default.yml").write_text(
+        textwrap.dedent(
+            """
+            DIRAC: {}
+            Operations: {Defaults: {}}
+            Registry:
+              lhcb:
+                IdP: {URL: "https://idp.invalid", ClientID: "id"}
+                DefaultGroup: user
+                Users: {}
+                Groups: {}
+            """
+        )
+    )
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@invalid"]
+    for command in (["init", "-q", "-b", "master"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    return f"git+file://{repository}"
+
+
+async def test_setup_opens_only_dependencies_of_the_plans(
+    clean_environment: pytest.MonkeyPatch, config_repository: str, tmp_path: Path
+) -> None:
+    for name in ("AUTHDB", "JOBDB", "JOBLOGGINGDB", "RESOURCESTATUSDB"):
+        clean_environment.setenv(f"DIRACX_DB_URL_{name}", f"sqlite+aiosqlite:///{tmp_path}/{name}.db")
+    clean_environment.setenv("DIRACX_OS_DB_JOBPARAMETERSDB", '{"hosts": "http://localhost:1"}')
+    clean_environment.setenv("DIRACX_CONFIG_BACKEND_URL", config_repository)
+    clean_environment.setenv("TEST_SHELF_WIDTH", "80")
+    seen: dict[str, Any] = {}
+
+    async def execute(
+        job: JobDB,
+        bare: Annotated[JobDB, NoTransaction()],
+        config: Config,
+        parameters: JobParametersDB,
+        development: DevelopmentSettings,
+        shelf: ShelfSettings,
+        properties: AvailableSecurityProperties,
+        auth: Annotated[AuthDB, Depends(nested_auth)],
+    ) -> None:
+        assert isinstance(job, JobDB)
+        assert job is bare
+        assert list(config.registry) == ["lhcb"]
+        assert parameters.client is not None
+        assert shelf.width == 80
+        assert properties
+        assert auth.conn is not None
+        seen["job"] = job
+
+    plan = compile_plan(execute)
+    async with setup_dependency_overrides([plan]) as overrides:
+        assert find_missing_overrides(plan, overrides) == []
+        assert JobLoggingDB.transaction not in overrides
+        assert ResourceStatusDB.transaction not in overrides
+        assert SiteStatusSource.create not in overrides
+        assert overrides[ShelfSettings.create]() is overrides[ShelfSettings.create]()
+        assert ShelfSettings._events == ["started"]
+        await run(execute, overrides)
+        await run(execute, overrides)
+    assert ShelfSettings._events == ["started", "stopped"]
+    with pytest.raises(AssertionError, match="engine_context"):
+        _ = seen["job"].engine
+
+
+async def test_setup_for_plans_without_needs_opens_nothing(clean_environment: pytest.MonkeyPatch) -> None:
+    clean_environment.setenv("DIRACX_DB_URL_JOBDB", "sqlite+aiosqlite:///:memory:")
+
+    async def execute(properties: AvailableSecurityProperties) -> None: ...
+
+    async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
+        assert overrides == {}
+
+
+async def test_setup_without_plans_opens_whatever_is_available(
+    clean_environment: pytest.MonkeyPatch, config_repository: str
+) -> None:
+    clean_environment.setenv("DIRACX_DB_URL_RESOURCESTATUSDB", "sqlite+aiosqlite:///:memory:")
+    clean_environment.setenv("DIRACX_CONFIG_BACKEND_URL", config_repository)
+    async with setup_dependency_overrides() as overrides:
+        for available in (
+            ResourceStatusDB.transaction,
+            ResourceStatusDB.no_transaction,
+            SiteStatusSource.create,
+            ConfigSource.create,
+            DevelopmentSettings.create,
+        ):
+            assert available in overrides
+        for missing in (JobDB.transaction, JobParametersDB.session):
+            assert missing not in overrides
+
+
+async def test_a_dependency_that_is_not_configured_is_absent(clean_environment: pytest.MonkeyPatch) -> None:
+    clean_environment.delenv("TEST_SHELF_WIDTH", raising=False)
+    plan = compile_plan(wants_a_lot)
+    async with setup_dependency_overrides([plan]) as overrides:
+        assert find_missing_overrides(plan, overrides) == EVERYTHING
+
+
+async def test_settings_that_cannot_be_read_are_logged_without_their_value(
+    clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clean_environment.setenv("TEST_SHELF_WIDTH", "s3cret")
+
+    async def execute(shelf: ShelfSettings) -> None: ...
+
+    async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
+        assert overrides == {}
+    assert "ShelfSettings cannot be read from the environment: width:" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+async def test_malformed_database_url_is_refused_without_its_password(
+    clean_environment: pytest.MonkeyPatch,
+) -> None:
+    clean_environment.setenv("DIRACX_DB_URL_JOBDB", "invalid://user:s3cret@host/db")
+
+    async def execute(db: JobDB) -> None: ...
+
+    with pytest.raises(TaskConfigError, match="DIRACX_DB_URL_") as caught:
+        async with setup_dependency_overrides([compile_plan(execute)]):
+            raise AssertionError("never gets here")
+    assert "s3cret" not in str(caught.value)
+
+
+class ShelfSource(AsyncCacheableSource[Snapshot[int]]):
+    """Reads the same database as the task that uses it."""
+
+    db_class = ResourceStatusDB
+
+    def __init__(self, *, db: ResourceStatusDB) -> None:
+        super().__init__()
+        self._db = db
+
+    async def latest_revision(self) -> tuple[str, datetime]:
+        return "first", datetime(2024, 1, 1, tzinfo=UTC)
+
+    async def read_raw(self, hexsha: str, modified: datetime) -> Snapshot[int]:
+        async with self._db as db:
+            return Snapshot((await db.conn.execute(select(41 + 1))).scalar_one(), hexsha, modified)
+
+
+async def test_source_can_read_the_database_of_the_running_transaction(
+    clean_environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clean_environment.setenv("DIRACX_DB_URL_RESOURCESTATUSDB", f"sqlite+aiosqlite:///{tmp_path}/rss.db")
+
+    async def execute(db: ResourceStatusDB, shelf: ShelfSource) -> int:
+        assert db.conn is not None
+        assert isinstance(shelf, Snapshot)
+        return shelf.data
+
+    async def only_source(shelf: ShelfSource) -> int:
+        return shelf.data  # type: ignore[attr-defined, no-any-return]
+
+    for function in (execute, only_source):
+        async with setup_dependency_overrides([compile_plan(function)]) as overrides:
+            assert await run(function, overrides) == 42
+
+
+async def test_a_dependency_with_a_default_is_done_without_where_it_is_not_configured() -> None:
+    async def execute(self: object, config: Config = None) -> Any:  # type: ignore[assignment]
+        return config
+
+    plan = compile_plan(execute, skip_first=True)
+    assert find_missing_overrides(plan, {}) == []
+    async with AsyncExitStack() as stack:
+        assert await resolve(plan, {}, stack) == {}
+        assert await resolve(plan, {ConfigSource.create: lambda: "there"}, stack) == {"config": "there"}

@@ -1,0 +1,18 @@
+# Marks and removes directories of pilots.
+#
+#   /bin/sh -c "$(cat cleanup.sh)" cleanup DIRECTORY MINUTES  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
+#
+# Also removes directories marked as `ended` more than MINUTES ago, and those with an exit code older than MINUTES plus
+# 30 days; not if MINUTES is empty.
+[ -e "$1" ] || exit 0
+cd "$1" || exit 73
+while read -r what stamp; do
+    [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
+    case $what in
+        remove) rm -rf -- "./$stamp" ;;
+        *) [ -e "$stamp/$what" ] || (set -C && : > "$stamp/$what") 2> /dev/null ;;
+    esac
+done
+[ -n "$2" ] || exit 0
+find . -mindepth 2 -maxdepth 2 \( -name ended -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) |
+    while read -r mark; do rm -rf -- "${mark%/*}"; done

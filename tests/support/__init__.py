@@ -1,0 +1,1 @@
+"""Shared helpers of the tests: servers, sites, fixtures, waiters and recorders."""

@@ -1,0 +1,42 @@
+"""Waits for conditions, with a deadline."""
+
+from __future__ import annotations
+
+__all__ = ["eventually", "until"]
+
+import asyncio
+import time
+from collections.abc import Callable
+from inspect import isawaitable
+from typing import Any
+
+SECONDS = 100.0
+"""Time after which a waiting test fails, before pytest ends it."""
+
+
+async def until(
+    condition: Callable[[], Any], what: str = "it", seconds: float = SECONDS, pause: float = 0.005
+) -> Any:
+    """Wait until a condition holds, asynchronous or not; returns what the condition returned.
+
+    Args:
+        pause: seconds between two looks, at least: more for a condition that starts a program.
+    """
+    began = time.monotonic()
+    while True:
+        found = condition()
+        if isawaitable(found):
+            found = await found
+        if found:
+            return found
+        waited = time.monotonic() - began
+        assert waited < seconds, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(max(pause, min(waited / 20, 0.2)))  # many conditions ask a server
+
+
+def eventually(condition: Callable[[], object], what: str = "it", seconds: float = SECONDS) -> None:
+    """Wait until a condition holds, without an event loop."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
