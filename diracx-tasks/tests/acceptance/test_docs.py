@@ -191,3 +191,19 @@ def test_every_picture_is_shown_described_and_small() -> None:
     assert set(shown) == kept
     assert all(len(words) > 20 for words in shown.values())
     assert all(file.stat().st_size <= 100_000 for file in kept)
+
+
+#: Set by a process for its children, or a setting of DiracX.
+_INTERNAL_VARIABLES = {"DIRACX_TASKS_PROCESS_NUMBER", "DIRACX_TASKS_SUPERVISOR_SOCKET", "DIRACX_SERVICE_DOTENV"}
+
+
+def test_every_environment_variable_is_documented() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    sources = [file for each in ("diracx-tasks/src", "gubbins/src") for file in (ROOT / each).rglob("*.py")]
+    found = {
+        name
+        for source in sources
+        for name in re.findall(r"\b(?:DIRACX|GUBBINS)_[A-Z_]*[A-Z]\b(?!_)", source.read_text())
+    }
+    assert len(found) > 10
+    assert {name for name in found - _INTERNAL_VARIABLES if name not in pages} == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -287,7 +288,7 @@ async def _limits_of_the_server(redis: Redis) -> AsyncIterator[None]:
         REPLICAS.pop().close()
 
 
-def test_every_check_and_every_limit_is_in_the_reference() -> None:
+def test_every_check_with_its_remedy_and_every_limit_is_in_the_reference() -> None:
     text = (ROOT / "docs/reference/health.md").read_text()
     others = (
         "dead_letters_open",
@@ -299,7 +300,9 @@ def test_every_check_and_every_limit_is_in_the_reference() -> None:
         "ce_pilots_failing",
         "ce_pilots_missing",
     )
-    assert [check for check in (*CHECKS, *others) if f"| `{check}` |" not in text] == []
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE))
+    assert set(rows) == {*CHECKS, *others}
+    assert all(len(remedy) > 10 for remedy in rows.values())
     limits = HealthThresholds.model_fields.items()
     rows = [f"| `DIRACX_TASKS_HEALTH_{name.upper()}` | {field.default:g} |" for name, field in limits]
     assert [row for row in rows if row not in text] == []

@@ -1,0 +1,56 @@
+"""The pages about compute elements have every setting and rule, and name tests that exist."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pydantic import BaseModel
+from support.paths import ROOT
+
+from gubbins.ces.arc.settings import ArcSettings
+from gubbins.ces.batch.settings import BatchSettings
+from gubbins.ces.htcondor.settings import HTCondorSettings
+from gubbins.ces.local.backend import LocalSettings
+from gubbins.ces.simulated.backend import SimulatedSettings
+from gubbins.ces.slurm.settings import SlurmSettings
+from gubbins.ces.ssh.settings import SSHSettings
+from gubbins.ces.transports.tokens import TokenIssuer
+from gubbins.domain.rules import CERules
+from gubbins.logic.my_pilots.ce_file import CESpec
+
+HOW_TO = ROOT / "docs/how-to"
+
+
+@pytest.mark.parametrize(
+    ("page", "models"),
+    [
+        ("connect-a-ce.md", [CESpec, CERules, TokenIssuer, SimulatedSettings, LocalSettings]),
+        ("connect-an-arc-ce.md", [ArcSettings]),
+        ("connect-a-batch-system.md", [BatchSettings]),
+        ("connect-an-htcondor-site.md", [HTCondorSettings]),
+        ("connect-a-slurm-site.md", [SlurmSettings]),
+        ("connect-with-ssh.md", [SSHSettings]),
+    ],
+)
+def test_every_setting_is_documented_and_every_documented_setting_exists(
+    page: str, models: list[type[BaseModel]]
+) -> None:
+    text = (HOW_TO / page).read_text()
+    fields = {name for model in models for name in model.model_fields}
+    assert {name for name in fields if f"`{name}`" not in text} == set()
+    tables = re.findall(
+        r"^\| (?:setting|rule|field|`token`) \| default.*\n\|---.*\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    rows = [row.split("|")[1] for table in tables for row in table.splitlines()]
+    named = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    assert len(named) > 5
+    assert named <= fields
+
+
+def test_every_test_of_tested_site_behaviour_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / "docs/reference/back-ends.md").read_text()))
+    sources = [*(ROOT / "gubbins").rglob("test_*.py"), ROOT / "gubbins/src/gubbins/testing/ce_conformance.py"]
+    found = {name for source in sources for name in re.findall(r"def (test_\w+)", source.read_text())}
+    assert len(named) > 20
+    assert named - found - {source.stem for source in sources} == set()
