@@ -13,8 +13,8 @@ read -r stat < /proc/$$/stat
 read -r boot < /proc/sys/kernel/random/boot_id
 # shellcheck disable=SC2086 # the fields are meant to be split
 set -- ${stat##*) }
-# Without this record the pilot must not run.
-printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)" > pid.new && mv pid.new pid || exit 1
+# Without this record the pilot must not run. A signal may end `mv` after it has renamed the file.
+printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)" > pid.new && mv pid.new pid || [ -e pid ] || exit 1
 chmod 700 script && mkdir -p work
 [ ! -f secret ] || export PILOT_SECRET_FILE="$PWD/secret"
 # Checked in the subshell, which a later signal ends.
