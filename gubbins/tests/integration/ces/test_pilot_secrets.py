@@ -6,8 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secret
+from support.pilot_secrets import URL, Place, assert_only_the_pilot_can_read_its_secret
 from support.sites.sshd import Sshd
+from support.waiting import until
+
+from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity
+from gubbins.ces.slurm import SlurmBackend, SlurmSettings
+from gubbins.domain.pilot_states import MyPilotStatus
+
+NEVER_ENDS = "mkdir .pilot.Xy3; echo token > .pilot.Xy3/token; echo begun >&2; trap '' TERM; sleep 600; exit 0"
 
 
 @pytest.fixture(params=["local", "run_as", "ssh"])
@@ -29,3 +36,28 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 async def test_only_the_pilot_can_read_its_secret(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     await assert_only_the_pilot_can_read_its_secret(place, caplog)
+
+
+async def test_a_killed_pilot_leaves_its_output_and_no_secret(place: Place) -> None:
+    place.settings |= {"default_script": NEVER_ENDS, "kill_after_seconds": 0, "keep": "failed"}
+    pilot = PilotAtCE("stamp", "vo", identity=PilotIdentity(URL, "secret"))
+    async with place.open() as backend:
+        await backend.submit([pilot])
+        await until(lambda: any(place.directory.rglob("token")), "it has a token")
+        await backend.cancel([pilot])
+
+        async def failed() -> bool:
+            return (await backend.poll([pilot]))["stamp"].state is Observed.FAILED
+
+        await until(failed, "it has ended")
+        await backend.cleanup([pilot._replace(status=MyPilotStatus.FAILED)])
+        assert (await backend.output(pilot)).stderr == "begun\n"
+    assert [path for path in place.directory.rglob("*") if path.name.startswith((".pilot", "secret"))] == []
+
+
+async def test_a_job_that_never_started_leaves_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "stamp").mkdir()
+    (tmp_path / "stamp" / "secret").write_text("secret")
+    backend = SlurmBackend(CEDescription("ce", 1, 1.0), SlurmSettings(directory=tmp_path))
+    await backend.cleanup([PilotAtCE("stamp", "vo", status=MyPilotStatus.FAILED)])
+    assert [path.name for path in (tmp_path / "stamp").iterdir()] == ["ended"]

@@ -194,7 +194,13 @@ class LocalJob:
         return PilotOutput(*(self._tail(name, OUTPUT_LIMIT_BYTES) for name in ("stdout", "stderr")))
 
     def mark_for_sweep(self) -> None:
-        """Mark the directory for removal by `sweep`."""
+        """Mark the directory for removal by `sweep`, without the secret and tokens of a pilot that was killed."""
+        for path in self.work.glob(".pilot[-.]*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             (self.path / "forgotten").touch(exist_ok=False)
 

@@ -3,11 +3,12 @@
 #   /bin/sh -c "$(cat cleanup.sh)" cleanup DIRECTORY MINUTES  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
 #
 # Also removes directories marked as `ended` more than MINUTES ago, and those with an exit code older than MINUTES plus
-# 30 days; not if MINUTES is empty.
+# 30 days; not if MINUTES is empty. The secret of a pilot that has ended is removed in any case.
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
 while read -r what stamp; do
     [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
+    [ "$what" != ended ] || rm -f -- "./$stamp/secret"
     case $what in
         remove) rm -rf -- "./$stamp" ;;
         *) [ -e "$stamp/$what" ] || (set -C && : > "$stamp/$what") 2> /dev/null ;;

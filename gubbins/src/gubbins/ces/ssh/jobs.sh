@@ -254,11 +254,14 @@ output() {
     done
 }
 
-# keep STAMP: mark it for removal by a later `sweep`.
+# keep STAMP: mark it for removal by a later `sweep`, without the secret and tokens of a pilot that was killed.
 keep() {
-    is_job "$1" && ! [ -e "$1/forgotten" ] && (set -C && : > "$1/forgotten") 2> /dev/null
+    is_job "$1" || return 0
+    rm -f "$1/secret"
+    find "$1/work" -mindepth 1 -maxdepth 1 -name '.pilot.*' -exec rm -rf {} +
+    [ -e "$1/forgotten" ] || (set -C && : > "$1/forgotten")
     return 0
-}
+} 2> /dev/null
 
 # sweep MINUTES: remove directories marked more than MINUTES ago, and those that ended 30 days before that.
 sweep() {
