@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import pytest
 
-# Before the first import of the module.
-pytest.register_assert_rewrite("gubbins.testing.ce_conformance")
+# Before the first import of these modules.
+pytest.register_assert_rewrite("gubbins.testing.ce_conformance", "gubbins.testing.pilot_group")

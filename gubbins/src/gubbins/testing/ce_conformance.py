@@ -20,33 +20,26 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from gubbins.ces.protocol import CEBackend, Observation, Observed, PilotAtCE
+from gubbins.ces.protocol import CEBackend, Observed
 from gubbins.domain.exceptions import OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.testing.pilot_group import MakeBackend, PilotGroup, Scenario, closing, few, new_pilot
 
-
-class Scenario(StrEnum):
-    """Behaviour of all pilots of a back end."""
-
-    QUICK = "QUICK"  # succeeds soon
-    FAILING = "FAILING"  # fails soon, with a reason
-    LONG = "LONG"  # runs until it is cancelled, at least ten minutes
-
-
-MakeBackend = Callable[[Scenario], CEBackend[Any]]
-"""Creates a new instance for the same site at each call, as after a restart of the worker."""
-
-_ENDS = (Observed.DONE, Observed.FAILED)
+__all__ = [
+    "CEConformance",
+    "CERemoteConformance",
+    "CESiteConformance",
+    "MakeBackend",
+    "Scenario",
+    "pilot_scripts",
+]
 
 
 def pilot_scripts(witness: Path | None = None) -> dict[Scenario, str]:
@@ -81,50 +74,53 @@ class CEConformance:
         """Override: creates back ends for the site."""
         raise NotImplementedError("give your conformance class a fixture `make`")
 
+    def _pilots(self, make: MakeBackend, scenario: Scenario, number: int = 1) -> PilotGroup:
+        return PilotGroup(make, scenario, number, self.deadline_seconds, self.pause_seconds)
+
     async def test_each_stamp_gets_a_unique_reference(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.QUICK, 3) as group:
+        async with self._pilots(make, Scenario.QUICK, 3) as group:
             await group.submit()
 
     async def test_a_successful_pilot_becomes_done(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+        async with self._pilots(make, Scenario.QUICK) as group:
             await group.submit()
             await group.until(Observed.DONE)
             # The end stays known, since the first check that sees it may crash.
             assert [seen.state for seen in (await group.poll()).values()] == [Observed.DONE]
 
     async def test_a_failed_pilot_has_a_reason_of_one_line(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.FAILING) as group:
+        async with self._pilots(make, Scenario.FAILING) as group:
             await group.submit()
             await group.until(Observed.FAILED)
             group.assert_reasons()
 
     async def test_a_long_pilot_stays_running(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
             await group.until(Observed.RUNNING)
             assert [seen.state for seen in (await group.poll()).values()] == [Observed.RUNNING]
 
     async def test_a_repeated_submission_returns_the_same_reference(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+        async with self._pilots(make, Scenario.LONG, 2) as group:
             first = await group.submit()
             assert await group.submit() == first
             await group.until(Observed.RUNNING)
             assert await group.submit() == first
 
     async def test_concurrent_submissions_of_one_stamp_return_the_same_reference(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+        async with self._pilots(make, Scenario.LONG, 2) as group:
             references = await asyncio.gather(*(group.submit() for _ in range(4)))
             assert all(each == references[0] for each in references), references
 
     async def test_a_pilot_whose_reference_was_lost_is_found_by_its_stamp(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+        async with self._pilots(make, Scenario.LONG, 2) as group:
             references = await group.submit()
             group.lose_references()
             seen = await group.until(Observed.RUNNING)
             assert {stamp: each.reference for stamp, each in seen.items()} == references
 
     async def test_a_cancelled_pilot_fails_with_a_reason(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
             await group.until(Observed.RUNNING)
             await group.cancel()
@@ -132,7 +128,7 @@ class CEConformance:
             group.assert_reasons()
 
     async def test_a_pilot_whose_reference_was_lost_can_be_cancelled(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
             group.lose_references()
             await group.cancel()
@@ -140,7 +136,7 @@ class CEConformance:
             group.assert_reasons()
 
     async def test_cancelling_again_or_after_the_end_has_no_effect(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
             await group.cancel()
             await group.cancel()
@@ -149,20 +145,20 @@ class CEConformance:
             await group.cancel()
             assert await group.poll() == before
         assert not any(backend.warning for backend in group._used)
-        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+        async with self._pilots(make, Scenario.QUICK) as group:
             await group.submit()
             await group.until(Observed.DONE)
             await group.backend().cancel(group.pilots)
             assert [seen.state for seen in (await group.poll()).values()] == [Observed.DONE]
 
     async def test_cancelling_an_unknown_pilot_has_no_effect(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
-            await group.backend().cancel([_new_pilot()._replace(cancel_requested=True)])
+            await group.backend().cancel([new_pilot()._replace(cancel_requested=True)])
             await group.until(Observed.RUNNING)
 
     async def test_many_pilots_are_handled_by_one_call(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG, self.many) as group:
+        async with self._pilots(make, Scenario.LONG, self.many) as group:
             references = await group.submit()
             assert len(references) == self.many
             assert len(await group.poll()) == self.many
@@ -171,19 +167,19 @@ class CEConformance:
             group.assert_reasons()
 
     async def test_calls_without_pilots_succeed(self, make: MakeBackend) -> None:
-        async with _closing(make(Scenario.QUICK)) as backend:
+        async with closing(make(Scenario.QUICK)) as backend:
             assert dict(await backend.submit([])) == {}
             assert dict(await backend.poll([])) == {}
             await backend.cancel([])
             await backend.cleanup([])
 
     async def test_cleanup_can_be_repeated_and_accepts_unknown_pilots(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+        async with self._pilots(make, Scenario.QUICK) as group:
             await group.submit()
             await group.until(Observed.DONE)
             ended = [
                 group.pilots[0]._replace(status=MyPilotStatus.DONE),
-                _new_pilot()._replace(status=MyPilotStatus.FAILED),
+                new_pilot()._replace(status=MyPilotStatus.FAILED),
             ]
             await group.backend().cleanup(ended)
             await group.backend().cleanup(ended)
@@ -212,7 +208,7 @@ class CESiteConformance(CEConformance):
         return None
 
     async def test_the_reason_of_a_failed_pilot_contains_its_exit_code(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.FAILING) as group:
+        async with self._pilots(make, Scenario.FAILING) as group:
             await group.submit()
             (seen,) = (await group.until(Observed.FAILED)).values()
             assert re.search(r"\b3\b", seen.reason or ""), seen
@@ -223,8 +219,8 @@ class CESiteConformance(CEConformance):
         if secondary_source_down is None:
             return
         async with (
-            _PilotGroup(self, make, Scenario.LONG) as running,
-            _PilotGroup(self, make, Scenario.QUICK) as ended,
+            self._pilots(make, Scenario.LONG) as running,
+            self._pilots(make, Scenario.QUICK) as ended,
         ):
             await running.submit()
             await ended.submit()
@@ -253,7 +249,7 @@ class CESiteConformance(CEConformance):
     ) -> None:
         if unreadable is None:
             return
-        async with _PilotGroup(self, make, Scenario.LONG, 2) as group:
+        async with self._pilots(make, Scenario.LONG, 2) as group:
             await group.submit()
             await group.until(Observed.RUNNING)
             unreadable_one, other = group.pilots
@@ -291,12 +287,12 @@ class CESiteConformance(CEConformance):
     ) -> None:
         if holding is None:
             return
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             with holding:
                 await group.submit()
                 deadline = time.monotonic() + self.deadline_seconds
                 while not all(seen.reason for seen in (await group.poll()).values()):
-                    assert time.monotonic() < deadline, f"no reason: {_few(group.seen.values())}"
+                    assert time.monotonic() < deadline, f"no reason: {few(group.seen.values())}"
                     await asyncio.sleep(self.pause_seconds)
                 assert [seen.state for seen in group.seen.values()] == [Observed.WAITING]
                 group.assert_reasons()
@@ -315,7 +311,7 @@ class CESiteConformance(CEConformance):
     ) -> None:
         if uncertain is None:
             return
-        async with _PilotGroup(self, make, Scenario.LONG, 3) as group:
+        async with self._pilots(make, Scenario.LONG, 3) as group:
             unknown, *others = group.pilots
             with uncertain(unknown.stamp):
                 backend = group.backend()
@@ -342,8 +338,8 @@ class CESiteConformance(CEConformance):
         if full is None:
             return
         async with (
-            _PilotGroup(self, make, Scenario.LONG) as group,
-            _PilotGroup(self, make, Scenario.LONG) as refused,
+            self._pilots(make, Scenario.LONG) as group,
+            self._pilots(make, Scenario.LONG) as refused,
         ):
             await group.submit()
             await group.until(Observed.RUNNING)
@@ -357,13 +353,13 @@ class CESiteConformance(CEConformance):
             await refused.submit()
 
     async def test_an_unknown_stamp_is_missing_from_the_result(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
-            seen = await group.backend().poll([*group.pilots, _new_pilot()])
+            seen = await group.backend().poll([*group.pilots, new_pilot()])
             assert set(seen) == {group.pilots[0].stamp}
 
     async def test_a_repeated_submission_starts_no_second_pilot(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.QUICK, 2) as group:
+        async with self._pilots(make, Scenario.QUICK, 2) as group:
             await asyncio.gather(*(group.submit() for _ in range(4)))
             await group.until(Observed.DONE)
             await group.submit()
@@ -371,7 +367,7 @@ class CESiteConformance(CEConformance):
             assert [self.starts(pilot.stamp) for pilot in group.pilots] in ([1, 1], [None, None])
 
     async def test_output_of_a_pilot_that_has_ended_can_be_fetched(self, make: MakeBackend) -> None:
-        async with _PilotGroup(self, make, Scenario.QUICK) as group:
+        async with self._pilots(make, Scenario.QUICK) as group:
             await group.submit()
             await group.until(Observed.DONE)
             pilot = group.pilots[0]
@@ -384,9 +380,9 @@ class CESiteConformance(CEConformance):
             assert f"err of {pilot.stamp}\n" in output.stderr
 
     async def test_there_is_no_output_of_an_unknown_pilot(self, make: MakeBackend) -> None:
-        async with _closing(make(Scenario.QUICK)) as backend:
+        async with closing(make(Scenario.QUICK)) as backend:
             with pytest.raises(OutputUnavailableError):
-                await backend.output(_new_pilot())
+                await backend.output(new_pilot())
 
 
 class CERemoteConformance(CESiteConformance):
@@ -419,10 +415,10 @@ class CERemoteConformance(CESiteConformance):
         await self._check_outage(make, hanging)
 
     async def _check_outage(self, make: MakeBackend, outage: AbstractContextManager[object]) -> None:
-        async with _PilotGroup(self, make, Scenario.LONG) as group:
+        async with self._pilots(make, Scenario.LONG) as group:
             await group.submit()
             known = group.pilots[0]
-            new = _new_pilot()
+            new = new_pilot()
             with outage:
                 # Not a cancellation of the known pilot, which might be executed after the outage.
                 calls: list[Callable[[CEBackend[Any]], Awaitable[object]]] = [
@@ -434,7 +430,7 @@ class CERemoteConformance(CESiteConformance):
                     begin = time.monotonic()
                     with pytest.raises(Exception, match=r"\S"):  # any, with a message
                         async with (
-                            _closing(make(Scenario.LONG)) as backend,
+                            closing(make(Scenario.LONG)) as backend,
                             asyncio.timeout(self.deadline_seconds),
                         ):
                             await call(backend)
@@ -442,111 +438,3 @@ class CERemoteConformance(CESiteConformance):
             # The new pilot may have been submitted.
             group.pilots.append(new)
             await group.until(Observed.RUNNING, of=[known])
-
-
-class _PilotGroup:
-    """Pilots of one test, polled as by checks, with a new back end for each call; cancelled at the end."""
-
-    def __init__(self, suite: CEConformance, make: MakeBackend, scenario: Scenario, number: int = 1) -> None:
-        self._suite = suite
-        self._make = make
-        self._scenario = scenario
-        self._used: list[CEBackend[Any]] = []
-        self.pilots = [_new_pilot() for _ in range(number)]
-        self.seen: dict[str, Observation] = {}
-
-    async def __aenter__(self) -> _PilotGroup:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        try:
-            await self.cancel()
-        finally:
-            for backend in self._used:
-                await backend.close()
-
-    def backend(self) -> CEBackend[Any]:
-        """Create a back end, which is closed at the end of the test."""
-        backend = self._make(self._scenario)
-        self._used.append(backend)
-        return backend
-
-    async def submit(self) -> dict[str, str]:
-        """Submit all pilots in one call; return the references by stamp."""
-        outcomes = await self.backend().submit(self.pilots)
-        assert set(outcomes) == {pilot.stamp for pilot in self.pilots}
-        references = {}
-        for stamp, outcome in outcomes.items():
-            assert outcome.error is None, outcome.error
-            assert outcome.reference
-            references[stamp] = outcome.reference
-        assert len(set(references.values())) == len(references)
-        self.pilots = [pilot._replace(reference=references[pilot.stamp]) for pilot in self.pilots]
-        return references
-
-    def lose_references(self) -> None:
-        """Drop the references, as after a crash before they are recorded."""
-        self.pilots = [pilot._replace(reference=None) for pilot in self.pilots]
-
-    async def poll(self) -> dict[str, Observation]:
-        """Poll all pilots in one call, and update their states as a check: at most one step each."""
-        self.seen = dict(await self.backend().poll(self.pilots))
-        running = {stamp for stamp, seen in self.seen.items() if seen.state in (Observed.RUNNING, *_ENDS)}
-        now = datetime.now(tz=UTC)
-        self.pilots = [
-            pilot._replace(status=MyPilotStatus.RUNNING, started_at=now)
-            if pilot.stamp in running and pilot.status is MyPilotStatus.SUBMITTED
-            else pilot
-            for pilot in self.pilots
-        ]
-        return self.seen
-
-    async def until(self, wanted: Observed, *, of: Sequence[PilotAtCE] = ()) -> dict[str, Observation]:
-        """Poll until all pilots have the state; another final state fails the test.
-
-        Requested cancellations are repeated before each poll.
-        """
-        stamps = {pilot.stamp for pilot in of or self.pilots}
-        deadline = time.monotonic() + self._suite.deadline_seconds
-        while True:
-            seen = {stamp: each for stamp, each in (await self.poll()).items() if stamp in stamps}
-            if set(seen) == stamps and all(each.state is wanted for each in seen.values()):
-                return seen
-            wrong = [each for each in seen.values() if each.state in _ENDS and each.state is not wanted]
-            assert not wrong, f"{wrong[0]} instead of {wanted}"
-            assert time.monotonic() < deadline, f"still not {wanted}: {_few(seen.values())}"
-            await asyncio.sleep(self._suite.pause_seconds)
-            if any(pilot.cancel_requested for pilot in self.pilots):
-                await self.cancel()
-
-    async def cancel(self) -> None:
-        """Cancel all pilots in one call."""
-        self.pilots = [pilot._replace(cancel_requested=True) for pilot in self.pilots]
-        await self.backend().cancel(self.pilots)
-
-    def assert_reasons(self) -> None:
-        """Check that each observation has a reason of one short line."""
-        for seen in self.seen.values():
-            assert seen.reason
-            assert seen.reason.strip() == seen.reason
-            assert "\n" not in seen.reason
-            assert len(seen.reason) <= 500
-
-
-class _closing:
-    def __init__(self, backend: CEBackend[Any]) -> None:
-        self._backend = backend
-
-    async def __aenter__(self) -> CEBackend[Any]:
-        return self._backend
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._backend.close()
-
-
-def _new_pilot() -> PilotAtCE:
-    return PilotAtCE(stamp=uuid.uuid4().hex, vo="vo", submitted_at=datetime.now(tz=UTC))
-
-
-def _few(seen: Iterable[Observation]) -> str:
-    return ", ".join(str(each) for each in list(seen)[:3]) or "unknown"
