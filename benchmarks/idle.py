@@ -53,7 +53,9 @@ class Holds(BaseTask):
 
 
 #: Scripts that workers run whether there are tasks or not.
-_OF_WAITING = {script(name).sha for name in ("renew", "reclaim", "recover", "promote", "dead_letters")}
+_OF_WAITING = {
+    script(name).sha for name in ("renew", "reclaim", "fetch_unacknowledged", "promote", "dead_letters")
+}
 _REPORT = script("report").sha
 #: Commands of a report that tells of tasks, and not of an idle one.
 _TELLS = {"HINCRBY", "LPOP", "HGET"}

@@ -40,7 +40,8 @@ async def _locks_of_one_worker(world: World) -> None:
 async def _use_locks_of_one_worker(world: World) -> None:
     await _renew(world)
     known = [lock for hold in world.kept for lock in hold.locks]
-    await world.worker.recover([(each.delivery.stream, each.delivery.entry) for each in world.kept], known[::2])
+    held = [(each.delivery.stream, each.delivery.entry) for each in world.kept]
+    await world.worker.fetch_unacknowledged(held, known[::2])
     await world.worker.leave()
 
 
@@ -59,8 +60,8 @@ async def _slots_of_one_worker(world: World) -> None:
 async def _use_slots_of_one_worker(world: World) -> None:
     await _renew(world)
     held = [each.delivery for each in world.kept]
-    await world.worker.recover([(each.stream, each.entry) for each in held])
-    await world.worker.recover([])
+    await world.worker.fetch_unacknowledged([(each.stream, each.entry) for each in held])
+    await world.worker.fetch_unacknowledged([])
     async with Redis.from_url(world.url) as redis:
         await queue(world, 1)
         await redis.xreadgroup(keys.GROUP, "dead", {QUEUE: ">"})

@@ -11,18 +11,18 @@ from .rules import KINDS, Rules
 
 _EPILOG = """\
 Two workers, three tasks (two want the same mutex), for each process one real server with the real scripts.
-Every order of fetch, reclaim, recover, start, settle and renew is tried, with up to N disturbances wherever they
-can happen: a worker dies, is paused or cut off, an answer is lost, the server is away for longer than all leases.
-In every state each task is in one place or has been settled once, a lock has one holder that acts, no worker that
-has come back counts as dead, what needs no lock has begun once if nothing but the server was away, and something
-can still happen until all is settled.
+Every order of fetch, reclaim, fetch_unacknowledged, start, settle and renew is tried, with up to N disturbances
+wherever they can happen: a worker dies, is paused or disconnected, a response is lost, the server is
+unavailable for longer than all leases. In every state each task is in one place or has been settled once, a
+lock has one active holder, no worker that has come back counts as dead, tasks without locks have started once
+if only the server was unavailable, and some step is possible until all tasks are settled.
 
-Assumed: the clocks of workers and server run at the same rate to within a tenth; a worker that goes on after a
-pause looks at its lease before it does anything else; the server does each script whole, and loses nothing. When
-no disturbance is left, what a healthy worker does with a task without a lock, or with one that it has lost,
-concerns nobody else, and is done at once.
+Assumptions: the clocks of workers and server run at the same rate to within a tenth; a worker checks its lease
+first after a pause; the server executes each script completely and loses no data. When no disturbance is left,
+steps of a healthy worker with a task without a lock, or with a lost one, affect no others and are not
+interleaved.
 
---without-lease-timer and --without-another-term take away a part of the protocol: then a violation must be found.
+--without-lease-timer and --without-another-term disable a part of the protocol: a violation must then be found.
 
 Exit code: 0 when all of that holds, 1 when not (the steps that lead there are printed), 3 when time was too short.
 """

@@ -19,10 +19,10 @@ for _, key in ipairs(redis.call('KEYS', '*')) do
   redis.call('PERSIST', key)
   if kind == 'string' then
     content = redis.call('GET', key)
-    -- How long a turn is reserved is for the search to decide, not for this clock.
-    local ends, turn = string.match(content, '^(%d+)( .*)$')
+    -- How long a lock is reserved is for the search to decide, not for this clock.
+    local ends, grant = string.match(content, '^(%d+)( .*)$')
     if string.sub(key, 1, #ARGV[2]) == ARGV[2] and tonumber(ends) > 0 then
-      content = '9999999999999' .. turn
+      content = '9999999999999' .. grant
       redis.call('SET', key, content)
     end
   elseif kind == 'hash' then content = redis.call('HGETALL', key)
@@ -78,10 +78,10 @@ class Server:
         if not self.redis.zcount(keys.ALIVE, 2, "+inf"):
             self.redis.set(keys.RENEWED, 1)
 
-    def end_turn(self, turn: str) -> None:
+    def end_grant(self, grant: str) -> None:
         """Let the reservation of a lock expire."""
-        stored: Any = self.redis.get(turn)
-        self.redis.set(turn, b"0 " + stored.partition(b" ")[2])
+        stored: Any = self.redis.get(grant)
+        self.redis.set(grant, b"0 " + stored.partition(b" ")[2])
 
     def end_timer(self, timers: str, name: str) -> None:
         """One delayed task becomes due and is moved, or one line is checked."""

@@ -34,7 +34,7 @@ class Held:
     since: str
     granted: bytes | None = None
     phase: str = "reserved"
-    """reserved; running; ended (to be settled); cut off (to be handed back)."""
+    """reserved; running; ended (to be settled); cut off (to be requeued)."""
     locked: bool = False
     """True if the worker believes that the task's lock is its own."""
     ask: bool = False

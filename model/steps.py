@@ -13,7 +13,7 @@ from typing import Any
 
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, worker_state
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
-from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.plumbing.worker.settlement import requeue
 
 from .rules import Rules
 from .server import Server
@@ -98,7 +98,7 @@ class Steps:
         if worker.lease != "valid":
             yield f"{name} renews", lambda: self._renew(state, which)
         if worker.answer_lost:
-            yield f"{name} recovers", lambda: self._take(state, which, "recover")
+            yield f"{name} fetches unacknowledged messages", lambda: self._take(state, which, "unacknowledged")
         elif len(worker.held) < _SLOTS:
             yield f"{name} fetches", lambda: self._take(state, which, "fetch")
             if state.workers[1 - which].lease == "ended":
@@ -125,7 +125,8 @@ class Steps:
             reclaim = broker.reclaim(1, lease_seconds=_LEASE_SECONDS, max_deliveries=_MAX_DELIVERIES)
             deliveries, *_ = self._call(reclaim)
         else:
-            deliveries = self._call(broker.recover([(held.stream, held.entry) for held in worker.held]))
+            held = [(each.stream, each.entry) for each in worker.held]
+            deliveries = self._call(broker.fetch_unacknowledged(held))
         taken = []
         for each in deliveries:
             assert each.data is not None
@@ -133,9 +134,9 @@ class Steps:
             taken.append(Held(task, each.stream, each.entry, each.deliveries, each.since, each.granted))
             self._check_redelivery_count(state, which, each)
         # A call for work is a sign of life: what it gives cannot be taken over at once.
-        lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "recover" else worker
+        lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "unacknowledged" else worker
         found = [self._with(state, which, replace(lives, held=(*worker.held, *taken), answer_lost=False))]
-        if taken and verb != "recover" and self._may(state, "an answer is lost"):
+        if taken and verb != "unacknowledged" and self._may(state, "an answer is lost"):
             lost = self._with(state, which, replace(lives, answer_lost=True))
             found.append(self._disturbed(lost, "an answer is lost"))
         return found
@@ -191,7 +192,7 @@ class Steps:
         )
         if held.phase == "cut off":
             delivery.data = TaskMessage(task_id=held.task, task_name="model:Task").dumpb()
-            settlement = replace(hand_back(delivery), locks=self._lock(which, held))
+            settlement = replace(requeue(delivery), locks=self._lock(which, held))
         else:
             settlement = Settlement(delivery, locks=self._lock(which, held))
         [reply] = self._call(self._brokers[which].settle([settlement]))
@@ -254,9 +255,9 @@ class Steps:
         for key in set(TASKS.values()) - {""}:
             if key.encode() in content.get(keys.LINES, ()):
                 yield "the line is looked at", lambda key=key: self._timer_ends(state, keys.LINES, key)
-            for turn in keys.of_all_sizes(keys.RESERVATION_PREFIX, key):
-                if turn in content and not content[turn].startswith(b"0 "):
-                    yield "the grant ends", lambda turn=turn: self._grant_ends(state, turn)
+            for grant in keys.of_all_sizes(keys.RESERVATION_PREFIX, key):
+                if grant in content and not content[grant].startswith(b"0 "):
+                    yield "the grant ends", lambda grant=grant: self._grant_ends(state, grant)
 
     def _timed(self, worker: WorkerState) -> WorkerState:
         """The worker with its lease timer, which stops tasks with locks."""
@@ -275,8 +276,8 @@ class Steps:
         self._server.end_timer(timers, name)
         return [state]
 
-    def _grant_ends(self, state: State, turn: str) -> list[State]:
-        self._server.end_turn(turn)
+    def _grant_ends(self, state: State, grant: str) -> list[State]:
+        self._server.end_grant(grant)
         return [state]
 
     # --- disturbances ---------------------------------------------------------------------------------------

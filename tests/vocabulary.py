@@ -144,6 +144,11 @@ WORDS = (
         SOURCE,
     ),
     Word(
+        r"(?i)(?<!:)\bturns?\b|\brecovers?\b|\bhand(ed|s)?_back\b",
+        "grant, fetch_unacknowledged, requeue",
+        SOURCE,
+    ),
+    Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"
         r"|claims|courses|complaints|answers|following|patience|ending|door|live|guard|letter)\.py\b",
         "the field's name of the module",

@@ -14,6 +14,7 @@ __all__ = [
     "Worker",
     "a_worker",
     "all_step",
+    "grant_key",
     "line_key",
     "line_of",
     "mutex",
@@ -22,7 +23,6 @@ __all__ = [
     "quota",
     "reads",
     "slot",
-    "turn_key",
     "waits_since",
     "writes",
 ]
@@ -166,10 +166,10 @@ class Worker:
         assert await self.redis.zadd(keys.LINES, {lock.redis_key: 0}, xx=True, ch=True) == 1
         await self.broker.promote()
 
-    async def turn_ends(self, lock: BaseLock, size: str = "medium") -> None:
+    async def grant_expires(self, lock: BaseLock, size: str = "medium") -> None:
         """Let the reservation expire."""
-        turn: Any = await self.redis.get(turn_key(lock, size))
-        await self.redis.set(turn_key(lock, size), b"0 " + turn.partition(b" ")[2])
+        turn: Any = await self.redis.get(grant_key(lock, size))
+        await self.redis.set(grant_key(lock, size), b"0 " + turn.partition(b" ")[2])
 
 
 def name_of(delivery: Delivery) -> str:
@@ -188,7 +188,7 @@ def line_key(lock: BaseLock, size: str = "medium") -> str:
     return f"{keys.WAITING_PREFIX}{size}:{lock.redis_key}"
 
 
-def turn_key(lock: BaseLock, size: str = "medium") -> str:
+def grant_key(lock: BaseLock, size: str = "medium") -> str:
     return f"{keys.RESERVATION_PREFIX}{size}:{lock.redis_key}"
 
 

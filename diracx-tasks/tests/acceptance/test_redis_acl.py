@@ -45,7 +45,7 @@ BASIC = {
 #: Scripts that take an accident, or a caller outside of tasks and routes; and `lines`: a worker looks at the lines
 #: of locks only where one of them is due while no scheduler leads.
 RARELY = {
-    *("blocked", "extend", "fail_children", "finished", "fire", "lines", "recover"),
+    *("blocked", "extend", "fail_children", "finished", "fire", "lines", "fetch_unacknowledged"),
     *("acquire", "release", "task_ids"),
 }
 

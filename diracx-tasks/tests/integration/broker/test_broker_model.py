@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.broker.models import (
 from diracx.tasks.plumbing.broker.redis_streams import stream_name_for
 from diracx.tasks.plumbing.broker.replies import ACCEPTED, TAKEN_OVER
 from diracx.tasks.plumbing.enums import Priority
-from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.plumbing.worker.settlement import requeue
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -67,7 +67,7 @@ class BrokerMachine(ModelOfTasks):
         if self._with_tasks(living, "reserved"):
             possible["start"] = (pick, flag)
         if self._in("reserved"):
-            possible["hand_back"] = (pick,)
+            possible["requeue"] = (pick,)
         if self._in("running"):
             possible["settle"] = (pick, how)
         if self._in("delayed", "parked"):
@@ -153,8 +153,8 @@ class BrokerMachine(ModelOfTasks):
                 for t in self._in("reserved", "running", worker=worker)
                 if t.delivery
             ]
-            recovered = self.run(self.brokers[worker].recover(known))
-            assert {(d.stream, d.entry, d.deliveries) for d in recovered} == {
+            unacknowledged = self.run(self.brokers[worker].fetch_unacknowledged(known))
+            assert {(d.stream, d.entry, d.deliveries) for d in unacknowledged} == {
                 (d.stream, d.entry, d.deliveries) for d in deliveries
             }
         assert all(delivery.deliveries == 1 for delivery in deliveries)
@@ -187,7 +187,7 @@ class BrokerMachine(ModelOfTasks):
             "retry_ms": LONG_MS,
             "granted": delivery.granted,
         }
-        others = [owner for lock in locks if (owner := self._turn_of(lock)) not in (None, task.id)]
+        others = [owner for lock in locks if (owner := self._granted_task(lock)) not in (None, task.id)]
         others += [
             lock["key"] for lock in locks if self.sync.exists(*keys.of_all_sizes(keys.WAITING_PREFIX, lock["key"]))
         ]
@@ -195,20 +195,20 @@ class BrokerMachine(ModelOfTasks):
         if reply.granted:
             assert self._may_be_granted(locks), f"{task.wish} was granted beside others"
             task.place, task.locks = "running", locks
-            # Readers and users of slots begin together: the next one in their line is granted its turn.
+            # Readers and users of slots begin together: the next one in their line is granted the lock.
             self.may_wake |= any(lock["kind"] in ("shared", "concurrency") for lock in locks)
         else:
             assert reply.refusing is not None
-            # A turn may have ended between our look and the script's.
+            # A grant may have expired between our look and the script's.
             assert others or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
             task.place, task.delivery, task.stream = "parked", None, wanted["resumed"]
             task.survived.clear()
-            self.may_wake = True  # a turn that it had is passed on
+            self.may_wake = True  # a grant that it had is given up
         if twice:  # the answer was lost: asking again says the same, or that there is nothing to ask for
             [again] = self.run(self.brokers[task.worker].start([wanted]))
             assert (again.granted, again.refusing) == (reply.granted, None)
 
-    def _turn_of(self, lock: dict[str, Any]) -> str | None:
+    def _granted_task(self, lock: dict[str, Any]) -> str | None:
         """Return the task for which the lock is reserved, or was before the reservation ended."""
         stored = self.sync.get(f"{keys.RESERVATION_PREFIX}medium:{lock['key']}")
         return None if stored is None else stored.decode().split(" ")[-1]
@@ -255,11 +255,11 @@ class BrokerMachine(ModelOfTasks):
             assert not callback.ended
             callback.place = "queued"
 
-    def hand_back(self, pick: int) -> None:
+    def requeue(self, pick: int) -> None:
         reserved = self._in("reserved")
         task = reserved[pick % len(reserved)]
         assert task.delivery is not None
-        settlement = hand_back(task.delivery)
+        settlement = requeue(task.delivery)
         assert self.run(self.brokers[task.worker].settle([settlement])) == [ACCEPTED]
         self.late.append((task.worker, settlement))
         task.place, task.delivery, task.worker = "queued", None, ""
@@ -447,7 +447,7 @@ class BrokerMachine(ModelOfTasks):
         third = RedisStreamBroker(self.url, consumer_name="c")
         try:
             for delivery in self.run(third.reclaim(1000, max_deliveries=1))[0]:
-                assert self.run(third.settle([hand_back(delivery)])) == [ACCEPTED]
+                assert self.run(third.settle([requeue(delivery)])) == [ACCEPTED]
                 assert delivery.data is not None
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""

@@ -16,7 +16,7 @@ from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
-from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
 from support.stays_away import stays_away
 
@@ -93,10 +93,10 @@ async def test_P25_tasks_that_need_the_same_two_locks_do_not_livelock(worker: Wo
     assert not (await start(broker, third, both("x", "y")))[0]
     assert not (await start(broker, fourth, both("y", "x")))[0]
     for holder in holders:
-        await holder.release(redis)  # each wakes one of them: it is the turn of `first` for x, of `second` for y
+        await holder.release(redis)  # x is granted to `first`, y to `second`
     first, second = (await broker.fetch(4))[0]
     assert not (await start(broker, second, both("y", "x")))[0], "x is reserved for one who stands before it"
-    # That passed the turn for y on, to `fourth`, who stands behind `first`.
+    # Then y was granted to `fourth`, who stands behind `first`.
     granted, locks = await start(broker, first, both("x", "y"))
     assert granted, "nobody holds a lock, and nobody stands before it"
     ended = {first.data}
@@ -271,7 +271,7 @@ async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_given_ba
             assert not (await start(second, delivery, [MutexLock(JOB, "x")]))[0]
             await lock.release(redis)
         else:
-            assert await second.settle([hand_back(delivery)]) == [ACCEPTED]
+            assert await second.settle([requeue(delivery)]) == [ACCEPTED]
         await worker("1")
 
 
@@ -294,7 +294,7 @@ async def test_P5_a_worker_that_fetches_after_a_pause_is_alive_again(
             assert (await first.reclaim(1, lease_seconds=30))[0] == []
             [delivery], _ = await first.fetch(1)
     assert (await second.reclaim(1))[0] == [], "it was taken from a worker that lives"
-    assert await first.settle([hand_back(delivery)]) == [ACCEPTED]
+    assert await first.settle([requeue(delivery)]) == [ACCEPTED]
 
 
 async def test_P24_settling_an_old_delivery_keeps_a_newer_lease_of_the_same_entry() -> None:
@@ -375,7 +375,7 @@ async def test_P6_a_leaving_worker_returns_deliveries_whose_response_was_lost(
     reads, writes = (await broker.fetch(2))[0]
     assert (await start(broker, reads, [SharedRWLock(JOB, "x")]))[0]
     assert not (await start(broker, writes, [ExclusiveRWLock(JOB, "x")]))[0]
-    assert await broker.settle([hand_back(reads)]) == [ACCEPTED]  # as one that was not begun
+    assert await broker.settle([requeue(reads)]) == [ACCEPTED]  # as one that was not begun
     other = await worker("b")
     assert len((await other.fetch(2))[0]) == 1
     assert await broker.leave()

@@ -157,7 +157,7 @@ DRAINERS: dict[str, Callable[[Scene], Awaitable[Any]]] = {
     "settle": lambda s: s.broker.settle([Settlement(s.delivery, locks=[s.lock.spec()])]),
     "release": lambda s: locking.release(s.redis, [s.lock.spec()]),
     "fetch": lambda s: s.broker.fetch(1, lease_seconds=60),
-    "recover": lambda s: s.broker.recover([]),
+    "fetch_unacknowledged": lambda s: s.broker.fetch_unacknowledged([]),
     "reclaim": lambda s: s.broker.reclaim(1, audit=True),
     "promote": lambda s: s.broker.promote(),
     "cancel": lambda s: s.broker.cancel(["later", "nowhere"]),

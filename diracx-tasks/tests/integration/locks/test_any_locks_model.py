@@ -28,7 +28,7 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import MAX_LOCKS, lock_specs
 from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
-from diracx.tasks.plumbing.worker.settlement import cancelled, defer, hand_back
+from diracx.tasks.plumbing.worker.settlement import cancelled, defer, requeue
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -276,7 +276,7 @@ class LocksMachine(RuleBasedStateMachine):
             return self._settle(task, Settlement(task.delivery))
         task.plain = False
         if how == "hand back":
-            return self._settle(task, hand_back(task.delivery), "waiting")
+            return self._settle(task, requeue(task.delivery), "waiting")
         delay_ms = LONG_MS if how == "retry later" else 0
         again = defer(task.delivery, task.message.task_id, delay_ms, task.message.dumpb())
         self._settle(task, Settlement(task.delivery, retry=again), "waiting")
@@ -372,9 +372,9 @@ class LocksMachine(RuleBasedStateMachine):
         for timers in (keys.DELAYED, keys.LINES):
             for name in self.sync.zrange(timers, 0, -1):
                 self.sync.zadd(timers, {name: 1})
-        for turn in self.sync.keys(keys.RESERVATION_PREFIX + "*"):
-            stored: Any = self.sync.get(turn)
-            self.sync.set(turn, b"0 " + stored.partition(b" ")[2], keepttl=True)
+        for grant in self.sync.keys(keys.RESERVATION_PREFIX + "*"):
+            stored: Any = self.sync.get(grant)
+            self.sync.set(grant, b"0 " + stored.partition(b" ")[2], keepttl=True)
         self.run(self.brokers["a"].promote())
 
     # --- what must always hold ------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ async def test_thousands_of_unknown_locks_are_released_in_batches(worker: Worker
         await redis.hset(held, mapping={f"o:{lock}": "mutex " for lock in locks})
 
     await hold(9_000)
-    assert await worker.broker.recover([], []) == []
+    assert await worker.broker.fetch_unacknowledged([], []) == []
     assert not await redis.exists(held)
     await hold(1_000)
     async with Counted(redis) as leaving:

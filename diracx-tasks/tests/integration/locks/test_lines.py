@@ -23,6 +23,7 @@ from support.lines import (
     BATCH,
     QUEUE,
     Worker,
+    grant_key,
     line_key,
     line_of,
     mutex,
@@ -30,7 +31,6 @@ from support.lines import (
     quota,
     reads,
     slot,
-    turn_key,
     writes,
 )
 
@@ -138,10 +138,10 @@ async def test_a_worker_acquires_a_granted_lock_for_a_task_that_needs_it_no_long
         async with asyncio.timeout(30):
             while len(begun) < 5:
                 await asyncio.sleep(0.005)
-        turns_timed_out = (await redis.info("commandstats"))["cmdstat_pttl"]["calls"] - before.get(
+        expired_grants = (await redis.info("commandstats"))["cmdstat_pttl"]["calls"] - before.get(
             "cmdstat_pttl", {"calls": 0}
         )["calls"]
-        assert turns_timed_out < 20, "each waited for the turn of the one before to end"
+        assert expired_grants < 20, "each waited for the grant of the one before to expire"
         hold.set()
         await system.drain()
 
@@ -156,7 +156,7 @@ async def test_a_grant_of_a_dead_worker_is_passed_to_the_next_waiter(worker: Wor
     seconds, us = await redis.time()
     assert due_ms is not None
     assert due_ms - (seconds * 1000 + us / 1000) < 1_100
-    await worker.turn_ends(mutex())
+    await worker.grant_expires(mutex())
     await worker.look(mutex())
     assert [name_of(each) for each in (await worker.broker.fetch(BATCH))[0]] == [second]
 
@@ -178,9 +178,9 @@ async def test_a_task_that_can_run_waits_for_one_grant_however_many_without_a_wo
     if lock is reads and before == 3:
         assert await worker.step(lambda: [lock()]) == 5, "they read beside each other"
         return
-    assert await worker.step(lambda: [lock()]) == 0, "they are first, and have their turn"
-    await small.turn_ends(lock(), "small")
-    for name in names:  # from now on no turn is lost
+    assert await worker.step(lambda: [lock()]) == 0, "they are first, and have the grant"
+    await small.grant_expires(lock(), "small")
+    for name in names:  # from now on no grant is lost
         if name not in worker.began:
             await worker.look(lock())
             await worker.step(lambda: [lock()])
@@ -204,7 +204,7 @@ async def test_a_release_grants_the_first_task_that_a_worker_takes(
     await small.park(100, lock, "nobody takes ")
     names = await worker.park(20, lock)
     await worker.end("holder")
-    await small.turn_ends(lock(), "small")
+    await small.grant_expires(lock(), "small")
     await worker.look(lock())
     for name in names:
         assert await worker.step(lambda: [lock()]) == 1
@@ -230,7 +230,7 @@ async def test_a_line_advances_while_grants_of_other_lines_are_not_taken(
     [second] = await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
-    await small.turn_ends(mutex(), "small")
+    await small.grant_expires(mutex(), "small")
     await worker.look(mutex())
     assert await worker.step(lambda: [mutex()]) == 1
     assert (worker.began, await line_of(redis, mutex(), "small")) == ([second], [])
@@ -244,10 +244,10 @@ async def test_a_task_that_was_passed_over_has_its_place_again_when_a_worker_tak
     early = await small.park(3, mutex, "small ")
     names = await worker.park(3, mutex)
     await worker.end("holder")
-    await small.turn_ends(mutex(), "small")
+    await small.grant_expires(mutex(), "small")
     await worker.look(mutex())
     assert await worker.step(lambda: [mutex()]) == 1
-    assert await small.step(lambda: [mutex()]) == 0, "its turn has ended, and another has the lock"
+    assert await small.step(lambda: [mutex()]) == 0, "its grant has expired, and another has the lock"
     assert await line_of(redis, mutex(), "small") == early
     await worker.end(names[0])
     for name in early:
@@ -268,11 +268,11 @@ async def test_a_late_task_is_not_refused_because_of_tasks_that_no_worker_takes(
     await redis.delete(mutex().redis_key)
     for who, size in ((small, "small"), (worker, "medium")):
         await worker.look(mutex())
-        await who.turn_ends(mutex(), size)
+        await who.grant_expires(mutex(), size)
     assert await worker.step(lambda: [mutex()]) == 1
 
 
-async def test_more_urgent_tasks_have_a_turn_of_their_own_before_they_are_passed_over(
+async def test_more_urgent_tasks_have_a_grant_of_their_own_before_they_are_passed_over(
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     assert await mutex().acquire(redis)
@@ -280,18 +280,18 @@ async def test_more_urgent_tasks_have_a_turn_of_their_own_before_they_are_passed
     [waits] = await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
-    await small.turn_ends(mutex(), "small")
+    await small.grant_expires(mutex(), "small")
     assert await mutex().acquire(redis)
     await small.submit("urgent", priority="realtime")
     assert (await small.broker.fetch(1))[0][0].priority == "realtime"
-    await small.broker.recover([])
-    deliveries = await small.broker.recover([])
+    await small.broker.fetch_unacknowledged([])
+    deliveries = await small.broker.fetch_unacknowledged([])
     assert await small.start(deliveries, lambda: [mutex()]) == 0
     assert await line_of(redis, mutex(), "small") == ["urgent", "nobody takes 000001"]
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
     assert await redis.xlen("diracx:tasks:realtime:small:handover") == 1
-    await small.turn_ends(mutex(), "small")
+    await small.grant_expires(mutex(), "small")
     await worker.look(mutex())
     assert await worker.step(lambda: [mutex()]) == 1
     assert worker.began == [waits]
@@ -301,7 +301,7 @@ async def test_more_urgent_tasks_have_a_turn_of_their_own_before_they_are_passed
 
 
 @pytest.mark.parametrize("lock", [mutex, reads, slot])
-@pytest.mark.parametrize("key_of", [line_key, turn_key, lambda _: keys.LINES], ids=["line", "turn", "timers"])
+@pytest.mark.parametrize("key_of", [line_key, grant_key, lambda _: keys.LINES], ids=["line", "grant", "timers"])
 async def test_a_key_of_another_type_in_the_place_of_a_line_delays_its_tasks_at_most(
     worker: Worker, redis: Redis, key_of: Callable[[BaseLock], str], lock: Callable[[], BaseLock]
 ) -> None:

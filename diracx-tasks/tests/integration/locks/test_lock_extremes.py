@@ -29,7 +29,7 @@ from diracx.tasks.plumbing.retry_policies import ExponentialBackoff
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
-from support.lines import Quota, Slots, Worker, line_of, mutex, quota, reads, slot, turn_key, writes
+from support.lines import Quota, Slots, Worker, grant_key, line_of, mutex, quota, reads, slot, writes
 
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:*", "limiter:*")
 
@@ -112,9 +112,9 @@ async def set_back(redis: Redis, by_ms: int) -> None:
     for timers in (keys.LINES, keys.DELAYED):
         for name, due in await redis.zrange(timers, 0, -1, withscores=True):
             await redis.zadd(timers, {name: due + by_ms})
-    for turn in await redis.keys(keys.RESERVATION_PREFIX + "*"):
-        ends, _, rest = (await redis.get(turn)).partition(b" ")
-        await redis.set(turn, b"%d %s" % (int(ends) + by_ms, rest), keepttl=True)
+    for grant in await redis.keys(keys.RESERVATION_PREFIX + "*"):
+        ends, _, rest = (await redis.get(grant)).partition(b" ")
+        await redis.set(grant, b"%d %s" % (int(ends) + by_ms, rest), keepttl=True)
     for log in await redis.keys("limiter:rate:*"):
         for member, at in await redis.zrange(log, 0, -1, withscores=True):
             await redis.zadd(log, {member: at + by_ms * 1000})
@@ -140,7 +140,7 @@ async def test_no_turn_lasts_longer_because_the_clock_was_set_back(
     await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
-    assert await redis.exists(turn_key(mutex(), "small"))
+    assert await redis.exists(grant_key(mutex(), "small"))
     await set_back(redis, HOUR_MS)
     await worker.look(mutex())
     assert await worker.step(lambda: [mutex()]) == 1

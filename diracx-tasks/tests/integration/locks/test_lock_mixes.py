@@ -28,7 +28,7 @@ pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
 TASKS, KILLS = 150, 4
 ANY_KINDS = [kind for kind in KINDS if kind != "all"]
 #: So many tasks want a slot, and so many all of a quota; few that want little of it may begin before one of those
-#: that was granted its turn earlier, in another process.
+#: that was granted the lock earlier, in another process.
 CROWD, IN_LINE, MAY_PASS = 60, 3, 5
 #: Of which size the worker processes are.
 SIZES = ("medium", "medium", "small")

@@ -11,7 +11,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys, scheduling
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessage
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.worker.settlement import defer, defer_to_newer_worker, hand_back
+from diracx.tasks.plumbing.worker.settlement import defer, defer_to_newer_worker, requeue
 from redis.asyncio import Redis
 
 pytestmark = pytest.mark.leaves_keys("diracx:*", "lock:*")
@@ -122,12 +122,12 @@ async def left_to_newer(o: Occurrences, delivery: Delivery) -> None:
     await o.time_passes()
 
 
-async def handed_back(o: Occurrences, delivery: Delivery) -> None:
-    await o.settle(hand_back(delivery))
+async def requeued(o: Occurrences, delivery: Delivery) -> None:
+    await o.settle(requeue(delivery))
 
 
 MOVES: dict[str, Callable[[Occurrences, Delivery], Awaitable[None]]] = {
-    each.__name__: each for each in (granted_its_lock, back_with_its_quota, retried, left_to_newer, handed_back)
+    each.__name__: each for each in (granted_its_lock, back_with_its_quota, retried, left_to_newer, requeued)
 }
 
 

@@ -247,7 +247,7 @@ async def test_an_idle_worker_sends_less_than_one_command_per_second(redis_url: 
         (of_renewal[0] + 3 / keeper_module.COMPLETE_EVERY) / (lease / 3)
         + await of(lambda: broker.reserve_next(1, 0.001)) / (lease * 0.6)
         + await of(lambda: broker.reclaim(1, lease_seconds=lease)) / (AUDIT_LEASES * lease)
-        + await of(lambda: broker.recover([], [])) / (AUDIT_LEASES * lease)
+        + await of(lambda: broker.fetch_unacknowledged([], [])) / (AUDIT_LEASES * lease)
         + await of(worker_reporter.report) / ((reporter.MAX_SKIPPED + 1) * reporter.REPORT_SECONDS)
         + await of(broker.promote) / settings.housekeeping_seconds
         + await of(lambda: dead_letter_stream.dead_letters(redis, "worker", "-", **look)) / settings.import_seconds

@@ -189,7 +189,7 @@ async def busy(broker: RedisStreamBroker) -> AsyncIterator[tuple[Intake, UnreadG
     """Intake and guard of a worker that runs something."""
     loop = asyncio.get_running_loop()
     async with LeaseKeeper(broker.url, broker.consumer_name, 30, loop) as keeper:
-        guard = UnreadGuard(loop, lambda: keeper.hand_back_unread(broker.streams))
+        guard = UnreadGuard(loop, lambda: keeper.requeue_unread(broker.streams))
         settings = WorkerSettings()
         yield Intake(broker, settings, asyncio.Event(), keeper, ("a task",), guard), guard
         await asyncio.to_thread(guard.close)
@@ -287,7 +287,7 @@ async def test_tasks_received_while_a_worker_stops_are_delivered_or_stay_in_the_
         stop.set()
         await fetching
         await intake.close()
-        deliveries = await intake.recover()
+        deliveries = await intake.fetch_unacknowledged()
         await submitting
         assert await in_hand(redis) == len(deliveries)
 

@@ -122,7 +122,7 @@ async def test_P9_a_poison_task_stays_with_its_last_worker_for_three_of_its_leas
         taken, again_seconds, _ = await other.reclaim(1, max_deliveries=1)
         assert taken == []
         assert again_seconds <= 3 * lease_ms / 1000
-    [delivery] = await owner.recover([])
+    [delivery] = await owner.fetch_unacknowledged([])
     assert renew(owner, delivery) == [], "it is its own still"
     assert (await other.reclaim(1, max_deliveries=1))[0] == []
     assert await owner.settle([Settlement(delivery)]) == [ACCEPTED]

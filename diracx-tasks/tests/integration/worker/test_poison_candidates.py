@@ -11,7 +11,7 @@ from diracx.tasks.plumbing.broker.models import Delivery, Settlement, TaskMessag
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
-from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
 from support.in_hand import InHand
 from support.intakes import SaysOnce, in_hand, name_of, submission
@@ -121,7 +121,7 @@ async def test_P9_a_poison_candidate_from_a_queue_runs_alone(
     stopping = Hands(SaysOnce(redis_url))
     for _ in names:
         candidates = await stopping.take()
-        assert set(await stopping.broker.settle([hand_back(each) for each in candidates])) <= {ACCEPTED}
+        assert set(await stopping.broker.settle([requeue(each) for each in candidates])) <= {ACCEPTED}
         stopping.held.clear()
     await stopping.broker.shutdown()
     if beside == "a task that comes with it":
@@ -157,7 +157,7 @@ async def test_P9_a_healthy_task_among_poison_is_never_classified_as_poison(redi
             await redis.ping()
         fetching.cancel()
         await asyncio.wait({fetching})
-        hands.held += await hands.broker.recover([(each.stream, each.entry) for each in hands.held])
+        hands.held += await hands.broker.fetch_unacknowledged([(each.stream, each.entry) for each in hands.held])
         if all(each.redelivery_count >= 3 or name_of(each) == "innocent" for each in hands.held):
             for each in hands.held:
                 assert name_of(each) != "innocent" or each.redelivery_count < 3

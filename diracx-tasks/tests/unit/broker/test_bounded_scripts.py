@@ -34,7 +34,7 @@ BATCHES = {
     "settle": redis_streams.SETTLE_BATCH,
     "promote": redis_streams.PROMOTE_BATCH,
     "lines": redis_streams.LINES_BATCH,
-    "recover": redis_streams.RECOVER_BATCH,
+    "fetch_unacknowledged": redis_streams.UNACKNOWLEDGED_BATCH,
     "release": locking.RELEASE_BATCH,
     "extend": locking.RELEASE_BATCH,
     "pause": scheduling.PAUSE_BATCH,
@@ -67,7 +67,7 @@ EXCEPTIONS = {
         "'ZRANGEBYSCORE', lock.key, '(' .. int(now), '+inf'",
     ): "a log, whose grants are merged; only after the clock was set back",
     ("_pending.lua", "'XPENDING', stream, '$GROUP', first, last, 10000, consumer"): "slots of one worker",
-    ("recover.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
+    ("fetch_unacknowledged.lua", "'XPENDING', stream, '$GROUP', '-', '+', 10000, consumer"): "slots of one worker",
     (
         "report.lua",
         "'ZREMRANGEBYRANK', '$LOCKS_SEEN', 0, -LOCKS - 1",
@@ -77,7 +77,7 @@ EXCEPTIONS = {
 #: Keys with one value, or with few.
 SMALL = {
     "'DEL', lock.key",
-    "'DEL', turn",
+    "'DEL', grant",
     "'DEL', '$RESERVATION_PREFIX' .. lock.key",
     "'DEL', '$RESERVATION_PREFIX' .. size .. ':' .. lock.key",
     "'DEL', '$GROUPS_AUDITED'",
@@ -85,7 +85,7 @@ SMALL = {
     "'DEL', '$IMPORTER'",
     "'DEL', '$ANY_CANCELLED'",
     "'DEL', '$DEAD_LETTERS'",  # an empty one
-    "'DEL', room",
+    "'DEL', draining_key",
     "'DEL', report",
 }
 

@@ -298,7 +298,7 @@ class Delivery:
     since: str = "0"
     """Time when the task was first parked for a lock (µs since the epoch), or 0."""
     earlier_redeliveries: int = 0
-    """Number of workers lost with the task's earlier entries, before it was parked or handed back."""
+    """Number of workers lost with the task's earlier entries, before it was parked or requeued."""
     occurrence: str | None = None
     """Schedule of which this is an occurrence: set by the scripts, and kept with the task."""
     survived: int = 0

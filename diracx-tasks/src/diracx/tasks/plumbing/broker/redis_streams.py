@@ -58,8 +58,8 @@ logger = logging.getLogger(__name__)
 LINES_BATCH = 50
 #: Tasks promoted by one script call: 1 ms of the server's time, with a million of them.
 PROMOTE_BATCH = 100
-#: Messages that one script call recovers.
-RECOVER_BATCH = 100
+#: Messages that one call of `fetch_unacknowledged` returns.
+UNACKNOWLEDGED_BATCH = 100
 #: Settlements in one script call.
 SETTLE_BATCH = 200
 #: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
@@ -281,7 +281,7 @@ class RedisStreamBroker(ResultReader):
 
         Returns:
             The deliveries; and True if there are marks of cancelled tasks, so that the deliveries have to be
-            checked with `recover`.
+            checked with `fetch_unacknowledged`.
 
         Raises:
             redis.exceptions.ResponseError: a stream or group is missing, as after `end_wait`; `fetch` creates
@@ -353,10 +353,10 @@ class RedisStreamBroker(ResultReader):
         self.counts.note_reclaimed(each for each in deliveries if each.deliveries > 1)
         return deliveries, again_ms / 1000, bool(drain)
 
-    async def recover(
+    async def fetch_unacknowledged(
         self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None
     ) -> list[Delivery]:
-        """Return deliveries that were reserved for the worker in a call whose answer was lost.
+        """Return deliveries that were reserved for the worker in a call whose response was lost.
 
         Args:
             known: stream and entry of each delivery that the worker holds.
@@ -365,20 +365,20 @@ class RedisStreamBroker(ResultReader):
         held = [f"{stream} {entry}" for stream, entry in known]
         unknown = [] if locks is None else await self._unknown_locks(locks)
         for part in in_calls(unknown, RELEASE_BATCH, lambda _: 0):
-            await self._recover((), (), part)
+            await self._fetch_unacknowledged((), (), part)
         deliveries: list[Delivery] = []
         more = 1
         while more:
-            messages, more = await self._recover(self.streams, held, ())
+            messages, more = await self._fetch_unacknowledged(self.streams, held, ())
             deliveries += (found := self._deliveries(messages))
             held += [f"{each.stream} {each.entry}" for each in found]
         return deliveries
 
-    async def _recover(
+    async def _fetch_unacknowledged(
         self, streams: Sequence[str], known: Sequence[str], locks: Sequence[bytes]
     ) -> tuple[list[Any], int]:
-        args = [self.consumer_name, scripts.pack(known), scripts.pack(locks), RECOVER_BATCH, CALL_BYTES, 0]
-        messages, more = await script("recover")(self._waiting, streams, args)
+        args = [self.consumer_name, scripts.pack(known), scripts.pack(locks), UNACKNOWLEDGED_BATCH, CALL_BYTES, 0]
+        messages, more = await script("fetch_unacknowledged")(self._waiting, streams, args)
         return messages, more
 
     async def _unknown_locks(self, known: Iterable[LockSpec]) -> list[bytes]:

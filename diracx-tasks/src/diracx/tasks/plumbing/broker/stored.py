@@ -23,7 +23,7 @@ class UnreadableKeyError(ValueError):
 
 @contextmanager
 def reading(key: str) -> Iterator[None]:
-    """Turn parse errors in the block into errors that name the key.
+    """Convert parse errors in the block into errors that name the key.
 
     Raises:
         UnreadableKeyError: instead of a decoding error, or of a missing field or one of the wrong type.

@@ -60,7 +60,7 @@ def renew(
     return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms), int(quiet_ms)
 
 
-def hand_back(
+def requeue_unread(
     redis: SyncRedis | ControlConnection,
     consumer: str,
     streams: Sequence[str],
@@ -72,7 +72,7 @@ def hand_back(
         known: stream and entry of each delivery that the worker holds.
     """
     held = pack([f"{stream} {entry}" for stream, entry in known])
-    script("recover").run(redis, streams, [consumer, held, pack([]), 0, 0, 1])
+    script("fetch_unacknowledged").run(redis, streams, [consumer, held, pack([]), 0, 0, 1])
 
 
 def end_wait(redis: SyncRedis, consumer: str) -> None:

@@ -20,7 +20,7 @@ from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
 from .acquire import LockAcquirer
 from .execution import Execution, Failed, note_settlement, processing_span
-from .settlement import cancelled, defer_to_newer_worker, hand_back, possibly_started, reject, settle, unsettled
+from .settlement import cancelled, defer_to_newer_worker, possibly_started, reject, requeue, settle, unsettled
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 #: Time for the database to store dead letters when the worker stops, before they go to Redis.
 _DATABASE_SECONDS = 2.0
 #: Timeout of a stopping worker's call for reserved deliveries that it has not started.
-_RECOVER_SECONDS = 2.0
+_REQUEUE_SECONDS = 2.0
 
 
 class Executor:
@@ -101,15 +101,16 @@ class Executor:
                 await self.start(deliveries, intake.reserved_after, called_at)
 
     async def close_intake(self, intake: Intake) -> None:
-        """End the intake, then hand back reserved deliveries that have not started.
+        """End the intake, then requeue reserved deliveries that have not started.
 
         While the server is unavailable they stay reserved, and other workers reclaim them when the lease expires.
         """
         try:
             await intake.close()
-            async with asyncio.timeout(_RECOVER_SECONDS):
-                await self._settler.drained()  # rejected deliveries are not held, so `recover` would return them
-                self._hand_back(await intake.recover())
+            async with asyncio.timeout(_REQUEUE_SECONDS):
+                # Rejected deliveries are not held, so they would be returned until they are settled.
+                await self._settler.drained()
+                self._requeue(await intake.fetch_unacknowledged())
         except Exception as error:
             logger.warning("stopping without handing back reserved tasks that have not started: %s", reason(error))
         finally:
@@ -124,12 +125,12 @@ class Executor:
             await _first_of(self._slot_freed, self._stop)
         return 0
 
-    def _hand_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Hand back deliveries that have not started, and settle those that cannot be executed at all."""
+    def _requeue(self, deliveries: Sequence[Delivery]) -> None:
+        """Requeue deliveries that have not started, and settle those that cannot be executed at all."""
         for delivery in deliveries:
             message = self._decode(delivery)
             if message is not None and self._build(delivery, message) is not None:
-                self._settler.add(hand_back(delivery))
+                self._settler.add(requeue(delivery))
 
     # --- start and run ----------------------------------------------------------------------------------
 

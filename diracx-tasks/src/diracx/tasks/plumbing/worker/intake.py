@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 from .._util.retrying import reason, retry_until_available
 from ..broker.lease_audit import AUDIT_LEASES
 from ..broker.models import Settlement, is_poison_candidate
-from .settlement import hand_back
+from .settlement import requeue
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -76,7 +76,7 @@ class Intake:
     Args:
         held: the deliveries that the worker holds.
         running: the running executions, a live view; while it is empty, nothing can block the event loop.
-        unread: hands back deliveries that arrive while a task blocks the event loop.
+        unread: requeues deliveries that arrive while a task blocks the event loop.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Intake:
         self.reclaim_at = 0.0
         """Time (`time.monotonic`) of the next reclaim from dead workers."""
         self._audit_at = 0.0
-        self._recover_at = math.inf
+        self._refetch_at = math.inf
         """End of an abandoned blocking read on the server; until then it may still reserve entries."""
         self.reserved_after = 0.0
         """Time (`time.monotonic`) after which the deliveries returned last were reserved."""
@@ -127,17 +127,17 @@ class Intake:
         """Return up to `free` deliveries; an empty list when none arrived within the wait. Unsent settlements may
         be sent with the call.
 
-        A call that fails may have reserved deliveries; the next call recovers them. When the worker stops, ignore
-        the returned deliveries: `recover` returns them again.
+        A call that fails may have reserved deliveries; the next call fetches them again. When the worker stops,
+        ignore the returned deliveries: `fetch_unacknowledged` returns them again.
         """
         self.reserved_after = time.monotonic()
         if self._candidates:
             self._remove_candidates(self._candidates.difference(self._held.held()))  # it may have been parked
-        if self._recover_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
+        if self._refetch_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may lack settlements that the old one has confirmed.
-            self._recover_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
-        if self._answer_lost and (recovered := await self.recover()):
-            return await self._limit_to(free, recovered)
+            self._refetch_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
+        if self._answer_lost and (deliveries := await self.fetch_unacknowledged()):
+            return await self._limit_to(free, deliveries)
         self._answer_lost = True
         try:
             deliveries = await self._limit_to(free, await self._poll(free, unsent))
@@ -166,16 +166,17 @@ class Intake:
                     await self._fetched.wait()
 
     async def closed_if_stopping(self) -> None:
-        """Wait for `close` when the worker stops, or its own blocking read could get what it hands back."""
+        """Wait for `close` when the worker stops, or its own blocking read could get what it requeues."""
         if self._stop.is_set():
             await self._closed.wait()
 
-    async def recover(self) -> list[Delivery]:
+    async def fetch_unacknowledged(self) -> list[Delivery]:
         """Return deliveries that are reserved for the worker and not held."""
-        return self._note_candidates(await self._broker.recover(self._held.held(), self._held.held_locks()))
+        deliveries = await self._broker.fetch_unacknowledged(self._held.held(), self._held.held_locks())
+        return self._note_candidates(deliveries)
 
     async def _limit_to(self, free: int, deliveries: list[Delivery]) -> list[Delivery]:
-        """Keep the first `free` deliveries and hand back the others, but for unreadable ones. A poison candidate
+        """Keep the first `free` deliveries and requeue the others, but for unreadable ones. A poison candidate
         from a queue that would not run alone is set aside for a worker that holds nothing else.
         """
         if self._stop.is_set():
@@ -183,7 +184,7 @@ class Intake:
         if self._broker.reconnects:  # a server restored to earlier data may deliver again what runs here
             held = set(self._held.held())
             deliveries = [d for d in deliveries if d.deliveries > 1 or (d.stream, d.entry) not in held]
-        settlements = [hand_back(delivery) for delivery in deliveries[free:] if delivery.data is not None]
+        settlements = [requeue(delivery) for delivery in deliveries[free:] if delivery.data is not None]
         if self._running or len(deliveries) > 1:
             limit = self._settings.max_deliveries
             new = [each for each in deliveries[:free] if each.deliveries == 1 and each.earlier_redeliveries]
@@ -231,11 +232,11 @@ class Intake:
         try:
             deliveries = await self._reserve_next(free, self._unread.expect)
         finally:
-            handed_back = await self._unread.read()
-        return await self.recover() if handed_back else deliveries
+            requeued = await self._unread.read()
+        return await self.fetch_unacknowledged() if requeued else deliveries
 
     async def _fetch(self, at_most: int, unsent: UnsentSettlements | None) -> list[Delivery]:
-        with self._taken(unsent) as settling:
+        with self._take_unsent(unsent) as settling:
             self._fetched.clear()
             try:
                 deliveries, last_ids = await self._broker.fetch(
@@ -265,7 +266,7 @@ class Intake:
         timeout = min(self._timeout(), self._longest_reservation)
         at_most = min(free, _AT_ONCE)
         try:
-            with self._taken(unsent) as settling:
+            with self._take_unsent(unsent) as settling:
                 found = await self._unless_stopped(self._broker.reserve_next(at_most, timeout, sent, settling))
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
@@ -273,10 +274,10 @@ class Intake:
             # Either the streams were deleted, and a fetch makes them again; or the server is no longer the
             # primary, and entries settled there lately may still be reserved for this worker on the new one.
             self._last_ids = None
-            return await self.recover()
+            return await self.fetch_unacknowledged()
         if found is None:
             self._abandon_wait()
-            return [] if self._stop.is_set() else await self.recover()
+            return [] if self._stop.is_set() else await self.fetch_unacknowledged()
         deliveries, may_be_cancelled = found
         if not deliveries:
             return []
@@ -284,10 +285,10 @@ class Intake:
         # With fewer slots than streams, fetch before the next wait, which may return one entry of each stream.
         self._all_seen = len(deliveries) < at_most and free >= len(self._broker.streams)
         self._note_delivered(deliveries)
-        return await self.recover() if may_be_cancelled else deliveries
+        return await self.fetch_unacknowledged() if may_be_cancelled else deliveries
 
     @contextmanager
-    def _taken(self, unsent: UnsentSettlements | None) -> Iterator[SettlingCall | None]:
+    def _take_unsent(self, unsent: UnsentSettlements | None) -> Iterator[SettlingCall | None]:
         """Unsent settlements, to be sent by a call of this block; a worker that stops has to send them alone."""
         if unsent is None or self._stop.is_set():
             yield None
@@ -298,12 +299,12 @@ class Intake:
             unsent.put_back()
 
     def _timeout(self) -> float:
-        """Time to wait (s) until the next reclaim, or the recovery after an abandoned blocking read."""
-        return min(max(min(self.reclaim_at, self._recover_at) - time.monotonic(), 0.001), self._longest_wait)
+        """Time to wait (s) until the next reclaim, or until an abandoned blocking read has ended on the server."""
+        return min(max(min(self.reclaim_at, self._refetch_at) - time.monotonic(), 0.001), self._longest_wait)
 
     def _abandon_wait(self) -> None:
         # A proxy may keep its connection to the server open after the worker's connection is closed.
-        self._recover_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
+        self._refetch_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
 
     def _note_delivered(self, deliveries: Sequence[Delivery]) -> None:
         """Advance `_last_ids` past these deliveries."""
@@ -361,5 +362,5 @@ class Intake:
         self.reclaim_at = min(now + again_seconds, self._audit_at)
         self._nothing_left = again_seconds > _LEFT_OVER_SECONDS
         if audit and not deliveries and not first:  # compare with the server: a failover may go unnoticed
-            return await self.recover()
+            return await self.fetch_unacknowledged()
         return self._note_candidates(deliveries)

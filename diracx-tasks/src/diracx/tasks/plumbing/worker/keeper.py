@@ -201,13 +201,13 @@ class LeaseKeeper:
         with self._renewing:
             self._stop = True
 
-    def hand_back_unread(self, streams: Sequence[str]) -> None:
-        """Hand back deliveries that are reserved for the worker but not held, as its event loop is blocked.
+    def requeue_unread(self, streams: Sequence[str]) -> None:
+        """Requeue deliveries that are reserved for the worker but not held, as its event loop is blocked.
 
         Raises:
             redis.exceptions.RedisError: when the server does not answer.
         """
-        worker_state.hand_back(self._redis, self._consumer, streams, self.held())
+        worker_state.requeue_unread(self._redis, self._consumer, streams, self.held())
 
     def renew_soon(self) -> None:
         """Renew everything now, in the keeper's thread."""

@@ -137,12 +137,12 @@ def _refused(execution: Execution, outcome: LockRefused, settings: WorkerSetting
     return Settlement(delivery, execution.locks, retry=again, **retry_effects(message, error_info, 0.0, seconds))
 
 
-def hand_back(delivery: Delivery) -> Settlement:
+def requeue(delivery: Delivery) -> Settlement:
     """Settlement that requeues a delivery that has not started, for another worker to start at once."""
-    return Settlement(delivery, requeue=_requeue(delivery, delivery.data))
+    return Settlement(delivery, requeue=_requeue_effect(delivery, delivery.data))
 
 
-def _requeue(delivery: Delivery, data: bytes | None) -> Requeue:
+def _requeue_effect(delivery: Delivery, data: bytes | None) -> Requeue:
     return {"stream": resumed_stream(delivery.stream), "data": data, "since": delivery.since}
 
 
@@ -177,7 +177,7 @@ def _failed(execution: Execution, outcome: Failed, settings: WorkerSettings) -> 
         times = sum(bool(each.get("interrupted")) for each in final.attempts)
         if times < settings.max_deliveries:
             _log(logging.WARNING, f"{label} was interrupted, and starts again", outcome)
-            requeue = _requeue(delivery, final.dumpb())
+            requeue = _requeue_effect(delivery, final.dumpb())
             return Settlement(delivery, execution.locks, requeue=requeue, **again(0.0))
         reason = DeadLetterReason.INTERRUPTED
         detail = f"interrupted {times} times, the last time by {error_info['type']}: {error_info['message']}"

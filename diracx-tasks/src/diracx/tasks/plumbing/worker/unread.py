@@ -1,7 +1,7 @@
-"""Hands back deliveries that arrive while a task blocks the event loop.
+"""Requeues deliveries that arrive while a task blocks the event loop.
 
 A worker with running tasks waits for messages with a blocking read that reserves them, as an idle one does. A
-thread watches the socket; an answer that stays unread is handed back to the queues, for other workers to start.
+thread watches the socket; an answer that stays unread is requeued, for other workers to start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 #: How long an answer may stay unread before the event loop is checked.
 _UNREAD_SECONDS = 0.02
-#: How long the event loop may take to run a callback before the messages are handed back.
+#: How long the event loop may take to run a callback before the messages are requeued.
 _BLOCKED_SECONDS = 0.1
 
 
@@ -27,7 +27,7 @@ class _Wait:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.ended, self.handed_back = threading.Event(), threading.Event()
+        self.ended, self.requeued = threading.Event(), threading.Event()
         self._free = threading.Semaphore()
 
     def take(self) -> bool:
@@ -36,16 +36,16 @@ class _Wait:
 
 
 class UnreadGuard:
-    """Hands back deliveries that the event loop does not read. Its thread starts with the first wait.
+    """Requeues deliveries that the event loop does not read. Its thread starts with the first wait.
 
     Args:
-        hand_back: hands back reserved deliveries that the worker does not hold; called in the guard's thread, may
+        requeue: requeues reserved deliveries that the worker does not hold; called in the guard's thread, may
             raise.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hand_back: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, requeue: Callable[[], None]) -> None:
         self._loop = loop
-        self._hand_back = hand_back
+        self._requeue = requeue
         self._wait: _Wait | None = None
         self._closed = False
         self._wake_read, self._wake_write = os.pipe()
@@ -60,18 +60,18 @@ class UnreadGuard:
         self._wake()
 
     async def read(self) -> bool:
-        """End the watch, as the answer was read or never will be; True if the guard has handed deliveries back."""
+        """End the watch, as the answer was read or never will be; True if the guard has requeued deliveries."""
         wait, self._wait = self._wait, None
         if wait is None:
             return False
         wait.ended.set()
         if wait.take():
             return False
-        await asyncio.to_thread(wait.handed_back.wait)
+        await asyncio.to_thread(wait.requeued.wait)
         return True
 
     def close(self) -> None:
-        """End the thread, after a hand-back that is running."""
+        """End the thread, after a requeue that is running."""
         self._closed = True
         if self._thread.ident is not None:
             self._wake()
@@ -94,7 +94,7 @@ class UnreadGuard:
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
             elif wait is not None and not wait.ended.wait(_UNREAD_SECONDS) and self._loop_is_blocked():
-                self._take_and_hand_back(wait)
+                self._take_and_requeue(wait)
                 wait.ended.wait()  # this read has no further answer
 
     def _loop_is_blocked(self) -> bool:
@@ -106,17 +106,17 @@ class UnreadGuard:
             return False
         return not answered.wait(_BLOCKED_SECONDS)
 
-    def hand_back_now(self) -> None:
-        """Hand back unread deliveries, from any thread, after the blocking read has ended on the server."""
+    def requeue_now(self) -> None:
+        """Requeue unread deliveries, from any thread, after the blocking read has ended on the server."""
         if (wait := self._wait) is not None:
-            self._take_and_hand_back(wait)
+            self._take_and_requeue(wait)
 
-    def _take_and_hand_back(self, wait: _Wait) -> None:
+    def _take_and_requeue(self, wait: _Wait) -> None:
         if not wait.take():
             return
         try:
-            self._hand_back()
+            self._requeue()
         except Exception as error:
             logger.warning("cannot hand back tasks that arrived while the event loop is blocked: %s", error)
         finally:
-            wait.handed_back.set()
+            wait.requeued.set()

@@ -189,7 +189,7 @@ class Watchdog:
             worker = self._broker.consumer_name
             # First end the worker's own blocking read, which could get the requeued tasks.
             worker_state.end_wait(redis, worker)
-            self._unread.hand_back_now()
+            self._unread.requeue_now()
             worker_state.settle_now(redis, worker, settlements)
             worker_state.leave_now(redis, worker)
 

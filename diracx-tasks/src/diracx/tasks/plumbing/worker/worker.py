@@ -129,7 +129,7 @@ class Worker:
             control.receive,
             control.listening,
         )
-        unread = UnreadGuard(loop, partial(keeper.hand_back_unread, broker.streams))
+        unread = UnreadGuard(loop, partial(keeper.requeue_unread, broker.streams))
         intake = Intake(broker, settings, stop, keeper, running, unread)
         control.call_at_shorter_lease(keeper.renew_soon, intake.poll_now)
         async with keeper, self._dependencies.open():

@@ -34,7 +34,7 @@ end
 
 -- Adds a message to the reply for a worker: position of its stream, entry, its data (or all fields, if it has others),
 -- deliveries, 1 if it is marked as cancelled. One flat list, as nested tables take the server more time than values.
-local function hand_out(messages, position, entry, deliveries, marks)
+local function add_delivery(messages, position, entry, deliveries, marks)
   local fields, last = entry[2], #messages
   messages[last + 1] = position
   messages[last + 2] = entry[1]

@@ -101,7 +101,7 @@ end
 -- scored with its time, so the units inside the window are a difference of two running totals.
 -- A long log has one member for all grants of a thousandth of the window, with the time of the last of them.
 local LONG_LOG = 1000
-local function grant(member)
+local function parse_member(member)
   local total, units = string.match(member, '^(%d+):(%d+):')
   return tonumber(total), tonumber(units)
 end
@@ -110,11 +110,11 @@ end
 local function retry_after(lock)
   local newest = redis.call('ZRANGE', lock.key, -1, -1)[1]
   if not newest then return now_us() + lock.window_us end -- it requests more than the limit
-  local leave = grant(newest) + lock.n_items - lock.limit
+  local leave = parse_member(newest) + lock.n_items - lock.limit
   local low, high = 0, redis.call('ZCARD', lock.key) - 1
   while low < high do
     local middle = math.floor((low + high) / 2)
-    if grant(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
+    if parse_member(redis.call('ZRANGE', lock.key, middle, middle)[1]) >= leave then
       high = middle
     else
       low = middle + 1
@@ -139,8 +139,8 @@ local function spent(lock, now)
   -- Another class may use a wider window on this key: the log's time to live is two of the widest windows.
   trim(lock.key, '(' .. int(now - math.max(lock.window_us, redis.call('PTTL', lock.key) * 1000)))
   local oldest = redis.call('ZRANGEBYSCORE', lock.key, from, '+inf', 'LIMIT', 0, 1)[1]
-  if not oldest then return 0, newest[1] and grant(newest[1]) or 0, {} end
-  local total, first_total, first_units = grant(newest[1]), grant(oldest)
+  if not oldest then return 0, newest[1] and parse_member(newest[1]) or 0, {} end
+  local total, first_total, first_units = parse_member(newest[1]), parse_member(oldest)
   return total - first_total + first_units, total, newest
 end
 
@@ -161,7 +161,7 @@ kinds.rate = {
       local units = lock.n_items
       lock.merged = mergeable(lock, now, newest)
       if lock.merged then
-        units = units + select(2, grant(newest[1]))
+        units = units + select(2, parse_member(newest[1]))
         redis.call('ZREM', lock.key, newest[1])
       end
       lock.member = string.format('%016.0f:%.0f:%s', total + lock.n_items, units, lock.owner)

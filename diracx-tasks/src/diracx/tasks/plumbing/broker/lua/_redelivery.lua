@@ -36,7 +36,7 @@ local function count_redeliveries(stream, entry, deliveries, noted)
 end
 
 -- Adds the message to stream `to` as a new entry, with the redelivery count and the other fields of this one.
-local function put_back(stream, entry, deliveries, fields, to, data, since)
+local function requeue(stream, entry, deliveries, fields, to, data, since)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
   local redelivery_count = count_redeliveries(stream, entry, deliveries, field_of(fields, 'deaths'))
   enqueue(to, data, since, redelivery_count, field_of(fields, 'woken'))

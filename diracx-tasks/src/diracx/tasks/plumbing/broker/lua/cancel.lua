@@ -1,7 +1,7 @@
 -- Cancels tasks. A delayed task, or one queued at the given entry, is removed, with the effects of its end on its
 -- group, schedule and result. For running tasks, their worker is notified with one message, and a mark is kept for
--- calls that miss it (fetch.lua, reclaim.lua, recover.lua, renew.lua), until the task has ended or the mark has
--- expired.
+-- calls that miss it (fetch.lua, reclaim.lua, fetch_unacknowledged.lua, renew.lua), until the task has ended or the
+-- mark has expired.
 -- KEYS: none. ARGV: time to live of a mark (ms), tasks (msgpack list of {task} with any of
 --   marked = 1, if an earlier call has marked it: a missing mark then means that its worker has settled it
 --   known  = 1, if the caller has read its message and sends the effects:
@@ -61,7 +61,7 @@ for position, t in ipairs(cmsgpack.unpack(ARGV[2])) do
       redis.call('XDEL', t.stream, t.entry)
       finish(t)
       local granted = field_of(found[2], 'woken')
-      if granted then give_up_turn({key = granted}, t.task) end
+      if granted then give_up_grant({key = granted}, t.task) end
       replies[position] = {'queued', ''}
     elseif t.waiting then
       replies[position] = {'', ''}

@@ -1,7 +1,7 @@
 -- Reserves messages for the free slots of a worker, in the order of the given streams.
 -- KEYS: the streams, most urgent first. ARGV: consumer, number of free slots,
 --   the consumer's lease (ms), 0 if it has none; and optionally, for each stream, an id up to which all is delivered.
--- Returns {messages (see hand_out() in _cancel.lua), last ids}: without messages, the last id of each stream, from
+-- Returns {messages (see add_delivery() in _cancel.lua), last ids}: without messages, the last id of each stream, from
 -- which to wait; '' for a stream whose given id is still valid. Creates the consumer group of a stream without one (a
 -- new stream, or after FLUSHALL), from its first entry, as a blocking read needs stream and group. It also creates the
 -- worker's own stream, whose deletion ends its blocking read.
@@ -40,7 +40,7 @@ for position, stream in ipairs(KEYS) do
     ensure_alive(ARGV[1], tonumber(ARGV[3]), now_us())
   end
   for _, entry in ipairs(reply and reply[1][2] or {}) do
-    hand_out(messages, position, entry, 1, marks)
+    add_delivery(messages, position, entry, 1, marks)
     free = free - 1
   end
 end

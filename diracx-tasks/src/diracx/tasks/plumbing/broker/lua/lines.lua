@@ -1,4 +1,4 @@
--- Polls the lines of locks whose timer has ended: grants the turn to the first tasks, if the lock is free by now.
+-- Polls the lines of locks whose timer has ended: grants the lock to the first tasks, if it is free by now.
 -- KEYS: none. ARGV: limit of lines.
 -- Returns nothing.
 -- #flags allow-oom
@@ -10,14 +10,14 @@ local quiet = quiet_ms()
 
 local function poll_line(key)
   local lock = {key = key}
-  local turns = turns_of(lock)
-  local reserved = reserved_until(turns)
-  local heads, first = heads_of(lock, turns)
+  local grants = grants_of(lock)
+  local reserved = reserved_until(grants)
+  local heads, first = heads_of(lock, grants)
   if not first then return redis.call('ZREM', '$LINES', key) end
   lock.kind = string.match(first, '^[^:]+')
   local again = now + math.max(reserved and RESERVATION_MS + 1 or poll_delay(lock, POLL_MS), quiet)
   schedule_poll(key, reserved and math.min(reserved + 1, again) or again)
-  grant_next(lock, 'timer', turns, heads, first)
+  grant_next(lock, 'timer', grants, heads, first)
 end
 
 local function poll_lines(from, to)

@@ -6,7 +6,7 @@
 -- candidate is given to a worker that holds nothing else, and that worker gets nothing else meanwhile: if it dies, the
 -- candidate was the cause. A poison message will not run again: it is delivered to be rejected, but not before its last
 -- worker has had the time to come back.
--- When each worker holds something, one of them drains: it takes nothing until it has settled all that it holds.
+-- When each worker holds something, one of them drains: it fetches nothing until it has settled all that it holds.
 -- By priority here too: before it reclaims an ordinary message, the caller gets new ones of more urgent streams.
 -- Returns {messages like fetch.lua, each with its delivery count; time to the next call (ms): 0, with the next free
 -- slot, if there were too few slots or there is more to do; a second while a candidate waits; the time when a poison
@@ -35,8 +35,8 @@ local locks_left, reads_left, held_reads_left = 150, 400, 100
 local BYTES = 2048
 local DOUBT = 3 -- leases to wait for the last worker of a poison message, which may only have lost its connection
 local slots_too_few, waits_ms, urgent_seen, doubtful = false, math.huge, 0, {}
-local room = '$DRAINING_PREFIX' .. KEYS[1]
-local room_for = redis.call('GET', room)
+local draining_key = '$DRAINING_PREFIX' .. KEYS[1]
+local draining = redis.call('GET', draining_key)
 local candidate_left = false
 
 -- Class of a message by its redelivery count ('poison', 'candidate' or 'ordinary'), and its bytes.
@@ -73,7 +73,7 @@ local function may_take(class)
   if class == 'candidate' then
     candidate_left = candidate_left or held_class ~= nil
     if held_class then return false end
-  elseif room_for == consumer then
+  elseif draining == consumer then
     return false -- it drains for a candidate
   end
   held_class = class
@@ -87,7 +87,7 @@ local function take_more_urgent(position)
     local reply = redis.pcall(
       'XREADGROUP', 'GROUP', '$GROUP', consumer, 'COUNT', free, 'STREAMS', KEYS[urgent_seen], '>')
     for _, entry in ipairs(reply and not reply.err and reply[1][2] or {}) do
-      hand_out(messages, urgent_seen, entry, 1, marks)
+      add_delivery(messages, urgent_seen, entry, 1, marks)
       free = free - 1
     end
   end
@@ -104,8 +104,8 @@ local function doubt_ms(stream, worker, entry, unrenewed_ms, is_new)
   return DOUBT * lease_ms - unrenewed_ms
 end
 
--- Takes over messages of a dead worker in one stream, for the free slots of the caller.
-local function take_over(position, stream, worker, is_new)
+-- Reclaims messages of a dead worker in one stream, for the free slots of the caller.
+local function reclaim_from(position, stream, worker, is_new)
   local from, pending = '-', nil
   while reads_left > 0 do -- to the end: messages that may be taken can be behind candidates that may not
     pending = redis.pcall('XPENDING', stream, '$GROUP', from, '+', PORTION, worker)
@@ -127,7 +127,7 @@ local function take_over(position, stream, worker, is_new)
         end
         local claimed = redis.call('XCLAIM', stream, '$GROUP', consumer, 0, p[1])
         if claimed[1] then
-          hand_out(messages, position, with_survivals(stream, claimed[1], p[4] + 1), p[4] + 1, marks)
+          add_delivery(messages, position, with_survivals(stream, claimed[1], p[4] + 1), p[4] + 1, marks)
           free = free - 1
         end
       end
@@ -194,18 +194,18 @@ for _, worker in ipairs(dead) do
   end
 end
 for position, stream in ipairs(KEYS) do
-  for number, worker in ipairs(left) do take_over(position, stream, worker, number > earlier) end
+  for number, worker in ipairs(left) do reclaim_from(position, stream, worker, number > earlier) end
 end
 for position, worker in ipairs(left) do
   if position > earlier or not slots_too_few then clear(worker) end
 end
 more = more or slots_too_few or (messages[1] and (earlier == DEAD or reads_left <= 0))
-if candidate_left and (not room_for or room_for == consumer) then
-  redis.call('SET', room, consumer, 'PX', 3 * LEFT_OVER_MS)
-  room_for = consumer
-elseif room_for == consumer then
-  redis.call('DEL', room)
-  room_for = nil
+if candidate_left and (not draining or draining == consumer) then
+  redis.call('SET', draining_key, consumer, 'PX', 3 * LEFT_OVER_MS)
+  draining = consumer
+elseif draining == consumer then
+  redis.call('DEL', draining_key)
+  draining = nil
 end
 local again_ms = 0
 if not more then
@@ -213,4 +213,4 @@ if not more then
   again_ms = next_end and tonumber(next_end) - now_ms + 1 or tonumber(ARGV[4])
   again_ms = math.min(again_ms, poll_within_ms, math.max(waits_ms, 1))
 end
-return {messages, again_ms, room_for == consumer and 1 or 0}
+return {messages, again_ms, draining == consumer and 1 or 0}

@@ -10,7 +10,7 @@
 --   died
 --   group   = {id, child, error, result}        the end of a child; without a child, extend the group's time to live
 --   release_results = group id                  delete the results of the group, whose callback has ended
---   granted = lock                              it had the turn for this lock: grant the next, unless it took the lock
+--   granted = lock                              it had a grant for this lock: grant the next, unless it took the lock
 --   outcome = {id, text}                        outcome of an occurrence of a schedule
 --   dead    = {reason, data}                    keep the dead letter until a worker imports it into the database).
 -- Returns a flat list of position, reason for deliveries that were not settled: 0 (another worker has taken it over) or
@@ -47,7 +47,7 @@ local function effect_functions()
     end
     if s.requeue then
       local again = s.requeue
-      put_back(stream, entry, deliveries, found and found[2] or {}, again.stream, again.data, again.since)
+      requeue(stream, entry, deliveries, found and found[2] or {}, again.stream, again.data, again.since)
     end
     if s.isolate then -- to the name of a stopped worker; it counts as no redelivery
       redis.call('XCLAIM', stream, '$GROUP', consumer .. ':aside', 0, entry, 'JUSTID')
@@ -76,7 +76,7 @@ local function effect_functions()
     if s.group then try(refused, child_done, s.group) end
     if s.release_results then try(refused, forget_results, s.release_results) end
     if s.outcome then try(refused, note_outcome, s.outcome) end
-    if s.granted then try(refused, give_up_turn, {key = s.granted}, task) end
+    if s.granted then try(refused, give_up_grant, {key = s.granted}, task) end
     if s.result then try(refused, store, s.result) end
     return refused[1] and table.concat(refused, '; ')
   end

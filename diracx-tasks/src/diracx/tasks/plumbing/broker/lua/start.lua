@@ -1,9 +1,9 @@
 -- For each delivery: takes all the locks of its task, or parks the task until they are granted.
 -- KEYS: none. ARGV: consumer, deliveries (msgpack list of
 --   {stream, entry, deliveries, task, rank, resumed, since, locks, retry_ms, granted}), the consumer's lease (ms) or 0;
---   `granted`: the lock for which the task was granted the turn, if any.
+--   `granted`: the lock that the task was granted, if any.
 -- Returns a list, one for each delivery: {1} granted; {0, position of the refusing lock, time of the next poll of its
--- line (ms)} parked; {-1} taken over by another worker. The last item is the fencing token of the first delivery, or 0;
+-- line (ms)} parked; {-1} reclaimed by another worker. The last item is the fencing token of the first delivery, or 0;
 -- each following delivery has the next token.
 -- Refusal and parking are one step, so that a release in between cannot be missed.
 -- #flags allow-oom
@@ -36,57 +36,57 @@ local function park(d, since, place, lock, before)
   return int(math.ceil(due))
 end
 
--- Keeps a refused task's turn for another of its locks; returns true if it does. A task that needs several locks would
+-- Keeps a refused task's grant of another of its locks; returns true if it does. A task that needs several locks would
 -- otherwise be overtaken forever by tasks that need one of them each. So a task that has waited long, and is the next
--- for the refusing lock, keeps its turn for a tenth of that time. Tasks before it in line still go first: two tasks
+-- for the refusing lock, keeps its grant for a tenth of that time. Tasks before it in line still go first: two tasks
 -- never wait for each other. Of a concurrency limiter it keeps one slot until its next attempt.
-local function keeps_turn(d, lock, turns, waited_ms, place, refusing)
+local function keeps_grant(d, lock, grants, waited_ms, place, refusing)
   local ms, size, kind = math.min(waited_ms / 10, KEPT_MS), size_of(d.resumed), kind_of(lock.kind)
   if ms < RESERVATION_MS or not (kind.reserve or kind.alone) then return false end
-  local turn = turns and turns[size]
-  if not (lock.kept or turn and turn.reserved and turn.task == d.task) then return false end
-  local next_one = heads_of(refusing, turns_of(refusing))[1]
+  local grant = grants and grants[size]
+  if not (lock.kept or grant and grant.valid_until and grant.task == d.task) then return false end
+  local next_one = heads_of(refusing, grants_of(refusing))[1]
   if not (next_one and next_one.place == place) then return false end
   if kind.reserve then
     if kind.room(lock) < 1 then return false end
     kind.reserve(lock, d.task, ms)
-    if turn and turn.task == d.task then redis.call('DEL', '$RESERVATION_PREFIX' .. size .. ':' .. lock.key) end
+    if grant and grant.task == d.task then redis.call('DEL', '$RESERVATION_PREFIX' .. size .. ':' .. lock.key) end
     pcall(grant_next, lock, 'granted') -- there may be room for others
     return true
   end
-  turn = table.concat({int(now_us() / 1000 + ms), '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
-  redis.call('SET', '$RESERVATION_PREFIX' .. size .. ':' .. lock.key, turn, 'PX', int(ms))
+  grant = table.concat({int(now_us() / 1000 + ms), '2', int(place), refusing.kind, #d.task, d.task .. refusing.key}, ' ')
+  redis.call('SET', '$RESERVATION_PREFIX' .. size .. ':' .. lock.key, grant, 'PX', int(ms))
   schedule_poll(lock.key, now_us() / 1000 + RESERVATION_MS + 1)
   return true
 end
 
--- Leaves the other locks of a refused task, and its turns, to the next tasks. A new task may have a higher limit than
--- those that wait: then the first of them is granted the turn, to try again.
+-- Grants the other locks of a refused task to the next tasks. A new task may have a higher limit than those that wait:
+-- then the first of them is granted the lock, to try again.
 local function leave_to_others(d, refusing, before, waited_ms, place)
   for position, lock in ipairs(d.locks) do
-    local behind, turns = position == refusing and before == 'line', lock.turns
-    if position > refusing and waits_or_turns(lock) then turns = turns_of(lock) end
+    local behind, grants = position == refusing and before == 'line', lock.grants
+    if position > refusing and is_awaited(lock) then grants = grants_of(lock) end
     if behind and d.since == '0' then
       pcall(grant_next, lock, 'waiting')
-    elseif (turns or lock.kept) and not behind then
+    elseif (grants or lock.kept) and not behind then
       local limits = position == refusing or kind_of(lock.kind).limiter
       local keeps = position ~= refusing and not before
-      if limits and lock.key ~= d.granted and not lock.kept and not sizes_of_turns(turns, d.task)[1] then
+      if limits and lock.key ~= d.granted and not lock.kept and not sizes_granted(grants, d.task)[1] then
         keeps = true -- it has taken nothing that another task could take now
       elseif keeps then
-        keeps = keeps_turn(d, lock, turns, waited_ms, place, d.locks[refusing])
+        keeps = keeps_grant(d, lock, grants, waited_ms, place, d.locks[refusing])
       end
-      if not keeps then give_up_turn(lock, d.task, 'waiting', turns) end
+      if not keeps then give_up_grant(lock, d.task, 'waiting', grants) end
     end
   end
 end
 
--- Gives up the turn for a lock that the task no longer needs.
+-- Gives up the grant of a lock that the task no longer needs.
 local function leave_unwanted(d)
   for _, lock in ipairs(d.locks) do
     if lock.key == d.granted then return end
   end
-  give_up_turn({key = d.granted}, d.task, 'unwanted')
+  give_up_grant({key = d.granted}, d.task, 'unwanted')
 end
 
 local consumer, now, replies, lines, any_granted = ARGV[1], now_us(), {}, {}, false

@@ -16,7 +16,7 @@ from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.models import Settlement
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.locks import BaseLock
-from diracx.tasks.plumbing.worker.settlement import hand_back
+from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
 from support.lines import (
     BATCH,
@@ -24,13 +24,13 @@ from support.lines import (
     Slots,
     Worker,
     all_step,
+    grant_key,
     line_key,
     line_of,
     mutex,
     name_of,
     named,
     quota,
-    turn_key,
     waits_since,
 )
 
@@ -52,7 +52,7 @@ async def test_a_task_that_is_handed_back_keeps_its_grant(worker: Worker, redis:
     first, second = await worker.park(2, mutex)
     await holder.release(redis)
     [delivery], _ = await worker.broker.fetch(BATCH)
-    assert await worker.broker.settle([hand_back(delivery)]) == [ACCEPTED]
+    assert await worker.broker.settle([requeue(delivery)]) == [ACCEPTED]
     [again], _ = await worker.broker.fetch(BATCH)
     assert (name_of(again), again.granted) == (first, mutex().redis_key.encode())
     assert await worker.broker.settle([Settlement(again)]) == [ACCEPTED]
@@ -89,7 +89,7 @@ async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one
         if "all-0" in worker.began:
             break
     passed = worker.began.index("all-0") - first * len(names)
-    assert passed <= 2 * len(names), "once for each lock before it has the first turn, and on its way to the last"
+    assert passed <= 2 * len(names), "once for each lock before it has the first grant, and on its way to the last"
     while worker.running:
         await worker.end(next(iter(worker.running)))
         await all_step(worker, needs)
@@ -99,7 +99,7 @@ async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one
 
 @dataclass
 class Kept:
-    """`both` waits for `b`, which `b-0` has, and has kept its turn for `a`; `a-1` waits for that."""
+    """`both` waits for `b`, which `b-0` has, and has kept its grant of `a`; `a-1` waits for that."""
 
     worker: Worker
     needs: dict[str, Callable[[], Sequence[BaseLock]]]
@@ -126,18 +126,18 @@ async def kept(worker: Worker, since_ms: int = LONG_AGO_MS) -> Kept:
     return Kept(worker, needs)
 
 
-async def test_a_turn_is_kept_for_a_tenth_of_the_time_that_its_task_has_waited(
+async def test_a_grant_is_kept_for_a_tenth_of_the_time_that_its_task_has_waited(
     worker: Worker, redis: Redis
 ) -> None:
     scene = await kept(worker)
     seconds, _ = await redis.time()
-    ends = int((await redis.get(turn_key(named("a")))).partition(b" ")[0])  # type: ignore[union-attr]
+    ends = int((await redis.get(grant_key(named("a")))).partition(b" ")[0])  # type: ignore[union-attr]
     assert LONG_AGO_MS / 10 - 5_000 < ends - int(seconds) * 1000 < LONG_AGO_MS / 10 + 5_000
     assert await scene.is_next_at("a") == []
     due = await redis.zscore(keys.LINES, named("a").redis_key)
     assert due is not None
     assert due < int(seconds) * 1000 + 10_000, "it is noticed within seconds that it waits no more"
-    await worker.turn_ends(named("a"))
+    await worker.grant_expires(named("a"))
     assert await scene.is_next_at("a") == ["a-1"]
 
 
@@ -146,13 +146,13 @@ async def test_a_task_that_has_waited_for_seconds_only_keeps_no_grant(worker: Wo
     assert worker.began[2:] == ["a-1"]
 
 
-async def test_a_kept_turn_ends_when_its_task_is_cancelled(worker: Worker, redis: Redis) -> None:
+async def test_a_kept_grant_ends_when_its_task_is_cancelled(worker: Worker, redis: Redis) -> None:
     scene = await kept(worker)
     await worker.broker.cancel(["both-0"])
     assert await scene.is_next_at("a") == ["a-1"]
 
 
-async def test_a_kept_turn_ends_when_the_lock_that_its_task_waits_for_is_not_taken(worker: Worker) -> None:
+async def test_a_kept_grant_ends_when_the_lock_that_its_task_waits_for_is_not_taken(worker: Worker) -> None:
     scene = await kept(worker)
     await worker.end("b-0")
     [delivery], _ = await worker.broker.fetch(BATCH)
@@ -204,7 +204,7 @@ async def test_a_task_of_several_limiters_keeps_one_slot_and_others_have_the_res
         await worker.end(ended)
         await all_step(worker, needs)
     assert worker.began[4:] == ["a-3"], "of two slots the task keeps one"
-    assert (await redis.exists(turn_key(slots))) == 0, "and no turn, which would keep others from the rest"
+    assert (await redis.exists(grant_key(slots))) == 0, "and no grant, which would keep others from the rest"
     holders = await operations.lock(redis, slots.redis_key)
     assert "kept:both-0" in str(holders), "an operator sees for which task"
     await worker.end("b-0")
