@@ -12,6 +12,7 @@ from diracx.tasks.web.api.environment import context_from_environment
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from redis import Redis
+from support.waiting import eventually
 
 router = DiracxRouter()
 
@@ -56,6 +57,18 @@ def test_P51_a_route_spawns_a_group(client: TestClient, redis_url: str, monkeypa
     with client:
         assert client.post("/group").status_code == 200
     assert [message.task_args for message in messages(redis_url)] == [[1], [2]]
+
+
+def test_connections_of_routes_are_closed_at_the_end_of_their_event_loop(
+    client: TestClient, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
+    with Redis.from_url(redis_url) as redis:
+        before = {each["id"] for each in redis.client_list()}
+        for job_id in range(3):  # each in a loop of its own
+            assert client.post(f"/run/{job_id}").status_code == 200
+        eventually(lambda: before.issuperset(each["id"] for each in redis.client_list()))
+    assert len(messages(redis_url)) == 3
 
 
 def test_P51_a_route_without_a_broker_is_an_error_with_the_remedy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -12,9 +13,11 @@ import httpx
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
+from redis import Redis
 from support.config_repository import ConfigRepository
 from support.dashboard_world import HOSTILE, SECRET, World, small_world
 from support.diracx_application import HOME, make_application, set_environment, token_maker
+from support.waiting import eventually
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 READS = [
@@ -234,6 +237,24 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
         f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
     )
     assert answer.status_code == 403
+
+
+def test_the_dashboard_of_an_application_is_closed_with_its_event_loop(
+    redis_url: str, token: Token, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def read() -> None:
+        transport = httpx.ASGITransport(make_application())
+        async with httpx.AsyncClient(transport=transport, base_url=HOME) as browser:
+            credential = {"credential": token("Operator")}
+            await browser.post("/api/tasks/dashboard/sign-in", data=credential)
+            assert (await browser.get("/api/tasks/dashboard/queues")).status_code == 200
+
+    with Redis.from_url(redis_url) as redis:
+        before = {each["id"] for each in redis.client_list()}
+        for _ in range(2):
+            asyncio.run(read())
+        eventually(lambda: before.issuperset(each["id"] for each in redis.client_list()))
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_cookies_are_secure_if_a_trusted_proxy_reports_tls(client: httpx.AsyncClient, token: Token) -> None:

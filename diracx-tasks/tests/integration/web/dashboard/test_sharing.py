@@ -254,8 +254,6 @@ async def test_the_database_of_the_environment_stays_open(
     assert found.task_db is not None
     async with found.task_db as db:
         assert await db.search() == []
-    await environment.left_open.pop(asyncio.get_running_loop()).aclose()
-    await found.broker.shutdown()
 
 
 @pytest.fixture

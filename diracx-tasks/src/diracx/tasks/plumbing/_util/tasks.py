@@ -1,17 +1,19 @@
-"""Cancels asyncio tasks and waits for their end."""
+"""Cancels asyncio tasks and waits for their end; calls functions at the end of an event loop."""
 
 from __future__ import annotations
 
-__all__ = ["CallsInRounds", "cancel_and_wait"]
+__all__ = ["CallsInRounds", "at_end_of_loop", "cancel_and_wait"]
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 _CANCEL_AGAIN_SECONDS = 0.1
 #: Calls in one iteration of the event loop.
 _BATCH = 10
+#: An event loop itself keeps no reference to its tasks.
+_until_end: set[asyncio.Task[None]] = set()
 
 
 class CallsInRounds:
@@ -49,3 +51,17 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # marks it as retrieved
+
+
+def at_end_of_loop(close: Callable[[], Awaitable[object]]) -> None:
+    """Await `close` when the running event loop ends: `asyncio.run` and servers cancel all tasks then."""
+
+    async def wait() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await close()
+
+    waiting = asyncio.create_task(wait())
+    _until_end.add(waiting)
+    waiting.add_done_callback(_until_end.discard)

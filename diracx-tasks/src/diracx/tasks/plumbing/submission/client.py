@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
+from .._util.tasks import at_end_of_loop
 from ..base_task import BaseTask, is_bound, use_broker
 from ..broker.labels import LABEL_PRIORITY, LABEL_SECRET, LABEL_SIZE, checked_labels, stream_of_labels
 from ..broker.models import Submission, TaskMessage, new_task_id
@@ -171,8 +171,8 @@ async def task_broker(
         await broker.shutdown()
 
 
-#: One client for each event loop of the process, made at its first use.
-_client_by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Client] = WeakKeyDictionary()
+#: One client for each event loop of the process, made at its first use and closed at the end of the loop.
+_client_by_loop: dict[asyncio.AbstractEventLoop, Client] = {}
 
 
 def _client_from_environment() -> Client:
@@ -187,7 +187,12 @@ def _client_from_environment() -> Client:
         if not url:
             raise RuntimeError("this route submits a task but no broker is known: set DIRACX_TASKS_REDIS_URL")
         client = _client_by_loop[loop] = Client(RedisStreamBroker(url), load_task_registry())
+        at_end_of_loop(_close_client)
     return client
+
+
+async def _close_client() -> None:
+    await _client_by_loop.pop(asyncio.get_running_loop()).broker.shutdown()
 
 
 @contextmanager

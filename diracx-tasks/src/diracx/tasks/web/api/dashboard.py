@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
-from weakref import WeakKeyDictionary
 
 from diracx.core.settings import AuthSettings
 from diracx.routers.access_policies import BaseAccessPolicy, open_access
 from diracx.routers.fastapi_classes import DiracxRouter
 from fastapi import Depends, HTTPException, Request, Response
 
+from ...plumbing._util.tasks import at_end_of_loop
 from ..auth.code_flow import CodeFlow
 from ..auth.diracx import POLICY, DiracxAuthContext, DiracxBackend
 from ..auth.policies import ConfigReader
@@ -63,7 +63,7 @@ class _Forwarded(Response):
 
 
 #: An application has one event loop; tests have many.
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, DashboardApp] = WeakKeyDictionary()
+_of_loop: dict[asyncio.AbstractEventLoop, DashboardApp] = {}
 
 
 def _app(stream: StreamSettings) -> DashboardApp:
@@ -81,4 +81,9 @@ def _app(stream: StreamSettings) -> DashboardApp:
     if (app := _of_loop.get(loop)) is None:
         app = create_app(context_from_environment, DiracxBackend(CodeFlow(_ROOT_PATH)), stream=stream)
         _of_loop[loop] = app
+        at_end_of_loop(_close)
     return app
+
+
+async def _close() -> None:
+    await _of_loop.pop(asyncio.get_running_loop()).aclose()

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from fastapi import HTTPException
 
 from ...plumbing._util.passwords import mask
+from ...plumbing._util.tasks import at_end_of_loop
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.address import REDIS_URL_VARIABLE, AddressError, redis_url_from_environment
 from ...plumbing.config.sources import ConfigReader
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: An application has one event loop; tests have many.
-contexts: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Future[AppContext]] = WeakKeyDictionary()
-#: Databases stay open until the process ends: an engine without a reference would be disposed of.
-left_open: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncExitStack] = WeakKeyDictionary()
+contexts: dict[asyncio.AbstractEventLoop, asyncio.Future[AppContext]] = {}
 
 
 async def context_from_environment() -> AppContext:
@@ -51,7 +49,7 @@ async def context_from_environment() -> AppContext:
 
 
 async def open_context() -> AppContext:
-    """Open the context of the environment."""
+    """Open the context of the environment, until the end of the event loop."""
     url = broker_url()
     if not url:
         raise HTTPException(
@@ -60,7 +58,14 @@ async def open_context() -> AppContext:
     registry = load_task_registry()
     with _address_errors_as_503():
         broker = RedisStreamBroker(url)
-    return AppContext(broker, registry, ConfigReader.from_environment(registry), await _task_db(), mask(url))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(broker.shutdown)
+        reader, task_db = ConfigReader.from_environment(registry), await _task_db(stack)
+        context = AppContext(broker, registry, reader, task_db, mask(url))
+        stack.push_async_callback(context.aclose)
+        stack.callback(contexts.pop, asyncio.get_running_loop(), None)
+        at_end_of_loop(stack.pop_all().aclose)
+    return context
 
 
 def broker_url() -> str | None:
@@ -85,7 +90,7 @@ def _address_errors_as_503() -> Iterator[None]:
         ) from error
 
 
-async def _task_db() -> TaskDB | None:
+async def _task_db(stack: AsyncExitStack) -> TaskDB | None:
     """Open the database of dead letters with its own engine; None if not configured."""
     from ...plumbing.persistence import TaskDB
 
@@ -97,7 +102,5 @@ async def _task_db() -> TaskDB | None:
     if not url:
         return None
     database = TaskDB(url)
-    stack = AsyncExitStack()
     await stack.enter_async_context(database.engine_context())
-    left_open[asyncio.get_running_loop()] = stack
     return database
