@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, IntervalSeconds, MutexLock, PeriodicBaseTask
+from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.connection import sync_client
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
@@ -130,6 +131,32 @@ def context(tmp_path: Path) -> Iterator[AppContext]:
     built = AppContext(tmp_path)
     yield built
     built.end()
+
+
+@pytest.mark.parametrize("options", ["", "?max_connections=2"])
+async def test_a_closed_broker_keeps_no_connection_to_a_sentinel(context: AppContext, options: str) -> None:
+    await until(context.is_complete, "the sentinels know each other")
+
+    def connections() -> set[tuple[str, str]]:
+        found = set()
+        for place in context.places:
+            with Redis.from_url(f"redis://{place}") as sentinel:
+                own = str(sentinel.client_id())
+                # Sentinels have names to each other.
+                found |= {
+                    (place, each["id"])
+                    for each in sentinel.client_list()
+                    if each["id"] != own and not each["name"]
+                }
+        return found
+
+    broker = RedisStreamBroker(context.url + options)
+    await broker.redis.ping()
+    async with broker.redis.pubsub() as subscription:
+        await subscription.subscribe("channel")
+    assert connections()
+    await broker.shutdown()
+    await until(lambda: not connections(), "the connections end")
 
 
 @pytest.mark.parametrize("options", ["", "?max_connections=2"])

@@ -40,7 +40,16 @@ _CLOSES = "Protocol error"
 _PLAIN = frozenset({str, bytes, int, float})
 
 
-class _LimitedSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+class _SentinelPool(SentinelConnectionPool):
+    """Pool of connections to the primary that also closes those to the sentinels."""
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        for sentinel in self.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+class _LimitedSentinelPool(_SentinelPool, BlockingConnectionPool):
     """Pool of connections to the primary in which callers wait for a free one."""
 
 
@@ -55,6 +64,11 @@ class _LimitedClient(Redis):
     def pubsub(self, **options: Any) -> PubSub:
         """Make a subscription, to be closed by the caller."""
         return PubSub(self._pubsub_pool, **options)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close both pools."""
+        await super().aclose(close_connection_pool)
+        await self._pubsub_pool.aclose()
 
 
 def client_of(
@@ -90,7 +104,7 @@ def _pool(
     address: Address, options: Mapping[str, Any], sentinel_options: Mapping[str, Any], **limit: Any
 ) -> ConnectionPool:
     if address.service:
-        sentinel_pool: Any = _LimitedSentinelPool if limit else SentinelConnectionPool
+        sentinel_pool: Any = _LimitedSentinelPool if limit else _SentinelPool
         sentinel = Sentinel(
             address.sentinels, sentinel_kwargs={**sentinel_options, "retry": Retry(NoBackoff(), 0)}
         )
