@@ -202,7 +202,7 @@ async def test_workers_and_running_tasks_are_shown_with_locks_and_without_secret
         assert lock == await monitor.lock(redis, lock.key) or lock.expires  # its time to live goes on
         Gate.event.set()
         await system.drain()
-    assert await monitor.lock(Redis.from_url(redis_url), "lock:mutex:task:one") is None
+        assert await monitor.lock(redis, "lock:mutex:task:one") is None
 
 
 async def test_limiters_show_quota_and_limit(redis_url: str) -> None:

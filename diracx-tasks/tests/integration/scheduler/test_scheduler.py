@@ -178,9 +178,8 @@ async def test_a_periodic_task_that_cannot_be_submitted_does_not_affect_others(r
 
 async def test_only_one_leads_and_a_standby_takes_over(redis_url: str, redis: Redis) -> None:
     stops = [asyncio.Event(), asyncio.Event()]
-    schedulers = [
-        TaskScheduler(RedisStreamBroker(redis_url), {"test:Often": Often}, lease_seconds=600) for _ in stops
-    ]
+    brokers = [RedisStreamBroker(redis_url) for _ in stops]
+    schedulers = [TaskScheduler(broker, {"test:Often": Often}, lease_seconds=600) for broker in brokers]
     running = [asyncio.create_task(scheduler.run(stop)) for scheduler, stop in zip(schedulers, stops, strict=True)]
     await until(lambda: any(scheduler.leads.is_set() for scheduler in schedulers))
     first, second = sorted(range(2), key=lambda index: not schedulers[index].leads.is_set())
@@ -190,6 +189,8 @@ async def test_only_one_leads_and_a_standby_takes_over(redis_url: str, redis: Re
     await asyncio.wait_for(schedulers[second].leads.wait(), 30)  # long before the lease would have ended
     stops[second].set()
     await running[second]
+    for broker in brokers:
+        await broker.shutdown()
     assert not await redis.exists(keys.LEADER)
     await redis.delete("diracx:tasks:normal:medium")
 
