@@ -162,7 +162,12 @@ class DiracConfigurationError(GubbinsError):
 
 
 class CEUnavailableError(GubbinsError):
-    """A compute element did not respond, or its response is invalid. The state of its pilots is not known."""
+    """A compute element did not respond, or its response is invalid. The state of its pilots is not known.
+
+    `requested_pause_seconds` is the pause that the site requests; 0: none.
+    """
+
+    requested_pause_seconds: float = 0
 
 
 class SiteBusyError(GubbinsError):

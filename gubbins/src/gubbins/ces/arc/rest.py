@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeGuard
 
 import httpx
@@ -232,7 +234,19 @@ def _accept(response: httpx.Response) -> None:
     message = one_line(f"{response.url.host} answers {status}")
     if (400 <= code < 500 and code not in (408, 425, 429)) or SITE_ERRORS.outcome(message) is not None:
         raise NotAcceptedError(message)
-    raise CEUnavailableError(message)
+    error = CEUnavailableError(message)
+    error.requested_pause_seconds = _retry_after(response.headers.get("retry-after", ""))
+    raise error
+
+
+def _retry_after(value: str) -> float:
+    """Parse the header `Retry-After`, a number of seconds or a date (RFC 9110); 0: it is missing or invalid."""
+    if value.isascii() and value.isdecimal():
+        return float(value[:20])
+    try:
+        return max(0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError, OSError):
+        return 0
 
 
 def _jobs(answer: bytes) -> list[Mapping[str, Any]]:

@@ -57,11 +57,13 @@ class CircuitsMixin(PilotSession):
         failures: int,
         pause_seconds: float,
         max_pause_seconds: float,
+        requested_pause_seconds: float = 0,
     ) -> Circuit:
         """Record a failed call, and return its circuit.
 
-        The circuit opens after `failures` consecutive ones; each failed probe doubles the pause. Failures of calls
-        that were running when the circuit opened do not prolong the pause.
+        The circuit opens after `failures` consecutive ones; each failed probe doubles the pause. It opens at once
+        if the site requests a pause of `requested_pause_seconds`. Failures of calls that were running when it
+        opened do not prolong the pause.
         """
         now = clock.now()
         message = message[:MAX_REASON_CHARS]
@@ -76,7 +78,8 @@ class CircuitsMixin(PilotSession):
         where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
         row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
         before = Circuit() if row is None else Circuit(*row)
-        after = _failed(before, message, now, failures, pause_seconds, max_pause_seconds)
+        pauses = (pause_seconds, max_pause_seconds, requested_pause_seconds)
+        after = _failed(before, message, now, failures, *pauses)
         values = {
             "failures": after.failures,
             "open_until": after.open_until,
@@ -131,13 +134,19 @@ async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:
 
 
 def _failed(
-    before: Circuit, message: str, now: datetime, failures: int, pause_seconds: float, max_pause_seconds: float
+    before: Circuit,
+    message: str,
+    now: datetime,
+    failures: int,
+    pause_seconds: float,
+    max_pause_seconds: float,
+    requested_pause_seconds: float,
 ) -> Circuit:
     if before.state(now) is CircuitState.OPEN:
         return Circuit(before.failures, before.open_until, before.probe_until, message, now)
     count = before.failures + 1
-    open_until = None
+    pause = requested_pause_seconds
     if count >= failures:
-        doublings = min(count - failures, MAX_DOUBLINGS)
-        open_until = now + timedelta(seconds=min(max_pause_seconds, pause_seconds * 2**doublings))
+        pause = max(pause, pause_seconds * 2 ** min(count - failures, MAX_DOUBLINGS))
+    open_until = now + timedelta(seconds=min(max_pause_seconds, pause)) if pause else None
     return Circuit(count, open_until, None, message, now)

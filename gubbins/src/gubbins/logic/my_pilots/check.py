@@ -195,7 +195,7 @@ async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges,
         The changes, and the number of pilots that entered each state.
     """
     changes = StatusChanges()
-    failures: dict[str, str] = {}
+    failures: dict[str, tuple[str, Exception]] = {}
     warnings: dict[str, str | None] = {}
     ces = {request.ce["name"]: request.ce for request in polls.values()}
     now = clock.now()
@@ -203,8 +203,8 @@ async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges,
         name = request.ce["name"]
         error = CEUnavailableError("its back end was cancelled") if task.cancelled() else task.exception()
         if isinstance(error, Exception):
-            failures[name] = describe_failure(request.ce, error)
-            logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name])
+            failures[name] = describe_failure(request.ce, error), error
+            logger.warning("Cannot check the pilots of %s at %s: %s", vo, name, failures[name][0])
         elif error is not None:
             raise error
         else:
@@ -229,7 +229,7 @@ async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges,
                 await db.count_never_seen(name, number)
         for name in sorted({*failures, *warnings}):
             if name in failures:
-                await record_call_failure(db, ces[name], CECall.STATUS, failures[name])
+                await record_call_failure(db, ces[name], CECall.STATUS, *failures[name])
                 continue
             await record_call_success(db, ces[name], CECall.STATUS)
             if (warning := warnings[name]) is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, CircuitState
+from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.rules import rules_error, rules_of
 
 #: A probe without a result expires after this many time-outs.
@@ -42,9 +43,8 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
         return Blocker("its status cannot be read", status["last_error"])
     if submit["state"] is CircuitState.OPEN:
         until = f"{submit['open_until']:%H:%M:%S} UTC"
-        return Blocker(
-            f"{submit['failures']} submissions in a row failed, no more until {until}", submit["last_error"]
-        )
+        failed = f"{number} submissions in a row" if (number := submit["failures"]) > 1 else "the last submission"
+        return Blocker(f"{failed} failed, no more until {until}", submit["last_error"])
     return None
 
 
@@ -120,8 +120,12 @@ async def acquire_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bo
     return await db.enter_circuit(ce["name"], call, probe_seconds=probe_seconds)
 
 
-async def record_call_failure(db: MyPilotDB, ce: Mapping[str, Any], call: CECall, message: str) -> None:
-    await db.record_failure(ce["name"], call, message, **rules_of(ce).breaker)
+async def record_call_failure(
+    db: MyPilotDB, ce: Mapping[str, Any], call: CECall, message: str, error: Exception | None = None
+) -> None:
+    """Record a failed call; an error of a site that requests a pause opens the circuit at once."""
+    seconds = error.requested_pause_seconds if isinstance(error, CEUnavailableError) else 0
+    await db.record_failure(ce["name"], call, message, **rules_of(ce).breaker, requested_pause_seconds=seconds)
 
 
 async def record_call_success(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> None:

@@ -81,7 +81,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
                 await db.record_ce_error(ce["name"], backend.warning)
         except Exception as error:
             reason = describe_failure(ce, error)
-            await record_call_failure(db, ce, CECall.STATUS, reason)
+            await record_call_failure(db, ce, CECall.STATUS, reason, error)
             logger.warning("Pilot %d will be cancelled at %s by the next check: %s", pilot_id, ce["name"], reason)
     return await db.get_pilot(pilot_id)
 

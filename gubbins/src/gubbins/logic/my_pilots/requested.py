@@ -148,13 +148,13 @@ class _Batch:
 
     async def _call(self, ids: Mapping[str, int], pilots: list[PilotAtCE]) -> dict[str, PilotSubmissionError]:
         """Submit pilots that have slots, and record the outcomes. Returns the errors by stamp."""
-        name = self.ce["name"]
+        name, failure = self.ce["name"], None
         try:
             async with asyncio.timeout(rules_of(self.ce).timeout_seconds):
                 answer: object = await self.backend.submit(pilots)
             reason = self.backend.warning
         except Exception as error:
-            answer, reason = self.backend.outcomes, describe_failure(self.ce, error)
+            answer, reason, failure = self.backend.outcomes, describe_failure(self.ce, error), error
         outcomes = self._outcomes(pilots, answer, reason)
         unknown, refused, references = outcomes.unknown, outcomes.refused, outcomes.references
         first_error = next(iter([*unknown.values(), *refused.values()]), "")
@@ -166,7 +166,7 @@ class _Batch:
                 if first_error:
                     await self.db.record_ce_error(name, first_error)
             else:
-                await record_call_failure(self.db, self.ce, CECall.SUBMIT, first_error)
+                await record_call_failure(self.db, self.ce, CECall.SUBMIT, first_error, failure)
             await self.db.set_submission_errors({ids[stamp]: why for stamp, why in unknown.items()})
             await self.db.release_pilots([ids[stamp] for stamp in [*refused, *outcomes.over_quota]])
             vos = {pilot.stamp: pilot.vo for pilot in pilots}

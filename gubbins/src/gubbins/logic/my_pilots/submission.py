@@ -61,7 +61,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
             outcome = check_outcome(ce, answer, stamp)
         except Exception as error:
             reason = describe_failure(ce, error)
-            await record_call_failure(db, ce, CECall.SUBMIT, reason)
+            await record_call_failure(db, ce, CECall.SUBMIT, reason, error)
             raise CERefusedError(ce_name, f"{reason}; the next checks will find out", answered=False) from error
         if outcome.reference is not None:
             return await confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
