@@ -74,7 +74,7 @@ class VONotServedError(PilotSubmissionError):
 
 
 class NoRoomError(PilotSubmissionError):
-    """All slots of the compute element are taken by SUBMITTED or RUNNING pilots (P60), or requested."""
+    """All slots of the compute element are taken by SUBMITTED or RUNNING pilots, or requested."""
 
     def __init__(self, name: str, capacity: int, requested: int = 0) -> None:
         requests = f", {requested} of them by requests of other VOs" if requested else ""

@@ -1,4 +1,4 @@
-"""State machine of pilots: SUBMITTED → RUNNING → DONE or FAILED (seed `000`)."""
+"""State machine of pilots: SUBMITTED → RUNNING → DONE or FAILED."""
 
 from __future__ import annotations
 

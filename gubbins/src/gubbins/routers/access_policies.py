@@ -1,4 +1,4 @@
-"""Access policy of the pilot routes (P63)."""
+"""Access policy of the pilot routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks of the pilot system: submit, check and prune pilots, collect their output, import downtimes (seed `000`).
+"""Tasks of the pilot system: submit, check and prune pilots, collect their output, import downtimes.
 
 No task opens a transaction for its whole execution, since compute elements are slow; the logic layer uses short
 ones.

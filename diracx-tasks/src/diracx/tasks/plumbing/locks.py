@@ -1,8 +1,7 @@
 """Locks and limiters in Redis, declared by a task or used directly on a connection.
 
 Each decision is made by one script, with the clock of the server. Each instance is one owner: a release by another
-owner has no effect. `ttl_ms` is in milliseconds, all other times in seconds. Contract: the lock reference of the
-seed.
+owner has no effect. `ttl_ms` is in milliseconds, all other times in seconds.
 """
 
 from __future__ import annotations

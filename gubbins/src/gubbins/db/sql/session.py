@@ -147,7 +147,7 @@ def _staged_rows(dialect: str, rows: Iterable[tuple[int, str | None]]) -> Subque
     """Make a derived table `id, reason` of the rows, from one bound parameter: a JSON array.
 
     Lists of ids are limited to 32,766 bound parameters by SQLite and 65,535 by PostgreSQL, and one statement per
-    chunk would not be a constant number of statements (P62).
+    chunk would not be a constant number of statements.
     """
     payload = json.dumps(
         [(id,) if reason is None else (id, sanitize(reason, MAX_REASON_CHARS)) for id, reason in rows]

@@ -74,7 +74,7 @@ class SubmissionsMixin(PilotSession):
         """Reserve a slot: create a SUBMITTED pilot of the VO and return its id.
 
         Checks capacity and rules under the lock of the compute element, so that no concurrent submission exceeds
-        them (P60).
+        them.
 
         Args:
             stamp: unique name of the pilot, 32 hexadecimal digits; None: a new one.

@@ -16,7 +16,7 @@ from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
 from .session import PilotSession, split_batches
 
-# Final states first: a pilot given for both still makes one step only (P61).
+# Final states first: a pilot given for both still makes one step only.
 _ORDER = (MyPilotStatus.DONE, MyPilotStatus.FAILED, MyPilotStatus.RUNNING)
 
 
@@ -74,9 +74,9 @@ class TransitionsMixin(PilotSession):
     async def advance_pilots(
         self, moves: Mapping[MyPilotStatus, Collection[tuple[int, str | None]]], *, vo: str
     ) -> dict[MyPilotStatus, int]:
-        """Move any number of pilots of the VO one step each, in two statements per state (P62).
+        """Move any number of pilots of the VO one step each, in two statements per state.
 
-        Pilots of other VOs (P61), and those that are not in the previous state, do not change.
+        Pilots of other VOs, and those that are not in the previous state, do not change.
 
         Args:
             moves: {state to enter: [(pilot id, reason or None)]}.

@@ -1,4 +1,4 @@
-"""Check the pilots of one VO: poll their compute elements, and move each at most one step (P61)."""
+"""Check the pilots of one VO: poll their compute elements, and move each at most one step."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def transition_pilot_states(
     """Poll the compute elements, update the states of the VO's pilots, and return how many entered each state.
 
     Compute elements are polled concurrently, outside transactions; a slow one does not delay the others, which are
-    polled again in each cycle. Responses are recorded by a constant number of statements (P62).
+    polled again in each cycle. Responses are recorded by a constant number of statements.
 
     In each cycle a pilot makes at most one step: one that has already ended when it is first seen becomes RUNNING,
     and ends in the next cycle. If a compute element does not respond, its error is recorded and its pilots do not

@@ -39,7 +39,7 @@ AUDITOR = "diracx:tasks:auditor"
 HELD_PREFIX = "diracx:tasks:held:"
 #: Stream per worker, empty, with a time to live: part of its blocking read, which ends when this is deleted.
 WAIT_PREFIX = "diracx:tasks:wait:"
-#: Set, with a time to live: "{stream} {entry} {deliveries}" of entries taken over from workers that were alive.
+#: Set, with a time to live: "{stream} {entry} {deliveries}" of entries reclaimed from workers that were alive.
 SURVIVED = "diracx:tasks:survived"
 #: String per size of worker (its first stream), with a short time to live: the worker that drains for a poison
 #: candidate.

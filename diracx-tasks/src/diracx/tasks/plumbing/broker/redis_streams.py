@@ -394,7 +394,7 @@ class RedisStreamBroker(ResultReader):
         return min(free, max(1, CALL_BYTES // self._large_bytes))
 
     def _deliveries(self, messages: Sequence[Any]) -> list[Delivery]:
-        """Parse the flat list that `hand_out` of lua/_cancel.lua returns."""
+        """Parse the flat list that `add_delivery` of lua/_cancel.lua returns."""
         deliveries = []
         each = iter(messages)
         for position, entry, data, times, cancelled in zip(each, each, each, each, each, strict=True):

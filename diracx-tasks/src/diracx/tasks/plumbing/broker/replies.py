@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class StartReply(NamedTuple):
-    """Reply of lua/start.lua to one delivery. Neither granted nor refused: another worker has taken it over."""
+    """Reply of lua/start.lua to one delivery. Neither granted nor refused: another worker has reclaimed it."""
 
     granted: bool
     """All its locks are taken, if it needs any."""
@@ -19,7 +19,7 @@ class StartReply(NamedTuple):
 
 
 class SettleReply(NamedTuple):
-    """Reply of lua/settle.lua to one settlement. By default, another worker has taken the delivery over."""
+    """Reply of lua/settle.lua to one settlement. By default, another worker has reclaimed the delivery."""
 
     accepted: bool = False
     data_lost: bool = False

@@ -66,7 +66,7 @@ class UnsentSettlements(Protocol):
     def take(self) -> SettlingCall | None:
         """Take them, to send them with another call; None without any."""
 
-    def put_back(self) -> None:
+    def return_unsent(self) -> None:
         """Send those that were taken and not answered."""
 
 
@@ -296,7 +296,7 @@ class Intake:
         try:
             yield unsent.take()
         finally:
-            unsent.put_back()
+            unsent.return_unsent()
 
     def _timeout(self) -> float:
         """Time to wait (s) until the next reclaim, or until an abandoned blocking read has ended on the server."""

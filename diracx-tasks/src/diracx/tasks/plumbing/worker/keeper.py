@@ -6,7 +6,7 @@ arrive on the same connection.
 
 A second thread is the timer of the leases. It never waits for a socket, so a renewal that hangs does not delay it:
 an execution with locks is cancelled at the end of its lease, or of its shortest lock, less a margin. That time is
-counted from before the last confirmed renewal was sent, while a worker that takes over waits for the whole lease.
+counted from before the last confirmed renewal was sent, while a reclaiming worker waits for the whole lease.
 Two owners of one lock would need monotonic clocks that differ by more than the margin in one lease.
 """
 
@@ -225,7 +225,7 @@ class LeaseKeeper:
 
     def expired_since(self, moment: float) -> bool:
         """True if the lease may have ended after `moment` (of the monotonic clock), renewed since or not: another
-        worker may have taken over deliveries of that time.
+        worker may have reclaimed deliveries of that time.
         """
         return self.overdue or self._revived_at >= moment
 

@@ -15,7 +15,7 @@ class WorkerSettings(BaseModel):
     max_concurrent_tasks: int = Field(default=10, ge=1)
     """Slots: the number of tasks that run at a time."""
     lease_seconds: float = Field(default=30.0, gt=0)
-    """Time without a renewal after which other workers take over the worker's tasks."""
+    """Time without a renewal after which other workers reclaim the tasks of the worker."""
     max_deliveries: int = Field(default=3, ge=1)
     """A task that has lost this many workers is poison: it becomes a dead letter."""
     grace_seconds: float = Field(default=30.0, ge=0)

@@ -103,7 +103,7 @@ class Settler:
 
     def take(self) -> SettlingCall | None:
         """Take what waits to be sent, for one write with another call; None: nothing, or too much for that.
-        `put_back` has to follow.
+        `return_unsent` has to follow.
         """
         waiting = self._waiting
         if not (waiting and self._may_be_taken) or len(waiting) > SETTLE_BATCH:
@@ -124,9 +124,9 @@ class Settler:
             self._settled(list(compress(batch, known)), list(compress(replies, known)))
         else:
             self._settled(batch, replies)
-        self.put_back()
+        self.return_unsent()
 
-    def put_back(self) -> None:
+    def return_unsent(self) -> None:
         """Send what was taken and is not settled, as if it had not been taken."""
         if self._taken:
             self._returned, self._taken = [*self._returned, *self._taken], ()

@@ -1,5 +1,5 @@
 -- Counts the workers that were lost with a message. `$SURVIVED` is a set, "{stream} {entry} {deliveries}": deliveries
--- taken over from workers that were alive, as they showed later. It is usually empty.
+-- reclaimed from workers that came back later. It is usually empty.
 local SURVIVED_MS = 86400000 -- longer than a live worker is silent
 
 -- Notes that the worker of a delivery is alive, if another worker has the message now (`is_passed_on`: known to be so).

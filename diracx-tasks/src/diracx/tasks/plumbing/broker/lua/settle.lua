@@ -1,5 +1,5 @@
 -- Settles deliveries. For each: removes the entry, releases the locks (and grants them to waiting tasks), and applies
--- the effects. For a delivery that another worker has taken over, only the locks that are still held are released.
+-- the effects. For a delivery that another worker has reclaimed, only the locks that are still held are released.
 -- KEYS: none. ARGV: consumer, dataset id at the worker's last renewal (or ''), the deliveries (flat msgpack list of
 -- stream, entry, deliveries), their effects (msgpack map position -> effects, for most tasks none, with any of
 --   locks   = the locks that it holds
@@ -13,7 +13,7 @@
 --   granted = lock                              it had a grant for this lock: grant the next, unless it took the lock
 --   outcome = {id, text}                        outcome of an occurrence of a schedule
 --   dead    = {reason, data}                    keep the dead letter until a worker imports it into the database).
--- Returns a flat list of position, reason for deliveries that were not settled: 0 (another worker has taken it over) or
+-- Returns a flat list of position, reason for deliveries that were not settled: 0 (another worker has reclaimed it) or
 -- -1 (the server has lost its data, nothing was done: the worker must renew and settle again); or a text, the effects
 -- that the server refused, while the others were applied. If an effect that must not be lost is refused (retry,
 -- requeue, dead), the entry stays and is not settled: the text begins with `kept`.
