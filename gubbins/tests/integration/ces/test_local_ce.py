@@ -15,7 +15,7 @@ import pytest
 from support.waiting import until
 from support.watching import ENDED, alive, ended, observe, written
 
-from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 
@@ -111,6 +111,23 @@ async def test_a_pilot_whose_process_has_vanished_fails_with_a_reason(make: Make
     os.killpg(group, signal.SIGKILL)
     seen = await observe(backend, pilot, *ENDED)
     assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
+
+
+async def test_a_pilot_goes_on_without_its_wrapper_and_can_be_cancelled(make: Make, tmp_path: Path) -> None:
+    backend = make(default_script="echo $$ > child; sleep 600 & wait")
+    pilot = PilotAtCE("s", "vo")
+    await backend.submit([pilot])
+    child = tmp_path / "s" / "work" / "child"
+    await until(lambda: child.exists() and child.read_text().strip(), "it runs")
+    os.kill(int((tmp_path / "s" / "pid").read_text().split()[0]), signal.SIGKILL)
+    assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
+    await backend.cancel([pilot])
+
+    async def end() -> Observation | None:
+        seen = (await backend.poll([pilot]))["s"]
+        return None if seen.state is Observed.RUNNING else seen
+
+    assert (await until(end, "it ends"))[:2] == (Observed.FAILED, "cancelled")
 
 
 async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,31 +41,39 @@ class _Process:
     boot_id: str
 
     def belongs_to(self, stamp: str) -> bool:
-        """Check that the process has the stamp of the pilot in its environment.
+        """Check that the process, or another one of its group, has the stamp of the pilot in its environment.
 
         A pilot could write the pid of any other process to its directory.
         """
-        try:
-            with Path(f"/proc/{self.pid}/environ").open("rb") as file:
-                return f"PILOT_STAMP={stamp}".encode() in file.read(_MAX_ENVIRON_BYTES).split(b"\0")
-        except OSError:
-            return False
+        for pid in (self.pid, *self._members()):
+            with contextlib.suppress(OSError), Path(f"/proc/{pid}/environ").open("rb") as file:
+                if f"PILOT_STAMP={stamp}".encode() in file.read(_MAX_ENVIRON_BYTES).split(b"\0"):
+                    return True
+        return False
 
     def alive(self) -> bool:
         """Check that the process is running, and not another one with the same pid."""
+        fields = _stat(self.pid)
+        return self._of_this_boot() and self._includes(fields) and fields[19] == self.start_ticks
+
+    def group_alive(self) -> bool:
+        """Check that processes of the group are running after the end of the process itself."""
+        # While there is a group of that number, no new process gets it as its pid.
+        return self._of_this_boot() and not _stat(self.pid) and next(self._members(), None) is not None
+
+    def _of_this_boot(self) -> bool:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() == self.boot_id
+
+    def _includes(self, fields: Sequence[str]) -> bool:
+        return bool(fields) and fields[0] not in "ZX" and fields[2] == fields[3] == str(self.group)
+
+    def _members(self) -> Iterator[int]:
         try:
-            # The command, in parentheses, may contain anything.
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return False
-        state, group, session, start_ticks = fields[0], int(fields[2]), int(fields[3]), fields[19]
-        return (
-            state not in "ZX"
-            and group == session == self.group
-            and start_ticks == self.start_ticks
-            and boot_id == self.boot_id
-        )
+            os.killpg(self.group, 0)  # most groups have ended
+        except ProcessLookupError:
+            return
+        pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
+        yield from (pid for pid in pids if self._includes(_stat(pid)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,8 @@ class LocalJob:
         code = self._exit_code()
         if code is None and process is None:
             return self._not_started(start_seconds)
+        if code is None and process is not None and process.group_alive():  # without the wrapper
+            return Observation(Observed.RUNNING)
         cancelled = modified_at(self.path / "cancelled") is not None
         return observation_of_exit(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
 
@@ -163,6 +173,7 @@ class LocalJob:
         alive = process is not None and process.alive()
         if not alive and self._exit_code() is not None:
             return
+        alive = alive or (process is not None and process.group_alive())
         mark, mark_error = self.path / "cancelled", None
         try:
             mark.touch(exist_ok=False)
@@ -254,6 +265,15 @@ class LocalJob:
         except OSError as error:
             raise_unless_absent(error)
             return ""  # does not exist yet, or was replaced by the pilot
+
+
+def _stat(pid: int) -> Sequence[str]:
+    """Read the state of a process (`proc_pid_stat(5)`), from its third field on; empty: there is none."""
+    try:
+        # The command, in parentheses, may contain anything.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ()
 
 
 def _write_secret(work: Path, secret: str) -> None:
