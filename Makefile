@@ -39,7 +39,7 @@ unit: $(STAMP) ## run the unit tests alone, which need no servers
 servers: ## install databases, batch systems, promtool and Chromium for the tests (Debian, as root); tests skip what is missing
 	@$(PYTHON) tests/servers.py install
 
-versions: $(STAMP) ## print the versions of all that the tests run
+versions: $(STAMP) ## print the versions of the servers, batch systems and tools of the tests
 	@$(BIN)/python tests/servers.py versions
 
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
@@ -61,16 +61,16 @@ docs: $(STAMP) ## build the documentation into site/; a warning is an error
 pictures: $(STAMP) ## take the pictures of the dashboard in docs/images again (needs Chromium)
 	$(BIN)/python tests/dashboard_pictures.py docs/images
 
-compat: $(STAMP) ## run the published 0.7.0 and ours on one server, both ways, with kills; its own tests against ours
+compat: $(STAMP) ## test the migration from and to the published 0.7.0, with killed processes; run its tests against this package
 	@$(BIN)/python -m benchmarks.compat $(ARGS)
 
-chaos: $(STAMP) ## disturb a real system, see if all promises are kept; ARGS="--profile all --seconds 60", ARGS=--help
+chaos: $(STAMP) ## kill, pause and disconnect a real system under load, and check all guarantees; ARGS="--profile all --seconds 60", ARGS=--help
 	@$(BIN)/python -m chaos $(ARGS)
 
 chaos-figures: $(STAMP) ## chaos with every profile and 5 seeds (hours), written to benchmarks/RESULTS.md; ARGS=--help
 	@$(BIN)/python -m chaos.figures $(ARGS)
 
-model: $(STAMP) ## search every state of the delivery protocol for one that breaks a promise; ARGS="--disturbances 2"
+model: $(STAMP) ## search every state of the delivery protocol for a broken guarantee; ARGS="--disturbances 2"
 	$(BIN)/python -m model $(ARGS)
 
 bench: $(STAMP) ## measure, and write benchmarks/RESULTS.md
@@ -85,25 +85,25 @@ bench-pilots: $(STAMP) ## 200 CEs, 10 VOs, 100,000 active pilots in simulated ti
 bench-pilot-matching: $(STAMP) ## pilots without work under each demand policy, over a simulated day; ARGS="--json"
 	$(BIN)/python -m benchmarks.pilot_matching $(ARGS)
 
-bench-pilot-rate: $(STAMP) ## pilots submitted in a second, near and far; ARGS="--json"
+bench-pilot-rate: $(STAMP) ## pilots submitted per second, at near and distant sites; ARGS="--json"
 	$(BIN)/python -m benchmarks.pilot_rate $(ARGS)
 
 bench-pilot-rate-far: $(STAMP) ## the same at real sites with 200 ms of added latency
 	$(BIN)/python -m benchmarks.pilot_rate_far
 
-bench-dead-letters: $(STAMP) ## thousands of failures at once, with the database of dead letters up and away
+bench-dead-letters: $(STAMP) ## thousands of failures at once, with the database of dead letters available and unavailable
 	$(BIN)/python -m benchmarks.dead_letters
 
 bench-count: $(STAMP) ## count round trips, commands and bytes per task: the same on every machine
 	@$(BIN)/python -m benchmarks.counts $(ARGS)
 
-bench-idle: $(STAMP) ## what waiting workers cost the server, and how soon one begins; ARGS="--workers 8 --dry-run"
+bench-idle: $(STAMP) ## server commands of idle workers, and the time until a task starts; ARGS="--workers 8 --dry-run"
 	$(BIN)/python -m benchmarks.idle $(ARGS)
 
-bench-cancel: $(STAMP) ## how long mass cancellation holds up the event loop of a worker; ARGS="--rounds 1 --dry-run"
+bench-cancel: $(STAMP) ## time for which a mass cancellation blocks the event loop of a worker; ARGS="--rounds 1 --dry-run"
 	$(BIN)/python -m benchmarks.cancellations $(ARGS)
 
-bench-size: $(STAMP) ## the slowest single call when there is very much of something; ARGS="--scale 0.01 --json"
+bench-size: $(STAMP) ## the slowest single call of the server with very large amounts of data; ARGS="--scale 0.01 --json"
 	$(BIN)/python -m benchmarks.size $(ARGS)
 
 # What the dashboard needs in a browser, as npm has it; the files are part of the package and of this repository, and
