@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import hiredis
@@ -156,7 +156,7 @@ def _reporting_losses(connection_class: type[Any], pool: Any) -> type[Any]:
             self.send_seconds = self.socket_timeout or self.send_seconds  # the latter while another call sends
             self.socket_timeout = None
             try:
-                async with asyncio.timeout(self.send_seconds):
+                async with asyncio.timeout(self.send_seconds) if self.send_seconds else nullcontext():
                     await super().send_packed_command(command, check_health)
             except TimeoutError:
                 raise RedisTimeoutError("cannot send in time") from None
@@ -195,8 +195,8 @@ class DirectConnection:
     async def execute(
         self,
         *commands: Sequence[Any],
-        sent: Callable[[int], None] = lambda socket: None,
-        first: Callable[[Any], None] = lambda answer: None,
+        sent: Callable[[int], None] | None = None,
+        first: Callable[[Any], None] | None = None,
     ) -> list[Any]:
         """Return the answers, with an exception for each refused command.
 
@@ -223,18 +223,22 @@ class DirectConnection:
             self.in_use = False
 
     async def _execute(
-        self, commands: Sequence[Sequence[Any]], sent: Callable[[int], None], first: Callable[[Any], None]
+        self,
+        commands: Sequence[Sequence[Any]],
+        sent: Callable[[int], None] | None,
+        first: Callable[[Any], None] | None,
     ) -> list[Any]:
         answers: list[Any] = []
         try:
             await self._connection.send_packed_command(self._connection.pack_commands(commands))
-            sent(self._descriptor())
+            if sent is not None:
+                sent(self._descriptor())
             for _ in commands:
                 try:
                     answers.append(await self._connection.read_response())
                 except ResponseError as refusal:
                     answers.append(refusal)
-                if len(answers) == 1:
+                if first is not None and len(answers) == 1:
                     first(answers[0])
         except BaseException:
             await self.close()  # or the next call would read the remaining answers

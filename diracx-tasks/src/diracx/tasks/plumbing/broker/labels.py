@@ -115,10 +115,11 @@ def check_labels(labels: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the label, its value and the possible values.
     """
-    for name in _CHECKS.keys() & labels.keys():
-        is_valid, expected = _CHECKS[name]
-        if not is_valid(labels[name]):
-            raise ValueError(f"the label {name} must be {expected}, not {_shown(labels[name])}")
+    for name, value in labels.items():
+        if name in _CHECKS:
+            is_valid, expected = _CHECKS[name]
+            if not is_valid(value):
+                raise ValueError(f"the label {name} must be {expected}, not {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

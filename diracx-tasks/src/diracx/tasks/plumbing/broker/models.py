@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import msgpack
@@ -104,7 +103,8 @@ class TaskMessage:
                 if not careful:
                     _refuse_newer(_format_of(data))  # it may have values of a type that a later version has added
                 raise
-            _refuse_newer(fields.get("format"))
+            if "format" in fields:
+                _refuse_newer(fields["format"])
             try:
                 message = cls(**fields)
             except TypeError:  # fields of a later version are kept
@@ -384,15 +384,20 @@ class Settlement:
 
     def effects(self) -> dict[str, Any]:
         """Effects that are set, for lua/settle.lua; most tasks have none."""
-        values = _effects(self)
-        found = {name: value for name, value in zip(_EFFECTS, values, strict=True) if value} if any(values) else {}
-        if self.delivery.granted and not self.requeue:
-            found["granted"] = self.delivery.granted
+        granted = self.delivery.granted
+        has_effects = self.locks or self.group or self.outcome or self.result or self.release_results
+        if not (has_effects or granted or self.retry or self.requeue or self.isolate or self.dead):
+            return {}
+        found = {name: value for name in _EFFECTS if (value := getattr(self, name))}
+        if granted and not self.requeue:
+            found["granted"] = granted
         return found
 
     def bytes(self) -> int:
         """Approximate size in a call, with `LOCK_BYTES` for each lock."""
-        size = 100 + LOCK_BYTES * (len(self.locks) or bool(self.delivery.granted))
+        size = 100
+        if self.locks or self.delivery.granted:
+            size += LOCK_BYTES * (len(self.locks) or 1)
         if not (self.result or self.retry or self.requeue or self.group or self.dead):  # the usual case
             return size
         parts = (self.result, self.retry, self.requeue, self.group, self.dead)
@@ -411,7 +416,6 @@ class SettlingCall:
 
 
 _EFFECTS = ("locks", "result", "retry", "requeue", "isolate", "group", "dead", "release_results", "outcome")
-_effects = attrgetter(*_EFFECTS)
 
 
 ReceivedMessage = Delivery

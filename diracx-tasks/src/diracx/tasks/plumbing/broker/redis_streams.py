@@ -267,7 +267,7 @@ class RedisStreamBroker(ResultReader):
         self,
         at_most: int,
         timeout: float,
-        sent: Callable[[int], None] = lambda socket: None,
+        sent: Callable[[int], None] | None = None,
         settling: SettlingCall | None = None,
     ) -> tuple[list[Delivery], bool]:
         """Wait up to `timeout` seconds for messages, with a blocking read that reserves up to `at_most` per
@@ -311,7 +311,7 @@ class RedisStreamBroker(ResultReader):
         self,
         settling: SettlingCall,
         *commands: Sequence[Any],
-        sent: Callable[[int], None] = lambda socket: None,
+        sent: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Return the answers to commands that are sent in one write after settlements."""
         settle = scripts.settle_command(self.consumer_name, settling)
@@ -407,7 +407,7 @@ class RedisStreamBroker(ResultReader):
                 delivery.cancelled = True
             deliveries.append(delivery)
         if deliveries:
-            self._large_bytes = max(self._large_bytes // 2, *(len(each.raw) for each in deliveries), 1)
+            self._large_bytes = max(self._large_bytes // 2, *[len(each.raw) for each in deliveries], 1)
         return deliveries
 
     async def promote(self, *, lines: bool = True) -> int | None:

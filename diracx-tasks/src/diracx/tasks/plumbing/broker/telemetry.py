@@ -45,7 +45,7 @@ def set_task_log_context(message: TaskMessage) -> None:
     Does nothing in a process that has not imported the logging of DiracX.
     """
     if (logs := sys.modules.get("diracx.core.logs")) is not None:
-        logs.set_log_context(**task_attributes(message))
+        logs.set_log_context(**{"task.name": message.task_name, "task.id": message.task_id})
 
 
 @contextmanager

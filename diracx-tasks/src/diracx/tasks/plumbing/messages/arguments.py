@@ -178,6 +178,8 @@ class TaskSignature:
 
     def has_signature(self, sig: int, count: int) -> bool:
         """Return whether `sig` matches the first `count` fields, now or before named tuples got more fields."""
+        if sig == self._signature and count == len(self.names):  # the usual case
+            return True
         if sig == self.signature(count):
             return True
         earlier = islice(product(*self._layouts[:count]), _MOST_LAYOUTS)

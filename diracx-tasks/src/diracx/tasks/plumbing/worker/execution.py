@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -185,19 +185,10 @@ class Execution:
 
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
         """Take custom locks, resolve, execute, commit. Never raises: every error becomes the outcome."""
-        self._started = time.monotonic()
-        if not is_traced():
-            return await self._run(overrides, redis)
-        with execution_span(self.message, self.delivery.stream) as ended:
-            outcome = await self._run(overrides, redis)
-            ended(outcome)
-            return outcome
-
-    async def _run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
+        self._started = started = time.monotonic()
         current_message.set(self.message)
         if self._held:
             current_locks.set(self._held)
-        assert self._started is not None
         deadline: asyncio.TimerHandle | None = None
         try:
             limit = self.spec.time_limit(self.task)
@@ -207,7 +198,13 @@ class Execution:
                 # Not `asyncio.timeout`, which relies on `Task.cancelling()`: code in the task may change that.
                 deadline = asyncio.get_running_loop().call_later(limit, self._exceed)
                 self._limit = limit
-            value = await self._execute(overrides, redis)
+            kwargs = self.message.task_kwargs
+            arguments = execute_arguments(type(self.task), kwargs) if kwargs else {}
+            if self._held or self.spec.plan.parameters:
+                value = await self._execute(overrides, redis, arguments)
+            else:  # without the cost of a stack
+                value = await self.task.execute(**arguments)
+                self._raise_if_cancelled()
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._lease_lost:
                 return LeaseLost()
@@ -219,19 +216,17 @@ class Execution:
         finally:
             if deadline is not None:
                 deadline.cancel()
-        return value if type(value) is LockRefused else Succeeded(value, time.monotonic() - self._started)
+        return value if type(value) is LockRefused else Succeeded(value, time.monotonic() - started)
 
     def _exceed(self) -> None:
         self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
 
     async def _execute(
-        self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis
+        self,
+        overrides: Mapping[Callable[..., Any], Callable[..., Any]],
+        redis: Redis,
+        arguments: Mapping[str, Any],
     ) -> Any | LockRefused:
-        arguments = self.message.task_kwargs and execute_arguments(type(self.task), self.message.task_kwargs)
-        if not self._held and not self.spec.plan.parameters:  # without the cost of a stack
-            value = await self.task.execute(**arguments)
-            self._raise_if_cancelled()
-            return value
         async with AsyncExitStack() as stack:
             if custom := [lock for lock in self._held if is_custom(type(lock))]:
                 lost = partial(self.on_lease_lost, taken_over=False)
@@ -249,7 +244,8 @@ class Execution:
         `Task.cancelling()` is not used: it stays above 0 when a task handles the failure of a TaskGroup (Python
         3.11 and 3.12).
         """
-        if time.monotonic() >= self.locks_expire_at:  # the process was paused, or the event loop blocked
+        # It may be past if the process was paused, or the event loop blocked.
+        if self.locks and time.monotonic() >= self.locks_expire_at:
             self._interrupt(LockLostError("its locks could not be renewed in time, and may be another's"))
         if self._cancelled_for is not None:
             raise self._cancelled_for
@@ -274,19 +270,12 @@ def _attempt_attributes(message: TaskMessage, stream: str) -> dict[str, str | in
     return {**task_attributes(message), **queue_attributes(stream), "task.retry_count": len(message.attempts)}
 
 
-def processing_span(message: TaskMessage, delivery: Delivery) -> AbstractContextManager[None]:
+@contextmanager
+def processing_span(message: TaskMessage, delivery: Delivery) -> Iterator[None]:
     """Open the span of a delivery: a trace of its own, linked to the submission or the attempt before.
 
     The next attempt, or the resubmission of the dead letter, is linked to it.
     """
-    return _processing_span(message, delivery) if is_traced() else _NO_SPAN
-
-
-_NO_SPAN = nullcontext()
-
-
-@contextmanager
-def _processing_span(message: TaskMessage, delivery: Delivery) -> Iterator[None]:
     from opentelemetry import context, propagate, trace
 
     producer = trace.get_current_span(propagate.extract(message.trace_context)).get_span_context()

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from .._util.retrying import may_pass, reason, retry_until_available
 from ..broker.models import TaskMessage
-from ..broker.telemetry import set_task_log_context
+from ..broker.telemetry import is_traced, set_task_log_context
 from ..exceptions import NewerMessageError
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets_of
 from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
 from .acquire import LockAcquirer
-from .execution import Execution, Failed, note_settlement, processing_span
+from .execution import Execution, Failed, execution_span, note_settlement, processing_span
 from .settlement import cancelled, defer_to_newer_worker, possibly_started, reject, requeue, settle, unsettled
 
 if TYPE_CHECKING:
@@ -146,13 +146,15 @@ class Executor:
         messages = [(delivery, self._decode(delivery)) for delivery in deliveries]
         built = [self._build(delivery, message) for delivery, message in messages if message is not None]
         executions = [execution for execution in built if execution is not None]
-        if not self._dependencies.deferred.isdisjoint(execution.spec.name for execution in executions):
+        deferred = self._dependencies.deferred
+        if deferred and not deferred.isdisjoint(execution.spec.name for execution in executions):
             await self._dependencies.load(self._specs)
+        announced, create_task = self._control.announced, asyncio.get_running_loop().create_task
         for execution in await self._acquire(executions, called_at):
-            if self._control.cancelled_since(reserved_after, execution.message.task_id):
+            if announced and self._control.cancelled_since(reserved_after, execution.message.task_id):
                 execution.cancel()
             self.running.add(execution)
-            execution.running = asyncio.create_task(self.run(execution))
+            execution.running = create_task(self.run(execution))
 
     async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
         """Take the locks of executions; return the granted ones, which are kept leased from now on."""
@@ -173,18 +175,29 @@ class Executor:
     async def run(self, execution: Execution) -> None:
         """Run the execution, then settle and report its outcome."""
         set_task_log_context(execution.message)
+        try:
+            if is_traced():
+                await self._run_traced(execution)
+            else:
+                self._end(execution, await execution.run(self._dependencies.overrides, self._broker.redis))
+        finally:
+            self.running.discard(execution)
+            self._slot_freed.set()
+
+    async def _run_traced(self, execution: Execution) -> None:
+        message, delivery = execution.message, execution.delivery
         outcome: Outcome | None = None
         try:
-            with processing_span(execution.message, execution.delivery):
-                outcome = await execution.run(self._dependencies.overrides, self._broker.redis)
+            with processing_span(message, delivery):
+                with execution_span(message, delivery.stream) as ended:
+                    result = await execution.run(self._dependencies.overrides, self._broker.redis)
+                    ended(result)
+                outcome = result
                 self._end(execution, outcome)
         except BaseException as error:  # of the tracing: an execution never raises
             if outcome is not None:
                 raise
             self._end(execution, execution.failed(error))
-        finally:
-            self.running.discard(execution)
-            self._slot_freed.set()
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
         try:

@@ -256,7 +256,7 @@ class Intake:
     async def _reserve_next(
         self,
         free: int,
-        sent: Callable[[int], None] = lambda socket: None,
+        sent: Callable[[int], None] | None = None,
         unsent: UnsentSettlements | None = None,
     ) -> list[Delivery]:
         """Reserve the next tasks of the queues with a blocking read.

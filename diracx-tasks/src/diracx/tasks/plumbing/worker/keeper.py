@@ -274,7 +274,7 @@ class LeaseKeeper:
                 # A later delivery of the same entry may be held now, reclaimed from the worker that took it over.
                 if leased is not None and leased.delivery.deliveries == delivery.deliveries:
                     del self._leased[key]
-                if key in self._restored:
+                if self._restored and key in self._restored:
                     self._redis.interrupt()
 
     def held(self) -> list[tuple[str, str]]:

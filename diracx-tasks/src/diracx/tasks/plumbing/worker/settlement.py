@@ -91,7 +91,7 @@ def settle(execution: Execution, outcome: Outcome, settings: WorkerSettings) -> 
         return _failed(execution, outcome, settings)
     if isinstance(outcome, LockRefused):
         return _refused(execution, outcome, settings)
-    if isinstance(outcome, LeaseLost) or not _is_awaited(execution.message, settings):
+    if isinstance(outcome, LeaseLost) or not _has_effects(execution.message, settings):
         return Settlement(execution.delivery, execution.locks)
     make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
     return _ended(execution.delivery, execution.message, settings, None, make, outcome.seconds, execution.locks)
@@ -304,11 +304,9 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
     }
 
 
-def _is_awaited(message: TaskMessage, settings: WorkerSettings) -> bool:
+def _has_effects(message: TaskMessage, settings: WorkerSettings) -> bool:
     """True if the end of the task has an effect: a kept result, a group, a schedule."""
-    if settings.result_ttl_seconds is not None:
-        return True
-    return bool(message.labels) and not COMPLETION_LABELS.isdisjoint(message.labels)
+    return settings.result_ttl_seconds is not None or not COMPLETION_LABELS.isdisjoint(message.labels)
 
 
 def _ended(
@@ -320,7 +318,7 @@ def _ended(
     seconds: float,
     locks: Sequence[LockSpec],
 ) -> Settlement:
-    if not _is_awaited(message, settings):
+    if not _has_effects(message, settings):
         return Settlement(delivery, locks)
     ttl_seconds, longest = settings.result_ttl_seconds, settings.max_result_bytes
     return Settlement(delivery, locks, **completion_effects(message, make, error, seconds, ttl_seconds, longest))

@@ -66,8 +66,10 @@ class Settler:
 
     def add(self, settlement: Settlement) -> None:
         """Send it with the next batch."""
-        self._idle.clear()
-        self._work.set()
+        if not self._unsettled:
+            self._idle.clear()
+        if not self._waiting:
+            self._work.set()
         self._unsettled += 1
         self._waiting.append(settlement)
 
