@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,6 +16,7 @@ from diracx.tasks.plumbing.worker.settler import Settler
 from redis.asyncio import Redis
 from support.in_hand import InHand
 from support.intakes import NORMAL, in_hand, intake_of, name_of, submission, waits
+from support.lossy_proxy import LossyProxy
 
 pytestmark = [pytest.mark.event_loops("asyncio", "uvloop"), pytest.mark.leaves_keys("diracx:tasks:*")]
 
@@ -129,3 +131,38 @@ async def test_a_settlement_whose_read_is_interrupted_is_sent_again(parts: Parts
     await ended(waiting)
     await parts.settle_alone()
     assert await in_hand(redis) == 0
+
+
+async def test_a_settlement_does_not_wait_for_the_end_of_a_dead_connection(redis_url: str, redis: Redis) -> None:
+    """As a firewall leaves it that forgets connections which were unused while long tasks ran."""
+    proxy = LossyProxy(redis_url)
+    async with AsyncExitStack() as stack:
+        broker = RedisStreamBroker(await stack.enter_async_context(proxy.serve()))
+        stack.push_async_callback(broker.shutdown)
+        keeper = LeaseKeeper(redis_url, broker.consumer_name, 600, asyncio.get_running_loop())
+        parts = Parts(broker, await stack.enter_async_context(keeper))
+        parts.settler.add(Settlement(await parts.fetch("before")))
+        await parts.settle_alone()
+        delivery = await parts.fetch("first")
+        await broker.close_spare_connections(0, keep=0)
+        proxy.stop_answering()
+        waiting = parts.settle_with_the_next_wait(delivery)
+        await asyncio.sleep(0)
+        async with asyncio.timeout(broker.answer_timeout_seconds / 2):
+            await parts.settle_alone()
+        assert await in_hand(redis) == 0
+        await ended(waiting)
+        await broker.leave()
+
+
+async def test_an_answer_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
+    delivery = await parts.fetch("first")
+    await redis.client_pause(7_000)
+    waiting = parts.settle_with_the_next_wait(delivery)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        await parts.settle_alone()
+    assert await in_hand(redis) == 0
+    assert parts.keeper.held() == []
+    assert not waiting.done()
+    await ended(waiting)

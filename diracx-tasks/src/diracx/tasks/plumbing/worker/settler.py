@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: A large call counts as refused after so many closed connections, while the server answers other calls.
 _TRIES = 3
+#: How long taken settlements wait for their answer: the connection of the other call may be dead.
+_ANSWER_SECONDS = 5.0
 
 
 class Settler:
@@ -55,6 +57,7 @@ class Settler:
         self._waiting: list[Settlement] = []
         self._taken: Sequence[Settlement] = ()
         """Settlements that are sent with another call, until they are answered."""
+        self._late: asyncio.TimerHandle | None = None
         self._returned: Sequence[Settlement] = ()
         """Settlements that were taken and not settled; they are not taken again."""
         self._unsettled = 0
@@ -112,11 +115,14 @@ class Settler:
             return None
         if sum(map(Settlement.bytes, waiting)) > ALWAYS_TAKEN_BYTES:
             return None
-        self._taken, self._waiting = self._waiting, []
-        return SettlingCall(self._taken, self._keeper.dataset_id, self._answered)
+        self._taken, self._waiting = waiting, []
+        self._late = asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self.return_unsent)
+        return SettlingCall(waiting, self._keeper.dataset_id, partial(self._answered, waiting))
 
-    def _answered(self, replies: Sequence[SettleReply] | None) -> None:
-        batch, self._taken = self._taken, ()
+    def _answered(self, batch: Sequence[Settlement], replies: Sequence[SettleReply] | None) -> None:
+        if self._taken is not batch:  # the answer came too late
+            return
+        self._taken = ()
         if replies is None:
             self._taken, self._may_be_taken = batch, False
         elif DATA_LOST in replies or TAKEN_OVER in replies:
@@ -130,6 +136,8 @@ class Settler:
 
     def return_unsent(self) -> None:
         """Send what was taken and is not settled, as if it had not been taken."""
+        if self._late is not None:
+            self._late.cancel()
         if self._taken:
             self._returned, self._taken = [*self._returned, *self._taken], ()
             self._work.set()
