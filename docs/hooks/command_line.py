@@ -1,8 +1,8 @@
 """Writes the reference of the command lines from the programs themselves.
 
-A page that holds the line `<!-- command-line: module:attribute program -->` gets there one section for each
-command of that Typer application, or of the one that the function there makes: what it does, its arguments, its
-options, their defaults.
+The line `<!-- command-line: module:attribute program -->` of a page is replaced by one section for each command of
+that Typer application, or of the one that the function makes: description, arguments, options and defaults.
+Options of several commands are described once, before them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib import import_module
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, ParameterInfo
@@ -21,6 +22,8 @@ from typer.models import ArgumentInfo, ParameterInfo
 _MARK = re.compile(r"^<!-- command-line: (\S+):(\S+) (\S+) -->$", re.MULTILINE)
 #: Rich markup that Typer renders in a terminal; its escaped brackets stay, without their backslash.
 _ESCAPED = re.compile(r"\\+\[")
+#: Number of commands with the same option from which on it is described once.
+_SHARED = 4
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -31,33 +34,38 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def describe(module: str, attribute: str, program: str) -> str:
     """The Markdown of one application, or of that which a function makes."""
     found = getattr(import_module(module), attribute)
-    return "\n".join(_sections(found if isinstance(found, typer.Typer) else found(), program))
+    commands = list(_commands(found if isinstance(found, typer.Typer) else found(), program))
+    counts = Counter(row for _, _, rows in commands for row in rows if row.startswith("| `--"))
+    shared = [row for row, number in counts.items() if number >= _SHARED]
+    lines = [f"## {program}: options of several commands\n", *_table(shared)] if shared else []
+    for path, text, rows in commands:
+        lines += [f"## {path}\n", *_prose(text, program), *_table([row for row in rows if row not in shared])]
+        if also := [row.split(" ", 2)[1].rstrip(",") for row in rows if row in shared]:
+            lines.append(f"Options of several commands: {', '.join(also)}\n")
+    return "\n".join(lines)
 
 
-def _sections(app: typer.Typer, path: str) -> Iterator[str]:
+def _table(rows: list[str]) -> list[str]:
+    return ["| | | default |\n|---|---|---|", *rows, ""] if rows else []
+
+
+def _commands(app: typer.Typer, path: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Path, help and rows of the options of each command."""
     for command in app.registered_commands:
         if command.callback and not command.hidden:
             name = command.name or command.callback.__name__.replace("_", "-")
-            yield from _section(command.callback, command.help, f"{path} {name}")
+            text = command.help or inspect.getdoc(command.callback) or ""
+            yield f"{path} {name}", text, _rows(command.callback)
     for group in app.registered_groups:
         if group.typer_instance and not group.hidden:
-            name = group.name if isinstance(group.name, str) else group.typer_instance.info.name
-            yield from _sections(group.typer_instance, f"{path} {name}")
+            group_name = group.name if isinstance(group.name, str) else group.typer_instance.info.name
+            yield from _commands(group.typer_instance, f"{path} {group_name}")
 
 
-def _section(function: Callable[..., Any], text: str | None, path: str) -> Iterator[str]:
-    yield f"## {path}\n"
-    yield from _prose(text or inspect.getdoc(function) or "", path.partition(" ")[0])
+def _rows(function: Callable[..., Any]) -> list[str]:
     hints = get_type_hints(function, include_extras=True)
-    rows = [
-        row
-        for parameter in inspect.signature(function).parameters.values()
-        if (row := _row(parameter, hints[parameter.name]))
-    ]
-    if rows:
-        yield "| | | default |\n|---|---|---|"
-        yield from rows
-    yield ""
+    parameters = inspect.signature(function).parameters.values()
+    return [row for parameter in parameters if (row := _row(parameter, hints[parameter.name]))]
 
 
 def _prose(text: str, program: str) -> Iterator[str]:
@@ -111,6 +119,8 @@ def _without_none(bare: Any) -> Any:
 
 
 def _value(bare: Any) -> str:
+    if get_origin(bare) is Literal:
+        return "|".join(map(str, get_args(bare)))
     if inspect.isclass(bare) and issubclass(bare, Enum):
         return "|".join(str(member.value) for member in bare)
     return {int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(bare, getattr(bare, "__name__", "VALUE").upper())
