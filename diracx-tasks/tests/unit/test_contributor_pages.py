@@ -58,3 +58,17 @@ def test_the_glossary_is_linked_from_every_section(page: str) -> None:
     pages = sorted(path.glob("*.md")) if path.is_dir() else [path]
     assert pages
     assert [each.name for each in pages if "reference/glossary.md" not in each.read_text()] == []
+
+
+def test_every_decision_is_in_the_index_by_number_and_title_and_has_the_three_parts() -> None:
+    folder = ROOT / "docs" / "adr"
+    index = (folder / "index.md").read_text()
+    records = sorted(folder.glob("0*.md"))
+    assert len(records) > 90
+    for record in records:
+        text = record.read_text()
+        number, _, title = text.partition("\n")[0].removeprefix("# ").partition(". ")
+        assert int(number) == int(record.name[:4])
+        assert f"| [{number}]({record.name}) | {title}" in index
+        parts = ("Situation", "Decision", "Consequences")
+        assert "Superseded by" in text or all(f"**{part}" in text for part in parts), record.name
