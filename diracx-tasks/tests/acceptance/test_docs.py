@@ -207,3 +207,14 @@ def test_every_environment_variable_is_documented() -> None:
     }
     assert len(found) > 10
     assert {name for name in found - _INTERNAL_VARIABLES if name not in pages} == set()
+
+
+def test_log_messages_that_are_explained_exist() -> None:
+    sources = (ROOT / "diracx-tasks/src").rglob("*.py")
+    text = re.sub(r'"\s+f?"', "", "".join(source.read_text() for source in sources))
+    page = (DOCS / "how-to/run-workers.md").read_text()
+    table = page.partition("| message | meaning and remedy |\n|---|---|\n")[2].partition("\n\n")[0]
+    messages = [each for row in table.splitlines() for each in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    parts = [part.strip(" ;:") for message in messages for part in re.split(r"…|\d+(?: s)?", message)]
+    assert len(messages) > 10
+    assert [part for part in parts if len(part) > 3 and part not in text] == []
