@@ -1,10 +1,12 @@
 """Every public name is importable from its published path, which extensions use."""
 
+import re
 from importlib import import_module
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, LockedObjectType, wrap_task
 from diracx.tasks.plumbing.broker.models import TaskResult
+from support.paths import ROOT
 
 EVERYTHING = """
     AvailableSecurityProperties BaseLimiter BaseLock BaseTask CallbackSpawner ConcurrencyLimiter Config
@@ -86,3 +88,12 @@ def test_a_wrapped_task_has_the_name_of_its_class() -> None:
 def test_every_name_that_plumbing_lists_is_there() -> None:
     plumbing = import_module("diracx.tasks.plumbing")
     assert all(getattr(plumbing, name) for name in plumbing.__all__)
+
+
+def test_the_reference_has_the_module_of_every_public_name() -> None:
+    plumbing = import_module("diracx.tasks.plumbing")
+    modules = {getattr(getattr(plumbing, name), "__module__", "") for name in plumbing.__all__}
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    own = {module for module in modules if module.startswith("diracx.tasks")}
+    assert {module for module in own if module not in shown and module.rpartition(".")[0] not in shown} == set()

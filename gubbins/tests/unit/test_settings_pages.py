@@ -1,4 +1,4 @@
-"""The pages about compute elements have every setting and rule, and name tests that exist."""
+"""The pages about compute elements are complete, and name settings and tests that exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from gubbins.ces.simulated.backend import SimulatedSettings
 from gubbins.ces.slurm.settings import SlurmSettings
 from gubbins.ces.ssh.settings import SSHSettings
 from gubbins.ces.transports.tokens import TokenIssuer
+from gubbins.db.sql import MyPilotDB
 from gubbins.domain.rules import CERules
+from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots.ce_file import CESpec
 
 HOW_TO = ROOT / "docs/how-to"
@@ -54,3 +56,12 @@ def test_every_test_of_tested_site_behaviour_exists() -> None:
     found = {name for source in sources for name in re.findall(r"def (test_\w+)", source.read_text())}
     assert len(named) > 20
     assert named - found - {source.stem for source in sources} == set()
+
+
+def test_the_reference_has_every_module_of_the_logic_and_the_database() -> None:
+    shown = set(re.findall(r"^::: (\S+)$", (ROOT / "docs/reference/gubbins.md").read_text(), re.MULTILINE))
+    exported = {getattr(getattr(logic, name), "__module__", "") for name in logic.__all__}
+    parts = exported | {each.__module__ for each in MyPilotDB.__mro__}
+    own = {each for each in parts if each.startswith(("gubbins.logic", "gubbins.db"))}
+    assert len(own) > 10
+    assert {each for each in own if each not in shown and each.rpartition(".")[0] not in shown} == set()
