@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import pytest_asyncio
+import redis.utils
 import uvloop
 from diracx.tasks.plumbing.base_task import BINDING
 from diracx.tasks.plumbing.broker import keys
@@ -18,6 +20,12 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from support.machine import NotForThisMachine
 from support.order_of_files import place
+from support.paths import SUPPORT
+
+# Each client of HTTP reads the certificates of all public authorities, for 40 ms. No test needs one of them.
+os.environ["SSL_CERT_FILE"] = str(SUPPORT / "no_authority.pem")
+# Each client of Redis reads the metadata of its package, for 1 ms, to tell the server its version.
+redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
