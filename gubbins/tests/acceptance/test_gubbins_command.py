@@ -340,3 +340,11 @@ def test_the_help_shows_the_first_steps(run: Run) -> None:
     assert "gubbins ce load ces.yaml" in run("--help").stdout
     assert "vos: [lhcb, dteam]" in run("ce", "load", "--help").stdout
     assert "gubbins db upgrade" in run("db", "--help").stdout
+
+
+@pytest.mark.parametrize("group", [(), ("ce",), ("ce", "downtime"), ("pilots",), ("db",)])
+def test_the_help_of_a_group_has_a_whole_sentence_for_each_command(run: Run, group: tuple[str, ...]) -> None:
+    _, _, commands = run(*group, "--help").stdout.partition("Commands:\n")
+    lines = commands.splitlines()
+    assert len(lines) >= 3
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []

@@ -45,10 +45,10 @@ DIRACX_TASKS_REDIS_URL. A first session:
 
 Exit codes: 0 success, 1 failure, 2 invalid input."""
 
-_CE_FILE_HELP = """Create or update compute elements from a YAML FILE (- reads standard input).
+_CE_FILE_HELP = """Create or update compute elements from a file.
 
-The file is validated and loaded as a whole, in one transaction. Loading it again changes nothing. Compute elements
-that are not in the file do not change.
+FILE is in YAML; - reads standard input. It is validated and loaded as a whole, in one transaction. Loading it
+again changes nothing. Compute elements that are not in it do not change.
 
 \b
     compute_elements:
@@ -80,7 +80,8 @@ Settings of the back ends:
     simulated  seed, queue_seconds, run_seconds
     local      directory, scripts (text per VO), default_script, environment,
                kill_after_seconds, keep (none, failed or all)
-    ssh        host, port, username, known_hosts, client_keys, workdir, and as local"""
+    ssh        host, port, username, known_hosts, client_keys, workdir, and as local
+    slurm, batch, arc, htcondor   see "Connect a compute element" in the documentation"""
 
 _DB_HELP = """Create and migrate the tables of the database.
 
@@ -102,7 +103,7 @@ app = command_group(
     context_settings={"max_content_width": 110},
 )
 ce_app = command_group(
-    "ce", "Load, list, show, enable, disable and ban compute elements; downtimes.", rich_markup_mode=None
+    "ce", "Load, list, enable, disable and ban compute elements; downtimes.", rich_markup_mode=None
 )
 pilots_app = command_group(
     "pilots", "List, count, show, cancel and reconcile pilots; their output.", rich_markup_mode=None
@@ -142,13 +143,13 @@ def load_ces(file: Annotated[Path, typer.Argument(metavar="FILE")], as_json: Jso
 
 @ce_app.command("list")
 def list_ces(vo: OfVO = None, as_json: JsonOption = False) -> None:
-    """List compute elements (with --vo: those that serve it) and their occupancy."""
+    """List compute elements and their occupancy."""
     show(tables.COMPUTE_ELEMENTS, with_database(lambda db: logic.list_ces(db, vo)), as_json)
 
 
 @ce_app.command("show")
 def show_ce(name: CEName, as_json: JsonOption = False) -> None:
-    """Show one compute element with its circuits, rules and settings."""
+    """Show a compute element with its circuits, rules, settings."""
     ce: dict[str, Any] = with_database(lambda db: logic.get_ce(db, name))
     if as_json:
         print_json(ce)
@@ -193,7 +194,10 @@ def enable_ce(name: CEName, as_json: JsonOption = False) -> None:
 
 @ce_app.command("disable")
 def disable_ce(name: CEName, as_json: JsonOption = False) -> None:
-    """Disable a compute element for new pilots, and drain it: active pilots continue. Lifts a ban."""
+    """Disable a compute element for new pilots, to drain it.
+
+    Active pilots continue. Lifts a ban.
+    """
     _set_enabled(name, False, as_json)
 
 
@@ -203,7 +207,10 @@ def ban_ce(
     reason: Annotated[str | None, typer.Option("--reason", help="Reason, shown to all users.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ban a compute element: no submissions and no polls until `gubbins ce enable` or `gubbins ce disable`."""
+    """Ban a compute element from submissions and polls.
+
+    `gubbins ce enable` and `gubbins ce disable` lift the ban.
+    """
     changed = audited(
         AuditAction.BAN_CE,
         name,
@@ -283,9 +290,9 @@ def _with_report(pilot: dict[str, Any]) -> dict[str, Any]:
 
 @pilots_app.command("summary")
 def summarise_pilots(vo: OfVO = None, as_json: JsonOption = False) -> None:
-    """Count pilots by VO, compute element and state; also stale ones, and those that reported no work.
+    """Count pilots by VO, compute element and state.
 
-    A running pilot whose heartbeats have stopped is stale.
+    Also counts those that reported no work, and stale ones: running pilots whose heartbeats have stopped.
     """
 
     async def count(db: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -350,7 +357,10 @@ def cancel_pilot(pilot_id: PilotId, as_json: JsonOption = False) -> None:
 
 @pilots_app.command("output")
 def show_output(pilot_id: PilotId, as_json: JsonOption = False) -> None:
-    """Print stdout and stderr of a pilot to stdout and stderr; of a running one, the output so far."""
+    """Print stdout and stderr of a pilot.
+
+    Each goes to the same stream; of a running pilot, the output so far.
+    """
     output: dict[str, Any] = with_database(lambda db: logic.get_pilot_output(db, pilot_id))
     if as_json:
         print_json(output)

@@ -16,7 +16,7 @@ from gubbins.logic import my_pilots as logic
 
 from .session import read_input
 
-HELP = """Translate a configuration of DIRAC into a file for `gubbins ce load`.
+HELP = """Translate a DIRAC configuration for `gubbins ce load`.
 
 Reads the compute elements of SiteDirector, `Resources/Sites`, with their queues, back ends, VOs, tags and limits,
 from a FILE in DIRAC's format (- reads standard input). The result goes to standard output, or to --output; options

@@ -20,11 +20,11 @@ def reconcile_pilots(
     apply: Annotated[bool, typer.Option("--apply", "--fix", help="Correct the registry.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare all pilots with DiracX's pilot registry; --apply corrects the registry.
+    """Compare all pilots with the pilot registry of DiracX.
 
-    The registry is the database of DIRACX_DB_URL_PILOTAGENTSDB. Checks write changes to it; this command finds
-    other differences, as after a backup was restored. Active pilots at our compute elements that only the registry
-    has are listed and not changed.
+    --apply corrects the registry, which is the database of DIRACX_DB_URL_PILOTAGENTSDB. Checks write changes to
+    it; this command finds other differences, as after a backup was restored. Active pilots at our compute elements
+    that only the registry has are listed and not changed.
 
     Exit code 1: there are differences, or some are left after --apply.
     """

@@ -79,9 +79,10 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         yes: YesOption = False,
         as_json: JsonOption = False,
     ) -> None:
-        """Downgrade the database to REVISION, for an older version of the software.
+        """Downgrade the database to REVISION.
 
-        Columns and tables that REVISION does not have are dropped with their data.
+        For an older version of the software. Columns and tables that REVISION does not have are dropped with their
+        data.
         """
         what = "drop its tables with all rows" if revision == "base" else f"drop what {revision} does not have"
         confirm(f"Downgrade {database} to {revision}, and {what}?", yes)

@@ -11,6 +11,9 @@ from ...operations.views import Column, View
 #: Style of Rich -> CSS class.
 _CLASSES = {"red": "bad", "yellow": "warn", "green": "good", "dim": "muted"}
 
+_NARROW_CHARS = 24
+"""A column without longer texts is as narrow as they are."""
+
 
 class Button(NamedTuple):
     """Button of an action."""
@@ -76,7 +79,7 @@ class Table:
             return f"n {style or ('zero' if zero else '')}".strip()
         wide = (
             "wide"
-            if column.longest is not None
+            if column.longest is not None and len(column.text(row)) > _NARROW_CHARS
             else ""
             if column.kind == "text" and not column.whole
             else "nowrap"

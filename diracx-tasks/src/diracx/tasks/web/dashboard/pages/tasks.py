@@ -17,7 +17,7 @@ _KEYS = {
     "slow": lambda each: -(each.run.p95_seconds or 0),
     "queue": lambda each: -(each.queue.p95_seconds or 0),
 }
-_ORDERS = {"task": "name", "done": "done", "rate": "failures", "p95": "slow", "queue p95": "queue"}
+_ORDERS = {"task": "name", "done": "done", "rate": "failures", "run p95": "slow", "queue p95": "queue"}
 
 
 async def _load(request: Request, context: AppContext) -> dict[str, Any]:
