@@ -382,3 +382,17 @@ async def test_P6_a_leaving_worker_returns_deliveries_whose_response_was_lost(
     [granted], _ = await other.fetch(2)
     assert granted.data == writes.data
     assert not await redis.exists(f"{keys.HELD_PREFIX}a")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")  # it does not stop
+async def test_one_command_finds_all_deliveries_of_a_batch_submitted_in_one_ms(
+    worker: Worker, redis: Redis
+) -> None:
+    broker = await worker("busy")
+    for number in range(5, 15):  # the sequence numbers get another digit
+        await redis.xadd(QUEUE, {"data": b"any"}, id=f"1764500000000-{number}")
+    deliveries, _ = await broker.fetch(10)
+    assert len(deliveries) == 10
+    await redis.config_resetstat()
+    assert await broker.settle([Settlement(delivery) for delivery in deliveries]) == [ACCEPTED] * 10
+    assert (await redis.info("commandstats"))["cmdstat_xpending"]["calls"] == 1

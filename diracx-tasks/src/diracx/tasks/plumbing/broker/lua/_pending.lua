@@ -6,13 +6,15 @@ local function is_pending(stream, consumer, entry, deliveries)
 end
 
 -- Which of these entries of a stream are pending for this worker: entry -> deliveries.
--- One XPENDING for the range of all entries, as those of a batch are adjacent; one more for each entry not found.
+-- One XPENDING for the range of all entries, as those of a batch are adjacent; one more for each entry not found. The
+-- range consists of whole ms, for the ids of one ms (1-9, 1-10) are not in the order of their texts.
 local function pending_of(consumer, stream, entries)
   local found, first, last = {}, entries[1], entries[1]
   for _, entry in ipairs(entries) do
     if entry < first then first = entry elseif entry > last then last = entry end
   end
   if #entries > 2 then
+    first, last = string.match(first, '%d+'), string.match(last, '%d+')
     local pending = redis.pcall('XPENDING', stream, '$GROUP', first, last, 10000, consumer)
     for _, p in ipairs(pending.err and {} or pending) do found[p[1]] = tonumber(p[4]) end
   end
