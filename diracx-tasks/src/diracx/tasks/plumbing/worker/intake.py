@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from redis.exceptions import ResponseError
@@ -161,9 +161,9 @@ class Intake:
     async def fetch_answered(self) -> None:
         """Wait for the answer to a fetch, but not for long: the next call may take unsent settlements along."""
         if not self._fetched.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_FETCH_SECONDS):
-                    await self._fetched.wait()
+            long_enough = asyncio.get_running_loop().call_later(_FETCH_SECONDS, self._fetched.set)
+            await self._fetched.wait()
+            long_enough.cancel()
 
     async def closed_if_stopping(self) -> None:
         """Wait for `close` when the worker stops, or its own blocking read could get what it requeues."""
