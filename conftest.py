@@ -20,10 +20,10 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from support.machine import NotForThisMachine
 from support.order_of_files import place
-from support.paths import SUPPORT
+from support.paths import NO_AUTHORITY
 
 # Each client of HTTP reads the certificates of all public authorities, for 40 ms. No test needs one of them.
-os.environ["SSL_CERT_FILE"] = str(SUPPORT / "no_authority.pem")
+os.environ["SSL_CERT_FILE"] = str(NO_AUTHORITY)
 # Each client of Redis reads the metadata of its package, for 1 ms, to tell the server its version.
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 

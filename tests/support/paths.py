@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ROOT", "SUPPORT"]
+__all__ = ["NO_AUTHORITY", "ROOT", "SUPPORT"]
 
 from pathlib import Path
 
@@ -11,3 +11,6 @@ ROOT = Path(__file__).parents[2]
 
 SUPPORT = ROOT / "tests" / "support"
 """Shared helpers of tests; processes of workers are started from files in this folder."""
+
+NO_AUTHORITY = SUPPORT / "no_authority.pem"
+"""Certificate of an authority that has signed nothing: tests read it instead of the public authorities'."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ..paths import NO_AUTHORITY
 
 __all__ = ["CACHE", "KEYRING", "ForbiddenError", "ObstacleError", "build_once", "not_served", "run", "unpack"]
 
@@ -111,7 +114,9 @@ def run(*command: str) -> str:
     Raises:
         ObstacleError: it fails, with the last line of what it says.
     """
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS)
+    # Programs that fetch packages need the authorities that tests do without.
+    env = {name: value for name, value in os.environ.items() if value != str(NO_AUTHORITY)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS, env=env)
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise ObstacleError(f"{command[0]}: {words[-1]}")
