@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from support.sites.sshd import Sshd
 from support.waiting import until
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity
+from gubbins.ces.arc.xrsl import UNPACK_AND_RUN, VARIABLE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.domain.pilot_states import MyPilotStatus
 
@@ -61,3 +64,10 @@ async def test_a_job_that_never_started_leaves_no_secret(tmp_path: Path) -> None
     backend = SlurmBackend(CEDescription("ce", 1, 1.0), SlurmSettings(directory=tmp_path))
     await backend.cleanup([PilotAtCE("stamp", "vo", status=MyPilotStatus.FAILED)])
     assert [path.name for path in (tmp_path / "stamp").iterdir()] == ["ended"]
+
+
+def test_only_the_user_of_the_job_can_read_the_unpacked_secret(tmp_path: Path) -> None:
+    packed = base64.b64encode(b"stat -c %a .gubbins-pilot").decode()
+    command = ["/bin/sh", "-c", f"umask 022; {UNPACK_AND_RUN}"]
+    environment = {"PATH": os.environ["PATH"], VARIABLE: packed}
+    assert subprocess.check_output(command, cwd=tmp_path, env=environment) == b"600\n"

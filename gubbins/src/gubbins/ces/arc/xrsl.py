@@ -17,7 +17,7 @@ AttributeValue = str | int | list[str] | list[list[str]]
 
 VARIABLE = "GUBBINS_PILOT"
 _FILE = ".gubbins-pilot"
-UNPACK_AND_RUN = f"printenv {VARIABLE} | base64 -d >{_FILE} && exec /bin/sh {_FILE}"
+UNPACK_AND_RUN = f"printenv {VARIABLE} | (umask 077; base64 -d >{_FILE}) && exec /bin/sh {_FILE}"
 # The limit of Linux is 128 KiB per variable.
 _MAX_PACKED_BYTES = 120 * 1024
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
