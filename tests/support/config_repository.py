@@ -19,6 +19,16 @@ _VO = {
 }
 
 
+def content(vos: Iterable[str] = (), tasks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration with these VOs, and this as its `Systems.Tasks`."""
+    return {
+        "DIRAC": {},
+        "Operations": {},
+        "Registry": dict.fromkeys(vos, _VO),
+        "Systems": {"Tasks": tasks or {}},
+    }
+
+
 class ConfigRepository:
     """The repository; `url` is what DIRACX_CONFIG_BACKEND_URL names."""
 
@@ -31,13 +41,7 @@ class ConfigRepository:
 
     def commit(self, vos: Iterable[str] = (), tasks: Mapping[str, Any] | None = None) -> None:
         """Commit a configuration with these VOs, and this as its `Systems.Tasks`."""
-        config = {
-            "DIRAC": {},
-            "Operations": {},
-            "Registry": dict.fromkeys(vos, _VO),
-            "Systems": {"Tasks": tasks or {}},
-        }
-        self.commit_text(json.dumps(config))  # which is YAML, too
+        self.commit_text(json.dumps(content(vos, tasks)))  # which is YAML, too
 
     def commit_text(self, text: str) -> None:
         """Commit whatever this is."""

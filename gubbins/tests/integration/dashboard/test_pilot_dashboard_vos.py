@@ -14,7 +14,6 @@ from diracx.core.properties import OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.web.dashboard.page import Form
 from diracx.tasks.web.operator import NotPossibleError, Operator
-from support.config_repository import ConfigRepository
 from support.diracx_application import with_short_streams
 
 from gubbins.dashboard.actions import ACTIONS
@@ -50,13 +49,14 @@ async def sign_in(
     from diracx.logic.auth.token import create_token
     from diracx.routers.factory import create_app
     from joserfc.jwk import KeySet, OKPKey
+    from support.fixed_config import config_url
     from uuid_utils import uuid7
 
     key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "k"})
     keystore = tmp_path / "keys.json"
     keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
     for name, value in {
-        "CONFIG_BACKEND_URL": ConfigRepository(tmp_path / "config", vos=["lhcb", "dteam"]).url,
+        "CONFIG_BACKEND_URL": config_url(["lhcb", "dteam"]),
         "DB_URL_MYPILOTDB": sqlite_url,
         "TASKS_REDIS_URL": redis_url,
         "SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",

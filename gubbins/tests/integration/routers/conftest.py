@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from support.config_repository import ConfigRepository
 from support.diracx_application import HOME, set_environment
 from support.pilots_with_secrets import API, VOS, World
 
@@ -27,6 +26,7 @@ async def world(
 ) -> AsyncIterator[World]:
     from diracx.core.config import ConfigSource
     from diracx.routers.factory import create_app
+    from support.fixed_config import config_url
 
     at_ce: list[PilotAtCE] = []
 
@@ -36,7 +36,7 @@ async def world(
 
     monkeypatch.setattr(scripted, "submit", submit)
     await sqlite_db.add_ce("ce", 100, 1.0, backend="scripted")
-    set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
+    set_environment(monkeypatch, tmp_path, redis_url, config_url(VOS))
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
     monkeypatch.setenv("GUBBINS_PILOT_API_URL", f"{HOME}{API}/")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import AuditEntry, read_audit
 from diracx.tasks.web.api import environment
@@ -43,24 +42,14 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api_db_url: str) -> Any
     from cryptography.fernet import Fernet
     from diracx.core.config import ConfigSource
     from diracx.routers.factory import create_app
-    from git import Repo
     from joserfc.jwk import KeySet, OKPKey
+    from support.fixed_config import config_url
 
-    repository = Repo.init(tmp_path / "config", initial_branch="master")
-    vo = {"IdP": {"URL": "https://idp.invalid", "ClientID": "x"}, "DefaultGroup": "user"}
-    registry = {
-        name: vo | {"Users": {}, "Groups": {"user": {"Properties": ["NormalUser"], "Users": []}}} for name in VOS
-    }
-    (tmp_path / "config" / "default.yml").write_text(
-        yaml.safe_dump({"DIRAC": {}, "Operations": {}, "Registry": registry})
-    )
-    repository.index.add(["default.yml"])
-    repository.index.commit("Configure")
     key = OKPKey.generate_key("Ed25519", {"key_ops": ["sign", "verify"], "alg": "Ed25519", "kid": "k"})
     keystore = tmp_path / "keys.json"
     keystore.write_text(json.dumps(KeySet([key]).as_dict(private=True)))
     for name, value in {
-        "CONFIG_BACKEND_URL": f"git+file://{tmp_path}/config",
+        "CONFIG_BACKEND_URL": config_url(VOS),
         "DB_URL_MYPILOTDB": api_db_url,
         "SERVICE_AUTH_TOKEN_KEYSTORE": f"file://{keystore}",
         "SERVICE_AUTH_STATE_KEY": Fernet.generate_key().decode(),

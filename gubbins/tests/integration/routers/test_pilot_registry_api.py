@@ -14,8 +14,8 @@ from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.db.sql import PilotAgentsDB
 from diracx.db.sql.pilots.schema import JobToPilotMapping
 from sqlalchemy import insert, text
-from support.config_repository import ConfigRepository
 from support.diracx_application import HOME, make_application, set_environment, token_maker
+from support.fixed_config import config_url
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
@@ -54,7 +54,7 @@ async def world(
     if kind != "sqlite":
         request.getfixturevalue(f"{kind}_server")
     url, registry_url = await empty_database(kind), await empty_database(kind)
-    set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
+    set_environment(monkeypatch, tmp_path, redis_url, config_url(VOS))
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", url)
     monkeypatch.setenv("DIRACX_DB_URL_PILOTAGENTSDB", registry_url)
     for service in ("PILOTS", "MY_PILOTS"):

@@ -15,7 +15,6 @@ import httpx
 import pytest
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.web.api.responses import MAX_BODY_BYTES
-from support.config_repository import ConfigRepository
 from support.diracx_application import HOME, set_environment, with_short_streams
 from support.paths import ROOT
 
@@ -140,6 +139,7 @@ async def world(
 ) -> AsyncIterator[World]:
     from diracx.core.config import ConfigSource
     from diracx.routers.factory import create_app
+    from support.fixed_config import config_url
 
     db = sqlite_db
     await db.add_ce("shared", 9, 1.0, rules={"vos": {"lhcb": {"share": 2}, "dteam": {"share": 3}}})
@@ -153,7 +153,7 @@ async def world(
         await db.queue_outputs([pilots[vo]])
         await db.store_outputs([Output(pilots[vo], clock.now(), f"the output of {vo}", "")])
     await db.record_failure("shared", CECall.STATUS, SITE_ERROR, **breaker)
-    set_environment(monkeypatch, tmp_path, redis_url, ConfigRepository(tmp_path / "config", vos=VOS).url)
+    set_environment(monkeypatch, tmp_path, redis_url, config_url(VOS))
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
     app = with_short_streams(create_app(), 0.02)
