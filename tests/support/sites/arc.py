@@ -192,6 +192,7 @@ class ArcSite:
         program, script, answers = (self.directory / name for name in ("parser", "remembering-parser", "answers"))
         shutil.copy(_PARSER, program)
         answers.mkdir()
+        answers.chmod(0o1777)  # jobs are submitted by their user
         script.write_text(_PARSER_THAT_REMEMBERS.format(parser=program, answers=answers))
         script.chmod(0o755)
         return script
