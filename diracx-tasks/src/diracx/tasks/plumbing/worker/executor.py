@@ -143,9 +143,11 @@ class Executor:
             reserved_after: time (`time.monotonic`) after which a cancellation may not be marked in the deliveries.
             called_at: time (`time.monotonic`) before the call that reserved the deliveries.
         """
-        messages = [(delivery, self._decode(delivery)) for delivery in deliveries]
-        built = [self._build(delivery, message) for delivery, message in messages if message is not None]
-        executions = [execution for execution in built if execution is not None]
+        executions = [
+            execution
+            for delivery in deliveries
+            if (message := self._decode(delivery)) and (execution := self._build(delivery, message))
+        ]
         deferred = self._dependencies.deferred
         if deferred and not deferred.isdisjoint(execution.spec.name for execution in executions):
             await self._dependencies.load(self._specs)
