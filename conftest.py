@@ -22,6 +22,8 @@ from support.machine import NotForThisMachine
 from support.order_of_files import place
 from support.paths import NO_AUTHORITY
 
+# Less often than is usual, while tests are imported and while they run: a full collection takes 0.1 s and more.
+gc.set_threshold(10_000, 20, 50)
 # Each client of HTTP reads the certificates of all public authorities, for 40 ms. No test needs one of them.
 os.environ["SSL_CERT_FILE"] = str(NO_AUTHORITY)
 # Each client of Redis reads the metadata of its package, for 1 ms, to tell the server its version.
@@ -45,13 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what was imported and collected from garbage collection, which takes half a second to look at it.
-
-    What tests leave is collected less often than is usual: each full collection takes 0.1 s.
-    """
+    """Exempt what was imported and collected from garbage collection, which takes half a second to look at it."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.hookimpl(wrapper=True)
