@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import secrets
@@ -25,13 +26,19 @@ _CONSENT = """<!doctype html><html lang="en"><title>Consent</title><link rel="ic
 """
 
 
+@functools.cache
+def _one_key() -> SigningKey:
+    """The key of all providers: making one takes 60 ms of processor time."""
+    return SigningKey()
+
+
 class IdentityProvider:
     """Identity provider on loopback for tests: `subject` is the user who consents, `url` the issuer."""
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.url = ""
-        self._key = SigningKey()
+        self._key = _one_key()
         self._asked: dict[str, dict[str, str]] = {}
         self._codes: dict[str, dict[str, str]] = {}
 
