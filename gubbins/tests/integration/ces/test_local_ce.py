@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,29 @@ async def test_a_pilot_whose_process_has_vanished_fails_with_a_reason(make: Make
     assert (seen.state, seen.reason) == (Observed.FAILED, "the process vanished without an exit code")
 
 
-async def test_a_pilot_goes_on_without_its_wrapper_and_can_be_cancelled(make: Make, tmp_path: Path) -> None:
+@pytest.fixture
+def parent_of_orphans() -> Iterator[None]:
+    """Orphaned processes become children of this process, and zombies until it waits for them."""
+    set_child_subreaper = 36
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    yield
+    prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+@pytest.mark.usefixtures("parent_of_orphans")
+@pytest.mark.parametrize("zombie", [True, False])
+async def test_a_pilot_goes_on_without_its_wrapper_and_can_be_cancelled(
+    make: Make, tmp_path: Path, zombie: bool
+) -> None:
     backend = make(default_script="echo $$ > child; sleep 600 & wait")
     pilot = PilotAtCE("s", "vo")
     await backend.submit([pilot])
     child = tmp_path / "s" / "work" / "child"
     await until(lambda: child.exists() and child.read_text().strip(), "it runs")
-    os.kill(int((tmp_path / "s" / "pid").read_text().split()[0]), signal.SIGKILL)
+    wrapper = int((tmp_path / "s" / "pid").read_text().split()[0])
+    os.kill(wrapper, signal.SIGKILL)
+    os.waitid(os.P_PID, wrapper, os.WEXITED | (os.WNOWAIT if zombie else 0))
     assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
     await backend.cancel([pilot])
 
@@ -128,6 +145,9 @@ async def test_a_pilot_goes_on_without_its_wrapper_and_can_be_cancelled(make: Ma
         return None if seen.state is Observed.RUNNING else seen
 
     assert (await until(end, "it ends"))[:2] == (Observed.FAILED, "cancelled")
+    if zombie:
+        os.waitpid(wrapper, 0)
+    os.waitpid(int(child.read_text()), 0)
 
 
 async def test_a_reused_pid_is_not_mistaken_for_the_pilot(make: Make, tmp_path: Path) -> None:
@@ -158,8 +178,8 @@ async def test_a_process_of_another_pilot_is_never_signalled(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: str, group: str, state: Observed
 ) -> None:
     signalled: list[tuple[int, int]] = []
-    # A signal to such a group would end the machine.
-    monkeypatch.setattr(os, "killpg", lambda *what: signalled.append(what))
+    # A signal to such a group would end the machine; signal 0 is a question.
+    monkeypatch.setattr(os, "killpg", lambda *what: signalled.append(what) if what[1] else None)
     real = {"pid": os.getpid(), "group": os.getpgrp(), "no_group": os.getpgrp() + 1}
     start_ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

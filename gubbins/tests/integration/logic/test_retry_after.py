@@ -103,7 +103,7 @@ async def pause(db: MyPilotDB, call: CECall, at: Clock) -> float:
     [
         (429, "120", 120),
         (503, "120", 120),
-        (503, formatdate(time.time() + 600, usegmt=True), pytest.approx(600, abs=300)),
+        (503, "in 10 minutes", pytest.approx(600, abs=60)),
         (503, "9" * 5_000, 900),
         (503, "Fri, 31 Dec 9999 23:59:59 GMT", 900),
         (503, "Thu, 01 Jan 1970 00:00:00 GMT", 0),
@@ -118,6 +118,8 @@ async def pause(db: MyPilotDB, call: CECall, at: Clock) -> float:
 async def test_submissions_pause_as_long_as_the_site_asks_for_up_to_the_longest_pause(
     sqlite_db: MyPilotDB, arex: Arex, at: Clock, code: int, value: str, seconds: float
 ) -> None:
+    if value == "in 10 minutes":
+        value = formatdate(time.time() + 600, usegmt=True)
     arex.refusal = code, value
     with pytest.raises(CERefusedError, match=str(code)):
         await logic.submit_pilot(sqlite_db, "ce", "lhcb")

@@ -45,21 +45,16 @@ class _Process:
 
         A pilot could write the pid of any other process to its directory.
         """
-        for pid in (self.pid, *self._members()):
-            with contextlib.suppress(OSError), Path(f"/proc/{pid}/environ").open("rb") as file:
-                if f"PILOT_STAMP={stamp}".encode() in file.read(_MAX_ENVIRON_BYTES).split(b"\0"):
-                    return True
-        return False
+        return any(_has_stamp(pid, stamp) for pid in (self.pid, *self._members()))
 
     def alive(self) -> bool:
         """Check that the process is running, and not another one with the same pid."""
         fields = _stat(self.pid)
         return self._of_this_boot() and self._includes(fields) and fields[19] == self.start_ticks
 
-    def group_alive(self) -> bool:
-        """Check that processes of the group are running after the end of the process itself."""
-        # While there is a group of that number, no new process gets it as its pid.
-        return self._of_this_boot() and not _stat(self.pid) and next(self._members(), None) is not None
+    def group_alive(self, stamp: str) -> bool:
+        """Check that processes of the pilot's group are running, also after the end of the process itself."""
+        return self._of_this_boot() and any(_has_stamp(pid, stamp) for pid in self._members())
 
     def _of_this_boot(self) -> bool:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() == self.boot_id
@@ -155,7 +150,7 @@ class LocalJob:
         code = self._exit_code()
         if code is None and process is None:
             return self._not_started(start_seconds)
-        if code is None and process is not None and process.group_alive():  # without the wrapper
+        if code is None and process is not None and process.group_alive(self.path.name):  # without the wrapper
             return Observation(Observed.RUNNING)
         cancelled = modified_at(self.path / "cancelled") is not None
         return observation_of_exit(code, cancelled=cancelled, last_line=self._last_line_of_stderr)
@@ -173,7 +168,7 @@ class LocalJob:
         alive = process is not None and process.alive()
         if not alive and self._exit_code() is not None:
             return
-        alive = alive or (process is not None and process.group_alive())
+        alive = alive or (process is not None and process.group_alive(self.path.name))
         mark, mark_error = self.path / "cancelled", None
         try:
             mark.touch(exist_ok=False)
@@ -274,6 +269,14 @@ def _stat(pid: int) -> Sequence[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ()
+
+
+def _has_stamp(pid: int, stamp: str) -> bool:
+    try:
+        with Path(f"/proc/{pid}/environ").open("rb") as file:
+            return f"PILOT_STAMP={stamp}".encode() in file.read(_MAX_ENVIRON_BYTES).split(b"\0")
+    except OSError:  # it has ended, or is of another user
+        return False
 
 
 def _write_secret(work: Path, secret: str) -> None:
