@@ -34,7 +34,8 @@ class Hold(BaseTask):
 @pytest.fixture
 def holding(served: Cli) -> Cli:
     """With a task that holds a lock until it is stopped."""
-    (served.directory / "my_tasks.py").open("a").write(HOLD)
+    with (served.directory / "my_tasks.py").open("a") as tasks:
+        tasks.write(HOLD)
     return served
 
 

@@ -97,6 +97,10 @@ def test_the_help_of_every_command_has_an_example(cli, command):
     assert f"Example: diracx-task-run {command}" in result.stdout
 
 
+def test_the_paragraphs_of_a_help_fill_their_lines(cli):
+    assert " Systems.Tasks, or the file DIRACX_TASKS_CONFIG. " in cli("worker", "--help").stdout
+
+
 def test_help_loads_nothing_heavy():
     program = """
 import sys

@@ -85,6 +85,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
+    # Rich keeps the line breaks of all paragraphs but the first.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    with_options.__doc__ = "\n\n".join(" ".join(each.split()) for each in paragraphs)
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect looks for it
     return with_options
