@@ -138,8 +138,14 @@ async def test_a_held_pilot_has_the_same_reason_while_waiting_and_when_failed(ht
 async def test_a_pilot_that_was_interrupted_is_not_started_again(htcondor_site: HTCondorSite) -> None:
     backend = make_backend(htcondor_site, default_script="sleep 600")
     (pilot,) = await submit(backend, "vo")
-    await until_seen(backend, pilot, Observation(Observed.RUNNING))
-    htcondor_site.run("condor_vacate_job", "-fast", str(pilot.reference))
+    reference = str(pilot.reference)
+
+    def executed() -> bool:
+        """It is RUNNING before; a job that a node has not executed is started a second time, rightly."""
+        return htcondor_site.run("condor_q", reference, "-af", "JobCurrentStartExecutingDate").strip().isdecimal()
+
+    await until(executed, "its node executes it", 120, 0.5)
+    htcondor_site.run("condor_vacate_job", "-fast", reference)
     (seen,) = await until_ended(backend, [pilot])
     assert seen.reason == "interrupted on its node; it is not started a second time"
 
