@@ -31,13 +31,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="compat-") as directory, ThreadPoolExecutor(options.at_once) as pool:
         tests = None if options.scenarios else pool.submit(results)
         tallies = list(pool.map(lambda name: _run(name, Path(directory) / name), names))
+    unexplained = tests is not None and report(tests.result())
     print(f"{'scenario':22}" + "".join(f"{column:>11}" for column in _COLUMNS))
     for name, tally in zip(names, tallies, strict=True):
         print(f"{name:22}" + "".join(f"{getattr(tally, column):11}" for column in _COLUMNS))
         for problem in tally.problems:
             print(f"  {problem}")
     wrong = any(tally != Tally() for tally in tallies)
-    return int(wrong | (tests is not None and report(tests.result())))
+    return int(wrong | unexplained)
 
 
 def _run(name: str, directory: Path) -> Tally:

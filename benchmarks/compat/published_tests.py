@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.peers.environments import ENVIRONMENTS, ROOT
@@ -85,15 +86,14 @@ def results() -> dict[str, str]:
 
 
 def report(found: dict[str, str]) -> bool:
-    """Print how many pass, and each that fails with its reason. Whether one fails without a reason."""
+    """Print how many pass, and why the others do not. Whether one fails without a reason."""
     failed = {name: why for name, why in found.items() if why}
-    print(f"\ntests of the published source distribution: {len(found) - len(failed)} pass, {len(failed)} do not")
-    wrong = not found
-    for name, why in sorted(failed.items()):
-        reason = REASONS.get(name) or REASONS.get(name.partition("::")[0])
-        wrong |= reason is None
-        print(f"  {name}: {reason or f'NO REASON: {why}'}")
-    for name in REASONS.keys() - failed.keys() - {name.partition("::")[0] for name in failed}:
-        wrong = True
-        print(f"  {name}: passes, and has a reason why it does not")
-    return wrong
+    reasons = {name: REASONS.get(name) or REASONS.get(name.partition("::")[0]) for name in failed}
+    print(f"tests of the published source distribution: {len(found) - len(failed)} pass, {len(failed)} do not")
+    for reason, many in Counter(filter(None, reasons.values())).most_common():
+        print(f"  {many:2} {reason}")
+    wrong = [f"{name}: NO REASON: {failed[name]}" for name, reason in sorted(reasons.items()) if not reason]
+    unused = REASONS.keys() - failed.keys() - {name.partition("::")[0] for name in failed}
+    wrong += [f"{name}: passes, and has a reason why it does not" for name in sorted(unused)]
+    print("".join(f"  {line}\n" for line in wrong))
+    return bool(wrong) or not found

@@ -183,6 +183,8 @@ class World:
         """Wait until all is done, end everything and count."""
         self.until(lambda: self.done() and self.left() == 0, "everything has run")
         for process in self.processes:
+            if process.poll() is not None:
+                self.tally.problems.append(f"has ended by itself: {process.args!r}")
             process.terminate()
         for process in self.processes:
             process.wait(60)
@@ -257,11 +259,10 @@ def upgrade(world: World, *, kill: bool) -> None:
     world.until_ended(20)
     if not kill:
         world.end(before, kill=False)
-        world.submit("0.7", 1000)
-    else:
-        world.submit("0.7", 1000)
+    world.submit("0.7", 1000)
+    if kill:
         world.end(before, kill=True)
-        world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
+    world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
     world.both("ours")
 
 
