@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import os
-import random
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 
 from ..plumbing.broker.server_check import EMBEDDED
 
 _START_SECONDS = 30.0
+_PORTS = range(15_000, 32_000)
+_random = SystemRandom()  # several processes may have the same seed
+_RESERVATIONS = 200
+#: Sockets that keep the latest ports of this process from being returned in others, whose servers may start first.
+_reservations: deque[int] = deque()
 
 
-def free_port() -> int:
-    """Return a free loopback port, below the ephemeral ports.
+def free_port(ports: Sequence[int] = _PORTS) -> int:
+    """Return a free loopback port, below the ephemeral ports, that no other process is given (on Linux).
 
     With an ephemeral port, a client that retries to connect to a stopped server could connect to itself.
     """
     while True:
-        port = random.randrange(15_000, 32_000)
+        port = _random.choice(ports)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            if sys.platform == "linux":
+                _reserve(port)
             return port
+
+
+def _reserve(port: int) -> None:
+    """Raise OSError if a process has it reserved. Reservations end with their process."""
+    with socket.socket(socket.AF_UNIX) as reservation:
+        reservation.bind(f"\0port {port} of diracx-tasks")
+        _reservations.append(reservation.detach())
+    if len(_reservations) > _RESERVATIONS:
+        os.close(_reservations.popleft())
 
 
 class EmbeddedServerError(RuntimeError):
