@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, ClassVar
 
 import pytest
 from diracx.tasks.plumbing.sql.migrations import MigrationError, Migrations
-from sqlalchemy import Connection, MetaData, Table, inspect, select, text
+from sqlalchemy import Connection, Engine, MetaData, Table, event, inspect, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 KINDS = ("sqlite", "mariadb", "postgresql")
@@ -65,6 +65,28 @@ def rows(connection: Connection) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+class Interrupted(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def interrupted_after(creations: int) -> Iterator[None]:
+    """Context that ends before a further table or index is created."""
+    left = creations
+
+    def interrupt(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal left
+        left -= statement.lstrip().startswith("CREATE")
+        if left < 0:
+            raise Interrupted
+
+    event.listen(Engine, "before_cursor_execute", interrupt)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", interrupt)
+
+
 class SchemaPromises:
     """`migrations` and `fill` are the subclass's."""
 
@@ -82,6 +104,13 @@ class SchemaPromises:
 
     def order(self) -> list[str]:
         return [script.revision for script in self.migrations._scripts().walk_revisions()][::-1]
+
+    async def create(self, url: str) -> bool:
+        engine = create_async_engine(url)
+        try:
+            return await self.migrations.create(engine)
+        finally:
+            await engine.dispose()
 
     async def create_all(self, url: str) -> None:
         await on(url, self.migrations.metadata.create_all)
@@ -148,12 +177,45 @@ class SchemaPromises:
         assert sorted(len(move.steps) for move in moves) == [0, 0, 0, len(self.order())]
         await self.fill(url)
 
+    async def test_several_creations_at_once_are_one_creation(self, url: str) -> None:
+        created = await asyncio.gather(*(self.create(url) for _ in range(4)), self.migrations.upgrade(url))
+        assert sum(each is True or bool(getattr(each, "steps", ())) for each in created) == 1
+        assert await on(url, self.migrations.differences) == []
+
+    @pytest.mark.parametrize("command", ["create", "upgrade"])
+    async def test_an_interrupted_creation_can_be_repeated(self, url: str, command: str) -> None:
+        """Each attempt creates one table or index more; on MariaDB, what it has created stays."""
+        attempt = self.create if command == "create" else self.migrations.upgrade
+        attempts, creations = 0, 1
+        done = False
+        while not done:
+            with suppress(Interrupted), interrupted_after(creations):
+                await attempt(url)
+                done = True
+            attempts += 1
+            if "mysql" not in url:
+                assert done or await on(url, rows) == {}
+                creations *= 2
+            assert attempts < 100
+        assert attempts > 2
+        state = await self.migrations.current(url)
+        assert (state.revision, state.stamped) == (state.head, True)
+        assert await on(url, self.migrations.differences) == []
+        await self.fill(url)
+
+    async def test_missing_tables_are_created_again(self, url: str) -> None:
+        await self.migrations.upgrade(url)
+        await on(url, self.migrations.metadata.drop_all)
+        assert await self.create(url)
+        assert not await self.create(url)
+        assert await on(url, self.migrations.differences) == []
+
     async def test_tables_of_other_software_do_not_change(self, url: str) -> None:
         name = next(iter(self.migrations.metadata.tables))
         async with connected(url) as connection:
             quoted = connection.dialect.identifier_preparer.quote(name)
             await connection.execute(text(f"CREATE TABLE {quoted} (x INTEGER PRIMARY KEY)"))
-        for attempt in (self.migrations.upgrade, self.migrations.current):
+        for attempt in (self.migrations.upgrade, self.migrations.current, self.create):
             with pytest.raises(MigrationError, match="not those of this software"):
                 await attempt(url)
         assert await on(url, rows) == {name: []}

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import Script, ScriptDirectory
-    from sqlalchemy import Connection, MetaData
+    from sqlalchemy import Column, Connection, Index, MetaData, Table
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    Part = Table | Column[Any] | Index
 
 BASE = "base"
 HEAD = "head"
@@ -49,7 +51,7 @@ class State:
     """Current revision of a database."""
 
     revision: str | None
-    """None: it has no tables."""
+    """None: it has no tables, or its creation was interrupted."""
     head: str
     """The newest revision, which the software needs."""
     pending: tuple[Step, ...]
@@ -101,6 +103,8 @@ class Migrations:
     async def upgrade(self, url: str, to: str = HEAD) -> Move:
         """Upgrade a database to a newer revision: create missing tables, stamp a database without a version.
 
+        Completes a creation that was interrupted.
+
         Args:
             url: URL of the database.
             to: a revision, or `head`.
@@ -119,7 +123,7 @@ class Migrations:
         return await self._move(url, to, forward=False)
 
     async def create(self, engine: AsyncEngine) -> bool:
-        """Create the tables of the newest revision. Returns False if they exist.
+        """Create the tables of the newest revision, or those that are missing. Returns False if all exist.
 
         Raises:
             MigrationError: there are tables of an older revision, or other ones.
@@ -128,32 +132,40 @@ class Migrations:
         from .errors import explained
 
         with explained(self.database):
-            async with engine.begin() as connection:
+            async with engine.connect() as connection, _exclusive(connection, self.version_table):
                 return await connection.run_sync(self._create)
 
     # --- on a connection ------------------------------------------------------------------------------------
 
     def _create(self, connection: Connection) -> bool:
         _check_encoding(connection)
-        if Tables(connection).none_of([*self.metadata.tables, self.version_table]):
-            self.metadata.create_all(connection)
-            if _installed():
-                self._stamp(connection, HEAD)
-            return True
         if not _installed():
+            empty = Tables(connection).none_of(self.metadata.tables)
             self.metadata.create_all(connection)
-            return False
+            return empty
+        from alembic import command
+
         state = self._state(connection)
         if state.revision is None:
-            self.metadata.create_all(connection)
+            command.ensure_version(self._config(connection))  # the mark of a creation
         elif state.pending:
             raise MigrationError(
                 f"the database {self.database} is at revision {state.revision}, and {state.head} is needed: "
                 f"`{self.command} upgrade`"
             )
-        if not state.stamped or state.revision is None:
+        created = self._complete(connection)
+        if not state.stamped:
             self._stamp(connection, HEAD)
-        return state.revision is None
+        return created
+
+    def _complete(self, connection: Connection) -> bool:
+        """Create missing tables and indexes, unless columns are missing, too; False: there are none."""
+        lacking = Tables(connection).lacking(self.metadata, indexes=True)
+        if columns_of(lacking):
+            return False
+        for each in lacking:
+            each.create(connection)
+        return bool(lacking)
 
     def _state(self, connection: Connection) -> State:
         scripts = self._scripts()
@@ -181,16 +193,20 @@ class Migrations:
         return revision
 
     def _recognised(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
-        """Return the newest revision if all tables, columns and indexes of the models exist."""
+        """Return the newest revision if all tables, columns and indexes of the models exist.
+
+        None: there are no tables, or on MySQL those of an interrupted creation, which has made the version table.
+        """
         tables = Tables(connection)
         if tables.none_of(self.metadata.tables):
             return None
-        if lacking := tables.lacking(self.metadata, indexes=True):
+        lacking = tables.lacking(self.metadata, indexes=True)
+        if wrong := lacking if tables.none_of([self.version_table]) else columns_of(lacking):
             raise MigrationError(
-                f"the tables of the database {self.database} are not those of this software: {lacking[0]} is "
-                "missing; rename them first"
+                f"the tables of the database {self.database} are not those of this software: "
+                f"{described(wrong[0])} is missing; rename them first"
             )
-        return _only_head(scripts)
+        return None if lacking else _only_head(scripts)
 
     @contextlib.asynccontextmanager
     async def _connection(self, url: str) -> AsyncIterator[AsyncConnection]:
@@ -209,9 +225,13 @@ class Migrations:
 
         _check_encoding(connection)
         scripts = self._scripts()
-        before = self._state(connection)
         order = [script.revision for script in _from_oldest(scripts)]
         target = order[-1] if to == HEAD else to
+        before = self._state(connection)
+        begun = not Tables(connection).none_of(self.metadata.tables)
+        if begun and forward and target == order[-1] and before.revision in (None, target):
+            self._complete(connection)
+            before = self._state(connection)
         if target not in (*order, BASE):
             raise MigrationError(
                 f"{self.database} has no revision {to!r}; the revisions are {BASE}, {', '.join(order)} and {HEAD}"
@@ -325,28 +345,30 @@ class Tables:
     def none_of(self, tables: Iterable[str]) -> bool:
         return not any(name.casefold() in self._names for name in tables)
 
-    def lacking(self, metadata: MetaData, *, indexes: bool) -> list[str]:
+    def lacking(self, metadata: MetaData, *, indexes: bool) -> list[Part]:
         """Return missing tables, columns and, optionally, indexes of the models."""
-        found = []
+        found: list[Part] = []
         for table in metadata.sorted_tables:
             name = self._names.get(table.name.casefold())
             if name is None:
-                found.append(f"table {table.name}")
+                found.append(table)
                 continue
             existing = {column["name"].casefold() for column in self._inspector.get_columns(name)}
-            found += [
-                f"column {each.name} in {table.name}"
-                for each in table.columns
-                if each.name.casefold() not in existing
-            ]
+            found += [each for each in table.columns if each.name.casefold() not in existing]
             if indexes:
                 existing = {(index["name"] or "").casefold() for index in self._inspector.get_indexes(name)}
-                found += [
-                    f"index {each.name} in {table.name}"
-                    for each in table.indexes
-                    if str(each.name).casefold() not in existing
-                ]
+                found += [each for each in table.indexes if str(each.name).casefold() not in existing]
         return found
+
+
+def columns_of(parts: Iterable[Part]) -> list[Part]:
+    return [part for part in parts if part.__visit_name__ == "column"]
+
+
+def described(part: Part) -> str:
+    """Describe a part of the tables, as `column Name in Jobs`."""
+    table = getattr(part, "table", None)
+    return f"{part.__visit_name__} {part.name}" + ("" if table is None else f" in {table.name}")
 
 
 # --- connections ------------------------------------------------------------------------------------------------
@@ -383,8 +405,12 @@ async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[No
         if taken.scalar_one() != 1:
             raise MigrationError(f"another process has been migrating this database for {_LOCK_SECONDS} s")
         await connection.commit()
-        yield  # the lock is released when the connection is closed
-        await connection.commit()
+        try:
+            yield
+            await connection.commit()
+        finally:
+            with contextlib.suppress(Exception):  # the end of a connection releases the lock, too
+                await connection.exec_driver_sql(f"DO RELEASE_LOCK({lock})")
         return
     if dialect == "sqlite":
         await connection.exec_driver_sql(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")

@@ -20,7 +20,7 @@ from .._util import telemetry
 from .._util.retrying import Backoff
 from .databases import report_lost_connections
 from .errors import DatabaseError, ErrorKind, connecting, describe, unusable_url
-from .migrations import Migrations, Tables
+from .migrations import Migrations, Tables, described
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -181,7 +181,7 @@ def not_ready(connection: Connection, database: type[BaseSQLDB], name: str) -> D
     elif lacks := tables.lacking(models, indexes=False):
         migrations = getattr(database, "migrations", None)
         remedy = "upgrade its tables" if migrations is None else f"`{migrations.command} upgrade`"
-        state = f"of an older version (no {', '.join(sorted(lacks))}): {remedy}"
+        state = f"of an older version (no {', '.join(sorted(map(described, lacks)))}): {remedy}"
     else:
         return None
     variable = f"DIRACX_DB_URL_{name.upper()}"
