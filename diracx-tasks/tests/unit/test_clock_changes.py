@@ -241,3 +241,28 @@ class TestYearsAhead:
     def test_a_date_that_no_calendar_has_is_refused(self, expression):
         with pytest.raises(ValueError, match="failed to find next date"):
             CronSchedule(expression)
+
+
+@given(
+    change=any_change,
+    later=st.integers(0, 40),
+    times=st.sampled_from(["*/20 *", "0 *", "30 */2", "0 8-18", "15 */6"]),
+    fraction=st.floats(0, 1),
+)
+@example(("Europe/Zurich", datetime(2026, 10, 25, 1, tzinfo=UTC)), 1, "*/20 *", 0.5)
+@example(("Europe/Zurich", datetime(2026, 10, 25, 1, tzinfo=UTC)), 0, "*/20 *", 0.5)
+@example(("Antarctica/Troll", datetime(2026, 10, 25, 1, tzinfo=UTC)), 1, "15 */6", 0.0)
+@settings(max_examples=150, deadline=None)
+def test_a_schedule_of_some_days_runs_on_no_other_day(change, later, times, fraction):
+    (zone, moment) = change
+    there = ZoneInfo(zone)
+    day = (moment.astimezone(there) + timedelta(days=later)).date()
+    cron = CronSchedule(f"{times} {day.day} {day.month} *", timezone=zone)
+    rules = [cron]
+    if times.endswith(" *"):
+        rule = f"FREQ=MINUTELY;INTERVAL=20;BYMONTH={day.month};BYMONTHDAY={day.day}"
+        rules.append(RRuleSchedule(rule, timezone=zone))
+    for schedule in rules:
+        occurrence = schedule.next_after(moment - timedelta(days=2 * fraction))
+        local = occurrence.astimezone(there)
+        assert (local.day, local.month) == (day.day, day.month), schedule

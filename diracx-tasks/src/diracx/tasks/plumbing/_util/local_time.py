@@ -2,13 +2,13 @@
 
 A skipped wall time is interpreted with the UTC offset before the change (RFC 5545, 3.3.5), so that it runs once. A
 repeated wall time runs the first time only, unless the rule has a rhythm: then it continues, so that the interval
-between runs does not become longer. For that, one run may be at another wall time.
+between runs does not become longer. For that, one run may be at another wall time, but on a day of the rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, time, timedelta, tzinfo
 
 #: Largest change of a UTC offset: across the International Date Line.
 _LONGEST_CHANGE = timedelta(days=1)
@@ -42,11 +42,16 @@ def next_in_zone(
         if jump > timedelta(0):
             until = change + jump  # skipped times are as much later
         elif rhythm_hours:
-            until = after(change - _MOMENT, offset + jump)  # continues until the first run in the new offset
+            first = after(change - _MOMENT, offset + jump)  # continues until the first run in the new offset
+            until = first and min(first, change + _LONGEST_CHANGE)
             while candidate and until and change <= candidate < until:
-                if candidate.astimezone(zone).hour in rhythm_hours:
+                local = candidate.astimezone(zone)
+                midnight = datetime.combine(local.date(), time(), UTC) - offset - jump
+                that_day = after(midnight - _MOMENT, offset + jump)
+                if local.hour in rhythm_hours and that_day and that_day < midnight + timedelta(days=1):
                     break
-                candidate = after(candidate, offset)
+                rest = timedelta(hours=1) - timedelta(minutes=local.minute, seconds=local.second)
+                candidate = after(candidate + rest - _MOMENT, offset)
         if candidate and candidate < (until or change):
             found = min(candidate, found or candidate)
         begin = change if rhythm_hours else max(change, change - jump)
