@@ -264,6 +264,35 @@ async def _planned(redis: Redis, schedule: str) -> dict[str, int] | None:
     return runs if schedule in runs else None
 
 
+@pytest.mark.leaves_keys(STREAM)
+async def test_schedules_too_frequent_for_the_server_hold_up_neither_the_configuration_nor_the_stop(
+    redis_url: str, redis: Redis
+) -> None:
+    too_often = {"common": {"PerVo": {"periodic": {"interval_seconds": 0.001}}}}
+    vos = [f"vo{number}" for number in range(500)]
+    async with scheduling(redis_url, PerVo, config=too_often, vos=vos) as scheduler:
+        await until(lambda: redis.xlen(STREAM))
+        scheduler.reconfigure(TasksConfig(), vos)
+        await until(_are_hourly(redis, len(vos)))
+        scheduler.reconfigure(TasksConfig.model_validate(too_often), vos)
+        await until(_are_not_hourly(redis))
+
+
+def _are_hourly(redis: Redis, number: int) -> Callable[[], Any]:
+    async def check() -> bool:
+        runs = await next_runs(redis)
+        return len(runs) == number and min(runs.values()) > time.time() * 1000 + HOUR_MS / 2
+
+    return check
+
+
+def _are_not_hourly(redis: Redis) -> Callable[[], Any]:
+    async def check() -> bool:
+        return max((await next_runs(redis)).values()) < time.time() * 1000 + HOUR_MS / 2
+
+    return check
+
+
 async def test_P43_a_scheduler_that_stands_by_leads_with_the_configuration_it_has_then(
     redis_url: str, redis: Redis
 ) -> None:

@@ -119,5 +119,7 @@ class Agenda:
                 occurrence = self._try_to_make(schedule, due_ms)
             if occurrence is not None:
                 taken.append(occurrence)
-                heapq.heappop(self._by_due)
+                # It may be there twice: outdated by `defer`, and again from `requeue`.
+                while self._by_due and self._by_due[0] == (due_ms, schedule):
+                    heapq.heappop(self._by_due)
         return taken

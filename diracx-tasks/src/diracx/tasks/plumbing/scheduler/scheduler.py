@@ -393,10 +393,15 @@ class TaskScheduler:
         return True
 
     async def _submit_due(self) -> bool:
-        """Submit due occurrences in batches, preparing one while another is sent. False: another one leads."""
+        """Submit due occurrences in batches, preparing one while another is sent. False: another one leads.
+
+        Those that become due meanwhile are left to the next call: with schedules that are too frequent for the
+        server, there is no end of them.
+        """
         sent: _Sent | None = None
+        begin_ms = self.clock.now_ms()
         try:
-            while (batch := self._take_batch()) or sent is not None:
+            while (batch := self._take_batch(begin_ms)) or sent is not None:
                 earlier, sent = sent, self._send(batch) if batch else None
                 if earlier is not None and not await self._handle_replies(earlier):
                     return False
@@ -408,9 +413,9 @@ class TaskScheduler:
         await self._publish_problems()
         return True
 
-    def _take_batch(self) -> list[Occurrence]:
+    def _take_batch(self, until_ms: float) -> list[Occurrence]:
+        taken = self._agenda.take_due(until_ms, OCCUR_BATCH, _PREPARE_LATE_SECONDS)
         now_ms = self.clock.now_ms()
-        taken = self._agenda.take_due(now_ms, OCCUR_BATCH, _PREPARE_LATE_SECONDS)
         return [occurrence for occurrence in taken if self._update_prepared(occurrence, now_ms)]
 
     def _send(self, batch: list[Occurrence]) -> _Sent:
