@@ -214,11 +214,59 @@ class TestRRule:
         schedule = RRuleSchedule("RRULE:FREQ=DAILY\nEXDATE:20260102T000000Z")
         assert schedule.next_after(utc(2026, 1, 1)) == utc(2026, 1, 3)
 
-    def test_a_rule_by_the_second_is_answered_at_once(self):
-        schedule = RRuleSchedule("FREQ=SECONDLY;INTERVAL=7")
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "FREQ=SECONDLY;INTERVAL=7",
+            "RRULE:FREQ=SECONDLY\nRRULE:FREQ=MONTHLY",
+            "RRULE:FREQ=MINUTELY\nEXRULE:FREQ=DAILY;BYHOUR=3\nEXDATE:20260101T000100Z",
+            "RRULE:FREQ=MINUTELY\nRDATE:20260101T000030Z",
+        ],
+    )
+    def test_a_rule_by_the_second_or_minute_is_answered_at_once(self, rule):
+        schedule = RRuleSchedule(rule)
         started = time.process_time()
         series(schedule, utc(2026, 1, 1), 2)
         assert time.process_time() - started < 2
+
+    @pytest.mark.parametrize(
+        ("rule", "message"),
+        [
+            ("FREQ=MINUTELY;BYMONTH=2;BYMONTHDAY=30", "no date matches it"),
+            ("FREQ=SECONDLY;BYWEEKNO=54;UNTIL=20400101T000000Z", "no date matches it"),
+            ("RRULE:FREQ=DAILY\nRRULE:FREQ=DAILY;BYYEARDAY=366;BYMONTH=1", "no date matches it"),
+            ("FREQ=SECONDLY;BYSETPOS=2", "no date matches it"),
+            ("FREQ=HOURLY;BYMINUTE=0,30;BYSETPOS=3,-3", "no date matches it"),
+            ("DTSTART:20200101T000000Z\nRRULE:FREQ=MINUTELY;COUNT=100000000", "use UNTIL instead"),
+            ("FREQ=DAILY;INTERVAL=99999999999999", "INTERVAL must be"),
+        ],
+    )
+    def test_a_rule_that_would_occupy_the_scheduler_for_minutes_is_refused(self, rule, message):
+        started = time.process_time()
+        with pytest.raises(ValueError, match=message):
+            RRuleSchedule(rule)
+        assert time.process_time() - started < 20
+
+    @pytest.mark.parametrize(
+        "rule", ["FREQ=DAILY;BYMONTH=2;BYMONTHDAY=29", "FREQ=HOURLY;BYMINUTE=0,30;BYSETPOS=2"]
+    )
+    def test_a_rare_rule_is_not_refused(self, rule):
+        moment = utc(2026, 3, 1)
+        expected = rrulestr(rule, dtstart=RRULE_ANCHOR).after(moment.replace(tzinfo=None))
+        assert RRuleSchedule(rule).next_after(moment) == expected.replace(tzinfo=UTC)
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "RRULE:FREQ=WEEKLY;INTERVAL=3\nRRULE:FREQ=MONTHLY;BYMONTHDAY=15\nEXRULE:FREQ=MONTHLY;BYDAY=1MO",
+            "rrule:freq=daily;interval=5\nexrule:freq=weekly;byday=su\nRDATE:20260301T100000",
+            "RRULE:FREQ=DAILY;INTERVAL=2;BYHOUR=1,2\nRRULE:FREQ=DAILY;COUNT=9000\nEXDATE:20260102T000000",
+        ],
+    )
+    def test_several_rules_have_the_occurrences_of_all(self, rule):
+        expected = rrulestr(rule, dtstart=RRULE_ANCHOR).between(datetime(2026, 1, 1), datetime(2026, 6, 1))
+        found = series(RRuleSchedule(rule), utc(2026, 1, 1), len(expected))
+        assert found == [moment.replace(tzinfo=UTC) for moment in expected]
 
     @pytest.mark.parametrize(
         "rule",

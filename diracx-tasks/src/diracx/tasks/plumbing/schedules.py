@@ -5,17 +5,15 @@ A schedule is a pure function from a time to the next occurrence after it, witho
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from ._util.local_time import next_in_zone
-
-if TYPE_CHECKING:
-    from dateutil.rrule import rrule, rruleset
 
 
 class TaskScheduleBase(ABC):
@@ -187,6 +185,12 @@ _FIXED_STEPS = {
     "DAILY": timedelta(days=1),
     "WEEKLY": timedelta(weeks=1),
 }
+_WEEK = _FIXED_STEPS["WEEKLY"]
+#: Parts of a rule of a period of up to an hour by which it may have several occurrences in one.
+_FINER = {"HOURLY": ("BYMINUTE", "BYSECOND"), "MINUTELY": ("BYSECOND",), "SECONDLY": ()}
+_LARGEST_INTERVAL = 10_000_000
+#: dateutil iterates over all occurrences of a rule with COUNT: this takes it a tenth of a second.
+_LARGEST_COUNT = 10_000
 _TIMES_OF_DAY = {"BYHOUR": "HOURLY", "BYMINUTE": "MINUTELY", "BYSECOND": "SECONDLY"}
 _DTSTART = re.compile(r"(?:^|\s)DTSTART((?:;[^:;\s]+)*):(\S+)", re.IGNORECASE)
 
@@ -195,10 +199,11 @@ class RRuleSchedule(TaskScheduleBase):
     """Recurrence rule of RFC 5545 (formerly RFC 2445), optionally with DTSTART, EXDATE and RDATE lines.
 
     A rule without DTSTART starts at `RRULE_ANCHOR`, so that `INTERVAL=2` means the same days in every process.
-    COUNT counts from DTSTART, as in the RFC: without it, all occurrences are in the past. Times are in UTC unless
-    DTSTART has a TZID, or an IANA zone is given as `timezone`; UNTIL is then in UTC, as in the RFC. With a zone,
-    HOURLY, MINUTELY and SECONDLY count elapsed time, unless the rule has hours, minutes or seconds. Other rules
-    are in local time: a repeated time runs once, and a skipped one later by the length of the change.
+    COUNT, 10,000 at most, counts from DTSTART, as in the RFC: without it, all occurrences are in the past. Times
+    are in UTC unless DTSTART has a TZID, or an IANA zone is given as `timezone`; UNTIL is then in UTC, as in the
+    RFC. With a zone, HOURLY, MINUTELY and SECONDLY count elapsed time, unless the rule has hours, minutes or
+    seconds. Other rules are in local time: a repeated time runs once, and a skipped one later by the length of the
+    change.
     """
 
     def __init__(self, rule: str, *, timezone: str | None = None) -> None:
@@ -211,8 +216,10 @@ class RRuleSchedule(TaskScheduleBase):
         try:
             self._start, self._body = _split_dtstart(rule, zone)
             self._parameters = _parameters(self._body)
-            if int(self._parameters.get("INTERVAL", "1")) < 1:
-                raise ValueError("INTERVAL must be at least 1")
+            lines = self._body.split()
+            self._rules = [(line, _parameters(line)) for line in lines if "FREQ=" in line.upper()]
+            self._dates = " ".join(line for line in lines if "FREQ=" not in line.upper())
+            self._check_rules()
             first = next(iter(self._parse(self._start)), None)
         except Exception as exc:
             reason = str(exc)
@@ -228,12 +235,42 @@ class RRuleSchedule(TaskScheduleBase):
         """Return whether the rule has a COUNT, but no DTSTART to count from."""
         return "COUNT" in self._parameters and not _DTSTART.search(self.rule)
 
-    def _parse(self, start: datetime) -> rrule | rruleset:
-        from dateutil.rrule import rrulestr
+    def _check_rules(self) -> None:
+        """Raise `ValueError` for an invalid rule, and for one that would occupy dateutil for minutes."""
+        _rrulestr(self._body, self._start)
+        for line, parameters in self._rules:
+            interval = int(parameters.get("INTERVAL", "1"))
+            if not 1 <= interval <= _LARGEST_INTERVAL:
+                raise ValueError(f"INTERVAL must be at least 1 and at most {_LARGEST_INTERVAL}")
+            if int(parameters.get("COUNT", "0")) > _LARGEST_COUNT:
+                raise ValueError(f"COUNT must be at most {_LARGEST_COUNT}: use UNTIL instead")
+            if (finer := _FINER.get(parameters.get("FREQ", ""))) is not None and "BYSETPOS" in parameters:
+                size = math.prod(parameters.get(name, "").count(",") + 1 for name in finer)
+                if all(abs(int(position)) > size for position in parameters["BYSETPOS"].split(",")):
+                    raise ValueError("no date matches it")
+            # The calendar repeats after 400 years; a search from now would take it a minute to the year 9999.
+            if interval == 1 and parameters.get("FREQ") in _FIXED_STEPS and "BYEASTER" not in line.upper():
+                endless = re.sub(r";?\b(COUNT|UNTIL)=[^;]*", "", line.rpartition(":")[2], flags=re.IGNORECASE)
+                start = self._start.replace(tzinfo=None)
+                late = start + max(0, (datetime(9599, 1, 1) - start) // _WEEK) * _WEEK
+                if next(iter(_rrulestr(endless.strip(";"), late)), None) is None:
+                    raise ValueError("no date matches it")
 
-        if start.tzinfo is None:
-            return rrulestr(self._body, dtstart=start, ignoretz=True)
-        return rrulestr(self._body, dtstart=start, tzids=ZoneInfo)
+    def _parse(self, start: datetime, moment: datetime | None = None) -> Any:
+        """Parse the rule; with `moment`, for its occurrences after it, without many of the earlier ones."""
+        from dateutil.rrule import rruleset
+
+        rules = [
+            (line, start if moment is None else _start_near(moment, start, parameters))
+            for line, parameters in self._rules
+        ]
+        if len(rules) == 1 and not self._dates:
+            return _rrulestr(*rules[0])
+        found = _rrulestr(self._dates, start, as_set=True) if self._dates else rruleset()
+        for line, near in rules:
+            add = found.exrule if line.upper().startswith("EXRULE") else found.rrule
+            add(_rrulestr(line.rpartition(":")[2], near))
+        return found
 
     def next_occurrence(self) -> datetime:
         """Return the first occurrence after now; `ValueError` if there is none."""
@@ -261,16 +298,8 @@ class RRuleSchedule(TaskScheduleBase):
 
     def _after(self, moment: datetime, start: datetime) -> datetime | None:
         """Return the first occurrence after a time, both with the UTC offset of the start."""
-        return self._parse(self._start_near(moment, start)).after(moment)
-
-    def _start_near(self, moment: datetime, start: datetime) -> datetime:
-        """Return a start of the same phase shortly before `moment`, as dateutil iterates over all occurrences."""
-        step = _FIXED_STEPS.get(self._parameters.get("FREQ", ""))
-        if step is None or "COUNT" in self._parameters or self._body.upper().count("FREQ=") != 1:
-            return start
-        step *= int(self._parameters.get("INTERVAL", "1"))
-        # One step earlier, as BYSETPOS needs the whole period of the start.
-        return start + max(0, (moment - start) // step - 1) * step
+        found: datetime | None = self._parse(start, moment).after(moment)
+        return found
 
     @property
     def _rhythm_hours(self) -> Collection[int]:
@@ -314,9 +343,27 @@ def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
     return start, (rule[: found.start()] + rule[found.end() :]).strip()
 
 
+def _rrulestr(text: str, start: datetime, *, as_set: bool = False) -> Any:
+    """Parse a rule of RFC 5545, without time zones if its start has none."""
+    from dateutil.rrule import rrulestr
+
+    naive = start.tzinfo is None
+    return rrulestr(text, dtstart=start, forceset=as_set, ignoretz=naive, tzids=None if naive else ZoneInfo)
+
+
+def _start_near(moment: datetime, start: datetime, parameters: Mapping[str, str]) -> datetime:
+    """Return a start of the same phase shortly before `moment`, as dateutil iterates over all occurrences."""
+    step = _FIXED_STEPS.get(parameters.get("FREQ", ""))
+    if step is None or "COUNT" in parameters:
+        return start
+    step *= int(parameters.get("INTERVAL", "1"))
+    # One step earlier, as BYSETPOS needs the whole period of the start.
+    return start + max(0, (moment - start) // step - 1) * step
+
+
 def _parameters(body: str) -> dict[str, str]:
     """Return the parameters that this module uses, by name."""
-    parts = r"(FREQ|INTERVAL|COUNT|UNTIL|BYHOUR|BYMINUTE|BYSECOND)=([^;\s]*)"
+    parts = r"(FREQ|INTERVAL|COUNT|UNTIL|BYSETPOS|BYHOUR|BYMINUTE|BYSECOND)=([^;\s]*)"
     return dict(re.findall(parts, body.upper()))
 
 
