@@ -187,7 +187,7 @@ def test_compute_elements_are_imported_with_back_ends_limits_vos_and_tags() -> N
         "queue": "ce503.cern.ch-condor",
         "platform": ["x86_64-el9"],
         "tags": ["GPU"],
-        "max_cpu_seconds": 9000 * 60,
+        "max_cpu_seconds": 9000 * 60 * 3125 // 250,
         "processors": 8,
         "max_memory_mb": 16384,
     }
@@ -231,7 +231,6 @@ def test_options_without_a_counterpart_are_listed_with_their_path_and_without_va
         "Resources/StorageElements": "not about compute elements",
         "LCG/LCG.CERN.ch/Name": "not about pilots",
         "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/GridEnv": "has no counterpart",
-        "LCG/LCG.CERN.ch/CEs/ce503.cern.ch/Queues/ce503.cern.ch-condor/SI00": "not about pilots",
         f"{CLUSTER}/cluster.example.org/SSHPassword": "has no counterpart",
         f"{CLUSTER}/oar.example.org": "left out: no back end for SSH with the batch system oar",
         f"{CLUSTER}/cream.example.org": "left out: no back end for CREAM with the batch system host",
@@ -355,6 +354,29 @@ def test_tags_other_than_those_of_the_size_are_kept(size: str, tags: set[str]) -
         one_ce(f"CEType = SSH\nTag = MultiProcessor, 8Processors, 4GB\n{size}")
     ).compute_elements
     assert set(entry["rules"].get("tags", ())) == tags
+
+
+@pytest.mark.parametrize(("speed", "limit"), [("", 7200), ("SI00 = 250", 7200), ("SI00 = 2500", 72_000)])
+def test_cpu_times_of_queues_are_compared_with_those_of_jobs_as_in_dirac(speed: str, limit: int) -> None:
+    """DIRAC: `60 / 250 * maxCPUTime * SI00`; without SI00 the unit is that of jobs."""
+    [entry] = import_dirac(one_ce(f"CEType = SSH\nmaxCPUTime = 120\n{speed}")).compute_elements
+    assert entry["rules"]["max_cpu_seconds"] == limit
+
+
+def test_tags_of_a_compute_element_are_added_to_those_of_its_queues() -> None:
+    queues = "Queues\n{\na\n{\nTag = x\nRequiredTag = y\n}\nb\n{\nTag = GPU\n}\n}"
+    [entry] = import_dirac(one_ce(f"CEType = SSH\nTag = GPU\nRequiredTag = z\n{queues}")).compute_elements
+    rules = {spec.name: spec.rules for spec in parse_ce_file(yaml.safe_dump({"compute_elements": [entry]}))}
+    assert rules["ce.example.org:a"].tags == ("x", "GPU")
+    assert rules["ce.example.org:a"].required_tags == ("y", "z")
+    assert (rules["ce.example.org:b"].tags, rules["ce.example.org:b"].required_tags) == (("GPU",), ("z",))
+
+
+@pytest.mark.parametrize("hosts", ["wn1/5, wn2/10", "wn1 wn2"])
+def test_hosts_that_are_left_out_are_listed(hosts: str) -> None:
+    found = import_dirac(one_ce(f"CEType = SSHBatch\nSSHHost = {hosts}"))
+    assert found.compute_elements[0]["settings"]["host"] == "wn1"
+    assert any(path.endswith("/SSHHost") and "several hosts" in reason for path, reason in found.remarks)
 
 
 @pytest.mark.parametrize("port", ["ssh", "²", "-1", "1e999"])

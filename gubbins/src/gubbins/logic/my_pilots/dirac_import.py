@@ -18,11 +18,13 @@ from .ce_file import CE_NAME, parse_ce_file
 MAX_CONFIGURATION_BYTES = 64 * 1024 * 1024
 
 _DIRAC_SLOTS, _DIRAC_WAITING = 10, 10  # SiteDirector's own limits where none is given
-_SECONDS = 60  # maxCPUTime is in minutes
+_SECONDS = 60  # maxCPUTime is in minutes, of a processor of SI00
+_SI00 = 250  # of the unit of CPU times in jobs
 
 #: Options of sites, compute elements and queues that do not concern pilots.
 _NOT_ABOUT_PILOTS = {"CE", "Coordinates", "Country", "Description", "Mail", "MoUTierLevel", "Name", "OS", "SE"}
-_NOT_ABOUT_PILOTS |= {"SI00", "SubmissionMode", "Tier", "architecture"}
+_NOT_ABOUT_PILOTS |= {"SubmissionMode", "Tier", "architecture"}
+_RESOURCES = {"Computing": "defaults of compute elements, if any, have to be copied to their sites"}
 
 
 class Remark(NamedTuple):
@@ -68,9 +70,14 @@ class _Section:
                 return self.options[name].strip() or None
         return self.outer.text(*names, inherit=True) if inherit and self.outer is not None else None
 
-    def as_list(self, *names: str, inherit: bool = False) -> list[str]:
+    def as_list(self, name: str, *, inherit: bool = True) -> list[str]:
         """Read an option as a list."""
-        return [word for word in re.split(r"[,\s]+", self.text(*names, inherit=inherit) or "") if word]
+        return [word for word in re.split(r"[,\s]+", self.text(name, inherit=inherit) or "") if word]
+
+    def merged_list(self, name: str) -> list[str]:
+        """Read an option as a list, with the words of all outer sections, as DIRAC does for tags."""
+        words = self.as_list(name, inherit=False) + (self.outer.merged_list(name) if self.outer else [])
+        return list(dict.fromkeys(words))
 
     def unused(self, *known: str) -> Iterator[Remark]:
         """Remarks on options that were not read, and on subsections other than the known ones."""
@@ -113,7 +120,9 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     ]
     resources: Mapping[str, Any] = tree.get("Resources", {})
     result.remarks += [
-        Remark(f"Resources/{name}", "not about compute elements") for name in resources if name != "Sites"
+        Remark(f"Resources/{name}", _RESOURCES.get(name, "not about compute elements"))
+        for name in resources
+        if name != "Sites"
     ]
     result.remarks += _site_directors(tree.get("Systems", {}), "Systems")
     sites = _Section(resources, "Resources").section("Sites")
@@ -250,23 +259,24 @@ def _queue(
         slots = _DIRAC_SLOTS
     waiting, minutes = _number(queue, "MaxWaitingJobs"), _number(queue, "maxCPUTime")
     processors, memory = _number(queue, "NumberOfProcessors"), _number(queue, "MaxRAM")
+    speed = _number(queue, "SI00") or _SI00
     size = CERules(processors=min(processors or 1, 10_000), max_memory_mb=min(memory or 0, 10**8) or None)
     by_size = tags_of(size)
-    tags = [word for word in queue.as_list("Tag", inherit=True) if word not in by_size]
+    tags = [word for word in queue.merged_list("Tag") if word not in by_size]
     rules: dict[str, Any] = {"policy": str(DemandPolicy.WAITING_JOBS), "site": site}
     rules["max_waiting"] = _DIRAC_WAITING if waiting is None else waiting
     optional: dict[str, Any] = {
         "queue": queue_name,
-        "platform": queue.as_list("Platform", inherit=True),
+        "platform": queue.as_list("Platform"),
         "tags": tags,
-        "required_tags": queue.as_list("RequiredTag", inherit=True),
-        "max_cpu_seconds": _SECONDS * minutes if minutes else None,
+        "required_tags": queue.merged_list("RequiredTag"),
+        "max_cpu_seconds": _SECONDS * minutes * speed // _SI00 if minutes else None,
         "processors": processors if processors and processors > 1 else None,
         "max_memory_mb": memory,
     }
     rules |= {rule: value for rule, value in optional.items() if value}
     entry: dict[str, Any] = {"capacity": round(slots * share) or (1 if slots and share else 0)}
-    if vos := queue.as_list("VO", inherit=True):
+    if vos := queue.as_list("VO"):
         entry["vos"] = vos
     own = {"cpus": processors, "memory_mb": memory, "queue": queue_name}
     entry["settings"] = backend.settings(queue, name, own)
@@ -295,10 +305,12 @@ def _non_empty(**settings: Any) -> dict[str, Any]:
 
 
 def _ssh(queue: _Section, name: str) -> dict[str, Any]:
-    host = queue.text("SSHHost", inherit=True) or name
+    host, *others = queue.as_list("SSHHost") or [name]
+    if others:
+        queue.remark("names several hosts: only the first is used, others need an entry each", "SSHHost")
     key = queue.text("SSHKey", inherit=True)
     return _non_empty(
-        host=host.partition("/")[0],
+        host=host.partition("/")[0],  # host/slots
         username=queue.text("SSHUser", inherit=True),
         port=_number(queue, "SSHPort", "Port"),
         client_keys=[key] if key else None,
