@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 from datetime import timedelta
 
+import pytest
+from sqlalchemy import insert
 from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.db.sql.schema import Pilots
+from gubbins.domain import clock
 from gubbins.domain.exceptions import PilotEndedError, PilotNotFoundError, PilotSubmissionError
 from gubbins.logic import my_pilots as logic
 
@@ -53,3 +57,23 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
     for ce in await db.list_ces(vo=None):
         assert ce["active"] <= ce["capacity"]
     assert await logic.count_illegal_histories(db) == 0
+
+
+@pytest.mark.parametrize("db_server", ["postgresql"], indirect=True)
+async def test_a_round_can_be_withdrawn_and_cancelled_in_any_number(db: MyPilotDB) -> None:
+    """PostgreSQL has at most 32,767 parameters in a statement."""
+    many = 33_000
+    await db.add_ce("ce", many, 1.0)
+    stamps = await db.add_requests("ce", vo="lhcb", count=many)
+    assert await db.delete_requests("ce", stamps) == many
+    now = clock.now()
+    row = {"vo": "lhcb", "ce_name": "ce", "submitted_at": now, "last_update": now}
+    async with db:
+        await db.conn.execute(insert(Pilots), [{**row, "stamp": stamp} for stamp in stamps])
+    left = many
+    for _ in range(4):
+        cancelled = await db.cancel_oldest_waiting(
+            "ce", "lhcb", submitted_before=clock.now() + timedelta(1), count=left, reason="no jobs"
+        )
+        left -= len(cancelled)
+    assert (left, await db.count_cancelling("lhcb")) == (0, {"ce": many})

@@ -16,6 +16,9 @@ from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from .schema import PilotDemand, PilotRequests, Pilots, columns_of
 from .session import PilotSession
 
+#: PostgreSQL's driver has at most 32,767 bound parameters in a statement.
+_BOUND_ROWS = 10_000
+
 
 class Demand(NamedTuple):
     """Demand of a VO at a compute element in its last round."""
@@ -42,8 +45,11 @@ class DemandMixin(PilotSession):
     async def delete_requests(self, ce_name: str, stamps: Sequence[str]) -> int:
         """Delete requests; return the number deleted."""
         await self.lock_ces([ce_name])  # to prevent deadlocks on MariaDB
-        deleted = await self.conn.execute(delete(PilotRequests).where(PilotRequests.stamp.in_(stamps)))
-        return int(deleted.rowcount)
+        deleted = 0
+        for first in range(0, len(stamps), _BOUND_ROWS):
+            these = PilotRequests.stamp.in_(stamps[first : first + _BOUND_ROWS])
+            deleted += (await self.conn.execute(delete(PilotRequests).where(these))).rowcount
+        return deleted
 
     @transaction
     async def refuse_requests(self, ce_name: str, refusals: Mapping[str, tuple[str, str]]) -> None:
@@ -141,7 +147,7 @@ class DemandMixin(PilotSession):
     async def cancel_oldest_waiting(
         self, ce_name: str, vo: str, *, submitted_before: datetime, count: int, reason: str
     ) -> list[int]:
-        """Request the cancellation of the VO's `count` longest waiting pilots; return their ids."""
+        """Request the cancellation of the VO's `count` (at most 10,000) longest waiting pilots; return ids."""
         oldest = (
             select(Pilots.id)
             .where(
@@ -152,7 +158,7 @@ class DemandMixin(PilotSession):
                 Pilots.submitted_at < submitted_before,
             )
             .order_by(Pilots.submitted_at, Pilots.id)
-            .limit(count)
+            .limit(min(count, _BOUND_ROWS))
         )
         ids = [int(id) for id in (await self.conn.execute(oldest)).scalars()]
         statement = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
