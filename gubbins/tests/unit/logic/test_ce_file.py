@@ -116,6 +116,37 @@ def test_a_ce_file_of_another_structure_is_refused(text: str) -> None:
     assert "compute_elements" in problems_of(text)[""]
 
 
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("2026-02-30", "line 4"),
+        ("0x_", "line 4"),
+        ("!!float s3cret", "line 4"),
+        ("9" * 5_000, "line 4"),
+        ("'\0'", ""),
+        ("[" * 3_000, ""),
+    ],
+)
+def test_any_invalid_yaml_is_an_error_of_one_line(value: str, line: str) -> None:
+    [(path, problem)] = problems_of(
+        f"compute_elements:\n  - name: ce\n    capacity: 1\n    vos: {value}\n"
+    ).items()
+    assert path == line
+    assert "\n" not in problem
+    assert len(problem) < 300
+    assert "s3cret" not in problem
+
+
+def test_entries_can_be_merged_with_others() -> None:
+    text = """
+compute_elements:
+  - &first {name: a, capacity: 1, rules: &rules {trickle: 2, max_waiting: 3}}
+  - {<<: *first, name: b, rules: {<<: *rules, trickle: 0}}
+"""
+    _, b = parse_ce_file(text)
+    assert (b.name, b.capacity, b.rules.trickle, b.rules.max_waiting) == ("b", 1, 0, 3)
+
+
 def test_invalid_yaml_and_duplicate_keys_are_reported_with_their_line() -> None:
     assert all(path.startswith("line ") for path in problems_of("compute_elements:\n  - {name: a"))
     assert "appears twice" in problems_of("compute_elements:\n- name: a\n  name: b\n")["line 3"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gubbins.ces.registry import OF_VOS, problem_of, validate_all_settings
 from gubbins.domain.exceptions import CEFileError, CESettingsError
 from gubbins.domain.rules import CERules, VORules
+from gubbins.domain.text import one_line
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 """Pattern of the name of a compute element."""
@@ -105,11 +106,21 @@ class CESpec(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys."""
+    """YAML loader that refuses duplicate keys, and reports all errors as `YAMLError`."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # 2026-02-30
+            kind = node.tag.rpartition(":")[2]
+            what = f"this is no valid {kind}; in quotes it would be text"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable) or key in seen:
                 what = f"key {key!r} appears twice" if isinstance(key, Hashable) else "a key must be one word"
@@ -130,6 +141,8 @@ def parse_ce_file(text: str) -> list[CESpec]:
         document = yaml.load(text, Loader=_Loader)  # noqa: S506 # a SafeLoader, by derivation
     except yaml.YAMLError as error:
         raise CEFileError([_yaml_error(error)]) from error
+    except RecursionError as error:
+        raise CEFileError([("", "it is nested too deeply")]) from error
     if not isinstance(document, dict) or not isinstance(document.get("compute_elements"), list):
         raise CEFileError([("", "the file must have one key, `compute_elements`, with a list below it")])
     problems = [
@@ -199,5 +212,5 @@ def _field_error(at: str, problem: Any) -> tuple[str, str]:
 
 def _yaml_error(error: yaml.YAMLError) -> tuple[str, str]:
     mark = getattr(error, "problem_mark", None)
-    message = getattr(error, "problem", None) or str(error)
+    message = one_line(getattr(error, "problem", None) or error)
     return "" if mark is None else f"line {mark.line + 1}", message
