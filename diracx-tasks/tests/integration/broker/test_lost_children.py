@@ -176,6 +176,17 @@ async def test_a_message_of_a_later_version_is_redelivered_and_no_dead_letter(
         await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
 
 
+async def test_messages_of_a_later_version_are_redelivered_at_varying_times(redis_url: str, redis: Redis) -> None:
+    async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False):
+        for number in range(20):
+            await redis.xadd(QUEUE, {"data": msgpack.packb({"task_id": f"new {number}", "format": 2})})
+        while await redis.zcard(keys.DELAYED) < 20:
+            await asyncio.sleep(0.01)
+        due_ms = [due for _, due in await redis.zrange(keys.DELAYED, 0, -1, withscores=True)]
+        assert max(due_ms) - min(due_ms) > 3000
+        await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
+
+
 async def test_a_child_of_a_later_version_that_is_cancelled_ends_its_group(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
         await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())

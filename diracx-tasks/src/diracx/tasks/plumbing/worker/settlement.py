@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -39,8 +40,9 @@ logger = logging.getLogger(__name__)
 
 #: Longest delay of a requested retry when the policy gives none: 1 s, 2 s, 4 s … up to this.
 _LONGEST_REQUESTED_DELAY_SECONDS = 3600
-#: Delay after which a message for workers of a later version is delivered again.
-_NEWER_DELAY_MS = 10_000
+#: Delay after which a message for workers of a later version is delivered again. It varies, since blocking reads
+#: of idle workers end at regular times: with a fixed one, the same worker could get the message again and again.
+_NEWER_DELAYS_MS = (5_000, 15_000)
 #: Characters of the traceback of a failed attempt that are kept in the message.
 _LONGEST_ATTEMPT_TRACEBACK = 4_000
 #: Characters of the error messages and tracebacks of all attempts of a task; beyond that, of an old error message.
@@ -151,7 +153,8 @@ def defer_to_newer_worker(delivery: Delivery, error: Exception) -> Settlement:
     assert delivery.data is not None
     task = (id_at_head(delivery.data) or delivery.entry.encode()).decode(errors="replace")
     logger.warning("%s is left to workers of a later version: %s", task, error)
-    return Settlement(delivery, retry=defer(delivery, task, _NEWER_DELAY_MS, delivery.data))
+    delay_ms = random.randint(*_NEWER_DELAYS_MS)
+    return Settlement(delivery, retry=defer(delivery, task, delay_ms, delivery.data))
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
