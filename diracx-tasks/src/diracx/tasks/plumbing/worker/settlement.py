@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_REQUESTED_DELAY_SECONDS = 3600
 #: Delay after which a message for workers of a later version is delivered again. It varies, since blocking reads
 #: of idle workers end at regular times: with a fixed one, the same worker could get the message again and again.
-_NEWER_DELAYS_MS = (5_000, 15_000)
+_NEWER_DELAYS_MS = (1_000, 9_000)
 #: Characters of the traceback of a failed attempt that are kept in the message.
 _LONGEST_ATTEMPT_TRACEBACK = 4_000
 #: Characters of the error messages and tracebacks of all attempts of a task; beyond that, of an old error message.
