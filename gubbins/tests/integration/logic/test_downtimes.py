@@ -151,23 +151,35 @@ async def test_a_vo_sees_the_downtimes_of_the_compute_elements_that_serve_it(sql
         await logic.list_downtimes(sqlite_db, "theirs", "lhcb")
 
 
+@pytest.mark.parametrize("early", [False, True])
 async def test_there_are_no_alerts_during_a_downtime_and_for_pilots_that_ended_in_it(
-    sqlite_db: MyPilotDB, time: Clock
+    sqlite_db: MyPilotDB, time: Clock, early: bool
 ) -> None:
     db = sqlite_db
     await db.add_ce("ce", 50, 1.0)
     await db.ban_ce("ce", reason="it burns")
-    await plan(db, 1, 3)
+    number = await plan(db, 1, 10 if early else 3)
 
     async def alarms() -> int:
         quiet = await logic.ces_in_downtime(db, clock.now() - timedelta(hours=1))
         return len(find_alerts([ce for ce in await logic.list_ces(db) if ce["name"] not in quiet], {}))
 
     found = [await alarms()]
-    for _ in range(4):
+    for hour in range(1, 5):
         time.at += timedelta(hours=1)
+        if early and hour == 3:
+            await logic.remove_downtime(db, number)
         found.append(await alarms())
     assert found == [1, 0, 0, 0, 1]
+
+
+async def test_a_downtime_that_is_removed_before_its_start_was_none(sqlite_db: MyPilotDB, time: Clock) -> None:
+    await sqlite_db.add_ce("ce", 50, 1.0)
+    number = await plan(sqlite_db, 1, 3, drain_hours=4)
+    await logic.remove_downtime(sqlite_db, number)
+    assert await logic.list_downtimes(sqlite_db, past=True) == []
+    with pytest.raises(DowntimeNotFoundError):
+        await logic.remove_downtime(sqlite_db, number)
 
 
 @pytest.fixture(params=["sqlite", "mariadb"])

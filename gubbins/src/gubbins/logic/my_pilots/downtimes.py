@@ -11,7 +11,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain import clock
 from gubbins.domain.downtimes import Downtime, downtime_error
-from gubbins.domain.exceptions import DowntimeError
+from gubbins.domain.exceptions import DowntimeError, DowntimeNotFoundError
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
@@ -91,15 +91,20 @@ async def ces_in_downtime(db: MyPilotDB, since: datetime) -> set[str]:
 
 
 async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
-    """Remove a downtime, which ends it if it has started, and return it.
+    """Remove a downtime, and return it. If it has started, it ends, and stays for the alerts about failures in it.
 
     Raises:
-        DowntimeNotFoundError: there is no such downtime.
+        DowntimeNotFoundError: there is no such downtime, or it has ended.
     """
 
     async def remove() -> Downtime:
-        downtime = await db.get_downtime(downtime_id)
-        await db.delete_downtime(downtime_id)
+        downtime, now = await db.get_downtime(downtime_id), clock.now()
+        if downtime.ends_at <= now:
+            raise DowntimeNotFoundError(downtime_id)
+        if downtime.starts_at <= now:
+            await db.set_downtime_end([downtime_id], now)
+        else:
+            await db.delete_downtime(downtime_id)
         return downtime
 
     return await db.run(remove)
