@@ -102,7 +102,7 @@ class Counts:
 
 
 async def _server(redis: Redis) -> tuple[int, int]:
-    """Commands run, and bytes answered, since the server's start."""
+    """Commands run, and bytes sent, since the server's start."""
     stats: Any = await redis.info("commandstats")
     network: Any = await redis.info("stats")
     commands = sum(stat["calls"] for name, stat in stats.items() if name != "cmdstat_info")
@@ -126,7 +126,7 @@ async def counted(redis: Redis, tasks: int) -> AsyncIterator[list[Counts]]:
     with patch.object(AbstractConnection, "send_packed_command", counting):
         yield found
     after = await _server(redis)
-    asking = before[1] - first[1]  # what the question itself is answered
+    asking = before[1] - first[1]  # the reply to INFO itself
     found.append(
         Counts(
             round_trips=round(requests / tasks, 3),

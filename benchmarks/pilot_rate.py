@@ -1,6 +1,6 @@
 """Rate at which pilots are submitted, from the requests of rounds to the last task: `make bench-pilot-rate`.
 
-One worker process (this one) on uvloop, SQLite, a server of its own. The simulated back end answers at once, or
+One worker process (this one) on uvloop, SQLite, a server of its own. The simulated back end responds at once, or
 with the latency of a far one: each call of its `submit` takes so long, however many pilots it has.
 """
 
@@ -132,13 +132,13 @@ async def rate(
 
 @contextmanager
 def _counted(number: int) -> Iterator[asyncio.Event]:
-    """Set when so many requests have been answered. (To look at the server until it is empty costs it time.)"""
-    all_done, answer = asyncio.Event(), logic.submit_requested_pilot
+    """Set when so many requests have been executed. (To look at the server until it is empty costs it time.)"""
+    all_done, submit = asyncio.Event(), logic.submit_requested_pilot
 
     async def counting(*arguments: Any, **more: Any) -> int | None:
         nonlocal number
         try:
-            return await answer(*arguments, **more)
+            return await submit(*arguments, **more)
         finally:
             number -= 1
             if number == 0:
@@ -148,7 +148,7 @@ def _counted(number: int) -> Iterator[asyncio.Event]:
     try:
         yield all_done
     finally:
-        logic.submit_requested_pilot = answer
+        logic.submit_requested_pilot = submit
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 200 compute elements are shared by 10 VOs and hold 100,000 pilots, beside 900,000 that have ended. Each simulated
 minute is one cycle: every VO asks for pilots, all that were asked for are submitted, and every VO's pilots are
-checked. The database is a real one (SQLite in a file), the compute elements answer at once.
+checked. The database is a real one (SQLite in a file), the compute elements respond at once.
 """
 
 from __future__ import annotations

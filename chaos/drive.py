@@ -40,7 +40,7 @@ from .remains import everything, leftovers
 _OURS = "chaos-driver"
 #: Name of the place that submits.
 SUBMITTER = "submitter"
-#: A client that does not wait for long, so that there are submissions without an answer.
+#: A client that does not wait for long, so that there are submissions without a reply.
 _SUBMITTER_OPTIONS = "socket_timeout=2"
 _TICK_SECONDS = 0.05
 #: More than the default of 3: here workers die every few seconds, and innocent tasks with them.
@@ -290,7 +290,7 @@ class Driver:
         numbers: Sequence[int],
         call: Callable[[], Awaitable[None]],
     ) -> None:
-        """Submit once. What has no answer is not repeated; then wait until the server accepts writes again."""
+        """Submit once. What has no reply is not repeated; then wait until the server accepts writes again."""
         try:
             await call()
         except SendTaskError:

@@ -66,7 +66,7 @@ class Outage:
     what: str
     begin: float
     end: float = math.inf
-    """Time when it answered again (or the promoted replica did)."""
+    """Time when it (or the promoted replica) replied again."""
     lost_from: float = math.inf
     """Time from which writes may be lost; infinity: none may."""
     lost_until: float = -math.inf

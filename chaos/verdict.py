@@ -4,7 +4,7 @@ What is counted:
 
 - *Lost*: a task whose submission was acknowledged, and which neither succeeded nor became a dead letter. What was
   acknowledged while the configuration may lose what is written (`redis_servers.Outage`) is counted on its own. A
-  submission without an answer may have arrived or not; if it has, all other promises hold for it.
+  submission without a reply may have arrived or not; if it has, all other promises hold for it.
 - *Executed more than once* counts executions beyond the expected number (1; failing ones 3; those that fail once
   2), by what disturbed the one before (`executions.py`). Beyond what nothing disturbed, none is allowed.
 - *Recovery* is judged where only processes are disturbed, and by its median, for a single task may wait behind
@@ -128,9 +128,9 @@ class ChaosResult:
 
     def _lost(self) -> Iterable[Promise]:
         acknowledged = self._observed.acknowledged
-        unanswered = [n for n in self._observed.submitted if n not in acknowledged]
-        arrived = sum(n in self._by_task for n in unanswered)
-        yield Promise("submissions without an answer", len(unanswered), None, f"{arrived} of them had arrived")
+        without_reply = [n for n in self._observed.submitted if n not in acknowledged]
+        arrived = sum(n in self._by_task for n in without_reply)
+        yield Promise("submissions without a reply", len(without_reply), None, f"{arrived} of them had arrived")
         lost, ages = [], []
         for n, at in acknowledged.items():
             if self._finished(n):
@@ -250,9 +250,7 @@ class ChaosResult:
                     wrong.append(f"{callback} fired before its child {child} had ended")
             begun = sum(child in self._by_task for child in children)
             if callback not in self._observed.acknowledged and begun > 0 and not runs and not self._data_lost():
-                wrong.append(
-                    f"{callback} never fired, though {begun} of its children had arrived without an answer"
-                )
+                wrong.append(f"{callback} never fired, though {begun} of its children had arrived without a reply")
         yield Promise("callbacks fired", fired, None, f"of {len(self._observed.groups)} groups")
         yield self._count("callbacks fired twice, early or as failed, or not", wrong)
 

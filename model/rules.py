@@ -20,4 +20,4 @@ class Rules:
     """Tasks in the queue at first; the others have been settled before."""
 
 
-KINDS = ("dies", "is paused", "is cut off", "an answer is lost", "the server is away")
+KINDS = ("dies", "is paused", "is cut off", "a reply is lost", "the server is away")

@@ -20,7 +20,7 @@ _MOMENT = re.compile(r"\d{13,17}(?:-\d+)?")
 #: Where the delivery is of which an owner of a lock is made.
 _OWNER = re.compile(r"(\d+)/(\d{13}-\d+)")
 #: After these alone, what needs no lock must have begun once.
-_HARMLESS = frozenset({"the server is away", "an answer is lost"})
+_HARMLESS = frozenset({"the server is away", "a reply is lost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class WorkerState:
     lease: str = "valid"
     """valid; expired (its timer has fired, or will when it goes on); ended (for the server, too)."""
     held: tuple[Held, ...] = ()
-    answer_lost: bool = False
+    reply_lost: bool = False
     """True if the last fetch had no response: its possible reservations are fetched first."""
 
     @property
@@ -127,7 +127,7 @@ def _pieces(state: State, content: Sequence[tuple[str, Any]]) -> Iterator[str]:
                 owners += line
                 yield f"{key} {line}"
     for name, worker in zip(NAMES, state.workers, strict=True):
-        yield f"{name} {worker.process} {worker.connected} {worker.lease} {worker.answer_lost}"
+        yield f"{name} {worker.process} {worker.connected} {worker.lease} {worker.reply_lost}"
         for held in worker.held:
             at = names.get((held.stream, held.entry))
             if at is not None:

@@ -1,6 +1,6 @@
 """Steps from a state: those of each worker, and failures.
 
-A worker here does what `diracx.tasks.plumbing.worker` does: it asks for a lost answer first, begins nothing under
+A worker here does what `diracx.tasks.plumbing.worker` does: it asks for a lost reply first, begins nothing under
 a lock that it was not granted, and its lease timer ends what holds a lock before the lease does.
 """
 
@@ -97,7 +97,7 @@ class Steps:
             return
         if worker.lease != "valid":
             yield f"{name} renews", lambda: self._renew(state, which)
-        if worker.answer_lost:
+        if worker.reply_lost:
             yield f"{name} fetches unacknowledged messages", lambda: self._take(state, which, "unacknowledged")
         elif len(worker.held) < _SLOTS:
             yield f"{name} fetches", lambda: self._take(state, which, "fetch")
@@ -135,10 +135,10 @@ class Steps:
             self._check_redelivery_count(state, which, each)
         # A call for work is a sign of life: what it gives cannot be taken over at once.
         lives = replace(worker, lease="valid") if worker.lease == "ended" and verb != "unacknowledged" else worker
-        found = [self._with(state, which, replace(lives, held=(*worker.held, *taken), answer_lost=False))]
-        if taken and verb != "unacknowledged" and self._may(state, "an answer is lost"):
-            lost = self._with(state, which, replace(lives, answer_lost=True))
-            found.append(self._disturbed(lost, "an answer is lost"))
+        found = [self._with(state, which, replace(lives, held=(*worker.held, *taken), reply_lost=False))]
+        if taken and verb != "unacknowledged" and self._may(state, "a reply is lost"):
+            lost = self._with(state, which, replace(lives, reply_lost=True))
+            found.append(self._disturbed(lost, "a reply is lost"))
         return found
 
     def _check_redelivery_count(self, state: State, which: int, delivery: Delivery) -> None:
@@ -169,8 +169,8 @@ class Steps:
             found = [self._begun(state, which, replace(held, ask=False), locked=bool(lock))]
         else:
             found = [self._instead(state, which, held)]
-        if self._may(state, "an answer is lost"):
-            found.append(self._disturbed(state, "an answer is lost"))
+        if self._may(state, "a reply is lost"):
+            found.append(self._disturbed(state, "a reply is lost"))
         return found
 
     def _begun(self, state: State, which: int, held: Held, locked: bool = False) -> State:
@@ -202,9 +202,9 @@ class Steps:
             settled = tuple(n + (i == position) for i, n in enumerate(state.settled))
             after = replace(state, settled=settled)
         found = [self._instead(after, which, held)]
-        if self._may(state, "an answer is lost"):
+        if self._may(state, "a reply is lost"):
             again = held if held.phase == "cut off" else replace(held, phase="ended", locked=False)
-            found.append(self._disturbed(self._instead(after, which, held, again), "an answer is lost"))
+            found.append(self._disturbed(self._instead(after, which, held, again), "a reply is lost"))
         return found
 
     def _renew(self, state: State, which: int) -> list[State]:
@@ -223,10 +223,10 @@ class Steps:
             after = replace(held, phase="cut off", locked=False) if held in without else held
             kept.append(replace(after, ask=True) if held.phase == "reserved" else after)
         found = [self._with(state, which, replace(worker, lease="valid", held=tuple(kept)))]
-        if self._may(state, "an answer is lost"):
+        if self._may(state, "a reply is lost"):
             # It does not know that it has renewed, and its lease begins anew for the server.
             lost = self._with(state, which, replace(worker, lease="expired"))
-            found.append(self._disturbed(lost, "an answer is lost"))
+            found.append(self._disturbed(lost, "a reply is lost"))
         return found
 
     @staticmethod

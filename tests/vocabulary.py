@@ -148,6 +148,11 @@ WORDS = (
         "grant, fetch_unacknowledged, requeue",
         SOURCE,
     ),
+    # A question of the dashboard or the command line has an answer.
+    Word(
+        r"(?i)(?<!database_)(?<!\.)(?<!def )(?<!for )(?<!\{)(un)?answer(?!s\|| a question)",
+        "response (of an HTTP server, a site, a database), reply (of Redis)",
+    ),
     Word(
         r"\b(by_hand|places|counted|typed|watching|measured|asking|families|exporting|sharing|recording|troubles|deeds"
         r"|claims|courses|complaints|answers|following|patience|ending|door|live|guard|letter)\.py\b",

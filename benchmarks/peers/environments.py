@@ -15,7 +15,7 @@ ENVIRONMENTS = ROOT / ".bench"
 _HERE = Path(__file__).parent
 #: Environments whose tasks are found through entry points, as those of installed packages are.
 _WITH_ENTRY_POINTS = {"ours", "reference"}
-_TASKS = ("NoOp", "Answer", "Nap", "Clock", "Due", "OwnMutex", "Alone")
+_TASKS = ("NoOp", "ReturnOne", "Nap", "Clock", "Due", "OwnMutex", "Alone")
 
 
 class EnvironmentFailedError(RuntimeError):
@@ -72,7 +72,7 @@ def variables(url: str, meter: Path, *, results: bool = False) -> dict[str, str]
 
 
 def _fingerprint(name: str) -> str:
-    parts = [sys.version, requirements(name).read_text()]
+    parts = [sys.version, requirements(name).read_text(), *(_TASKS if name in _WITH_ENTRY_POINTS else ())]
     if name == "ours":  # the code itself is installed in place, what it needs is not
         parts += [(ROOT / path).read_text() for path in ("constraints.txt", "diracx-tasks/pyproject.toml")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -230,7 +230,7 @@ def mutex(bench: Bench, peer: Peer) -> Figures:
 def results(bench: Bench, peer: Peer) -> Figures:
     with run(bench, peer, results=True) as it:
         number = bench.enough(peer, 20_000)
-        it.submit("answer", number)
+        it.submit("return_one", number)
         with it.worker() as worker:
             reading = it.wait_for(number, worker)
             worker.stop()

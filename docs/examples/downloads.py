@@ -9,7 +9,7 @@ from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, UnretryableError
 
 @dataclass
 class Download(BaseTask):
-    """Pretends to fetch a file from a server that answers only the third time."""
+    """Pretends to fetch a file from a server that responds only the third time."""
 
     url: str
 
@@ -21,7 +21,7 @@ class Download(BaseTask):
             raise UnretryableError(f"will not fetch {self.url!r}: only https")
         attempt = _count(self.url)
         if attempt < 3:
-            raise ConnectionError(f"no answer to attempt {attempt}")
+            raise ConnectionError(f"no response to attempt {attempt}")
         return f"got it at attempt {attempt}"
 
 

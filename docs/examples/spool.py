@@ -56,6 +56,6 @@ class SpoolBackend(CEBackend[SpoolSettings]):
             with contextlib.suppress(FileNotFoundError):
                 text = (self.settings.directory / f"{pilot.stamp}.{suffix}").read_text()
                 reason = text.strip() if state is Observed.FAILED else None
-                # The reference is for a pilot whose submission was never answered; others have it.
+                # The reference is for a pilot whose submission was never confirmed; others have it.
                 return Observation(state, reason, f"spool://{pilot.stamp}")
         return None

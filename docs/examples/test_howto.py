@@ -154,8 +154,8 @@ async def test_a_route_submits() -> None:
     app.include_router(router)
     async with TaskSystem([my_tasks.Hello]) as system:
         async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
-            answer = await client.post("/greet/world")
-        assert (await system.result(answer.json())).return_value == "Hello, world!"
+            response = await client.post("/greet/world")
+        assert (await system.result(response.json())).return_value == "Hello, world!"
 
 
 def test_the_configuration_is_valid_and_names_tasks_that_exist() -> None:

@@ -1,7 +1,7 @@
 """Writes the reference of an HTTP API from its routes.
 
 A page that holds the line `<!-- http: module:attribute /prefix -->` gets there one section for each route of that
-router: what it does, its parameters, what it may answer.
+router: what it does, its parameters, its responses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _sections(schema: dict[str, Any], prefix: str) -> Iterator[str]:
             yield f"## {method.upper()} {prefix}{path}\n"
             yield f"{inspect.cleandoc(operation.get('description', ''))}\n"
             yield from _parameters(operation)
-            yield from _answers(schema, operation)
+            yield from _responses(schema, operation)
 
 
 def _parameters(operation: dict[str, Any]) -> Iterator[str]:
@@ -53,10 +53,10 @@ def _parameters(operation: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _answers(schema: dict[str, Any], operation: dict[str, Any]) -> Iterator[str]:
+def _responses(schema: dict[str, Any], operation: dict[str, Any]) -> Iterator[str]:
     if example := _example(schema, operation.get("requestBody", {})):
         yield f"Body:\n\n```json\n{example}\n```\n"
-    yield "| answer | |\n|---|---|"
+    yield "| response | |\n|---|---|"
     for code, response in sorted(operation["responses"].items()):
         yield f"| {code} | {_WORDS.get(response['description'], response['description'])} |"
     yield ""

@@ -182,7 +182,7 @@ def test_sandbox_settings() -> Any:
 
 
 class ScriptedBackend(CEBackend[CESettings]):
-    """Answers what the test wrote down, by CE name: an exception is raised, an event is waited for.
+    """Returns what the test wrote down, by CE name: an exception is raised, an event is waited for.
 
     What is not written down is unknown to it.
     """
@@ -196,28 +196,28 @@ class ScriptedBackend(CEBackend[CESettings]):
     forgotten: ClassVar[dict[str, MyPilotStatus]] = {}
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        answer = await self._answer("submit", self.submissions[self.ce.name])
-        return {pilot.stamp: answer for pilot in pilots}
+        response = await self._play("submit", self.submissions[self.ce.name])
+        return {pilot.stamp: response for pilot in pilots}
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        answer = await self._answer("poll", self.observations.get(self.ce.name))
-        return {} if answer is None else {pilot.stamp: answer for pilot in pilots}
+        response = await self._play("poll", self.observations.get(self.ce.name))
+        return {} if response is None else {pilot.stamp: response for pilot in pilots}
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
-        await self._answer("cancel", self.cancellations.get(self.ce.name))
+        await self._play("cancel", self.cancellations.get(self.ce.name))
         self.cancelled.extend(pilot.stamp for pilot in pilots)
 
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         self.forgotten.update((pilot.stamp, pilot.status) for pilot in pilots)
 
-    async def _answer(self, what: str, answer: Any) -> Any:
+    async def _play(self, what: str, response: Any) -> Any:
         self.calls.append((self.ce.name, what))
-        if isinstance(answer, asyncio.Event):
-            await answer.wait()
+        if isinstance(response, asyncio.Event):
+            await response.wait()
             return None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(response, Exception):
+            raise response
+        return response
 
 
 #: What is installed stays the same, and reading it takes 6 ms.

@@ -108,8 +108,8 @@ class Tab:
         await self.open("/audit")
         token = await self.page.locator('[name="form_token"]').first.input_value()
         status, text = await self.page.evaluate(
-            "async ([to, fields]) => { const answer = await fetch(to, {method: 'POST', "
-            "body: new URLSearchParams(fields)}); return [answer.status, await answer.text()]; }",
+            "async ([to, fields]) => { const response = await fetch(to, {method: 'POST', "
+            "body: new URLSearchParams(fields)}); return [response.status, await response.text()]; }",
             [self.home + path, {**fields, "form_token": token, "confirmed": "yes"}],
         )
         return status == 403 and "your role is `read`" in text
@@ -165,7 +165,7 @@ async def chromium() -> AsyncIterator[Any]:
 
 @asynccontextmanager
 async def served(app: Any, listening: socket.socket) -> AsyncIterator[None]:
-    """An application that answers there. What it opens with its lifespan is for the caller to open."""
+    """An application that is served there. What it opens with its lifespan is for the caller to open."""
     import uvicorn
 
     config = uvicorn.Config(

@@ -169,7 +169,7 @@ class Stage(BaseTask):
     retry_policy = ExponentialBackoff(base_delay_seconds=900, max_retries=5)
 
     async def execute(self) -> None:
-        raise TimeoutError("no answer from srm://tape.example.org:8443 within 30 s")
+        raise TimeoutError("no response from srm://tape.example.org:8443 within 30 s")
 
 
 class Summarise(PeriodicVoAwareBaseTask):

@@ -101,10 +101,10 @@ class Browser:
 
     async def consent(self, started: httpx.Response) -> str:
         """Go where that page leads to, and consent: the address that the browser is sent back to."""
-        answer = await self.client.get(onward(started))
-        assert answer.status_code == 307, answer.text
+        response = await self.client.get(onward(started))
+        assert response.status_code == 307, response.text
         async with httpx.AsyncClient(event_hooks={"response": [self._see]}) as elsewhere:
-            page = await elsewhere.get(answer.headers["location"])
+            page = await elsewhere.get(response.headers["location"])
             consent = re.search(r'name="asked" value="([^"]+)"', page.text)
             assert consent, page.text
             given = await elsewhere.post(

@@ -101,7 +101,7 @@ class Flaky(BaseTask):
     retry_policy = ExponentialBackoff(base_delay_seconds=3600, max_retries=3)
 
     async def execute(self) -> None:
-        raise TimeoutError(f"no answer from {self.url}")
+        raise TimeoutError(f"no response from {self.url}")
 
 
 @dataclass

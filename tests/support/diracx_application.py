@@ -47,7 +47,7 @@ def make_application() -> Any:
 
     assert {api.__name__, dashboard.__name__}
     app = create_app()
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first response is 503
     return app
 
 

@@ -47,7 +47,7 @@ async def leave_carrier(site: HTCondorSite, backend: HTCondorBackend, directory:
     """Leave a carrier without pilots, as a submission does that is killed."""
     other = carriers(site)
     killed = killed_before("outcomes |= _materialize(", backend, directory)
-    with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
+    with pytest.raises(CEUnavailableError, match="no response from HTCondor's bindings"):
         await killed.submit([new_pilot("vo") for _ in range(6)])
     (carrier,) = carriers(site) - other
     return carrier

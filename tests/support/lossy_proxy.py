@@ -12,8 +12,8 @@ __all__ = ["LossyProxy"]
 
 
 class LossyProxy:
-    """Forwards to a server, but breaks the connection instead of passing on the n-th answer after `lose(n, …)`;
-    after `stop_answering()` passes nothing on by the connections that there are, and leaves them open;
+    """Forwards to a server, but breaks the connection instead of passing on the n-th reply after `lose(n, …)`;
+    after `stop_replying()` passes nothing on by the connections that there are, and leaves them open;
     `forget()` closes those, and does not tell the server; after `keep_open()` the server hears of no end at all.
     """
 
@@ -28,11 +28,11 @@ class LossyProxy:
         self.lost = asyncio.Event()
 
     def lose(self, nth: int, needle: bytes) -> None:
-        """Lose the n-th answer that contains the needle."""
+        """Lose the n-th reply that contains the needle."""
         self._needle, self._countdown = needle, nth
         self.lost.clear()
 
-    def stop_answering(self) -> None:
+    def stop_replying(self) -> None:
         self._silent = self._connections
 
     def forget(self) -> None:
@@ -72,7 +72,7 @@ class LossyProxy:
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
         ways = [
             asyncio.ensure_future(self._copy(reader, server_writer, number)),
-            asyncio.ensure_future(self._copy_answers(server_reader, writer, number)),
+            asyncio.ensure_future(self._copy_replies(server_reader, writer, number)),
         ]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
@@ -82,7 +82,7 @@ class LossyProxy:
             await self._over.wait()
         server_writer.close()
 
-    async def _copy_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+    async def _copy_replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         while data := await reader.read(65536):
             if number <= self._silent:
                 continue

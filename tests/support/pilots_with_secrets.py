@@ -42,9 +42,9 @@ class World:
         return await self.client.post(f"{API}/token", json={"stamp": pilot.stamp, "refresh_token": token})
 
     async def token(self, pilot: PilotAtCE) -> str:
-        answer = await self.exchange(pilot)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["access_token"])
+        response = await self.exchange(pilot)
+        assert response.status_code == 200, response.text
+        return str(response.json()["access_token"])
 
     async def report(self, token: str, **said: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {token}"}

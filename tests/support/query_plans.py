@@ -50,14 +50,14 @@ async def plans(engine: AsyncEngine) -> AsyncIterator[list[Reading]]:
 async def _explain(connection: AsyncConnection, statement: str, parameters: Any) -> list[Reading]:
     dialect = connection.dialect.name
     prefix = {"sqlite": "EXPLAIN QUERY PLAN", "postgresql": "EXPLAIN (FORMAT JSON)"}.get(dialect, "EXPLAIN")
-    answer = (await connection.exec_driver_sql(f"{prefix} {statement}", parameters)).mappings().all()
+    rows = (await connection.exec_driver_sql(f"{prefix} {statement}", parameters)).mappings().all()
     if dialect == "sqlite":
-        found = _sqlite([row["detail"] for row in answer])
+        found = _sqlite([row["detail"] for row in rows])
     elif dialect == "postgresql":
-        plan = answer[0]["QUERY PLAN"]
+        plan = rows[0]["QUERY PLAN"]
         found = _postgresql((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"])
     else:
-        found = _mysql([dict(row) for row in answer], limited=" LIMIT " in statement)
+        found = _mysql([dict(row) for row in rows], limited=" LIMIT " in statement)
     return [Reading(table, whole, how, statement) for table, whole, how in found]
 
 

@@ -44,16 +44,16 @@ class SqlServer:
         raise NotImplementedError
 
     def start(self) -> None:
-        """Start it, if it does not run; return when it answers."""
+        """Start it, if it does not run; return when it responds."""
         if self._process is not None:
             return
         command, how = self.command()
         with (self._data / "log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **how)
         deadline = time.monotonic() + _SECONDS
-        while not self._answers():
+        while not self._responds():
             if (code := self._process.poll()) is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{command[0]} does not answer (exit code {code}):\n{self._last_words()}")
+                raise AssertionError(f"{command[0]} does not respond (exit code {code}):\n{self._last_words()}")
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -80,7 +80,7 @@ class SqlServer:
     def _last_words(self) -> str:
         return (self._data / "log").read_text(errors="replace")[-3000:]
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 

@@ -2,7 +2,7 @@
 
 The same tasks everywhere:
 
-- `noop(number)` does nothing; `answer(number)` returns 1, for workers that store results;
+- `noop(number)` does nothing; `return_one(number)` returns 1, for workers that store results;
 - `nap(number)` sleeps 10 ms;
 - `clock(sent)` notes the time since `sent`, on the monotonic clock; `due(moment)` that since `moment`, of the wall
   clock (negative: early);

@@ -19,7 +19,7 @@ async def noop(context: dict[str, Any], number: int) -> None:
     tick()
 
 
-async def answer(context: dict[str, Any], number: int) -> int:
+async def return_one(context: dict[str, Any], number: int) -> int:
     tick()
     return 1
 
@@ -40,7 +40,7 @@ async def due(context: dict[str, Any], moment: float) -> None:
 class WorkerSettings:
     """Settings class of `arq`."""
 
-    functions = (noop, answer, nap, clock, due)
+    functions = (noop, return_one, nap, clock, due)
     redis_settings = RedisSettings.from_dsn(redis_url())
     max_jobs = 100
     keep_result = 3600 if stores_results() else 0

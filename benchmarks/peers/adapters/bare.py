@@ -81,7 +81,7 @@ def _packed(task: str, argument: Any) -> bytes:
 
 async def work(mode: str) -> None:
     redis = Redis.from_url(redis_url(), protocol=2)
-    redis.response_callbacks.pop("XREADGROUP", None)  # its answer as it came is enough
+    redis.response_callbacks.pop("XREADGROUP", None)  # its reply as it came is enough
     try:
         await redis.xgroup_create(_STREAM, _GROUP, "0", mkstream=True)
     except ResponseError as error:  # another worker has made it

@@ -29,8 +29,8 @@ def noop(number: int) -> None:
     tick()
 
 
-@app.task(name="answer")
-def answer(number: int) -> int:
+@app.task(name="return_one")
+def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -51,7 +51,7 @@ def due(moment: float) -> None:
     sample(time.time() - moment)
 
 
-_BY_NAME: dict[str, Any] = {"noop": noop, "answer": answer, "nap": nap, "clock": clock, "due": due}
+_BY_NAME: dict[str, Any] = {"noop": noop, "return_one": return_one, "nap": nap, "clock": clock, "due": due}
 
 
 class _Client(Client):

@@ -24,7 +24,7 @@ class NoOp(BaseTask):
 
 
 @dataclass
-class Answer(BaseTask):
+class ReturnOne(BaseTask):
     number: int
 
     async def execute(self) -> int:
@@ -84,7 +84,7 @@ class Alone(BaseTask):
 
 BY_NAME: dict[str, type[Any]] = {
     "noop": NoOp,
-    "answer": Answer,
+    "return_one": ReturnOne,
     "nap": Nap,
     "clock": Clock,
     "due": Due,

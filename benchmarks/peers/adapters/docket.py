@@ -23,7 +23,7 @@ async def noop(number: int) -> None:
     tick()
 
 
-async def answer(number: int) -> int:
+async def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -50,7 +50,7 @@ async def alone(number: int, limit: ConcurrencyLimit = ConcurrencyLimit(max_conc
     await asyncio.sleep(ALONE_SECONDS)
 
 
-_BY_NAME: dict[str, Any] = {each.__name__: each for each in (noop, answer, nap, clock, due, mutex, alone)}
+_BY_NAME: dict[str, Any] = {each.__name__: each for each in (noop, return_one, nap, clock, due, mutex, alone)}
 
 
 def _docket() -> Docket:

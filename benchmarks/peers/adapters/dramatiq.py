@@ -28,7 +28,7 @@ def noop(number: int) -> None:
 
 
 @dramatiq.actor
-def answer(number: int) -> int:
+def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -57,7 +57,7 @@ def mutex(number: int) -> None:
 
 _BY_NAME: dict[str, Any] = {
     "noop": noop,
-    "answer": answer,
+    "return_one": return_one,
     "nap": nap,
     "clock": clock,
     "due": due,

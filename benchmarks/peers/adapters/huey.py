@@ -19,7 +19,7 @@ def noop(number: int) -> None:
 
 
 @huey.task()
-def answer(number: int) -> int:
+def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -48,7 +48,7 @@ def mutex(number: int) -> None:
 
 _BY_NAME: dict[str, Any] = {
     "noop": noop,
-    "answer": answer,
+    "return_one": return_one,
     "nap": nap,
     "clock": clock,
     "due": due,

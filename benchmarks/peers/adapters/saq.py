@@ -23,7 +23,7 @@ async def noop(context: dict[str, Any], *, value: int) -> None:
     tick()
 
 
-async def answer(context: dict[str, Any], *, value: int) -> int:
+async def return_one(context: dict[str, Any], *, value: int) -> int:
     tick()
     return 1
 
@@ -41,7 +41,7 @@ async def due(context: dict[str, Any], *, value: float) -> None:
     sample(time.time() - value)
 
 
-settings = {"queue": queue, "functions": [noop, answer, nap, clock, due], "concurrency": 100}
+settings = {"queue": queue, "functions": [noop, return_one, nap, clock, due], "concurrency": 100}
 
 
 class _Client(Client):

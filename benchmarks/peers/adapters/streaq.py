@@ -25,7 +25,7 @@ async def noop(number: int) -> None:
 
 
 @worker.task(ttl=_TTL, silent=True)
-async def answer(number: int) -> int:
+async def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -46,7 +46,7 @@ async def due(moment: float) -> None:
     sample(time.time() - moment)
 
 
-_BY_NAME: dict[str, Any] = {"noop": noop, "answer": answer, "nap": nap, "clock": clock, "due": due}
+_BY_NAME: dict[str, Any] = {"noop": noop, "return_one": return_one, "nap": nap, "clock": clock, "due": due}
 
 
 class _Client(Client):

@@ -27,8 +27,8 @@ async def noop(number: int) -> None:
     tick()
 
 
-@broker.task("answer")
-async def answer(number: int) -> int:
+@broker.task("return_one")
+async def return_one(number: int) -> int:
     tick()
     return 1
 
@@ -49,7 +49,7 @@ async def due(moment: float) -> None:
     sample(time.time() - moment)
 
 
-_BY_NAME: dict[str, Any] = {"noop": noop, "answer": answer, "nap": nap, "clock": clock, "due": due}
+_BY_NAME: dict[str, Any] = {"noop": noop, "return_one": return_one, "nap": nap, "clock": clock, "due": due}
 
 
 class _Client(Client):

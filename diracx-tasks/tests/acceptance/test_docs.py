@@ -92,7 +92,7 @@ def reader(examples: Path, warm_commands: WarmCommands) -> Iterator[dict[str, st
             dev.wait(timeout=_SECONDS)
 
 
-def test_the_consoles_of_the_first_tutorial_answer_as_printed(
+def test_the_commands_of_the_first_tutorial_print_what_it_shows(
     examples: Path, reader: dict[str, str], warm_commands: WarmCommands
 ) -> None:
     shown = [pair for block in blocks(DOCS / "tutorial/first-task.md", "console") for pair in commands(block)]
@@ -101,11 +101,11 @@ def test_the_consoles_of_the_first_tutorial_answer_as_printed(
         if command.startswith(("diracx-task-run dev", "pip ", "export ", "python -m pytest")):
             continue  # the fixture is the first of these; the last is the test below
         ended = warm_commands.run(shlex.split(command), cwd=examples, env=reader, timeout=_SECONDS)
-        answer = ended.stdout + ended.stderr
+        printed = ended.stdout + ended.stderr
         pattern = r"\n".join(
             ".*".join(re.escape(part) for part in _TASK_ID.sub("ID", line).split("…")) for line in expected
         )
-        assert re.fullmatch(pattern, _TASK_ID.sub("ID", answer).strip(), re.DOTALL), f"$ {command}\n{answer}"
+        assert re.fullmatch(pattern, _TASK_ID.sub("ID", printed).strip(), re.DOTALL), f"$ {command}\n{printed}"
         ran += 1
     assert ran >= 5, "the tutorial has lost its commands"
 

@@ -51,7 +51,7 @@ RARELY = {
 
 
 #: What is sent when there are groups after a change of the server, or one of their children cannot be read; and
-#: when an answer was lost.
+#: when a reply was lost.
 RARELY_SENT = {"hscan", "sscan", "sismember"}
 
 
@@ -309,8 +309,10 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
         values = {"queue": "normal:medium", "group": group, "dead_letter": "1"}
         for page in PAGES:
             path = re.sub(r"\{(\w+)\}", lambda found: values[found[1]], page.path)
-            answer = await client.get(path, params={"key": "lock:mutex:task:held"} if path == "/locks/one" else {})
-            assert answer.status_code == 200, f"{path}: {answer.text}"
+            response = await client.get(
+                path, params={"key": "lock:mutex:task:held"} if path == "/locks/one" else {}
+            )
+            assert response.status_code == 200, f"{path}: {response.text}"
         assert (await client.get("/readyz")).status_code == 200
         form = re.search(r'name="form_token" value="(\w+)"', (await client.get("/queues")).text)
         assert form
@@ -328,8 +330,8 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
             ("/dead-letters/discard", {"dead_letter": ["2"]}),
         ):
             data = {**fields, "form_token": form[1], "confirmed": "yes"}
-            answer = await client.post(path, data=data)
-            assert "%22ok%22%3A%20true" in answer.headers.get("set-cookie", ""), f"{path}: {answer.headers}"
+            response = await client.post(path, data=data)
+            assert "%22ok%22%3A%20true" in response.headers.get("set-cookie", ""), f"{path}: {response.headers}"
         assert len(await read_audit(broker.redis)) == 8
 
         async def nothing() -> str:

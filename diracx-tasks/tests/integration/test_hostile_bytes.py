@@ -233,9 +233,9 @@ async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable
         addresses = [*ADDRESSES, *(f"/queues/{queue.name}" for queue in await monitor.queues(redis))]
         addresses += [f"/groups/{group.group_id}" for group in groups[:3]]
         for address in addresses:
-            answer = await client.get(address)
+            response = await client.get(address)
             expected = {200, 404} if address.startswith("/groups/") else {200}  # a group may end meanwhile
-            assert answer.status_code in expected, f"{address}: {answer.text[:3000]}"
+            assert response.status_code in expected, f"{address}: {response.text[:3000]}"
         await monitor.failures(redis)
         await monitor.waiting_dead_letters(redis, limit=1000, registry=system.registry)
         assert system.task_db is not None

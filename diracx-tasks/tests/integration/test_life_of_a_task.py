@@ -182,7 +182,7 @@ async def test_a_result_that_cannot_be_stored_raises_an_error_in_wait(redis_url:
 
 
 async def test_an_outcome_that_cannot_be_reported_blocks_nothing(redis_url: str) -> None:
-    """Whatever an author returns, raises or answers as a policy: the slot, the entry and the locks come back."""
+    """No value, exception or policy of an author leaves a slot, an entry or a lock behind."""
 
     class OddPolicy(RetryPolicyBase):
         def schedule_retry(self, attempt: int, exception: Exception) -> Any:

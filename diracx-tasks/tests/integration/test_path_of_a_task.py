@@ -62,7 +62,7 @@ class FilesPassed:
 async def settled(redis: Redis) -> None:
     while await redis.xlen(STREAM):
         await asyncio.sleep(0.002)
-    await asyncio.sleep(0.05)  # until the answer is read, and what was noted of the task is forgotten
+    await asyncio.sleep(0.05)  # until the reply is read, and what was noted of the task is forgotten
 
 
 async def files_passed(redis: Redis, task: BaseTask) -> set[str]:

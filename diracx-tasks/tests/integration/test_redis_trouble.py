@@ -327,7 +327,7 @@ async def test_a_server_busy_with_another_clients_script_is_waited_for(server: V
     assert BEGUN == {"a": 1, "b": 1}
 
 
-async def _answers(admin: Redis) -> bool:
+async def _is_loaded(admin: Redis) -> bool:
     try:
         return bool(await admin.ping())
     except RedisError:
@@ -373,7 +373,7 @@ async def test_a_server_that_loads_its_data_is_waited_for(tmp_path: Path) -> Non
             GATE.set()
             await starting
             async with Redis.from_url(server.url) as admin:
-                await until(lambda: _answers(admin), "all is loaded")
+                await until(lambda: _is_loaded(admin), "all is loaded")
             assert (await system.result(task_id, timeout=60)).return_value == "a"
             await ticks_again()
             await system.broker.redis.delete(*[f"ballast:{number}" for number in range(1000)])

@@ -164,7 +164,7 @@ class _Slots:
     async def closed_if_stopping(self) -> None:
         pass
 
-    async def fetch_answered(self) -> None:
+    async def wait_for_fetch(self) -> None:
         pass
 
 
@@ -270,9 +270,9 @@ class _EndsMeanwhile(PendingAck):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("answered", ["before the renewal", "while the renewal is sent", "after the renewal"])
+@pytest.mark.parametrize("replied", ["before the renewal", "while the renewal is sent", "after the renewal"])
 async def test_a_task_settled_just_before_the_renewal_after_a_restart_has_ended(
-    tmp_path: Path, answered: str
+    tmp_path: Path, replied: str
 ) -> None:
     """The snapshot has it as running, so its settlement is accepted before the worker detects the restart."""
     server = ValkeyProcess(tmp_path)
@@ -297,15 +297,15 @@ async def test_a_task_settled_just_before_the_renewal_after_a_restart_has_ended(
         assert await broker.settle([Settlement(delivery, locks)], keeper.dataset_id) == [ACCEPTED]
         renewed = False
         while not renewed:  # not at once, by the connection that is gone
-            if answered == "before the renewal":
+            if replied == "before the renewal":
                 keeper.forget([delivery])
-            elif answered == "while the renewal is sent":
+            elif replied == "while the renewal is sent":
                 keeper.add([hold])
                 hold.keeper = keeper
             with suppress(RedisError):
                 await keeper.renew()
                 renewed = True
-        if answered == "after the renewal":
+        if replied == "after the renewal":
             assert await broker.redis.exists(keys.HELD_PREFIX + broker.consumer_name)
             keeper.forget([delivery])
             await keeper.renew()

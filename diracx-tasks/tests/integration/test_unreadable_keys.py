@@ -112,9 +112,9 @@ async def test_the_overview_is_there_and_pages_name_the_key(
     app = create_app(context, backend, extensions=[])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
-        answers = [await client.get(page) for page in ("/", *_PAGES)]
+        responses = [await client.get(page) for page in ("/", *_PAGES)]
     await app.aclose()
     await broker.shutdown()
-    assert answers[0].status_code == 200
-    assert {answer.status_code for answer in answers} <= {200, 503}
-    assert any(key in html.unescape(answer.text) for answer in answers)
+    assert responses[0].status_code == 200
+    assert {response.status_code for response in responses} <= {200, 503}
+    assert any(key in html.unescape(response.text) for response in responses)

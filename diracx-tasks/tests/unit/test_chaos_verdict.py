@@ -125,7 +125,7 @@ def test_tasks_acknowledged_just_before_a_data_loss_are_counted_separately() -> 
     assert promises([run(1, 3, 4)], outages=[everything], acknowledged=earlier) == {}
 
 
-def test_a_submission_without_an_answer_may_have_arrived_or_not() -> None:
+def test_a_submission_without_a_reply_may_have_arrived_or_not() -> None:
     assert promises([run(1, 1, 2)], acknowledged={1: 0.5}) == {}
     assert promises([run(1, 1, 2), run(2, 3, 4)], acknowledged={1: 0.5}) == {}
 

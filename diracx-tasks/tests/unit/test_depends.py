@@ -275,9 +275,9 @@ async def test_route_commits_and_rolls_back_through_our_overrides(tmp_path: Path
         app.dependency_overrides = sql_overrides(db)
         transport = ASGITransport(app, raise_app_exceptions=False)
         async with AsyncClient(transport=transport, base_url="http://test") as client:
-            answers = [await client.post(f"/add/{number}") for number in (1, -1, 2)]
-    assert [answer.status_code for answer in answers] == [200, 500, 200]
-    assert [answers[0].json(), answers[2].json()] == [1, 2]
+            responses = [await client.post(f"/add/{number}") for number in (1, -1, 2)]
+    assert [response.status_code for response in responses] == [200, 500, 200]
+    assert [responses[0].json(), responses[2].json()] == [1, 2]
 
 
 def test_real_application_is_built_with_ours() -> None:

@@ -223,7 +223,7 @@ class TestRRule:
             "RRULE:FREQ=MINUTELY\nRDATE:20260101T000030Z",
         ],
     )
-    def test_a_rule_by_the_second_or_minute_is_answered_at_once(self, rule):
+    def test_next_run_of_a_rule_by_the_second_or_minute_is_found_at_once(self, rule):
         schedule = RRuleSchedule(rule)
         started = time.process_time()
         series(schedule, utc(2026, 1, 1), 2)

@@ -88,17 +88,17 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
         deadline = time.monotonic() + 60
         while True:
             try:
-                answer = httpx.get(
+                response = httpx.get(
                     f"{url}/api/my_pilots/summary", headers={"Authorization": f"Bearer {token}"}, timeout=10
                 )
-                if answer.status_code != 503:
+                if response.status_code != 503:
                     break
             except httpx.TransportError:
                 pass
             assert time.monotonic() < deadline, "the API does not come up"
             time.sleep(0.1)
-        assert answer.status_code == 200, answer.text
-        assert "lhcb" in answer.text
+        assert response.status_code == 200, response.text
+        assert "lhcb" in response.text
         assert httpx.get(f"{url}/api/my_pilots/summary", timeout=10).status_code == 401
         wait_for(r"[1-9]\d* DONE", 60)
         wait_for(r"pilots say: .*no work", 60)

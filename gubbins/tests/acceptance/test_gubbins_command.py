@@ -306,11 +306,11 @@ def test_every_command_reports_a_missing_database_in_one_line(run: Run, tmp_path
 def test_every_database_error_is_reported_in_one_line(run: Run, troubled_database: Troubled) -> None:
     troubled = asyncio.run(troubled_database(MyPilotDB.migrations))
     for command in ("ce list", "db current", "db upgrade"):
-        answer = run(*command.split(), url=troubled.url)
-        if command.startswith("db") and answer.returncode == 0:
+        response = run(*command.split(), url=troubled.url)
+        if command.startswith("db") and response.returncode == 0:
             continue  # it is there to mend this one
-        refused(answer, 1, *troubled.says)
-        assert PASSWORD not in answer.stderr
+        refused(response, 1, *troubled.says)
+        assert PASSWORD not in response.stderr
 
 
 def test_db_upgrade_and_downgrade_report_their_steps(run: Run) -> None:

@@ -34,16 +34,16 @@ _PARSER = Path("/usr/lib/arc/arcconfig-parser")
 # How long the state of a job may be old: the default of 60 s would be waited for by every test. Each time costs
 # half a second of processor time.
 _INFORMATION_SECONDS = 10
-# A-REX and its scripts ask for settings that do not change, each time from a new Python: each answer is kept.
+# A-REX and its scripts ask for settings that do not change, each time from a new Python: each response is kept.
 _PARSER_THAT_REMEMBERS = """\
 #!/bin/sh
 case " $* " in *" --load "*) ;; *) exec {parser} "$@" ;; esac
-answer=$(printf %s "$*" | md5sum)
-answer={answers}/${{answer%% *}}
-if [ ! -r "$answer" ]; then
-    {parser} "$@" > "$answer.$$" && mv "$answer.$$" "$answer" || exec {parser} "$@"
+response=$(printf %s "$*" | md5sum)
+response={responses}/${{response%% *}}
+if [ ! -r "$response" ]; then
+    {parser} "$@" > "$response.$$" && mv "$response.$$" "$response" || exec {parser} "$@"
 fi
-exec cat "$answer"
+exec cat "$response"
 """
 
 _CONFIGURATION = """\
@@ -188,12 +188,14 @@ class ArcSite:
         return copy
 
     def _parser_that_remembers(self) -> Path:
-        """Copy the program that reads the configuration, behind a script that keeps its answers."""
-        program, script, answers = (self.directory / name for name in ("parser", "remembering-parser", "answers"))
+        """Copy the program that reads the configuration, behind a script that keeps its responses."""
+        program, script, responses = (
+            self.directory / name for name in ("parser", "remembering-parser", "responses")
+        )
         shutil.copy(_PARSER, program)
-        answers.mkdir()
-        answers.chmod(0o1777)  # jobs are submitted by their user
-        script.write_text(_PARSER_THAT_REMEMBERS.format(parser=program, answers=answers))
+        responses.mkdir()
+        responses.chmod(0o1777)  # jobs are submitted by their user
+        script.write_text(_PARSER_THAT_REMEMBERS.format(parser=program, responses=responses))
         script.chmod(0o755)
         return script
 
@@ -225,9 +227,9 @@ class ArcSite:
         started = dict.fromkeys(_PARTS, float("-inf"))
         while True:
             dead = [pid_file for pid_file in _PARTS if self._pid(pid_file) is None]
-            if not dead and self._answers():
+            if not dead and self._responds():
                 return
-            assert time.monotonic() < deadline, f"A-REX does not answer:\n{self._last_words()}"
+            assert time.monotonic() < deadline, f"A-REX does not respond:\n{self._last_words()}"
             for pid_file in dead:
                 if time.monotonic() - started[pid_file] > _START_SECONDS:  # else it may not have come to its file
                     started[pid_file] = time.monotonic()
@@ -295,7 +297,7 @@ class ArcSite:
             return None
         return pid if _alive(pid) else None
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.ca_file))
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the test CA is not strict, and Python 3.13 would be
         context.load_cert_chain(self.certificate, self.key)

@@ -128,7 +128,7 @@ class GridEngineSite(LocalShell):
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Stop the qmaster from answering inside this context."""
+        """Stop the qmaster from responding inside this context."""
         pid = self._qmaster()
         os.kill(pid, signal.SIGSTOP)
         try:

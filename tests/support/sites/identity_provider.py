@@ -44,7 +44,7 @@ class IdentityProvider:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[IdentityProvider]:
-        """Inside the block it answers."""
+        """Inside the block it responds."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{server.server_port}"
         server.timeout = 0.1
@@ -96,7 +96,7 @@ class IdentityProvider:
         return f"{question['redirect_uri']}?{urlencode({'code': code, 'state': question['state']})}"
 
     def token(self, form: dict[str, str]) -> dict[str, Any] | None:
-        """The answer to a code, the first time that it is brought with its verifier."""
+        """The response to a code, the first time that it is brought with its verifier."""
         question = self._codes.pop(form.get("code", ""), {})
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -115,19 +115,19 @@ def _handler(provider: IdentityProvider) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             if url.path == "/authorize":
-                self._answer(provider.ask(dict(parse_qsl(url.query))), "text/html")
+                self._respond(provider.ask(dict(parse_qsl(url.query))), "text/html")
             else:
-                self._answer(_json(provider.document(url.path)), "application/json")
+                self._respond(_json(provider.document(url.path)), "application/json")
 
         def do_POST(self) -> None:
             form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
             if self.path == "/consent":
                 where = provider.consent(form)
-                self._answer("" if where else None, "text/plain", where)
+                self._respond("" if where else None, "text/plain", where)
             else:
-                self._answer(_json(provider.token(form)), "application/json")
+                self._respond(_json(provider.token(form)), "application/json")
 
-        def _answer(self, text: str | None, kind: str, location: str | None = None) -> None:
+        def _respond(self, text: str | None, kind: str, location: str | None = None) -> None:
             body = (text or "").encode()
             self.send_response(400 if text is None else 303 if location else 200)
             if location:

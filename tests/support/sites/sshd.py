@@ -102,17 +102,17 @@ class Sshd:
         return " ".join((self._directory / "host_key.pub").read_text().split()[:2])
 
     def start(self) -> None:
-        """Start it, if it does not run; return when it answers."""
+        """Start it, if it does not run; return when it responds."""
         if self._process is not None:
             return
         command = [*self._before, self._program, "-D", "-e", "-f", str(self._directory / "config")]
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + _SECONDS
-        while not self._answers():
+        while not self._responds():
             if (code := self._process.poll()) is not None or time.monotonic() > deadline:
                 words = (self._directory / "log").read_text(errors="replace")[-3000:]
-                raise AssertionError(f"sshd does not answer (exit code {code}):\n{words}")
+                raise AssertionError(f"sshd does not respond (exit code {code}):\n{words}")
             time.sleep(0.02)
 
     def stop(self) -> None:
@@ -181,7 +181,7 @@ class Sshd:
             for each in (*(half for half in _children(pid) if _is_sshd(half)), pid):
                 _signal(each, signal.SIGKILL)
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5) as probe:
             return probe.recv(4) == b"SSH-"
         return False

@@ -92,11 +92,11 @@ def test_the_printed_address_is_good_on_any_address_of_loopback(serving: Serving
         assert httpx.get(address).status_code == 303
 
 
-def test_probes_are_answered_without_a_token_and_by_any_name(serving: Serving, redis_url: str) -> None:
+def test_probes_need_no_token_and_accept_any_host_name(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url) as address, httpx.Client(base_url=root_of(address)) as client:
         for path in ("/healthz", "/readyz"):
-            answer = client.get(path, headers={"host": "10.1.2.3:8790"})
-            assert (answer.status_code, answer.text) == (200, "ok\n")
+            response = client.get(path, headers={"host": "10.1.2.3:8790"})
+            assert (response.status_code, response.text) == (200, "ok\n")
             assert client.post(path).status_code == 405
             assert client.head(path).status_code == 200
         assert client.get("/healthz/").status_code == 303
@@ -110,9 +110,9 @@ def test_without_redis_the_dashboard_is_alive_and_not_ready(serving: Serving) ->
         with SyncRedis.from_url(url) as server:
             server.execute_command("CLIENT", "PAUSE", 600_000, "ALL")
         deadline = time.monotonic() + 60
-        while (answer := client.get("/readyz")).status_code == 200:  # as of the last second
+        while (response := client.get("/readyz")).status_code == 200:  # as of the last second
             assert time.monotonic() < deadline
-        assert (answer.status_code, answer.text) == (503, "not ready\ncritical server_away\n")
+        assert (response.status_code, response.text) == (503, "not ready\ncritical server_away\n")
         assert client.get("/healthz").status_code == 200
 
 

@@ -307,9 +307,9 @@ def test_dlq_without_a_command_prints_its_help(dlq):
 def test_a_refused_confirmation_changes_nothing(dlq):
     store_dead_letters(dlq, 2)
     for answer, code, after in (("n", 1, "PENDING"), ("y", 0, "DISCARDED")):
-        answered = dlq("dlq", "discard", "--all", typed=f"{answer}\n", terminal=True)
-        assert answered.returncode == code, answered.stderr
-        assert "Discard 2 dead letters?" in answered.stderr
+        discarded = dlq("dlq", "discard", "--all", typed=f"{answer}\n", terminal=True)
+        assert discarded.returncode == code, discarded.stderr
+        assert "Discard 2 dead letters?" in discarded.stderr
         assert statuses(dlq) == [after] * 2
 
 
@@ -341,10 +341,10 @@ def test_every_database_error_is_reported_in_one_line(served, one_line, troubled
     troubled = asyncio.run(troubled_database(TaskDB.migrations))
     served.environment["DIRACX_DB_URL_TASKDB"] = troubled.url
     for command in ("dlq list", "db current", "dlq init", "db upgrade"):
-        answer = served(*command.split())
-        if command != "dlq list" and answer.returncode == 0:
+        response = served(*command.split())
+        if command != "dlq list" and response.returncode == 0:
             continue  # it repairs this one, or has nothing to do once it is repaired
-        assert PASSWORD not in one_line(answer, 1, *troubled.says)
+        assert PASSWORD not in one_line(response, 1, *troubled.says)
 
 
 def test_a_table_of_another_version_is_named(served, one_line, tmp_path):

@@ -55,7 +55,7 @@ def test_P52_a_server_that_is_down_is_reported_in_one_line_within_5_seconds(cli,
     _never(result)
 
 
-def test_P52_a_server_that_never_answers_is_abandoned_within_5_seconds(cli, one_line):
+def test_P52_a_server_that_never_replies_is_abandoned_within_5_seconds(cli, one_line):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
@@ -64,7 +64,7 @@ def test_P52_a_server_that_never_answers_is_abandoned_within_5_seconds(cli, one_
                 "submit", "my_tasks:Urgent", "--redis-url", f"redis://127.0.0.1:{deaf.getsockname()[1]}"
             )
         )
-    one_line(result, 1, "no answer within 2 s")
+    one_line(result, 1, "no reply within 2 s")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

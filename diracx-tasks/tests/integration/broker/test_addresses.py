@@ -13,7 +13,7 @@ from diracx.tasks.testing import TaskSystem, embedded_redis
 from redis import Redis
 
 
-class Answer(BaseTask):
+class Echo(BaseTask):
     async def execute(self) -> int:
         await asyncio.sleep(0.01)
         return 42
@@ -56,8 +56,8 @@ async def test_worker_and_scheduler_work_through_every_form_of_address(
 ) -> None:
     port = server[0].rpartition(":")[2]
     TICKS.clear()
-    async with TaskSystem([Answer, Tick], redis_url=form.format(socket=server[1], port=port)) as system:
-        ids = await asyncio.gather(*(Answer().schedule() for _ in range(8)))
+    async with TaskSystem([Echo, Tick], redis_url=form.format(socket=server[1], port=port)) as system:
+        ids = await asyncio.gather(*(Echo().schedule() for _ in range(8)))
         results = await asyncio.gather(*(system.result(task_id) for task_id in ids))
         assert {result.return_value for result in results} == {42}
         async with asyncio.timeout(30):
@@ -68,8 +68,8 @@ async def test_worker_and_scheduler_work_through_every_form_of_address(
 @pytest.mark.parametrize("connections", [2, 6])
 async def test_callers_wait_for_a_free_connection_when_there_are_few(redis_url: str, connections: int) -> None:
     limited = f"{redis_url}?max_connections={connections}"
-    async with TaskSystem([Answer, Tick], redis_url=limited, workers=1) as system:
-        ids = await asyncio.gather(*(Answer().schedule() for _ in range(100)))
+    async with TaskSystem([Echo, Tick], redis_url=limited, workers=1) as system:
+        ids = await asyncio.gather(*(Echo().schedule() for _ in range(100)))
         # Each waits on a channel of its own, which must not keep a connection from commands.
         results = await asyncio.gather(*(system.result(task_id) for task_id in ids))
         assert {result.return_value for result in results} == {42}

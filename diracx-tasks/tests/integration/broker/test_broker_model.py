@@ -133,21 +133,21 @@ class BrokerMachine(ModelOfTasks):
             )
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
-    def fetch(self, pick: int, free: int, answered: bool, begin: bool) -> None:
+    def fetch(self, pick: int, free: int, replied: bool, begin: bool) -> None:
         living = self._living()
         worker = living[pick % len(living)]
-        self._fetch(worker, free, answered)
+        self._fetch(worker, free, replied)
         if begin:
             self._start_all(worker)
 
-    def _fetch(self, worker: str, free: int, answered: bool = True) -> None:
+    def _fetch(self, worker: str, free: int, replied: bool = True) -> None:
         waiting = {task.id for task in self._in("queued")}
         deliveries, last_ids = self.run(self.brokers[worker].fetch(free, lease_seconds=LONG_MS / 1000))
         assert len(deliveries) == min(free, len(waiting))
         assert bool(last_ids) == (not deliveries)
         order = [STREAMS.index(delivery.stream) for delivery in deliveries]
         assert order == sorted(order), "urgent first"
-        if not answered:  # the connection broke before the answer came
+        if not replied:  # the connection broke before the reply came
             known = [
                 (t.delivery.stream, t.delivery.entry)
                 for t in self._in("reserved", "running", worker=worker)
@@ -204,7 +204,7 @@ class BrokerMachine(ModelOfTasks):
             task.place, task.delivery, task.stream = "parked", None, wanted["resumed"]
             task.survived.clear()
             self.may_wake = True  # a grant that it had is given up
-        if twice:  # the answer was lost: asking again says the same, or that there is nothing to ask for
+        if twice:  # the reply was lost: asking again says the same, or that there is nothing to ask for
             [again] = self.run(self.brokers[task.worker].start([wanted]))
             assert (again.granted, again.refusing) == (reply.granted, None)
 
@@ -235,7 +235,7 @@ class BrokerMachine(ModelOfTasks):
             settlement.dead = {"reason": "exhausted", "data": b"a dead letter"}
         # A worker whose lease has ended but that was not reclaimed yet may still settle.
         assert self.run(self.brokers[task.worker].settle([settlement])) == [ACCEPTED]
-        self.late.append((task.worker, settlement))  # sent again, because the answer was lost
+        self.late.append((task.worker, settlement))  # sent again, because the reply was lost
         task.delivery, task.locks, task.worker = None, [], ""
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True

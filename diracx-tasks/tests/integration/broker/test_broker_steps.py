@@ -357,7 +357,7 @@ async def test_P6_a_repeated_start_that_is_refused_keeps_no_lock(worker: Worker,
     [delivery], _ = await broker.fetch(1)
     locks = [SharedRWLock(JOB, "x"), MutexLock(JOB, "y"), SharedRWLock(JOB, "z")]
     assert (await start(broker, delivery, locks))[0]
-    # Its answer is lost, and it takes so long to ask again that another owner has the lock in the middle.
+    # Its reply is lost, and it takes so long to ask again that another owner has the lock in the middle.
     await redis.delete(locks[1].redis_key)
     assert await MutexLock(JOB, "y").acquire(redis)
     assert not (await start(broker, delivery, locks))[0]

@@ -42,7 +42,7 @@ def control(url: str) -> Iterator[tuple[ControlConnection, Heard, Redis]]:
     connection.close()
 
 
-def test_a_message_between_a_command_and_its_answer_is_received(redis_url: str) -> None:
+def test_a_message_between_a_command_and_its_reply_is_received(redis_url: str) -> None:
     with control(redis_url) as (connection, heard, _):
         for number in range(100):
             message = f"return {{redis.call('PUBLISH', '{CHANNELS[number % 2]}', '{number}'), '{number}'}}"
@@ -52,7 +52,7 @@ def test_a_message_between_a_command_and_its_answer_is_received(redis_url: str) 
         assert heard.subscribed == 1
 
 
-def test_commands_are_answered_while_another_thread_listens(redis_url: str) -> None:
+def test_commands_get_their_replies_while_another_thread_listens(redis_url: str) -> None:
     with control(redis_url) as (connection, heard, redis):
         connection.execute_command("PING")
         listening = threading.Thread(target=connection.listen, args=(60.0,))

@@ -26,13 +26,13 @@ async def direct(redis: Redis) -> AsyncIterator[DirectConnection]:
     await direct.close()
 
 
-async def test_a_refusal_is_one_of_the_answers(direct: DirectConnection) -> None:
+async def test_a_refusal_is_one_of_the_replies(direct: DirectConnection) -> None:
     first, refusal, last = await direct.execute(("ECHO", "1"), ("LPOP",), ("ECHO", "2"))
     assert (first, last) == (b"1", b"2")
     assert isinstance(refusal, ResponseError)
 
 
-async def test_a_caller_after_a_cancelled_one_gets_its_own_answer(direct: DirectConnection, redis: Redis) -> None:
+async def test_a_caller_after_a_cancelled_one_gets_its_own_reply(direct: DirectConnection, redis: Redis) -> None:
     asking = asyncio.create_task(direct.execute(("BLPOP", "nothing", 60)))
     while not any(client["cmd"] == "blpop" for client in await redis.client_list()):
         await asyncio.sleep(0.002)
@@ -56,7 +56,7 @@ async def test_a_connection_that_the_server_has_closed_is_made_again(
     raise AssertionError("never made again")
 
 
-async def test_a_server_that_does_not_answer_is_waited_for_no_longer_than_by_its_client(redis_url: str) -> None:
+async def test_waiting_for_a_silent_server_ends_with_the_timeout_of_its_client(redis_url: str) -> None:
     async with Redis.from_url(redis_url, socket_timeout=0.5) as impatient:
         direct = DirectConnection(impatient)
         with pytest.raises(RedisTimeoutError):

@@ -55,7 +55,7 @@ async def test_P33_a_redelivered_child_is_subtracted_once(redis_url: str, redis:
         assert status is not None
         assert (status.pending, status.succeeded) == (2, 0)
         assert await two.settle([ended(again)]) == [ACCEPTED]
-        # A settlement that is repeated (its answer was lost), and a child that was executed twice after all.
+        # A settlement that is repeated (its reply was lost), and a child that was executed twice after all.
         assert await two.settle([ended(again), ended(again)]) == [TAKEN_OVER, TAKEN_OVER]
         await two.redis.xadd(again.stream, {"data": again.data})
         [second, twin], _ = await two.fetch(2)

@@ -111,7 +111,7 @@ async def test_a_worker_reserves_few_messages_after_large_ones_and_many_again_af
 
 
 @pytest.mark.parametrize("lost", [True, False])
-async def test_large_messages_of_a_lost_answer_or_of_a_dead_worker_all_come(
+async def test_large_messages_of_a_lost_reply_or_of_a_dead_worker_all_come(
     broker: RedisStreamBroker, redis: Redis, redis_url: str, lost: bool
 ) -> None:
     await broker.submit(messages())

@@ -124,7 +124,7 @@ async def test_a_message_is_reserved_once_and_settled_once(
     assert (await two.fetch(5, lease_seconds=30))[0] == []
     assert await one.settle([Settlement(first)]) == [ACCEPTED]
     assert await one.settle([Settlement(first)]) == [TAKEN_OVER]
-    # An answer that was lost: what is reserved and not in hand comes again.
+    # A reply that was lost: what is reserved and not in hand comes again.
     assert [each.entry for each in await one.fetch_unacknowledged([])] == [second.entry]
     assert await one.leave() is False, "it still holds a message"
     await one.settle([Settlement(second)])

@@ -33,7 +33,7 @@ async def test_an_error_of_the_dead_letter_database_is_reported_in_one_line(trou
             assert words in line
 
 
-async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redis_url: str) -> None:
+async def test_dashboard_and_routes_return_503(troubled_database: Troubled, redis_url: str) -> None:
     troubled = await troubled_database(TaskDB.migrations)
     broker, db = RedisStreamBroker(redis_url), TaskDB(troubled.url)
 
@@ -48,9 +48,9 @@ async def test_dashboard_and_routes_answer_503(troubled_database: Troubled, redi
     async def dead_letters() -> Any:
         return await db.search()
 
-    def check(answer: httpx.Response) -> None:
-        assert answer.status_code == 503, answer.text
-        text = html.unescape(answer.text)
+    def check(response: httpx.Response) -> None:
+        assert response.status_code == 503, response.text
+        text = html.unescape(response.text)
         assert PASSWORD not in text
         for words in troubled.says:
             assert words.casefold() in text.casefold()

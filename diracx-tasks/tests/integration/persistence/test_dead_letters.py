@@ -231,7 +231,7 @@ async def test_P12_while_the_database_is_down_the_task_is_kept_and_others_run(
         assert all(len(row["attempts"]) == 2 for row in stored)
 
 
-async def test_P12_a_database_that_answers_no_more_is_abandoned_and_tried_again(
+async def test_P12_a_database_that_stops_responding_is_abandoned_and_tried_again(
     mariadb_server: Any, empty_database: Any, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = await empty_database("mariadb")

@@ -61,7 +61,7 @@ class Database:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Inside the block the server refuses connections, or hangs: it takes them and answers nothing."""
+        """Inside the block the server refuses connections, or hangs: it accepts them and does not respond."""
         if self.disturbance == "hanging":
             self.network.hold()
         else:

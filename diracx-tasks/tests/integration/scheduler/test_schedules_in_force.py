@@ -219,7 +219,7 @@ async def test_an_occurrence_is_submitted_by_the_leader_when_it_is_due_and_once(
         assert await schedule_steps.occur(redis, "old", batch) is None, "another scheduler leads"
         assert await schedule_steps.occur(redis, "new", batch) == [1, 0, 3, 4, 5]
         assert await schedule_steps.occur(redis, "new", batch) == [0, 0, 3, 4, 0], (
-            "an answer that was lost is asked again"
+            "a call whose reply was lost is repeated"
         )
         assert await redis.xlen(STREAM) == 1
         assert await redis.zscore(keys.NEXT_RUNS, "paused") == dues["paused"]

@@ -65,18 +65,18 @@ async def test_every_parameter_and_body_of_every_route_is_bounded(client: httpx.
 async def test_any_parameter_is_handled_by_every_route(client: httpx.AsyncClient) -> None:
     broken = []
     for address in hostile_addresses(await schema_of(client), queue="normal:small"):
-        answer = await client.get(address)
-        if answer.status_code >= 500:
-            broken.append(f"{answer.status_code} {address[:200]}: {answer.text[:200]}")
+        response = await client.get(address)
+        if response.status_code >= 500:
+            broken.append(f"{response.status_code} {address[:200]}: {response.text[:200]}")
     assert not broken, "\n".join(broken)
 
 
 async def test_any_body_is_handled_by_every_route(client: httpx.AsyncClient) -> None:
     broken = []
     for address, body in hostile_bodies(await schema_of(client), queue="normal:small"):
-        answer = await client.post(address, content=body, headers={"content-type": "application/json"})
-        if answer.status_code >= 500:
-            broken.append(f"{answer.status_code} {address} {body[:100]}: {answer.text[:200]}")
+        response = await client.post(address, content=body, headers={"content-type": "application/json"})
+        if response.status_code >= 500:
+            broken.append(f"{response.status_code} {address} {body[:100]}: {response.text[:200]}")
     assert not broken, "\n".join(broken)
 
 
@@ -104,9 +104,9 @@ async def test_any_address_and_form_is_handled_by_every_page(world: World) -> No
                     f"{plain}?{name}={quoted(value)}" for name in ("after", "vo", "task", "key", "reason")
                 ]
                 for address in addresses:
-                    answer = await client.get(address)
-                    if answer.status_code >= 500:
-                        broken.append(f"{answer.status_code} {address[:200]}")
+                    response = await client.get(address)
+                    if response.status_code >= 500:
+                        broken.append(f"{response.status_code} {address[:200]}")
         for action in ACTIONS:
             for value in HOSTILE:
                 for confirmed in ("", "yes"):
@@ -114,9 +114,9 @@ async def test_any_address_and_form_is_handled_by_every_page(world: World) -> No
                     fields = {"form_token": form[1], "confirmed": confirmed, **dict.fromkeys(names, value)}
                     body = "&".join(f"{name}={quoted(text)}" for name, text in fields.items())
                     headers = {"content-type": "application/x-www-form-urlencoded"}
-                    answer = await client.post(action.path, content=body, headers=headers)
-                    if answer.status_code >= 500:
-                        broken.append(f"{answer.status_code} POST {action.path} {value[:50]!r}")
+                    response = await client.post(action.path, content=body, headers=headers)
+                    if response.status_code >= 500:
+                        broken.append(f"{response.status_code} POST {action.path} {value[:50]!r}")
     assert not broken, "\n".join(broken)
 
 

@@ -252,7 +252,7 @@ def rows(heading: str) -> list[Row]:
 
 ROUTES = rows("HTTP below `/api/tasks`")
 PAGES = rows("Pages about tasks")
-PROBES = ["GET /healthz", "GET /readyz"]  # answered before any route
+PROBES = ["GET /healthz", "GET /readyz"]  # handled before any route
 
 
 def test_every_route_of_the_application_is_in_the_table() -> None:
@@ -300,7 +300,7 @@ def marks_in(text: str) -> set[str]:
 
 
 def expected(cell: str, vo: str, everything: set[str]) -> set[str]:
-    """The marks that an answer may have."""
+    """The marks that a response may have."""
     return {"own VO": {MARKS[vo]}, "all": everything}.get(cell, set()) & everything
 
 
@@ -318,18 +318,20 @@ async def test_each_role_reads_by_http_as_in_the_table(site: Site) -> None:
                         continue
                     key = dead_letters[MARKS[vo]]
                     path = addresses(row, queue="normal:large", group_id=group.group_id, key=key)
-                    answer = await client.get(f"{API}{path}", params={"key": lock} if "locks/one" in path else {})
+                    response = await client.get(
+                        f"{API}{path}", params={"key": lock} if "locks/one" in path else {}
+                    )
                     cell = row.cells[role]
                     refused = 401 if role == "anonymous" else 403
-                    if answer.status_code != (refused if cell == REFUSED else 200):
-                        wrong.append(f"{row}, {role} of {vo}: {answer.status_code} {answer.text[:200]}")
-                    seen = marks_in(answer.text)
+                    if response.status_code != (refused if cell == REFUSED else 200):
+                        wrong.append(f"{row}, {role} of {vo}: {response.status_code} {response.text[:200]}")
+                    seen = marks_in(response.text)
                     if cell != "all" and not seen <= expected(cell, vo, set(MARKS.values())):  # type: ignore[arg-type]
                         wrong.append(f"{row}, {role} of {vo}: sees {seen}")
                     if cell == "own VO" and "schedules" not in path and "settings" not in path and not seen:
                         wrong.append(f"{row}, {role} of {vo}: does not see the own VO's")
                     other = next(each for each in VOS if each != vo)
-                    if cell == "own VO" and re.search(rf"\b{other}\b", answer.text):
+                    if cell == "own VO" and re.search(rf"\b{other}\b", response.text):
                         wrong.append(f"{row}, {role} of {vo}: names {other}")
     assert not wrong, "\n".join(wrong)
 
@@ -345,15 +347,15 @@ async def dead_letter_ids(site: Site) -> dict[str, str]:
 async def test_administrators_see_objects_of_each_vo_and_of_none(site: Site) -> None:
     async with site.user("administrator") as client:
         for path in ("queues/normal:large", "running", "delayed", "failures", "dead-letters", "locks"):
-            answer = await client.get(f"{API}/{path}")
-            assert marks_in(answer.text) == set(MARKS.values()), path
-        answer = await client.get(f"{API}/waiting-dead-letters")
-        assert marks_in(answer.text) == set(MARKS.values())
+            response = await client.get(f"{API}/{path}")
+            assert marks_in(response.text) == set(MARKS.values()), path
+        response = await client.get(f"{API}/waiting-dead-letters")
+        assert marks_in(response.text) == set(MARKS.values())
         for vo, mark in MARKS.items():
-            answer = await client.get(f"{API}/audit", params={} if vo is None else {"vo": vo})
-            assert marks_in(answer.text) == {mark}
-            answer = await client.get(f"{BELOW}/audit", params={} if vo is None else {"vo": vo})
-            assert marks_in(answer.text) == {mark}
+            response = await client.get(f"{API}/audit", params={} if vo is None else {"vo": vo})
+            assert marks_in(response.text) == {mark}
+            response = await client.get(f"{BELOW}/audit", params={} if vo is None else {"vo": vo})
+            assert marks_in(response.text) == {mark}
 
 
 async def test_an_object_of_another_vo_looks_like_an_unknown_one(site: Site) -> None:
@@ -367,19 +369,19 @@ async def test_an_object_of_another_vo_looks_like_an_unknown_one(site: Site) -> 
         for below in (API, BELOW):
             for theirs in (dead_letters[MARKS["gridpp"]], dead_letters[MARKS[None]]):
                 for key, invented in ((theirs, "f" * 32), (numbers[theirs], "987654")):
-                    answers = [await client.get(f"{below}/dead-letters/{each}") for each in (key, invented)]
-                    assert [answer.status_code for answer in answers] == [404, 404]
-                    assert re.sub(rf"{key}|{invented}", "", answers[0].text) == re.sub(
-                        rf"{key}|{invented}", "", answers[1].text
+                    responses = [await client.get(f"{below}/dead-letters/{each}") for each in (key, invented)]
+                    assert [response.status_code for response in responses] == [404, 404]
+                    assert re.sub(rf"{key}|{invented}", "", responses[0].text) == re.sub(
+                        rf"{key}|{invented}", "", responses[1].text
                     ).replace(invented, key)
         for path in ("audit", "configuration/settings"):
-            answers = [await client.get(f"{API}/{path}", params={"vo": vo}) for vo in ("gridpp", "nowhere")]
-            assert [answer.status_code for answer in answers] == [404, 404]
-            assert answers[0].text.replace("gridpp", "nowhere") == answers[1].text
+            responses = [await client.get(f"{API}/{path}", params={"vo": vo}) for vo in ("gridpp", "nowhere")]
+            assert [response.status_code for response in responses] == [404, 404]
+            assert responses[0].text.replace("gridpp", "nowhere") == responses[1].text
         for path in ("audit", "schedules"):
-            answers = [await client.get(f"{BELOW}/{path}", params={"vo": vo}) for vo in ("gridpp", "nowhere")]
-            assert [answer.status_code for answer in answers] == [404, 404]
-            assert answers[0].text.replace("gridpp", "nowhere") == answers[1].text
+            responses = [await client.get(f"{BELOW}/{path}", params={"vo": vo}) for vo in ("gridpp", "nowhere")]
+            assert [response.status_code for response in responses] == [404, 404]
+            assert responses[0].text.replace("gridpp", "nowhere") == responses[1].text
 
 
 def actions(table: list[Row]) -> Iterator[Row]:
@@ -405,11 +407,11 @@ async def test_each_role_writes_by_http_as_in_the_table(site: Site) -> None:
                 path = addresses(row, queue="normal:medium")
                 # What is refused is not even looked at: a wrong body makes no difference.
                 for body in (BODIES[row.path], {"invalid": 1}):
-                    answer = await client.post(f"{API}{path}", json=body)
+                    response = await client.post(f"{API}{path}", json=body)
                     if row.cells[role] == "all":
-                        assert answer.status_code in (200, 404, 409, 422), f"{row}, {role}: {answer.text}"
+                        assert response.status_code in (200, 404, 409, 422), f"{row}, {role}: {response.text}"
                     else:
-                        assert answer.status_code == (401 if role == "anonymous" else 403), f"{row}, {role}"
+                        assert response.status_code == (401 if role == "anonymous" else 403), f"{row}, {role}"
     entries = await read_audit(site.context.redis)
     assert {entry.who for entry in entries if entry.target != MARKS[None]} == {"fred (lhcb:nobody)"}
 
@@ -437,10 +439,10 @@ async def test_each_role_reads_in_the_dashboard_as_in_the_table(site: Site) -> N
                     stream = await client.get(f"{BELOW}/live{path}", params=params)
                     if stream.status_code not in (page.status_code, 303 if refused == 303 else 404):
                         wrong.append(f"live {row}, {role} of {vo}: {stream.status_code}")
-                    for answer in (page, stream):
-                        seen = marks_in(answer.text)
+                    for response in (page, stream):
+                        seen = marks_in(response.text)
                         if cell != "all" and not seen <= expected(cell, vo, set(MARKS.values())):  # type: ignore[arg-type]
-                            wrong.append(f"{answer.url}, {role} of {vo}: sees {seen}")
+                            wrong.append(f"{response.url}, {role} of {vo}: sees {seen}")
                     if cell == "own VO" and path != "/schedules" and not marks_in(page.text):
                         wrong.append(f"{row}, {role} of {vo}: does not see the own VO's")
                     other = next(each for each in VOS if each != vo)
@@ -453,9 +455,9 @@ async def test_public_responses_contain_no_data_of_vos(site: Site) -> None:
     async with site.user("anonymous") as client:
         for row in PAGES:
             if row.method == "GET" and row.cells["anonymous"] == "anyone":
-                answer = await client.get(f"{BELOW}{row.path}")
-                assert not re.search(rf"\b({'|'.join(VOS)})\b", answer.text) or row.path == "/sign-in", row
-                assert not marks_in(answer.text), row
+                response = await client.get(f"{BELOW}{row.path}")
+                assert not re.search(rf"\b({'|'.join(VOS)})\b", response.text) or row.path == "/sign-in", row
+                assert not marks_in(response.text), row
 
 
 async def test_each_role_writes_in_the_dashboard_as_in_the_table(site: Site) -> None:
@@ -466,8 +468,8 @@ async def test_each_role_writes_in_the_dashboard_as_in_the_table(site: Site) -> 
             assert (form is not None) == (role in ("operator", "administrator"))
             fields = {"form_token": form[1] if form else "", "confirmed": "yes"}
             for row in actions(PAGES):
-                answer = await client.post(f"{BELOW}{row.path}", data=fields)
+                response = await client.post(f"{BELOW}{row.path}", data=fields)
                 if row.cells[role] == "all":
-                    assert answer.status_code == 303, f"{row}, {role}: {answer.text}"
+                    assert response.status_code == 303, f"{row}, {role}: {response.text}"
                 else:
-                    assert answer.status_code == (403 if form else 401), f"{row}, {role}"
+                    assert response.status_code == (403 if form else 401), f"{row}, {role}"

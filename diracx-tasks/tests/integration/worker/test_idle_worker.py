@@ -315,7 +315,7 @@ async def test_sums_that_come_twice_count_once(redis_url: str, redis: Redis) -> 
         await finish(worker_reporter)
         await worker_reporter.report(if_new=True)
     [_, sums] = await redis.lrange(keys.SUMS, 0, -1)
-    await redis.rpush(keys.SUMS, sums)  # its answer was lost
+    await redis.rpush(keys.SUMS, sums)  # its reply was lost
     await first.report(if_new=True)
     await redis.rpush(keys.SUMS, sums)  # and comes once more, after the others were added up
     first.adds_up = True

@@ -60,12 +60,12 @@ async def behind_a_lossy_proxy(
         await system.drain()
 
 
-async def test_P6_a_message_that_was_reserved_without_an_answer_is_executed_once(redis_url: str) -> None:
+async def test_P6_a_message_that_was_reserved_without_a_reply_is_executed_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
         while not any(client["cmd"] == "xreadgroup" for client in await system.broker.redis.client_list()):
             await asyncio.sleep(0.005)
-        # The worker waits now, and the answer that wakes it hands the message over.
+        # The worker waits now, and the reply that wakes it hands the message over.
         proxy.lose(1, b"once-and-only-once")
         task_id = await Marked("once-and-only-once").schedule()
         result = await system.result(task_id, timeout=60)
@@ -94,10 +94,10 @@ async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str
     assert sorted(SEEN) == ["a", "b"]
 
 
-async def test_P6_a_settlement_without_an_answer_is_repeated_and_counts_once(redis_url: str) -> None:
+async def test_P6_a_settlement_without_a_reply_is_repeated_and_counts_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
-        for nth in range(3, 7):  # whichever answer is lost: of the fetch, the locks, the settlement
+        for nth in range(3, 7):  # whichever reply is lost: of the fetch, the locks, the settlement
             proxy.lose(nth, b"")
             task_id = await Marked(f"number {nth}").schedule()
             await system.result(task_id, timeout=60)
@@ -122,7 +122,7 @@ class Fragile(BaseTask):
 async def test_P11_a_retry_with_a_lost_response_happens_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Fragile, redis_url) as (proxy, system):
-        for nth in range(1, 6):  # whichever answer it is, that of the settlement with the retry included
+        for nth in range(1, 6):  # whichever reply it is, that of the settlement with the retry included
             proxy.lose(nth, b"")
             task_id = await Fragile(f"number {nth}").schedule()
             assert (await system.result(task_id, timeout=60)).return_value == f"number {nth}"
@@ -137,7 +137,7 @@ async def test_a_silent_connection_of_the_control_channel_is_replaced(redis_url:
         proxy.serve() as silent_url,
         LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: heard.set()),
     ):
-        proxy.stop_answering()
+        proxy.stop_replying()
         async with asyncio.timeout(60):
             while not heard.is_set():
                 await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")

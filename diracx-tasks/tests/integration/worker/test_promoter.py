@@ -58,7 +58,7 @@ async def test_workers_are_notified_of_due_tasks_only_without_a_scheduler(redis:
     leader, workers = redis.pubsub(), redis.pubsub(ignore_subscribe_messages=True)
     try:
         await workers.subscribe(keys.WAKE_WORKERS)
-        await workers.get_message(timeout=5)  # the answer to that
+        await workers.get_message(timeout=5)  # the reply to that
         await leader.subscribe(keys.WAKE_SCHEDULER)
         await leader.get_message(timeout=5)
         await far_away(broker)

@@ -145,17 +145,17 @@ async def test_a_settlement_does_not_wait_for_the_end_of_a_dead_connection(redis
         await parts.settle_alone()
         delivery = await parts.fetch("first")
         await broker.close_spare_connections(0, keep=0)
-        proxy.stop_answering()
+        proxy.stop_replying()
         waiting = parts.settle_with_the_next_wait(delivery)
         await asyncio.sleep(0)
-        async with asyncio.timeout(broker.answer_timeout_seconds / 2):
+        async with asyncio.timeout(broker.reply_timeout_seconds / 2):
             await parts.settle_alone()
         assert await in_hand(redis) == 0
         await ended(waiting)
         await broker.leave()
 
 
-async def test_an_answer_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
+async def test_an_reply_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
     delivery = await parts.fetch("first")
     await redis.client_pause(7_000)
     waiting = parts.settle_with_the_next_wait(delivery)

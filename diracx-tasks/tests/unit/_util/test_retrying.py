@@ -22,7 +22,7 @@ from redis.sentinel import MasterNotFoundError
 
 
 def refusal(words: str) -> RedisError:
-    """The exception that a client raises when a server answers so."""
+    """The exception that a client raises for such a reply of a server."""
     error = BaseParser.parse_error(words)
     return error if isinstance(error, RedisError) else ResponseError(words)
 
@@ -99,15 +99,15 @@ def test_only_errors_that_a_repair_of_data_mends_are_waited_for(words: str, repa
 
 
 async def test_a_call_is_repeated_until_it_works() -> None:
-    answers = iter([ConnectionError("gone"), refusal("OOM no"), "answer"])
+    replies = iter([ConnectionError("gone"), refusal("OOM no"), "reply"])
 
     async def call() -> str:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
+        reply = next(replies)
+        if isinstance(reply, Exception):
+            raise reply
+        return str(reply)
 
-    assert await retry_until_available(call, "ask") == "answer"
+    assert await retry_until_available(call, "ask") == "reply"
 
 
 def test_pauses_grow_to_a_limit_and_begin_again() -> None:

@@ -20,7 +20,7 @@ async def test_a_task_that_swallows_its_first_cancellation_is_cancelled_again() 
             except asyncio.CancelledError:
                 if lost == 2:
                     raise
-                lost += 1  # as a client library does when its answer comes at the same moment
+                lost += 1  # as a client library does when its reply comes at the same moment
 
     task = asyncio.create_task(forgetful())
     await begun.wait()

@@ -58,7 +58,7 @@ def test_no_password_in_the_query_of_a_url_is_shown(url: str) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("cannot reach redis://:pa'ss@h:1: no answer", "cannot reach redis://:***@h:1: no answer"),
+        ("cannot reach redis://:pa'ss@h:1: no reply", "cannot reach redis://:***@h:1: no reply"),
         ("at 'redis://u:pa ss@h'\nnext line: me@cern.ch", "at 'redis://u:***@h'\nnext line: me@cern.ch"),
         ("redis://a:b@h and redis://c:d@h", "redis://a:***@h"),
         ("at redis://a:b@h and redis://c:d@h", "at redis://a:***@h and redis://c:***@h"),

@@ -52,16 +52,16 @@ value() {
 
 # get_token NAME VALUE: exchange the secret, or the refresh token, for a token.
 get_token() {
-    answer=$(printf '{"stamp":"%s","%s":"%s"}' "$PILOT_STAMP" "$1" "$2" | post token) || return 1
-    token=$(printf '%s\n' "$answer" | value access_token)
+    response=$(printf '{"stamp":"%s","%s":"%s"}' "$PILOT_STAMP" "$1" "$2" | post token) || return 1
+    token=$(printf '%s\n' "$response" | value access_token)
     [ -n "$token" ] || return 1
     (
         umask 077
-        printf '%s\n' "$answer" | value refresh_token > "$private/refresh"
+        printf '%s\n' "$response" | value refresh_token > "$private/refresh"
         printf '%s' "$token" > "$private/token.new" && mv "$private/token.new" "$private/token"
         printf 'header = "Authorization: Bearer %s"\n' "$token" > "$private/auth"
-        echo $(($(date +%s) + $(printf '%s\n' "$answer" | value expires_in))) > "$private/expires"
-        printf '%s\n' "$answer" | value heartbeat_seconds > "$private/beat"
+        echo $(($(date +%s) + $(printf '%s\n' "$response" | value expires_in))) > "$private/expires"
+        printf '%s\n' "$response" | value heartbeat_seconds > "$private/beat"
     )
     beat=$(cat "$private/beat")
 }

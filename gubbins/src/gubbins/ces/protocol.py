@@ -116,7 +116,7 @@ def observation_of_exit(code: int | None, *, cancelled: bool, last_line: Callabl
 
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)
-AnswerT = TypeVar("AnswerT")
+ResponseT = TypeVar("ResponseT")
 PartT = TypeVar("PartT")
 
 _MAX_ERRORS = 8  # of a site that has not responded to any part of a submission
@@ -159,13 +159,13 @@ class CEBackend(ABC, Generic[SettingsT]):
         """Add an error to the warning."""
         self.warning = one_line(f"{self.warning}; {what}" if self.warning else what)
 
-    async def secondary_source(self, answer: Awaitable[AnswerT]) -> AnswerT | None:
-        """Await the answer of a secondary source, for pilots that the main one does not know; None: it failed.
+    async def secondary_source(self, response: Awaitable[ResponseT]) -> ResponseT | None:
+        """Await the response of a secondary source, for pilots that the main one does not know; None: it failed.
 
         The failure is added to the warning; these pilots are NO_NEWS then, and the others are not affected.
         """
         try:
-            return await answer
+            return await response
         except CEUnavailableError as error:
             self.warn(error)
             return None
@@ -197,11 +197,11 @@ class CEBackend(ABC, Generic[SettingsT]):
                 if len(errors) >= _MAX_ERRORS and not outcomes:
                     return
                 try:
-                    answer = await submit(part)
+                    response = await submit(part)
                 except Exception as error:
                     errors.append(error)
                     return
-            for stamp, outcome in answer.items():
+            for stamp, outcome in response.items():
                 if isinstance(outcome, Exception):
                     errors.append(outcome)
                 else:

@@ -119,10 +119,10 @@ class CEQuotaError(PilotSubmissionError):
 
 
 class CERefusedError(PilotSubmissionError):
-    """The compute element refused the pilot, or did not respond (`answered` is false)."""
+    """The compute element refused the pilot, or did not respond (`responded` is false)."""
 
-    def __init__(self, name: str, reason: str, *, public: str | None = None, answered: bool = True) -> None:
-        what = "refused the pilot" if answered else "did not confirm the pilot"
+    def __init__(self, name: str, reason: str, *, public: str | None = None, responded: bool = True) -> None:
+        what = "refused the pilot" if responded else "did not confirm the pilot"
         refused = f"compute element {name!r} {what}: "
         super().__init__(refused + reason, refused + (reason if public is None else public))
 

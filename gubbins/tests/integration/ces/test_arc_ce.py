@@ -220,7 +220,7 @@ async def _each_vo_has_a_token(arc_site: ArcSite, provider: Glewlwyd, tmp_path: 
             await backend.poll(pilots)
     wrong = token | {"client_id": "nobody"}
     async with _Maker(arc_site, certificate=None, key=None, token=wrong)() as backend:
-        with pytest.raises(CEUnavailableError, match="/token answers 40"):
+        with pytest.raises(CEUnavailableError, match="/token returned 40"):
             await backend.poll(pilots)
 
 

@@ -107,11 +107,11 @@ def test_errors_of_an_identity_provider_do_not_contain_the_secret(
 ) -> None:
     (tmp_path / "other").write_text("another-word")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"client_secret": tmp_path / "other"}, "/token answers 40"),
-        ({"client_id": "nobody"}, "/token answers 40"),
-        ({"scope": "storage.modify:/"}, "/token answers 40"),
+        ({"client_secret": tmp_path / "other"}, "/token returned 40"),
+        ({"client_id": "nobody"}, "/token returned 40"),
+        ({"scope": "storage.modify:/"}, "/token returned 40"),
         ({"client_secret": tmp_path / "none"}, "cannot read the secret in .*none: No such file"),
-        ({"issuer": provider.issuer + "x"}, "openid-configuration answers 404"),
+        ({"issuer": provider.issuer + "x"}, "openid-configuration returned 404"),
         ({"issuer": f"https://localhost:{free_port()}"}, "gives no token"),
         ({"ca": None}, "gives no token.*certificate"),
         ({"ca": tmp_path / "none"}, "gives no token.*No such file"),

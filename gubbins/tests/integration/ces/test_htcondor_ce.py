@@ -160,7 +160,7 @@ async def test_a_submission_that_is_killed_before_its_files_are_sent_is_found_an
     assert sends in program
     (tmp_path / "bindings.py").write_text(program.replace(sends, "os.kill(os.getpid(), 9)"))
     bindings = Bindings(backend.settings, tmp_path / "bindings.py")
-    with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
+    with pytest.raises(CEUnavailableError, match="no response from HTCondor's bindings"):
         await HTCondorBackend(backend.ce, backend.settings, bindings).submit([pilot])
     assert (await make_backend(htcondor_site).poll([pilot]))[pilot.stamp].state is Observed.WAITING
     (seen,) = await until_ended(backend, [pilot])

@@ -136,7 +136,7 @@ async def test_a_submission_of_many_that_is_killed_is_found_or_repeated(
     backend = make_backend(htcondor_site, spool_minutes=0)
     pilots = [new_pilot("vo") for _ in range(6)]
     other = carriers(htcondor_site)
-    with pytest.raises(CEUnavailableError, match="no answer from HTCondor's bindings"):
+    with pytest.raises(CEUnavailableError, match="no response from HTCondor's bindings"):
         await killed_before(before, backend, tmp_path).submit(pilots)
     (carrier,) = carriers(htcondor_site) - other
     found = await backend.poll(pilots)

@@ -78,7 +78,7 @@ async def application(
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", db_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
     app = create_app()
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first response is 503
     with socket.create_server(("127.0.0.1", 0)) as listening:
         async with app.router.lifespan_context(app), served(app, listening):
             yield f"http://127.0.0.1:{listening.getsockname()[1]}{API}"
@@ -206,7 +206,7 @@ async def test_a_pilot_runs_without_a_connection_to_the_api(
 async def test_an_unresponsive_network_delays_a_pilot_by_seconds_only(
     world: World, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """It connects and is never answered."""
+    """It connects and gets no response."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("GUBBINS_PILOT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}{API}")
         await world.add_ce(environment={"PATH": path}, payloads={"lhcb": "true"})

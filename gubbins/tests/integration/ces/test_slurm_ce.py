@@ -181,7 +181,7 @@ class TestHiddenPartition(CESiteConformance):
 
 
 class TestClusters(CESiteConformance):
-    """The same promises at a site of several clusters, whose `sbatch` answers `number;cluster`."""
+    """The same promises at a site of several clusters, whose `sbatch` responses `number;cluster`."""
 
     many = 10
     pause_seconds = 0.25

@@ -69,16 +69,16 @@ async def test_a_job_that_slurm_has_removed_is_unknown_without_another_source(
     assert (await observe(make(**blind), unseen, *ENDED)).reason == "exit code 4"
     forgotten = (seen, bad, unseen)
     await until(lambda: not any(each.stamp in slurm_site.command(*QUEUE) for each in forgotten))
-    answer = await make().poll([seen, bad, unseen])
-    assert set(answer) == {seen.stamp, bad.stamp}
-    assert answer[seen.stamp].state is Observed.DONE
-    assert answer[bad.stamp][:2] == (Observed.FAILED, "exit code 3: no luck")
+    response = await make().poll([seen, bad, unseen])
+    assert set(response) == {seen.stamp, bad.stamp}
+    assert response[seen.stamp].state is Observed.DONE
+    assert response[bad.stamp][:2] == (Observed.FAILED, "exit code 3: no luck")
     log = slurm_site.completion_log
     rotated = make(completion_log=log.with_suffix(".1"), **blind)
     assert await rotated.poll([unseen]) == {unseen.stamp: (Observed.NO_NEWS, None, None)}
     assert "grep: " in str(rotated.warning)
-    answer = await make(completion_log=log, **blind).poll([seen, bad, unseen, pilot("never")])
-    assert {stamp: observation[:2] for stamp, observation in answer.items()} == {
+    response = await make(completion_log=log, **blind).poll([seen, bad, unseen, pilot("never")])
+    assert {stamp: observation[:2] for stamp, observation in response.items()} == {
         seen.stamp: (Observed.DONE, None),
         bad.stamp: (Observed.FAILED, "exit code 3"),
         unseen.stamp: (Observed.FAILED, "exit code 4"),
@@ -98,7 +98,7 @@ async def test_an_unconfirmed_submission_is_found_and_not_repeated(
     deaf.chmod(0o755)
     script = f"echo started >> {tmp_path}/starts; sleep 300"
     lost = pilot("lost")
-    with pytest.raises(CEUnavailableError, match="sbatch has not answered within 10 s"):
+    with pytest.raises(CEUnavailableError, match="sbatch has not responded within 10 s"):
         await make(default_script=script, commands=commands, timeout_seconds=10).submit([lost])
     assert through.exists(), "the machine is too slow: nothing was submitted"
     found = await observe(make(), lost, Observed.RUNNING)
@@ -134,7 +134,7 @@ async def test_time_outs_of_the_site_and_of_ours_are_reported_alike(
         directory.mkdir(parents=True)
         (directory / "tried").touch()
     silent = "the queue" if command == "squeue" else command
-    with pytest.raises(CEUnavailableError, match=rf"{silent} has not answered within 0\.2 s"):
+    with pytest.raises(CEUnavailableError, match=rf"{silent} has not responded within 0\.2 s"):
         await backend.submit([unheard])
 
 

@@ -78,7 +78,7 @@ async def test_the_message_of_a_shell_that_refuses_logins_is_quoted(shell: Shell
     noise = sshd.home / ".bashrc"
     noise.write_text("echo This account is closed.; exit 1\n")
     try:
-        with pytest.raises(CEUnavailableError, match=r"not the answer of a shell .*: This account is closed\."):
+        with pytest.raises(CEUnavailableError, match=r"not the output of a shell .*: This account is closed\."):
             await shell().run(["true"])
     finally:
         noise.unlink()
@@ -102,8 +102,8 @@ async def test_a_command_need_not_read_its_input(shell: Shell) -> None:
 async def test_more_commands_than_the_server_has_sessions_wait_for_each_other(shell: Shell, sshd: Sshd) -> None:
     ours = shell(max_sessions=15)  # it has 10
     logged_in = sshd.logins()
-    answers = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(40)))
-    assert [int(answer.stdout) for answer in answers] == list(range(40))
+    responses = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(40)))
+    assert [int(response.stdout) for response in responses] == list(range(40))
     assert sshd.logins() == logged_in + 1
 
 
@@ -217,8 +217,8 @@ async def test_a_host_is_reached_through_jump_hosts_with_verified_keys(
     through = jump_sshd.settings | {"jump": jump_sshd.settings}  # a chain: twice through the same one
     before = (sshd.logins(), jump_sshd.logins())
     ours = SSHShell(SSHHost(**sshd.settings, jump=through))
-    answers = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(3)))
-    assert [answer.stdout for answer in answers] == ["0\n", "1\n", "2\n"]
+    responses = await asyncio.gather(*(ours.run(["echo", str(number)]) for number in range(3)))
+    assert [response.stdout for response in responses] == ["0\n", "1\n", "2\n"]
     assert (sshd.logins(), jump_sshd.logins()) == (before[0] + 1, before[1] + 2)
     jump_sshd.cut()
     deadline = time.monotonic() + 30
@@ -293,7 +293,7 @@ async def test_a_command_is_abandoned_after_the_time_out_and_the_connection_stay
     await ours.run(["true"], timeout=20)
     logged_in = sshd.logins()
     begin = time.monotonic()
-    with pytest.raises(SSHError, match=r"no answer from sleep within 0\.3 s"):
+    with pytest.raises(SSHError, match=r"no response from sleep within 0\.3 s"):
         await ours.run(["sleep", "60"])
     assert time.monotonic() - begin < 20
     assert (await ours.run(["echo", "on"], timeout=20)).stdout == "on\n"

@@ -59,12 +59,12 @@ async def test_pilots_are_shown_by_vo_compute_element_and_state_and_one_by_one(c
         "/pilots/list?vo=gridpp&ce=ce01": ["1 pilots"],
         "/pilots/1": ["submitted", "ce01", "History"],
     }.items():
-        answer = await client.get(address)
-        assert answer.status_code == 200, answer.text
+        response = await client.get(address)
+        assert response.status_code == 200, response.text
         for text in shown:
-            assert text in answer.text, f"{address}: {text}"
-        assert "<script>window" not in answer.text
-        assert len(answer.content) < 300_000
+            assert text in response.text, f"{address}: {text}"
+        assert "<script>window" not in response.text
+        assert len(response.content) < 300_000
     for address in ("/pilots/99", "/pilots/x", "/pilots/list?status=LOST", "/pilots/list?page=0"):
         assert (await client.get(address)).status_code == 404, address
 
@@ -186,11 +186,13 @@ async def test_any_number_of_compute_elements_is_paged_and_filtered(
     seen: list[str] = []
     address: str | None = "/pilots"
     while address:
-        answer = await client.get(address)
-        assert len(answer.content) < 200_000  # scripts and styles come on top
-        table, _, pilots = answer.text.rpartition("<h2>Pilots</h2>")
+        response = await client.get(address)
+        assert len(response.content) < 200_000  # scripts and styles come on top
+        table, _, pilots = response.text.rpartition("<h2>Pilots</h2>")
         seen += re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', table)
-        following = re.search(r'href="([^"]+)" rel="next">Next page<span class="unseen"> of the comp', answer.text)
+        following = re.search(
+            r'href="([^"]+)" rel="next">Next page<span class="unseen"> of the comp', response.text
+        )
         address = html.unescape(following[1]) if following else None
     assert seen == names
     assert "60 of 123 rows" in pilots
@@ -219,17 +221,17 @@ async def test_output_of_a_pilot_is_cut_and_escaped(client: httpx.AsyncClient, d
     await db.queue_outputs([1])
     await db.store_outputs([Output(1, now + timedelta(days=1), much, "")])
     assert "/pilots/1/output" in (await client.get("/pilots/1")).text
-    answer = await client.get("/pilots/1/output")
-    assert len(answer.content) < 200_000
-    assert "the end, https://user:***@se.example.org/" in answer.text
+    response = await client.get("/pilots/1/output")
+    assert len(response.content) < 200_000
+    assert "the end, https://user:***@se.example.org/" in response.text
     for hidden in ("the beginning", "<script>window", "hunter2"):
-        assert hidden not in answer.text
-    assert f"{len(much):,}".replace(",", "\u202f") in answer.text
-    assert "Empty." in answer.text
+        assert hidden not in response.text
+    assert f"{len(much):,}".replace(",", "\u202f") in response.text
+    assert "Empty." in response.text
     await db.queue_outputs([2])
     await db.store_outputs([Output(2, now + timedelta(days=1), error=HOSTILE)])
-    answer = await client.get("/pilots/2/output")
-    assert "There is no output: &lt;script&gt;" in answer.text
+    response = await client.get("/pilots/2/output")
+    assert "There is no output: &lt;script&gt;" in response.text
     await db.ban_ce(HOSTILE, reason=None)
     assert "The output cannot be fetched now" in (await client.get("/pilots/3/output")).text
     assert (await client.get("/pilots/99/output")).status_code == 404
@@ -246,8 +248,8 @@ async def test_without_a_database_the_page_reports_it(redis_url: str, monkeypatc
     app = create_app(context, backend, extensions=[extension()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
-        answer = await made.get("/pilots")
-    assert answer.status_code == 503
-    assert "DIRACX_DB_URL_MYPILOTDB" in answer.text
+        response = await made.get("/pilots")
+    assert response.status_code == 503
+    assert "DIRACX_DB_URL_MYPILOTDB" in response.text
     await app.aclose()
     await broker.shutdown()

@@ -71,7 +71,7 @@ async def sign_in(
         monkeypatch.setenv(f"DIRACX_{name}", value)
     settings = AuthSettings()
     app = with_short_streams(create_app(), 0.1)
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first response is 503
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     made: list[httpx.AsyncClient] = []
 
@@ -101,10 +101,10 @@ async def sign_in(
 
 async def first_fragment(client: httpx.AsyncClient, page: str) -> str:
     """Return the first fragment of the live stream of a page; httpx sees the whole of a stream only."""
-    answer = await client.get(f"/live{page}")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    return answer.text
+    response = await client.get(f"/live{page}")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return response.text
 
 
 async def test_an_operator_sees_only_pilots_and_compute_elements_of_the_own_vo(
@@ -126,9 +126,9 @@ async def test_an_operator_sees_only_pilots_and_compute_elements_of_the_own_vo(
     unseen = (await client.get(f"/pilots/{pilots['dteam']}/output")).text
     assert "There is no pilot" in unseen
     for page in ("/pilots?vo=dteam", "/pilots/list?vo=dteam", f"/pilots/{pilots['dteam']}"):
-        answer = await client.get(page)
-        assert answer.status_code == 404, page
-        assert "dteam-ce" not in answer.text, page
+        response = await client.get(page)
+        assert response.status_code == 404, page
+        assert "dteam-ce" not in response.text, page
         assert "dteam-ce" not in await first_fragment(client, page), page
     unknown = (await client.get("/pilots/987654")).text
     foreign = (await client.get(f"/pilots/{pilots['dteam']}")).text

@@ -51,9 +51,9 @@ async def test_the_dashboard_responds_with_503(
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
         for page in ("/pilots", "/pilots?vo=lhcb", "/pilots/list", "/pilots/1", "/pilots/1/output"):
-            answer = await client.get(page)
-            assert answer.status_code == 503, (page, answer.text)
-            text = html.unescape(answer.text)
+            response = await client.get(page)
+            assert response.status_code == 503, (page, response.text)
+            text = html.unescape(response.text)
             assert PASSWORD not in text
             for words in troubled.says:
                 assert words.casefold() in text.casefold(), (page, text)

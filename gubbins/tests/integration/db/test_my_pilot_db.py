@@ -147,16 +147,16 @@ async def test_P60_capacity_holds_against_many_processes(
     await db.add_ce("ce", 25, 1.0)
     script = tmp_path / "submitters.py"
     script.write_text(_SUBMITTERS)
-    with _pipe() as (stdin, begin), _pipe() as (answers, stdout), os.fdopen(os.dup(2), "wb") as stderr:
+    with _pipe() as (stdin, begin), _pipe() as (responses, stdout), os.fdopen(os.dup(2), "wb") as stderr:
         command = [str(script), tables_url]
         processes = warm_commands.start(command, env=os.environ, stdin=stdin, stdout=stdout, stderr=stderr)
         stdin.close()
         stdout.close()
         async with asyncio.timeout(120):
             for _ in range(5):
-                assert await asyncio.to_thread(answers.readline) == b"ready\n"
+                assert await asyncio.to_thread(responses.readline) == b"ready\n"
             begin.close()
-            counts = [int(line) for line in await asyncio.to_thread(answers.readlines)]
+            counts = [int(line) for line in await asyncio.to_thread(responses.readlines)]
         assert processes.wait(60) == 0
     total, _ = await db.search_pilots(vo=None)
     assert len(counts) == 5

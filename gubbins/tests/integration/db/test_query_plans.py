@@ -1,6 +1,6 @@
 """Frequent queries read no more rows than needed, with many pilots of which few are active.
 
-The servers are asked how they would answer the very statements that the database class sends.
+The servers explain how they would execute the very statements that the database class sends.
 """
 
 from __future__ import annotations

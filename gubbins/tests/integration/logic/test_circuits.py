@@ -302,7 +302,7 @@ async def test_during_a_slow_poll_the_pilots_of_other_ces_are_polled_every_cycle
 async def test_a_time_out_is_a_rule_of_the_ce(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted", rules={"timeout_seconds": 0.05})
     scripted.submissions["ce"] = asyncio.Event()
-    with pytest.raises(CERefusedError, match=r"no answer within 0\.05 s"):
+    with pytest.raises(CERefusedError, match=r"no response within 0\.05 s"):
         await logic.submit_pilot(db, "ce", "lhcb")
 
 

@@ -19,15 +19,15 @@ S = MyPilotStatus
 RUNNING = Observed.RUNNING
 ACCEPTED = SubmitOutcome(reference="job.1")
 RULES = {"breaker_failures": 2}
-Answer = Callable[[str], Any]
+Response = Callable[[str], Any]
 """Make a response to a poll."""
 
 
 @pytest.fixture
-def answer_with(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Answer], None]:
-    """`answer_with("poll", answer)`: all that the compute element `mad` answers to that; the others go on."""
+def response_with(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Response], None]:
+    """`response_with("poll", response)`: what the compute element `mad` returns for that call."""
 
-    def install(method: str, answer: Answer) -> None:
+    def install(method: str, response: Response) -> None:
         sane = getattr(scripted, method)
 
         async def call(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
@@ -35,7 +35,7 @@ def answer_with(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
                 return await sane(self, pilots)
             self.calls.append(("mad", method))
             [pilot] = pilots
-            return answer(pilot.stamp)
+            return response(pilot.stamp)
 
         monkeypatch.setattr(scripted, method, call)
 
@@ -61,12 +61,12 @@ def broken_off(_: str) -> Any:
 
 
 async def a_poll_counts_and_the_others_move_on(
-    db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
+    db: MyPilotDB, scripted: Any, response_with: Any, response: Response, said: str
 ) -> None:
     [well] = await pilots_of(db, scripted, "well")
     await db.add_ce("mad", 9, 1.0, backend="scripted", rules=RULES)
     mad = await db.submit_pilot("mad", "lhcb")  # its reference is not known yet
-    answer_with("poll", answer)
+    response_with("poll", response)
     assert await logic.transition_pilot_states(db, "lhcb") == {S.RUNNING: 1}
     assert (await db.get_pilot(well))["status"] is S.RUNNING
     pilot = await db.get_pilot(mad)
@@ -85,7 +85,7 @@ async def a_poll_counts_and_the_others_move_on(
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "said"),
     [
         (lambda _: None, "invalid response: nothing in place of"),
         (lambda _: [7], "invalid response: a value of type list in place of"),
@@ -99,13 +99,13 @@ async def a_poll_counts_and_the_others_move_on(
     ],
 )
 async def test_an_invalid_poll_response_is_a_failure_of_its_ce_only(
-    sqlite_db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
+    sqlite_db: MyPilotDB, scripted: Any, response_with: Any, response: Response, said: str
 ) -> None:
-    await a_poll_counts_and_the_others_move_on(sqlite_db, scripted, answer_with, answer, said)
+    await a_poll_counts_and_the_others_move_on(sqlite_db, scripted, response_with, response, said)
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "said"),
     [
         (lambda stamp: {stamp: Observation(RUNNING, None, "x" * 300)}, "a reference of 300 characters"),
         (lambda stamp: {stamp: Observation(RUNNING, None, "job\0")}, r"'job\x00' in place of the reference"),
@@ -113,17 +113,17 @@ async def test_an_invalid_poll_response_is_a_failure_of_its_ce_only(
     ],
 )
 async def test_an_invalid_reference_is_a_failure_of_its_ce_only(
-    db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
+    db: MyPilotDB, scripted: Any, response_with: Any, response: Response, said: str
 ) -> None:
-    await a_poll_counts_and_the_others_move_on(db, scripted, answer_with, answer, said)
+    await a_poll_counts_and_the_others_move_on(db, scripted, response_with, response, said)
 
 
-async def test_a_reference_of_255_characters_is_stored(db: MyPilotDB, scripted: Any, answer_with: Any) -> None:
+async def test_a_reference_of_255_characters_is_stored(db: MyPilotDB, scripted: Any, response_with: Any) -> None:
     await db.add_ce("mad", 9, 1.0, backend="scripted")
     pilots = [await db.submit_pilot("mad", "lhcb")]
-    answer_with("poll", lambda stamp: {stamp: Observation(RUNNING, None, "ü" * 255)})
+    response_with("poll", lambda stamp: {stamp: Observation(RUNNING, None, "ü" * 255)})
     assert await logic.transition_pilot_states(db, "lhcb") == {S.RUNNING: 1}
-    answer_with("submit", lambda stamp: {stamp: SubmitOutcome("🚀" * 255)})
+    response_with("submit", lambda stamp: {stamp: SubmitOutcome("🚀" * 255)})
     pilots.append(await logic.submit_pilot(db, "mad", "lhcb"))
     assert [(await db.get_pilot(pilot))["reference"] for pilot in pilots] == ["ü" * 255, "🚀" * 255]
 
@@ -163,12 +163,12 @@ async def test_errors_and_ban_reasons_are_readable_for_any_text(db: MyPilotDB, s
     assert ce["ban_reason"].startswith(BEGIN)
 
 
-@pytest.mark.parametrize("answer", [SubmitOutcome(error=WORDS), ConnectionError(WORDS)])
+@pytest.mark.parametrize("response", [SubmitOutcome(error=WORDS), ConnectionError(WORDS)])
 async def test_the_error_of_a_submission_is_readable_for_any_text(
-    db: MyPilotDB, scripted: Any, answer: Any
+    db: MyPilotDB, scripted: Any, response: Any
 ) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
-    scripted.submissions["ce"] = answer
+    scripted.submissions["ce"] = response
     with pytest.raises(CERefusedError, match=BEGIN) as refused:
         await logic.submit_pilot(db, "ce", "lhcb")
     assert str(refused.value).isprintable()
@@ -176,7 +176,7 @@ async def test_the_error_of_a_submission_is_readable_for_any_text(
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "said"),
     [
         (lambda _: None, "invalid response: nothing in place of"),
         (lambda _: ["job.1"], "invalid response: a value of type list in place of"),
@@ -191,12 +191,12 @@ async def test_the_error_of_a_submission_is_readable_for_any_text(
     ],
 )
 async def test_an_invalid_submission_response_keeps_the_slot_and_opens_the_circuit(
-    sqlite_db: MyPilotDB, scripted: Any, answer_with: Any, answer: Answer, said: str
+    sqlite_db: MyPilotDB, scripted: Any, response_with: Any, response: Response, said: str
 ) -> None:
     db = sqlite_db
     await db.add_ce("mad", 9, 1.0, backend="scripted", rules=RULES)
     scripted.observations["mad"] = Observation(RUNNING, None, "job.1")
-    answer_with("submit", answer)
+    response_with("submit", response)
     for _ in range(2):
         with pytest.raises(CERefusedError) as refused:
             await logic.submit_pilot(db, "mad", "lhcb")

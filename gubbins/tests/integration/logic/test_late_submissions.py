@@ -25,10 +25,10 @@ def meanwhile(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
     happen: list[Callable[[], Awaitable[object]]] = []
 
     async def submit(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
-        answer = {pilot.stamp: scripted.submissions[self.ce.name] for pilot in pilots}
+        response = {pilot.stamp: scripted.submissions[self.ce.name] for pilot in pilots}
         if happen:
             await happen.pop()()
-        return answer
+        return response
 
     monkeypatch.setattr(scripted, "submit", submit)
     return happen.append

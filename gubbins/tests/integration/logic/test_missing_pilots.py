@@ -184,4 +184,4 @@ async def test_a_few_missing_pilots_do_not_stop_submissions(
         del site.listed[stamp]
     await cycle(db, time)
     (ce,) = await logic.list_ces(db)
-    assert ce["last_error"] == "30 of its 45 pilots are missing: it answers, and does not list them"
+    assert ce["last_error"] == "30 of its 45 pilots are missing: it responds, and does not list them"

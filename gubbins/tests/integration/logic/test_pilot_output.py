@@ -37,10 +37,10 @@ def writing(scripted: Any, install_backend: Any) -> Any:
         outputs: ClassVar[dict[str, Any]] = {}
 
         async def output(self, pilot: PilotAtCE) -> PilotOutput:
-            answer = await self._answer(
+            response = await self._play(
                 "output", self.outputs.get(self.ce.name, PilotOutput("hello ü🚀\0\n", "ach"))
             )
-            return answer  # type: ignore[no-any-return]  # or what a test says in its place
+            return response  # type: ignore[no-any-return]  # or what a test says in its place
 
     install_backend("writing", WritingBackend)
     return WritingBackend
@@ -171,7 +171,7 @@ async def test_a_site_that_times_out_gets_no_further_calls_in_that_round(
     assert await logic.collect_outputs(db, "lhcb") == 1
     assert writing.calls.count(("slow", "output")) == 8, "those that were under way"
     slow = (await db.get_ce("slow"))["circuits"][CECall.STATUS]
-    assert (slow["failures"], slow["last_error"]) == (1, "no answer within 0.05 s")
+    assert (slow["failures"], slow["last_error"]) == (1, "no response within 0.05 s")
     for _ in range(5):
         await logic.collect_outputs(db, "lhcb")
     assert writing.calls.count(("slow", "output")) == 3 * 8, "then its circuit is open"

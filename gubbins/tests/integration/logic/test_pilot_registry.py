@@ -422,7 +422,7 @@ async def test_an_unresponsive_registry_does_not_delay_checks(
         assert not updating.done()
         assert await asyncio.wait_for(updating, 60) == 0
         server.close()
-    assert "no answer for 4 s" in caplog.text
+    assert "no response for 4 s" in caplog.text
     assert len(await db.unwritten_registrations(vo="lhcb", limit=9)) == 2
 
 

@@ -121,8 +121,8 @@ async def test_a_manual_submission_is_refused_with_the_quota_and_enabling_resets
 
 async def test_no_response_is_not_a_refusal(db: MyPilotDB, scripted: Any) -> None:
     await db.add_ce("ce", 9, 1.0, backend="scripted")
-    scripted.submissions["ce"] = TimeoutError("sbatch has not answered within 20 s")
-    with pytest.raises(CERefusedError, match="did not confirm the pilot: sbatch has not answered"):
+    scripted.submissions["ce"] = TimeoutError("sbatch has not responded within 20 s")
+    with pytest.raises(CERefusedError, match="did not confirm the pilot: sbatch has not responded"):
         await logic.submit_pilot(db, "ce", "lhcb")
 
 

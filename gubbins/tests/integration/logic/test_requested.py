@@ -25,7 +25,7 @@ from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import requested as requested_module
 
 VOS = ("lhcb", "dteam")
-Answer = Callable[[Sequence[PilotAtCE]], Mapping[str, SubmitOutcome]]
+Response = Callable[[Sequence[PilotAtCE]], Mapping[str, SubmitOutcome]]
 
 
 class Site:
@@ -33,7 +33,7 @@ class Site:
 
     def __init__(self) -> None:
         self.calls: list[list[PilotAtCE]] = []
-        self.answer: Answer = lambda pilots: {p.stamp: SubmitOutcome(f"job.{p.stamp}") for p in pilots}
+        self.response: Response = lambda pilots: {p.stamp: SubmitOutcome(f"job.{p.stamp}") for p in pilots}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def site(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> Site:
 
     async def submit(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
         its.calls.append(list(pilots))
-        return its.answer(pilots)
+        return its.response(pilots)
 
     monkeypatch.setattr(scripted, "submit", submit)
     return its
@@ -108,7 +108,7 @@ async def test_a_call_has_at_most_max_batch_pilots_including_the_own_one(
 async def test_a_partial_refusal_concerns_only_the_refused_pilots(db: MyPilotDB, site: Site) -> None:
     requests = await requested(db, 8)
     bad = {stamp for stamp, _ in requests[::2]}
-    site.answer = lambda pilots: {
+    site.response = lambda pilots: {
         p.stamp: SubmitOutcome(error="no more of you") if p.stamp in bad else SubmitOutcome(f"job.{p.stamp}")
         for p in pilots
     }
@@ -134,7 +134,7 @@ async def test_a_failed_call_is_one_failure_and_is_not_repeated_by_the_other_tas
     def broken(_: object) -> Any:
         raise ConnectionError("connection reset by peer")
 
-    site.answer = broken
+    site.response = broken
     for stamp, vo in requests:
         outcome = await submit(db, stamp, vo)
         assert isinstance(outcome, CERefusedError)
@@ -152,7 +152,7 @@ async def test_a_failed_call_is_one_failure_and_is_not_repeated_by_the_other_tas
 
 async def test_a_quota_is_not_a_failure_and_refuses_the_pilots_beyond_it(db: MyPilotDB, site: Site) -> None:
     requests = await requested(db, 6)
-    site.answer = lambda pilots: {
+    site.response = lambda pilots: {
         p.stamp: SubmitOutcome(f"job.{p.stamp}") if at < 2 else SubmitOutcome(error="QOSMaxSubmitJob", quota=True)
         for at, p in enumerate(pilots)
     }
@@ -173,7 +173,7 @@ async def test_a_response_without_an_outcome_of_a_pilot_leaves_its_state_unknown
     db: MyPilotDB, site: Site
 ) -> None:
     requests = await requested(db, 3)
-    site.answer = lambda pilots: {p.stamp: SubmitOutcome("job") for p in pilots if p.stamp != requests[1][0]}
+    site.response = lambda pilots: {p.stamp: SubmitOutcome("job") for p in pilots if p.stamp != requests[1][0]}
     outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert [type(each) for each in outcomes] == [int, CERefusedError, int]
     assert "the next checks will find out" in str(outcomes[1])
@@ -198,7 +198,7 @@ async def test_outcomes_known_before_an_error_or_the_time_limit_are_kept(
     requests = await requested(db, 6, rules={"timeout_seconds": 0.5})
     outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert [type(each) for each in outcomes] == [CERefusedError, *[int] * 5]
-    reason = "no answer within 0.5 s" if silent else "connection reset by peer"
+    reason = "no response within 0.5 s" if silent else "connection reset by peer"
     assert f"{reason}; the next checks will find out" in str(outcomes[0])
     ce = await db.get_ce("ce")
     assert ce["circuits"][CECall.SUBMIT]["failures"] == 0
@@ -208,7 +208,7 @@ async def test_outcomes_known_before_an_error_or_the_time_limit_are_kept(
 async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: MyPilotDB, site: Site) -> None:
     requests = await requested(db, 5)
     bad = requests[1][0]
-    site.answer = lambda pilots: {
+    site.response = lambda pilots: {
         p.stamp: SubmitOutcome(error="no") if p.stamp == bad else SubmitOutcome(f"job.{p.stamp}") for p in pilots
     }
     first = await submit(db, *requests[0])
@@ -221,15 +221,15 @@ async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: 
 
 async def test_submissions_of_a_dead_worker_are_resumed_by_their_stamps(db: MyPilotDB, site: Site) -> None:
     requests = await requested(db, 4)
-    answer = site.answer
+    response = site.response
 
     def die(_: object) -> Any:
         raise asyncio.CancelledError
 
-    site.answer = die
+    site.response = die
     with pytest.raises(asyncio.CancelledError):
         await submit(db, *requests[0])
-    site.answer = answer
+    site.response = response
     again = [await submit(db, stamp, vo) for stamp, vo in requests]
     assert len(set(again)) == 4
     assert await stamps_held(db) == {stamp for stamp, _ in requests}
@@ -249,7 +249,7 @@ async def test_requests_beyond_the_limits_are_refused_one_by_one(db: MyPilotDB, 
 
 async def test_a_probe_is_a_single_pilot(db: MyPilotDB, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = await requested(db, 4, rules={"breaker_failures": 1, "breaker_pause_seconds": 0.001})
-    site.answer = lambda pilots: {p.stamp: SubmitOutcome(error="no") for p in pilots}
+    site.response = lambda pilots: {p.stamp: SubmitOutcome(error="no") for p in pilots}
     assert isinstance(await submit(db, *requests[0]), CERefusedError)
     new = [(stamp, "lhcb") for stamp in await db.add_requests("ce", vo="lhcb", count=3)]
     await asyncio.sleep(0.01)  # the pause

@@ -1,4 +1,4 @@
-"""The header `Retry-After` of a site delays the next call, with a real HTTPS server that answers for A-REX."""
+"""The header `Retry-After` of a site delays the next call, with a real HTTPS server that responds for A-REX."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JOB = {"status-code": "201", "reason": "Created", "id": "job1", "state": "QUEUIN
 
 
 class Arex(ThreadingHTTPServer):
-    """Answers each request with a job, or with `refusal`: a status and the value of `Retry-After`."""
+    """Responds to each request with a job, or with `refusal`: a status and the value of `Retry-After`."""
 
     refusal: tuple[int, str] | None = None
     requests = 0

@@ -23,18 +23,18 @@ MANY = Limit(1_000, 1_000)
 
 @pytest.fixture
 async def site(scripted: Any, install_backend: Any, sqlite_db: MyPilotDB) -> AsyncIterator[Any]:
-    """A back end whose answers about output come when `gate` is open."""
+    """A back end whose responses about output come when `gate` is open."""
 
     class GatedBackend(scripted):  # type: ignore[misc]  # a class that a fixture made
         gate: ClassVar[asyncio.Event] = asyncio.Event()
-        answer: ClassVar[Any] = PilotOutput("out", "err")
+        response: ClassVar[Any] = PilotOutput("out", "err")
 
         async def output(self, pilot: PilotAtCE) -> PilotOutput:
             self.calls.append((self.ce.name, "output"))
             await self.gate.wait()
-            if isinstance(self.answer, Exception):
-                raise self.answer
-            return self.answer  # type: ignore[no-any-return]
+            if isinstance(self.response, Exception):
+                raise self.response
+            return self.response  # type: ignore[no-any-return]
 
     install_backend("gated", GatedBackend)
     for name in ("one", "two"):
@@ -56,14 +56,14 @@ async def test_concurrent_requests_for_one_output_share_one_call_and_its_failure
 ) -> None:
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     calls = SiteCalls()
-    site.answer = ConnectionError("gone fishing")
+    site.response = ConnectionError("gone fishing")
     requested = [
         asyncio.create_task(calls.output(sqlite_db, pilot, user=f"user {number}")) for number in range(20)
     ]
     await outputs_asked(site, 1)
     site.gate.set()
-    answers = await asyncio.gather(*requested, return_exceptions=True)
-    assert [type(answer) for answer in answers] == [CEUnavailableError] * 20
+    responses = await asyncio.gather(*requested, return_exceptions=True)
+    assert [type(response) for response in responses] == [CEUnavailableError] * 20
     with pytest.raises(CEUnavailableError, match="gone fishing"):  # and those who come a little later
         await calls.output(sqlite_db, pilot, user="late")
     assert site.calls.count(("one", "output")) == 1
@@ -114,7 +114,7 @@ async def test_a_cancellation_beyond_a_limit_is_recorded_and_sent_by_the_next_ch
 async def test_output_is_truncated_to_the_limit(sqlite_db: MyPilotDB, site: Any) -> None:
     pilot = await logic.submit_pilot(sqlite_db, "one", "lhcb")
     site.gate.set()
-    site.answer = PilotOutput("x" * (OUTPUT_LIMIT_BYTES + 5) + "end", "")
+    site.response = PilotOutput("x" * (OUTPUT_LIMIT_BYTES + 5) + "end", "")
     shown = await SiteCalls().output(sqlite_db, pilot, user="alice")
     assert len(shown["stdout"]) == OUTPUT_LIMIT_BYTES
     assert shown["stdout"].endswith("end")

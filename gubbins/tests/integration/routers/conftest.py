@@ -41,7 +41,7 @@ async def world(
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
     monkeypatch.setenv("GUBBINS_PILOT_API_URL", f"{HOME}{API}/")
     app = create_app()
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first response is 503
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

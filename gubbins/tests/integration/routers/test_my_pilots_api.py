@@ -118,9 +118,9 @@ API = "/api/my_pilots"
 def test_P63_unknown_ce_is_404_and_a_full_one_409(client: Any, as_: As) -> None:
     assert client.post(f"{API}/submit/unknown", headers=as_()).status_code == 404
     for _ in range(2):
-        answer = client.post(f"{API}/submit/ce", headers=as_())
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["vo"] == "lhcb"
+        response = client.post(f"{API}/submit/ce", headers=as_())
+        assert response.status_code == 200, response.text
+        assert response.json()["vo"] == "lhcb"
     full = client.post(f"{API}/submit/ce", headers=as_("dteam"))
     assert full.status_code == 409
     assert "no room" in full.json()["detail"]
@@ -186,10 +186,10 @@ def test_P63_a_vo_can_access_only_its_own_pilots(client: Any, as_: As) -> None:
 
 def test_pilots_are_paged_filtered_shown_and_cancelled(client: Any, as_: As) -> None:
     ids = [client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"] for _ in range(2)]
-    answer = client.get(f"{API}/pilots?per_page=1&page=2&status=SUBMITTED&ce_name=ce", headers=as_())
-    assert [pilot["pilot_id"] for pilot in answer.json()["items"]] == [ids[0]]
-    assert answer.json()["total"] == 2
-    assert answer.headers["Content-Range"] == "pilots 1-1/2"
+    response = client.get(f"{API}/pilots?per_page=1&page=2&status=SUBMITTED&ce_name=ce", headers=as_())
+    assert [pilot["pilot_id"] for pilot in response.json()["items"]] == [ids[0]]
+    assert response.json()["total"] == 2
+    assert response.headers["Content-Range"] == "pilots 1-1/2"
     beyond = client.get(f"{API}/pilots?page=9", headers=as_())
     assert (beyond.json()["items"], beyond.headers["Content-Range"]) == ([], "pilots */2")
     pilot = client.get(f"{API}/pilots/{ids[0]}", headers=as_()).json()
@@ -276,9 +276,9 @@ def test_bad_ces_are_422_and_create_nothing(client: Any, as_: As) -> None:
     }
     # The settings of `local` are commands on our own hosts: not for those who have no more than a token.
     for where, fields in (*wrong.items(), ("backend", {"backend": "nope"}), ("backend", {"backend": "local"})):
-        answer = client.post(f"{API}/ces", json={"name": "x", "capacity": 1} | fields, headers=admin)
-        assert answer.status_code == 422, fields
-        assert answer.json()["detail"][0]["loc"][-1] == where
+        response = client.post(f"{API}/ces", json={"name": "x", "capacity": 1} | fields, headers=admin)
+        assert response.status_code == 422, fields
+        assert response.json()["detail"][0]["loc"][-1] == where
     assert [ce["name"] for ce in client.get(f"{API}/ces", headers=admin).json()] == ["ce"]
 
 
@@ -313,10 +313,10 @@ def test_a_ce_is_shown_with_its_circuits_and_rules_and_can_be_banned(client: Any
 def test_an_invalid_request_is_neither_repeated_in_the_response_nor_logged(
     client: Any, as_: As, caplog: pytest.LogCaptureFixture, path: str, body: Any
 ) -> None:
-    answer = client.post(f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["detail"]
-    assert "s3cret" not in answer.text + caplog.text
+    response = client.post(f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
+    assert response.status_code == 422, response.text
+    assert response.json()["detail"]
+    assert "s3cret" not in response.text + caplog.text
 
 
 def test_a_downtime_is_planned_seen_and_removed(client: Any, as_: As) -> None:
@@ -364,9 +364,9 @@ def test_a_submission_to_a_ce_of_another_vo_is_refused_as_unknown(app: Any, clie
 
 def test_output_is_for_the_own_vo_and_404_if_there_is_none(client: Any, as_: As) -> None:
     pilot = client.post(f"{API}/submit/ce", headers=as_()).json()["pilot_id"]
-    answer = client.get(f"{API}/pilots/{pilot}/output", headers=as_())
-    assert answer.status_code == 404
-    assert "keeps no output" in answer.json()["detail"]
+    response = client.get(f"{API}/pilots/{pilot}/output", headers=as_())
+    assert response.status_code == 404
+    assert "keeps no output" in response.json()["detail"]
     unknown, theirs = [client.get(f"{API}/pilots/{id}/output", headers=as_("dteam")) for id in (999, pilot)]
     assert unknown.status_code == theirs.status_code == 404
     assert theirs.json()["detail"] == unknown.json()["detail"].replace("999", str(pilot))
@@ -425,11 +425,11 @@ def test_an_unavailable_database_is_503_with_the_remedy(
     client.portal.call(_database(app).engine.dispose)
     harm(Path(api_db_url.partition("///")[2]))
     for method, path, body in ROUTES:
-        answer = client.request(method, f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
-        assert answer.status_code == 503, (path, answer.text)
-        assert says in answer.json()["detail"], path
-        assert "DIRACX_DB_URL_MYPILOTDB" in answer.json()["detail"]
-        assert int(answer.headers["Retry-After"]) > 0
+        response = client.request(method, f"{API}{path}", json=body, headers=as_("lhcb", SERVICE_ADMINISTRATOR))
+        assert response.status_code == 503, (path, response.text)
+        assert says in response.json()["detail"], path
+        assert "DIRACX_DB_URL_MYPILOTDB" in response.json()["detail"]
+        assert int(response.headers["Retry-After"]) > 0
 
 
 def _schema(client: Any) -> dict[str, Any]:
@@ -445,10 +445,10 @@ def test_any_input_is_handled_by_every_route(app: Any, client: Any, as_: As) -> 
     quiet = TestClient(app, raise_server_exceptions=False)
     quiet.portal = client.portal
     headers = as_("lhcb", SERVICE_ADMINISTRATOR) | {"content-type": "application/json"}
-    answers = {address: quiet.get(address, headers=headers) for address in hostile_addresses(_schema(client))}
+    responses = {address: quiet.get(address, headers=headers) for address in hostile_addresses(_schema(client))}
     for address, body in hostile_bodies(_schema(client), ce_name="ce"):
-        answers[f"{address} {body}"] = quiet.post(address, content=body, headers=headers)
-    broken = [what[:200] for what, answer in answers.items() if answer.status_code in (500, 503)]
+        responses[f"{address} {body}"] = quiet.post(address, content=body, headers=headers)
+    broken = [what[:200] for what, response in responses.items() if response.status_code in (500, 503)]
     assert not broken, "\n".join(broken)
 
 

@@ -91,9 +91,9 @@ async def test_the_token_is_a_diracx_token_of_the_pilot_and_its_vo(world: World)
     from diracx.routers.utils.users import verify_dirac_access_token
 
     _, pilot = await world.submit("dteam")
-    answer = await world.exchange(pilot)
-    granted = answer.json()
-    assert answer.headers["Cache-Control"] == "no-store"
+    response = await world.exchange(pilot)
+    granted = response.json()
+    assert response.headers["Cache-Control"] == "no-store"
     assert (granted["token_type"], granted["heartbeat_seconds"]) == ("Bearer", 300)
     assert 0 < granted["expires_in"] <= 1800
     user = await verify_dirac_access_token(f"Bearer {granted['access_token']}", AuthSettings())
@@ -111,9 +111,9 @@ async def test_the_token_of_a_pilot_is_refused_by_other_routes(world: World) -> 
             for method in getattr(route, "methods", ()):
                 if path not in ("/token", "/report"):
                     body = {"name": "new", "capacity": 1} if path == "/ces" else None
-                    answer = await world.client.request(method, prefix + path, headers=headers, json=body)
-                    if answer.status_code not in (401, 403, 404, 422, 503):
-                        opened.append(f"{method} {prefix}{path}: {answer.status_code}")
+                    response = await world.client.request(method, prefix + path, headers=headers, json=body)
+                    if response.status_code not in (401, 403, 404, 422, 503):
+                        opened.append(f"{method} {prefix}{path}: {response.status_code}")
     assert opened == []
     for path in ("/pilots", "/ces", f"/pilots/{pilot_id}", "/summary"):
         assert (await world.client.get(API + path, headers=headers)).status_code == 403
@@ -121,16 +121,16 @@ async def test_the_token_of_a_pilot_is_refused_by_other_routes(world: World) -> 
 
 async def test_a_pilot_of_a_vo_outside_the_configuration_gets_no_token(world: World) -> None:
     _, pilot = await world.submit("gone")
-    answer = await world.exchange(pilot)
-    assert (answer.status_code, "registry" in answer.text) == (401, True)
+    response = await world.exchange(pilot)
+    assert (response.status_code, "registry" in response.text) == (401, True)
 
 
 async def test_a_reused_secret_is_refused_and_audited(world: World, redis: Redis) -> None:
     pilot_id, pilot = await world.submit()
     token = await world.token(pilot)
     assert (await world.report(token)).status_code == 200
-    answer = await world.exchange(pilot)
-    assert (answer.status_code, "replayed" in answer.text) == (401, True)
+    response = await world.exchange(pilot)
+    assert (response.status_code, "replayed" in response.text) == (401, True)
     assert (await world.report(token)).status_code == 200  # the first one goes on
     [entry] = await read_audit(redis, vo="lhcb")
     assert (entry.action, entry.target, entry.ok) == ("exchange pilot secret", str(pilot_id), False)
@@ -146,16 +146,16 @@ async def test_an_exchange_can_be_repeated_before_the_token_is_used(world: World
     assert (await world.report(token)).status_code == 200
     assert (await world.report(lost)).status_code == 401
     _, other = await world.submit()
-    answers = [(await world.exchange(other)).status_code for _ in range(6)]
-    assert answers == [200] * 5 + [401]
+    responses = [(await world.exchange(other)).status_code for _ in range(6)]
+    assert responses == [200] * 5 + [401]
 
 
 async def test_of_concurrent_exchanges_one_token_is_valid(world: World) -> None:
     import asyncio
 
     _, pilot = await world.submit()
-    answers = await asyncio.gather(*(world.exchange(pilot) for _ in range(8)))
-    tokens = [answer.json()["access_token"] for answer in answers if answer.status_code == 200]
+    responses = await asyncio.gather(*(world.exchange(pilot) for _ in range(8)))
+    tokens = [response.json()["access_token"] for response in responses if response.status_code == 200]
     reports = [(await world.report(token)).status_code for token in tokens]
     assert reports.count(200) == 1
 
@@ -194,12 +194,12 @@ async def test_tokens_of_an_ended_pilot_are_invalid(world: World, how: str) -> N
         else:
             for status in (MyPilotStatus.RUNNING, MyPilotStatus.DONE):
                 await world.db.advance_pilots({status: [(id, None)]}, vo="lhcb")
-    for answer in (
+    for response in (
         await world.report(granted["access_token"]),
         await world.refresh(pilot, granted["refresh_token"]),
         await world.exchange(fresh),
     ):
-        assert (answer.status_code, how[:6] in answer.text) == (401, True), answer.text
+        assert (response.status_code, how[:6] in response.text) == (401, True), response.text
     assert (await world.exchange(fresh, secret="x")).json()["detail"] == (
         "not the secret or the token of an active pilot"
     )
@@ -210,9 +210,9 @@ async def test_too_many_requests_of_a_pilot_or_address_are_refused_with_the_time
     world.app.dependency_overrides[pilot_rates] = lambda: limited
     (_, mine), (_, others) = await world.submit(), await world.submit()
     token = await world.token(others)
-    answers = [await world.exchange(mine, secret="x") for _ in range(4)]
-    assert [answer.status_code for answer in answers] == [401, 401, 401, 429]
-    assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
+    responses = [await world.exchange(mine, secret="x") for _ in range(4)]
+    assert [response.status_code for response in responses] == [401, 401, 401, 429]
+    assert 0 < int(responses[-1].headers["Retry-After"]) <= 60
     assert (await world.exchange(others)).status_code == 200  # another pilot is not kept out
     assert (await world.exchange(others)).status_code == 429  # but its whole address is, now
     reports = [(await world.report(token)).status_code for _ in range(4)]
@@ -228,7 +228,7 @@ async def test_a_request_for_a_token_is_bounded_and_not_repeated_in_errors(world
         {"stamp": "0" * 32},
         ["s3cret-word"],
     ):
-        answer = await world.client.post(f"{API}/token", json=body)
-        assert (answer.status_code, "s3cret" in answer.text) == (422, False), answer.text
+        response = await world.client.post(f"{API}/token", json=body)
+        assert (response.status_code, "s3cret" in response.text) == (422, False), response.text
     long = await world.client.post(f"{API}/token", content=b" " * 2_000_000)
     assert long.status_code == 413

@@ -84,9 +84,9 @@ async def world(
 
 
 async def search(client: httpx.AsyncClient, body: Any = None) -> dict[str, dict[str, Any]]:
-    answer = await client.post("/api/pilots/search", json=body or {})
-    assert answer.status_code == 200, answer.text
-    return {row["PilotStamp"]: row for row in answer.json()}
+    response = await client.post("/api/pilots/search", json=body or {})
+    assert response.status_code == 200, response.text
+    return {row["PilotStamp"]: row for row in response.json()}
 
 
 async def test_diracx_finds_pilots_of_the_own_vo_and_administrators_find_all(world: World) -> None:

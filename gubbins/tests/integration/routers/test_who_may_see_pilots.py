@@ -157,7 +157,7 @@ async def world(
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", sqlite_url)
     monkeypatch.setenv("DIRACX_SERVICE_MY_PILOTS_ENABLED", "true")
     app = with_short_streams(create_app(), 0.02)
-    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first answer is 503
+    app.dependency_overrides[ConfigSource.create].__self__.read()  # else the first response is 503
     async with app.router.lifespan_context(app):
         yield World(app, db, pilots, stamps)
 
@@ -177,7 +177,7 @@ async def test_each_role_has_access_by_http_as_in_the_table(world: World, role: 
                     body = (
                         BODIES.get(row.path, lambda vo, owner: None)(vo, owner) if row.method == "POST" else None
                     )
-                    answer = await client.request(row.method, API + path, json=body)
+                    response = await client.request(row.method, API + path, json=body)
                     of_one = "{" in row.path
                     if cell == REFUSED:
                         allowed = {401 if role == "anonymous" else 403}
@@ -189,22 +189,29 @@ async def test_each_role_has_access_by_http_as_in_the_table(world: World, role: 
                         allowed = {422}  # it wants the secret of a pilot
                     else:
                         allowed = {200, 201, 202, 204}
-                    case = f"{row} of {owner}, {role} of {vo}: {answer.status_code} {answer.text[:300]}"
-                    if answer.status_code not in allowed:
+                    case = f"{row} of {owner}, {role} of {vo}: {response.status_code} {response.text[:300]}"
+                    if response.status_code not in allowed:
                         wrong.append(case)
                     if cell == "own VO" and (
-                        not world.marks(answer.text.replace(f"{owner}-ce", "") if 404 in allowed else answer.text)
+                        not world.marks(
+                            response.text.replace(f"{owner}-ce", "") if 404 in allowed else response.text
+                        )
                         <= {vo}
-                        or SITE_ERROR in answer.text
+                        or SITE_ERROR in response.text
                     ):
                         wrong.append(f"sees another VO's, {case}")
-                    if cell == "all" and row.method == "GET" and not of_one and world.marks(answer.text) != {*VOS}:
+                    if (
+                        cell == "all"
+                        and row.method == "GET"
+                        and not of_one
+                        and world.marks(response.text) != {*VOS}
+                    ):
                         wrong.append(f"does not see all, {case}")
                     if allowed == {404}:
                         missing = row.path.format(pilot_id=987654321, ce_name="nowhere")
                         unknown = await client.request(row.method, API + missing, json=body)
                         same = unknown.text.replace("987654321", str(world.pilots[owner]))
-                        if answer.text != same.replace("nowhere", f"{owner}-ce"):
+                        if response.text != same.replace("nowhere", f"{owner}-ce"):
                             wrong.append(f"tells that there is one, {case}")
     assert not wrong, "\n".join(wrong)
 
@@ -232,22 +239,22 @@ async def test_each_role_has_access_in_the_dashboard_as_in_the_table(
                         }
                         fields |= {"pilot": str(world.pilots[owner]), "ce": f"{owner}-ce"}
                         fields |= {"downtime": str(await world.planned(owner))}
-                        answer = await client.post(BELOW + path, data=fields)
-                        if answer.status_code != (303 if cell == "all" else 403 if signed_in else 401):
-                            wrong.append(f"{row} of {owner}, {role} of {vo}: {answer.status_code}")
+                        response = await client.post(BELOW + path, data=fields)
+                        if response.status_code != (303 if cell == "all" else 403 if signed_in else 401):
+                            wrong.append(f"{row} of {owner}, {role} of {vo}: {response.status_code}")
                         continue
                     hidden = cell == "own VO" and "{" in row.path and owner != vo
                     expected = 303 if cell == REFUSED else 404 if hidden else 200
                     for prefix in ("", "/live") if row.path in live_pages else ("",):
-                        answer = await client.get(f"{BELOW}{prefix}{path}")
-                        case = f"{prefix}{row} of {owner}, {role} of {vo}: {answer.status_code}"
-                        if answer.status_code != (200 if prefix and hidden else expected):
+                        response = await client.get(f"{BELOW}{prefix}{path}")
+                        case = f"{prefix}{row} of {owner}, {role} of {vo}: {response.status_code}"
+                        if response.status_code != (200 if prefix and hidden else expected):
                             wrong.append(case)
-                        if cell == "own VO" and not world.marks(answer.text) <= {vo}:
+                        if cell == "own VO" and not world.marks(response.text) <= {vo}:
                             wrong.append(f"sees another VO's, {case}")
-                        if cell == "own VO" and SITE_ERROR in answer.text:
+                        if cell == "own VO" and SITE_ERROR in response.text:
                             wrong.append(f"sees what the site said, {case}")
-                        if cell == "all" and "{" not in row.path and world.marks(answer.text) != {*VOS}:
+                        if cell == "all" and "{" not in row.path and world.marks(response.text) != {*VOS}:
                             wrong.append(f"does not see all, {case}")
     assert not wrong, "\n".join(wrong)
 
@@ -276,9 +283,9 @@ async def test_a_vo_sees_only_its_own_rules_and_no_messages_of_a_shared_compute_
 
 async def test_a_list_of_another_vo_is_refused_whether_it_exists_or_not(world: World) -> None:
     async with world.user("user", "lhcb") as client:
-        answers = [await client.get(f"{API}/pilots", params={"vo": vo}) for vo in ("dteam", "nowhere")]
-    assert [answer.status_code for answer in answers] == [403, 403]
-    assert answers[0].text == answers[1].text
+        responses = [await client.get(f"{API}/pilots", params={"vo": vo}) for vo in ("dteam", "nowhere")]
+    assert [response.status_code for response in responses] == [403, 403]
+    assert responses[0].text == responses[1].text
 
 
 async def test_a_refusal_by_an_extension_policy_is_a_404(world: World) -> None:
@@ -292,8 +299,8 @@ async def test_a_refusal_by_an_extension_policy_is_a_404(world: World) -> None:
 
     world.app.dependency_overrides[MyPilotsAccessPolicy.check] = lambda: policy
     async with world.user("user", "lhcb") as client:
-        answers = [await client.get(f"{API}/pilots/{number}") for number in (world.pilots["lhcb"], 987654321)]
-    assert [answer.status_code for answer in answers] == [404, 404]
+        responses = [await client.get(f"{API}/pilots/{number}") for number in (world.pilots["lhcb"], 987654321)]
+    assert [response.status_code for response in responses] == [404, 404]
 
 
 @pytest.mark.parametrize("role", ["anonymous", "user", "administrator"])
@@ -308,6 +315,6 @@ async def test_a_too_long_body_is_refused_before_it_is_read(world: World, role: 
 
     async with world.user(role, "lhcb") as client:
         headers = {"Content-Type": "application/json"}
-        answer = await client.post(f"{API}/ces", content=endless(), headers=headers)
-    assert answer.status_code == 413, answer.text
+        response = await client.post(f"{API}/ces", content=endless(), headers=headers)
+    assert response.status_code == 413, response.text
     assert sent < 2 * MAX_BODY_BYTES

@@ -67,15 +67,15 @@ class FakeArex:
         self.asked.append(action)
         if action == "/jobs":
             left_out, self.left_out_of_the_first_list = self.left_out_of_the_first_list, set()
-            return self._answer([{"id": job} for job in self.states if job not in left_out])
+            return self._response([{"id": job} for job in self.states if job not in left_out])
         if action == "new":
             return self._submit(request.content.decode())
         jobs = json.loads(request.content)["job"] if request.content else []
         if action == "kill":
             self.killed += [job["id"] for job in jobs]
         if action in ("status", "info"):
-            return self._answer([self._about(job["id"]) for job in jobs])
-        return self._answer([{"status-code": "202", "reason": "Queued", "id": job["id"]} for job in jobs])
+            return self._response([self._about(job["id"]) for job in jobs])
+        return self._response([{"status-code": "202", "reason": "Queued", "id": job["id"]} for job in jobs])
 
     def _submit(self, text: str) -> httpx.Response:
         number = text.count("(executable=")
@@ -83,7 +83,7 @@ class FakeArex:
             return httpx.Response(403)
         new = [f"job{len(self.states) + index}" for index in range(number)]
         self.states |= dict.fromkeys(new, "ACCEPTING")
-        return self._answer([{"status-code": "201", "reason": "Created", "id": job} for job in new])
+        return self._response([{"status-code": "201", "reason": "Created", "id": job} for job in new])
 
     def _about(self, job: str) -> dict[str, Any]:
         if job not in self.states:
@@ -98,7 +98,7 @@ class FakeArex:
         return {"status-code": "200", "reason": "OK", "id": job, "state": self.states[job], "info_document": info}
 
     @staticmethod
-    def _answer(jobs: Sequence[Any]) -> httpx.Response:
+    def _response(jobs: Sequence[Any]) -> httpx.Response:
         if not jobs:
             return httpx.Response(200, content=b"")
         return httpx.Response(201, json={"job": jobs if len(jobs) > 1 else jobs[0]})
@@ -235,7 +235,7 @@ async def test_a_failing_secondary_source_does_not_affect_other_pilots() -> None
 
 
 @pytest.mark.parametrize(
-    ("answer", "states"),
+    ("response", "states"),
     [
         ({}, {"a": Observed.NO_NEWS, "b": Observed.NO_NEWS}),
         (
@@ -250,9 +250,9 @@ async def test_a_failing_secondary_source_does_not_affect_other_pilots() -> None
     ],
 )
 async def test_a_job_missing_from_an_incomplete_response_is_not_unknown(
-    answer: Any, states: dict[str, Observed]
+    response: Any, states: dict[str, Observed]
 ) -> None:
-    backend = backend_that_hears(lambda _: httpx.Response(201, content=json.dumps(answer) if answer else b""))
+    backend = backend_that_hears(lambda _: httpx.Response(201, content=json.dumps(response) if response else b""))
     seen = await backend.poll([PilotAtCE("a", "vo", "x/a"), PilotAtCE("b", "vo", "x/b")])
     assert {stamp: each.state for stamp, each in seen.items()} == states
 
@@ -303,7 +303,7 @@ async def test_an_unknown_outcome_does_not_affect_other_jobs_of_the_call() -> No
     assert set(outcomes) == {f"s{number}" for number in range(350)} - {f"s{number}" for number in lost}
     assert all(outcome.reference for outcome in outcomes.values())
     assert "without an id" in str(backend.warning)
-    assert "no answer within 30 s" in str(backend.warning)
+    assert "no response within 30 s" in str(backend.warning)
 
 
 def fails_with(error: Exception) -> Handler:
@@ -317,12 +317,12 @@ def fails_with(error: Exception) -> Handler:
     ("handler", "words"),
     [
         (fails_with(httpx.ConnectError("refused")), "refused"),
-        (fails_with(httpx.ReadTimeout("")), "no answer within 30 s"),
+        (fails_with(httpx.ReadTimeout("")), "no response within 30 s"),
         (fails_with(httpx.ReadError("")), "ReadError"),
         (lambda _: httpx.Response(500), "500"),
         (lambda _: httpx.Response(302, headers={"location": "https://evil.example.org"}), "302"),
         (lambda _: httpx.Response(201, content=b"<html>"), "<html>"),
-        (lambda _: httpx.Response(201, content=b'{"job": []}'), "0 answers to the submission of 1 jobs"),
+        (lambda _: httpx.Response(201, content=b'{"job": []}'), "0 responses to the submission of 1 jobs"),
         (
             lambda _: httpx.Response(201, content=b'{"job": [{"status-code": "201", "id": "j"'),
             "invalid response",
@@ -353,10 +353,10 @@ async def test_a_full_ce_is_a_quota(outer: bool) -> None:
 
 
 async def test_a_refused_cancellation_of_the_ce_is_a_warning() -> None:
-    answer = {"job": {"id": "a", "status-code": "505", "reason": "Failed to cancel job"}}
-    backend = backend_that_hears(lambda _: httpx.Response(201, json=answer))
+    response = {"job": {"id": "a", "status-code": "505", "reason": "Failed to cancel job"}}
+    backend = backend_that_hears(lambda _: httpx.Response(201, json=response))
     await backend.cancel([PilotAtCE("sa", "vo", "x/a")])
-    assert backend.warning == "cannot cancel 1 pilots: ce answers 505 Failed to cancel job"
+    assert backend.warning == "cannot cancel 1 pilots: ce returned 505 Failed to cancel job"
 
 
 async def test_a_refusal_does_not_exclude_an_earlier_submission() -> None:
@@ -382,9 +382,9 @@ _job = st.fixed_dictionaries(
     {"id": st.sampled_from(["j", "k"]) | _json, "status-code": st.sampled_from(["200", "201", "500"]) | _json},
     optional={"state": _json, "info_document": st.fixed_dictionaries({"ComputingActivity": _json}) | _json},
 )
-_answer = st.fixed_dictionaries({"job": _job | st.lists(_job, max_size=3)}) | _json
+_response = st.fixed_dictionaries({"job": _job | st.lists(_job, max_size=3)}) | _json
 _bodies = st.lists(
-    _answer.map(lambda document: json.dumps(document).encode()) | st.binary(), min_size=1, max_size=6
+    _response.map(lambda document: json.dumps(document).encode()) | st.binary(), min_size=1, max_size=6
 )
 
 
@@ -412,13 +412,13 @@ def test_any_response_of_a_ce_is_a_result_or_an_error_of_one_line(bodies: list[b
         ]
         for call in calls:
             try:
-                answer = await call()
+                response = await call()
             except (CEUnavailableError, OutputUnavailableError) as error:
                 reasons.append(str(error))
                 continue
-            if isinstance(answer, dict):
-                assert answer.keys() <= {"s", "t"}
-            for seen in answer.values() if isinstance(answer, dict) else ():
+            if isinstance(response, dict):
+                assert response.keys() <= {"s", "t"}
+            for seen in response.values() if isinstance(response, dict) else ():
                 reason = seen.reason if isinstance(seen, Observation) else seen.error
                 assert reason is None or reason.isprintable()
 

@@ -211,11 +211,11 @@ def test_cpus_of_grid_engine_are_refused_with_the_option_to_use() -> None:
 class Says:
     """A shell in which every command has the same result."""
 
-    def __init__(self, answer: Completed) -> None:
-        self._answer = answer
+    def __init__(self, response: Completed) -> None:
+        self._response = response
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
-        return self._answer
+        return self._response
 
     async def close(self) -> None:
         pass
@@ -269,7 +269,7 @@ async def test_a_cancellation_that_fails_for_one_job_is_a_warning_at_most(
     assert (canceller.warning is None) == (warning is None)
 
 
-async def test_a_server_that_does_not_answer_a_cancellation_is_unavailable() -> None:
+async def test_a_server_that_does_not_respond_to_a_cancellation_is_unavailable() -> None:
     settings = BatchSettings.model_validate({"system": "pbs", "directory": "/pilots"})
     stderr = "Connection refused\nqdel: cannot connect to server pbs01 (errno=111)"
     canceller = BatchBackend(CEDescription("batch", 9, 1.0), settings, Says(Completed(1, "", stderr)))

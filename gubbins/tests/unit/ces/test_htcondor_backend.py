@@ -131,9 +131,9 @@ def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -
     ("program", "message"),
     [
         ("import nonesuch", r"pip install 'gubbins-pilots\[htcondor\]'"),
-        ("print('{\"answer\"')", r"no answer from HTCondor's bindings \(0\)"),
-        ("print('[1]')", r"no answer from HTCondor's bindings \(0\)"),
-        ("import os; os.kill(os.getpid(), 9)", r"no answer from HTCondor's bindings \(-9\)"),
+        ("print('{\"result\"')", r"no response from HTCondor's bindings \(0\)"),
+        ("print('[1]')", r"no response from HTCondor's bindings \(0\)"),
+        ("import os; os.kill(os.getpid(), 9)", r"no response from HTCondor's bindings \(-9\)"),
         ('print(\'{"error": "so   what"}\')', "^so what$"),
         ("import sys; sys.exit('11/22/26 05:17:25 who are you?')", r"\(1\); who are you\?$"),
     ],
@@ -144,12 +144,12 @@ async def test_an_invalid_response_is_no_news_and_has_a_reason(program: str, mes
 
 
 @pytest.mark.parametrize(
-    "answer", [None, [], 7, {}, {"stamp": None}, {"stamp": "12.0"}, {"stamp": {}}, {"stamp": {"reference": 12}}]
+    "response", [None, [], 7, {}, {"stamp": None}, {"stamp": "12.0"}, {"stamp": {}}, {"stamp": {"reference": 12}}]
 )
 async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
-    answer: object, tmp_path: Path
+    response: object, tmp_path: Path
 ) -> None:
-    backend = backend_with(f"print({json.dumps({'answer': answer})!r})", tmp_path)
+    backend = backend_with(f"print({json.dumps({'result': response})!r})", tmp_path)
     with pytest.raises(CEUnavailableError, match="did not respond about the pilot stamp"):
         await backend.submit([PILOT._replace(maybe_submitted=False)])
 
@@ -173,7 +173,7 @@ async def test_only_a_refused_history_makes_pilots_unknown_and_no_response_is_no
 ) -> None:
     program = (
         "import json, sys, time\n"
-        "if json.load(sys.stdin)['call'] == 'queue': print(json.dumps({'answer': []}))\n"
+        "if json.load(sys.stdin)['call'] == 'queue': print(json.dumps({'result': []}))\n"
         f"else: {history}"
     )
 
@@ -215,7 +215,7 @@ async def test_a_call_is_killed_after_the_time_out_with_its_children(
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
 
-    with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not answered within 0.2 s"):
+    with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not responded within 0.2 s"):
         await backend_with(program, tmp_path, timeout_seconds=0.2).poll([PILOT])
 
 
@@ -231,7 +231,7 @@ async def test_the_bindings_have_no_configuration_of_the_host_and_no_secrets(
         "told = {name: value for name, value in os.environ.items() if 'CONDOR' in name or 'DIRACX' in name}\n"
         "told['token'] = pathlib.Path(told['_CONDOR_SEC_TOKEN_DIRECTORY'], 'token').read_text()\n"
         f"pathlib.Path({str(tmp_path / 'told')!r}).write_text(json.dumps(told))\n"
-        "print(json.dumps({'answer': []}))"
+        "print(json.dumps({'result': []}))"
     )
     backend = backend_with(program, tmp_path, token=token, configuration={"sec_default_encryption": "NEVER"})
     await backend.poll([PILOT])

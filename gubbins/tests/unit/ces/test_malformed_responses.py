@@ -1,4 +1,4 @@
-"""Whatever the host of a batch system or a shell answers: the back ends say something of the pilots they were
+"""Whatever the host of a batch system or a shell responds: the back ends say something of the pilots they were
 asked about, or complain in one line, and conclude nothing else."""
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ _whole = _records.map(lambda text: f"{text}\nMARK end\n")
 _errors = st.sampled_from(["", "sbatch: error: Batch job submission failed: no", "slurm_load_jobs error: x"])
 
 
-def _answers(said: st.SearchStrategy[str]) -> st.SearchStrategy[list[Completed]]:
+def _responses(said: st.SearchStrategy[str]) -> st.SearchStrategy[list[Completed]]:
     codes = st.sampled_from([0] * 8 + [1, 66, 255])
     return st.lists(st.builds(Completed, codes, said, _errors | _garbage), max_size=4)
 
 
-_of_slurm = _answers(st.lists(_lines, max_size=4).map("\n".join))
-_of_a_shell = _answers(st.one_of(_whole, _whole, _records, _garbage))
+_of_slurm = _responses(st.lists(_lines, max_size=4).map("\n".join))
+_of_a_shell = _responses(st.one_of(_whole, _whole, _records, _garbage))
 
 
 class Babbler:
-    """A shell that gives the answers, one after the other, and then nothing."""
+    """A shell that gives the responses, one after the other, and then nothing."""
 
     def __init__(self) -> None:
-        self._answers: Iterator[Completed] = iter(())
+        self._responses: Iterator[Completed] = iter(())
 
-    def begin(self, answers: Sequence[Completed]) -> None:
+    def begin(self, responses: Sequence[Completed]) -> None:
         """Give these from now on."""
-        self._answers = iter(answers)
+        self._responses = iter(responses)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
-        answer = next(self._answers, Completed(0, "", ""))
+        response = next(self._responses, Completed(0, "", ""))
         # The mark of our own records: the worst that can be said is said with it.
         mark = re.search(rb"^mark=(\w+)$", stdin, re.MULTILINE)
-        return answer._replace(stdout=answer.stdout.replace("MARK", mark[1].decode() if mark else "MARK"))
+        return response._replace(stdout=response.stdout.replace("MARK", mark[1].decode() if mark else "MARK"))
 
     async def close(self) -> None:
         pass
 
 
-async def _ask(backend: Any, shell: Babbler, answers: Sequence[Completed]) -> None:
+async def _ask(backend: Any, shell: Babbler, responses: Sequence[Completed]) -> None:
     calls: list[Callable[[], Awaitable[Any]]] = [
         lambda: backend.submit([LOST, KNOWN]),
         lambda: backend.poll([LOST, KNOWN]),
@@ -82,16 +82,16 @@ async def _ask(backend: Any, shell: Babbler, answers: Sequence[Completed]) -> No
         lambda: backend.cleanup([KNOWN._replace(status=MyPilotStatus.DONE)]),
     ]
     for call in calls:
-        shell.begin(answers)
-        answer, message = None, "none"
+        shell.begin(responses)
+        response, message = None, "none"
         try:
-            answer = await call()
+            response = await call()
         except (CEUnavailableError, OutputUnavailableError) as error:
             message = str(error)
         assert message
         assert message.isprintable()
-        for stamp in ("s", "t") if isinstance(answer, dict) else ():
-            _look(answer.get(stamp))
+        for stamp in ("s", "t") if isinstance(response, dict) else ():
+            _look(response.get(stamp))
 
 
 def _look(said: Observation | SubmitOutcome | None) -> None:
@@ -109,7 +109,7 @@ _often = settings(max_examples=400, deadline=None, suppress_health_check=[Health
 
 @_often
 @given(_of_slurm, st.booleans())
-def test_any_response_of_slurm_is_a_result_or_an_error_of_one_line(answers: list[Completed], seen: bool) -> None:
+def test_any_response_of_slurm_is_a_result_or_an_error_of_one_line(responses: list[Completed], seen: bool) -> None:
     directory = Path("/pilots")
     log = directory / "log"
     shell = Babbler()
@@ -120,12 +120,12 @@ def test_any_response_of_slurm_is_a_result_or_an_error_of_one_line(answers: list
         ),
         shell,
     )
-    asyncio.run(_ask(backend, shell, answers))
+    asyncio.run(_ask(backend, shell, responses))
 
 
 @_often
 @given(_of_a_shell)
-def test_any_response_of_a_shell_is_a_result_or_an_error_of_one_line(answers: list[Completed]) -> None:
+def test_any_response_of_a_shell_is_a_result_or_an_error_of_one_line(responses: list[Completed]) -> None:
     shell = Babbler()
     backend = SSHBackend(CE, SSHSettings(host="h", keep="none"), shell)
-    asyncio.run(_ask(backend, shell, answers))
+    asyncio.run(_ask(backend, shell, responses))

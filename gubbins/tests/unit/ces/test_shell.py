@@ -40,7 +40,7 @@ async def test_large_input_and_output_pass_at_the_same_time() -> None:
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 async def test_a_command_with_endless_output_is_killed_with_its_children(stream: str, tmp_path: Path) -> None:
     script = f"sleep 300 & echo $! > {tmp_path}/child; exec cat /dev/zero > /dev/{stream}"
-    with pytest.raises(CEUnavailableError, match="/bin/sh: an answer of more than 1000000 bytes"):
+    with pytest.raises(CEUnavailableError, match="/bin/sh: a response of more than 1000000 bytes"):
         await LocalShell(max_bytes=1_000_000).run(["/bin/sh", "-c", script], timeout=300)
     await until(lambda: not alive(int(written(tmp_path / "child"))))
 
@@ -64,7 +64,7 @@ async def test_a_command_that_does_not_exist_is_named() -> None:
 async def test_a_command_is_killed_after_the_time_out_with_its_children(tmp_path: Path) -> None:
     script = f"trap '' TERM; sleep 300 & echo $! > {tmp_path}/child; wait"
     begin = time.monotonic()
-    with pytest.raises(CEUnavailableError, match=r"has not answered within 0\.5 s"):
+    with pytest.raises(CEUnavailableError, match=r"has not responded within 0\.5 s"):
         await LocalShell().run(["/bin/sh", "-c", script], timeout=0.5)
     assert time.monotonic() - begin < 20
     await until(lambda: not alive(int((tmp_path / "child").read_text())))

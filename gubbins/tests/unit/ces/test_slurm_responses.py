@@ -284,7 +284,7 @@ def test_messages_of_a_command_are_quoted_from_stdout_and_stderr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stdout", "stderr", "is_answer"),
+    ("stdout", "stderr", "is_response"),
     [
         ("", "", True),
         ("", "sacct: warning: deprecated\n", True),
@@ -293,11 +293,11 @@ def test_messages_of_a_command_are_quoted_from_stdout_and_stderr() -> None:
         ("7|PENDING|0|None|one|c|\n", "squeue: error: Unable to contact the primary controller\n", True),
     ],
 )
-def test_an_empty_answer_with_an_error_is_a_failure_despite_exit_code_0(
-    stdout: str, stderr: str, is_answer: bool
+def test_an_empty_response_with_an_error_is_a_failure_despite_exit_code_0(
+    stdout: str, stderr: str, is_response: bool
 ) -> None:
     done = Completed(0, stdout, stderr)
-    if is_answer:
+    if is_response:
         assert text_of(done, "squeue") == stdout
     else:
         with pytest.raises(CEUnavailableError, match=r"(Connection refused|Unable to contact)"):

@@ -39,8 +39,8 @@ def test_every_shell_reads_quoted_values_unchanged(shell: str, tmp_path: Path) -
     @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
     def check(value: str) -> None:
         request = command([f"value={quote(value)}", "say value", "printf '\\n%s' \"$value\""])
-        answer = run(shell, request.text, tmp_path)
-        completed = Completed(answer.returncode, answer.stdout.decode(), answer.stderr.decode())
+        response = run(shell, request.text, tmp_path)
+        completed = Completed(response.returncode, response.stdout.decode(), response.stderr.decode())
         assert parse(completed, request.mark, host="h") == [("value", value.replace("\0", ""))]
 
     check()

@@ -15,7 +15,7 @@ from .options import Commands, JsonOption, YesOption
 from .output import confirm, echo, echo_json
 from .runtime.databases import database_classes, database_url, explained_database
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 def add_migration_commands(group: Commands, program: str, database: str, missing: str) -> None:
@@ -27,10 +27,10 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         missing: error message where the database is not configured.
     """
 
-    def run(work: Callable[[Migrations, str], Awaitable[_Answer]]) -> _Answer:
+    def run(work: Callable[[Migrations, str], Awaitable[_Result]]) -> _Result:
         url = database_url(database, missing)
 
-        async def migrate() -> _Answer:
+        async def migrate() -> _Result:
             return await work(database_classes(database)[0].migrations, url)
 
         with explained_database(database):

@@ -43,7 +43,7 @@ class Collectors:
         up = [({"source": name}, 0 if name in self._failing else 1) for name in self._collectors]
         return [
             *(metric for part in collected for metric in part),
-            gauge("metrics_source_up", "1 if the database behind these figures answers.", up),
+            gauge("metrics_source_up", "1 if the database behind these figures responds.", up),
         ]
 
     async def _run(self, name: str) -> Sequence[Metric]:

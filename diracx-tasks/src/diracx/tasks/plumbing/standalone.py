@@ -126,7 +126,7 @@ async def _keep_renewed(redis: Redis, locks: Sequence[LockSpec], reserved_after:
                     started = loop.time()
                     kept = await locking.extend(redis, expiring)
             except (RedisError, TimeoutError) as error:
-                logger.warning("cannot renew locks: %s", error or "no answer in time")
+                logger.warning("cannot renew locks: %s", error or "no reply in time")
                 kept = [loop.time() < expires_at] * len(expiring)
             else:
                 expires_at = started + term_seconds

@@ -131,12 +131,12 @@ class ValkeyProcess:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # not stopped by Ctrl-C in a terminal
                 )
-            if self._answers():
+            if self._is_ready():
                 return
             self.kill()
         raise EmbeddedServerError(f"the embedded server does not start:\n{log.read_text()[-2000:]}")
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         from redis import Redis
         from redis.backoff import NoBackoff
         from redis.exceptions import AuthenticationError, RedisError

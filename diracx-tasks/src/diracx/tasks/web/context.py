@@ -85,7 +85,7 @@ class AppContext:
         self._opening = asyncio.Lock()
         self._checks: HealthChecks | None = None
         self._stack = AsyncExitStack()
-        self.answers = SingleFlightCache()
+        self.responses = SingleFlightCache()
         """Responses that equal requests share."""
 
     @property
@@ -116,7 +116,7 @@ class AppContext:
         async with self._opening:
             if self._checks is None:
                 self._checks = await self._stack.enter_async_context(health_checks(self.redis, self.task_db))
-        return await self.answers.get("health", self._checks.run, _SLOW_SECONDS)
+        return await self.responses.get("health", self._checks.run, _SLOW_SECONDS)
 
     async def aclose(self) -> None:
         """Close the resources of the health checks."""
@@ -132,11 +132,11 @@ class AppContext:
             self.loads.append(Load(found.at.timestamp(), waiting, running))
             return found
 
-        return await self.answers.get("snapshot", read, _SHARED_SECONDS)
+        return await self.responses.get("snapshot", read, _SHARED_SECONDS)
 
     async def history(self) -> list[Point]:
         """Return counters of the past hour by minute."""
-        return await self.answers.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
+        return await self.responses.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
 
 
 def _settings(reading: ConfigSnapshot, before: Settings) -> Settings:

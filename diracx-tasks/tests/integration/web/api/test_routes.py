@@ -44,10 +44,10 @@ def messages(redis_url: str) -> list[TaskMessage]:
 def test_P51_a_route_schedules_a_task(client: TestClient, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
     with client:
-        answers = [client.post(f"/run/{job_id}") for job_id in (7, 8)]
-    assert [answer.status_code for answer in answers] == [200, 200]
+        responses = [client.post(f"/run/{job_id}") for job_id in (7, 8)]
+    assert [response.status_code for response in responses] == [200, 200]
     sent = messages(redis_url)
-    assert [message.task_id for message in sent] == [answer.json() for answer in answers]
+    assert [message.task_id for message in sent] == [response.json() for response in responses]
     assert [message.task_args for message in sent] == [[7], [8]]
     assert sent[0].task_name == "jobs:DummyJobExecutorTask"
 
@@ -88,8 +88,8 @@ async def test_an_invalid_url_in_the_environment_is_an_error_of_one_line(
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", url)
     with client, pytest.raises(AddressError, match=r"^DIRACX_TASKS_REDIS_URL: ") as caught:
         client.post("/run/1")
-    with pytest.raises(HTTPException, match="correct DIRACX_TASKS_REDIS_URL") as answered:
+    with pytest.raises(HTTPException, match="correct DIRACX_TASKS_REDIS_URL") as refused:
         await context_from_environment()
-    assert answered.value.status_code == 503
+    assert refused.value.status_code == 503
     assert str(caught.value) in caplog.text
-    assert "sesame" not in str(caught.value) + caplog.text + answered.value.detail
+    assert "sesame" not in str(caught.value) + caplog.text + refused.value.detail

@@ -83,8 +83,8 @@ async def test_a_token_that_has_expired_or_is_of_an_unknown_vo_is_good_for_nothi
         for path in READS:
             assert (await client.get(f"/api/tasks/{path}", headers=bearer(refused))).status_code == status, path
         for path, body in WRITES.items():
-            answer = await client.post(f"/api/tasks/{path}", json=body, headers=bearer(refused))
-            assert answer.status_code == status, f"{path}: {answer.text}"
+            response = await client.post(f"/api/tasks/{path}", json=body, headers=bearer(refused))
+            assert response.status_code == status, f"{path}: {response.text}"
 
 
 async def test_an_unavailable_database_of_dead_letters_is_503(
@@ -99,20 +99,20 @@ async def test_an_unavailable_database_of_dead_letters_is_503(
     async with world.context.task_db.engine_context():
         for method, path, body in requested:
             address, headers = f"/api/tasks/{path}", bearer(token("ServiceAdministrator"))
-            answer = await client.request(method, address, json=body, headers=headers)
-            assert answer.status_code == 503, (path, answer.text)
-            assert "is not an SQLite database" in answer.json()["detail"]
-            assert "DIRACX_DB_URL_TASKDB" in answer.json()["detail"]
+            response = await client.request(method, address, json=body, headers=headers)
+            assert response.status_code == 503, (path, response.text)
+            assert "is not an SQLite database" in response.json()["detail"]
+            assert "DIRACX_DB_URL_TASKDB" in response.json()["detail"]
 
 
 async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
     for path in ("running", "delayed", "failures", "queues/normal:small", "dead-letters/waiting"):
         for after in ("x", "nan", "1-x", "99999999999999999999-1"):
-            answer = await client.get(
+            response = await client.get(
                 f"/api/tasks/{path}", params={"after": after}, headers=bearer(token("Operator"))
             )
-            reported = answer.status_code, answer.json()
-            assert answer.status_code == 404, f"{path} {after}: {reported}"
+            reported = response.status_code, response.json()
+            assert response.status_code == 404, f"{path} {after}: {reported}"
 
 
 async def test_responses_match_the_schema_and_contain_no_secrets(client: httpx.AsyncClient, token: Token) -> None:
@@ -123,11 +123,11 @@ async def test_responses_match_the_schema_and_contain_no_secrets(client: httpx.A
     headers = bearer(token("ServiceAdministrator"))
     models = {route.path: route.response_model for route in router.routes if isinstance(route, APIRoute)}
     for path in READS:
-        answer = await client.get(f"/api/tasks/{path}", headers=headers)
+        response = await client.get(f"/api/tasks/{path}", headers=headers)
         template = re.sub(r"^/(queues|dead-letters|groups)/.*", r"/\1/{}", f"/{path}")
         model = next(m for known, m in models.items() if re.sub(r"\{\w+\}", "{}", known) == template)
-        TypeAdapter(model).validate_json(answer.content)
-        assert SECRET not in answer.text
+        TypeAdapter(model).validate_json(response.content)
+        assert SECRET not in response.text
     dead_letter = (await client.get("/api/tasks/dead-letters/1", headers=headers)).json()
     assert dead_letter["arguments"]["password"] == "•••"
     assert HOSTILE in dead_letter["arguments"]["url"]
@@ -137,9 +137,9 @@ async def test_actions_by_http_are_done_and_audited(client: httpx.AsyncClient, t
     headers = bearer(token("ServiceAdministrator"))
 
     async def post(path: str, **body: Any) -> Any:
-        answer = await client.post(f"/api/tasks/{path}", json=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        response = await client.post(f"/api/tasks/{path}", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        return response.json()
 
     assert await post("dead-letters/discard", ids=[1]) == {"done": [1], "already": [], "refused": []}
     assert (await post("dead-letters/retry", all=True, task_name="Fail"))["done"] == [2, 3]
@@ -156,11 +156,11 @@ async def test_a_server_that_takes_no_task_is_no_fault_of_the_application(
     client: httpx.AsyncClient, token: Token, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.refuse(monkeypatch)
-    answer = await client.post(
+    response = await client.post(
         "/api/tasks/dead-letters/retry", json={"ids": [1]}, headers=bearer(token("ServiceAdministrator"))
     )
-    assert answer.status_code == 503, answer.text
-    assert answer.json()["detail"].startswith("cannot submit 1 dead letters again")
+    assert response.status_code == 503, response.text
+    assert response.json()["detail"].startswith("cannot submit 1 dead letters again")
 
 
 async def test_a_lock_is_found_by_its_key(client: httpx.AsyncClient, token: Token, world: World) -> None:
@@ -169,9 +169,9 @@ async def test_a_lock_is_found_by_its_key(client: httpx.AsyncClient, token: Toke
     async def ask(key: str, *properties: str) -> httpx.Response:
         return await client.get("/api/tasks/locks/one", params={"key": key}, headers=bearer(token(*properties)))
 
-    answer = (await ask(held, "ServiceAdministrator")).json()
-    assert (answer["key"], answer["held"], answer["waiters"]) == (held, 1, 1)
-    assert answer["holders"][0]["task_name"] == "test:HoldSite"
+    response = (await ask(held, "ServiceAdministrator")).json()
+    assert (response["key"], response["held"], response["waiters"]) == (held, 1, 1)
+    assert response["holders"][0]["task_name"] == "test:HoldSite"
     for none in ("lock:mutex:job:42", "diracx:tasks:alive"):
         assert (await ask(none, "ServiceAdministrator")).status_code == 404, none
     assert (await ask(held, "NormalUser")).status_code == 403
@@ -204,9 +204,9 @@ async def test_the_schema_of_the_application_has_every_route(client: httpx.Async
 
 async def test_a_link_with_a_diracx_token_does_not_sign_in(client: httpx.AsyncClient, token: Token) -> None:
     below = "/api/tasks/dashboard"
-    answer = await client.get(f"{below}/sign-in", params={"token": token("ServiceAdministrator")})
-    assert answer.status_code == 200
-    assert "set-cookie" not in answer.headers
+    response = await client.get(f"{below}/sign-in", params={"token": token("ServiceAdministrator")})
+    assert response.status_code == 200
+    assert "set-cookie" not in response.headers
     assert (await client.get(f"{below}/queues")).status_code == 303
 
 
@@ -214,14 +214,14 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
     client: httpx.AsyncClient, token: Token
 ) -> None:
     below = "/api/tasks/dashboard"
-    answer = await client.get(f"{below}/queues")
-    assert answer.headers["location"] == f"{below}/sign-in?next=%2Fqueues"
+    response = await client.get(f"{below}/queues")
+    assert response.headers["location"] == f"{below}/sign-in?next=%2Fqueues"
     for refused in ("invalid", token("NormalUser"), token("Operator", seconds=-60), token("Operator", vo="x")):
-        answer = await client.post(f"{below}/sign-in", data={"credential": refused})
-        assert answer.status_code == 403
-    answer = await client.post(f"{below}/sign-in", data={"credential": token("Operator"), "next": "/queues"})
-    assert answer.headers["location"] == f"{below}/queues"
-    assert f"Path={below}" in answer.headers["set-cookie"]
+        response = await client.post(f"{below}/sign-in", data={"credential": refused})
+        assert response.status_code == 403
+    response = await client.post(f"{below}/sign-in", data={"credential": token("Operator"), "next": "/queues"})
+    assert response.headers["location"] == f"{below}/queues"
+    assert f"Path={below}" in response.headers["set-cookie"]
     page = await client.get(f"{below}/queues")
     assert page.status_code == 200
     assert "read-only" in page.text
@@ -233,10 +233,10 @@ async def test_the_dashboard_of_the_application_takes_diracx_tokens(
     assert (await client.get(style)).status_code == 200
     form = re.search(r'name="form_token" value="(\w+)"', page.text)
     assert form
-    answer = await client.post(
+    response = await client.post(
         f"{below}/queues/purge", data={"queue": "realtime:large", "confirmed": "yes", "form_token": form[1]}
     )
-    assert answer.status_code == 403
+    assert response.status_code == 403
 
 
 def test_the_dashboard_of_an_application_is_closed_with_its_event_loop(
@@ -269,13 +269,13 @@ async def test_cookies_are_secure_if_a_trusted_proxy_reports_tls(client: httpx.A
         behind = ProxyHeadersMiddleware(transport.app, trusted_hosts=trusted)  # type: ignore[arg-type]
         proxy = httpx.ASGITransport(behind, client=("127.0.0.1", 5))  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=proxy, base_url=HOME) as browser:
-            answer = await browser.post(
+            response = await browser.post(
                 "/api/tasks/dashboard/sign-in",
                 data={"credential": token("Operator")},
                 headers={"X-Forwarded-Proto": scheme},
             )
-        assert answer.status_code == 303
-        assert ("; Secure" in answer.headers["set-cookie"]) is secure, (trusted, scheme)
+        assert response.status_code == 303
+        assert ("; Secure" in response.headers["set-cookie"]) is secure, (trusted, scheme)
 
 
 async def test_without_jinja2_the_dashboard_names_the_missing_package(
@@ -284,8 +284,8 @@ async def test_without_jinja2_the_dashboard_names_the_missing_package(
     for name in ("app", "rendering"):
         monkeypatch.delitem(sys.modules, f"diracx.tasks.web.dashboard.{name}")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    answer = await client.get("/api/tasks/dashboard/")
-    assert answer.status_code == 503
-    assert "pip install 'diracx-tasks[dashboard]'" in answer.json()["detail"]
-    answer = await client.get("/api/tasks/queues", headers=bearer(token("Operator")))
-    assert answer.status_code == 200
+    response = await client.get("/api/tasks/dashboard/")
+    assert response.status_code == 503
+    assert "pip install 'diracx-tasks[dashboard]'" in response.json()["detail"]
+    response = await client.get("/api/tasks/queues", headers=bearer(token("Operator")))
+    assert response.status_code == 200

@@ -36,9 +36,9 @@ def session(browser: Browser) -> str | None:
     return browser.client.cookies.get("tasks-dashboard-http")
 
 
-def cookies_of(answer: httpx.Response) -> dict[str, str]:
+def cookies_of(response: httpx.Response) -> dict[str, str]:
     """Name -> everything else, in lower case."""
-    pairs = (line.lower().partition("=") for line in answer.headers.get_list("set-cookie"))
+    pairs = (line.lower().partition("=") for line in response.headers.get_list("set-cookie"))
     return {name: rest for name, _, rest in pairs}
 
 
@@ -65,10 +65,10 @@ async def test_groups_that_the_policy_lets_in_are_offered_and_no_others(browser:
         for group, may in (("operators", "read-only"), ("admins", "read and write"))
     ]
     for choice in ("vo:lhcb group:users", "vo:lhcb", "", "vo:lhcb group:operators property:JobAdministrator"):
-        answer = await browser.start(choice)
-        assert answer.status_code == 403
-        assert "There is no such VO and group" in answer.text
-        assert "set-cookie" not in answer.headers
+        response = await browser.start(choice)
+        assert response.status_code == 403
+        assert "There is no such VO and group" in response.text
+        assert "set-cookie" not in response.headers
 
 
 async def test_a_user_outside_the_group_is_refused_with_the_reason(browser: Browser) -> None:
@@ -84,9 +84,9 @@ async def test_a_foreign_address_cannot_sign_a_user_in(app: Any, browser: Browse
     for begun in (False, True):  # whether the victim is about to sign in as well
         if begun:
             await browser.start(OPERATOR)
-        answer = await browser.client.get(address)
-        assert answer.status_code == 403
-        assert "started in another browser" in answer.text
+        response = await browser.client.get(address)
+        assert response.status_code == 403
+        assert "started in another browser" in response.text
         assert session(browser) is None
 
 
@@ -129,8 +129,8 @@ async def test_a_code_without_the_secret_of_its_browser_gets_no_token(browser: B
 
 async def test_an_invalid_code_is_refused(browser: Browser) -> None:
     state = parse_qs(urlsplit(onward(await browser.start(OPERATOR))).query)["state"][0]
-    answer = await browser.client.get(CALLBACK, params={"code": "invented", "state": state})
-    assert answer.status_code == 403
+    response = await browser.client.get(CALLBACK, params={"code": "invented", "state": state})
+    assert response.status_code == 403
     assert session(browser) is None
 
 
@@ -145,8 +145,8 @@ async def test_a_forged_cookie_does_not_redirect_to_other_sites(browser: Browser
     await browser.start(OPERATOR)
     value = browser.client.cookies["tasks-dashboard-http-state"]
     forged = {"cookie": f"tasks-dashboard-http-state={value.partition('/')[0]}//evil.example/"}
-    answer = await browser.client.get(CALLBACK, headers=forged)
-    assert f'href="{BELOW}/sign-in?next=%2F"' in answer.text
+    response = await browser.client.get(CALLBACK, headers=forged)
+    assert f'href="{BELOW}/sign-in?next=%2F"' in response.text
 
 
 async def test_cookies_are_http_only_with_minimal_path_and_domain(browser: Browser) -> None:
@@ -170,16 +170,15 @@ async def test_no_token_is_in_an_address_a_page_or_the_log(
     token = session(browser)
     assert token is not None
     assert token.count(".") == 2
-    for answer in browser.seen:
-        reported = (
-            f"{answer.url} {answer.request.headers.get('referer')} {answer.headers.get('location')} {answer.text}"
-        )
+    for response in browser.seen:
+        headers = [response.request.headers.get("referer"), response.headers.get("location")]
+        reported = f"{response.url} {headers} {response.text}"
         # Of the JWTs of DiracX all begin alike, the refresh token as well.
         assert token.partition(".")[0] not in reported
-        assert "no-referrer" in answer.text or "/sign-in/" not in str(answer.url)
+        assert "no-referrer" in response.text or "/sign-in/" not in str(response.url)
     assert token not in caplog.text
     assert token.partition(".")[0] not in caplog.text
-    carried = [value for answer in browser.seen for value in cookies_of(answer).values()]
+    carried = [value for response in browser.seen for value in cookies_of(response).values()]
     assert len([value for value in carried if token.partition(".")[0].lower() in value]) == 1
 
 
@@ -209,9 +208,9 @@ async def test_a_too_long_address_is_dropped_and_the_sign_in_continues(browser: 
 
 async def test_a_form_of_another_site_begins_no_sign_in(browser: Browser) -> None:
     for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
-        answer = await browser.client.post(f"{BELOW}/sign-in/start", data={"choice": OPERATOR}, headers=headers)
-        assert answer.status_code == 403
-        assert "set-cookie" not in answer.headers
+        response = await browser.client.post(f"{BELOW}/sign-in/start", data={"choice": OPERATOR}, headers=headers)
+        assert response.status_code == 403
+        assert "set-cookie" not in response.headers
 
 
 async def test_a_host_name_that_is_not_allowed_is_an_error_with_the_setting(app: Any) -> None:
@@ -220,9 +219,9 @@ async def test_a_host_name_that_is_not_allowed_is_an_error_with_the_setting(app:
         assert f"To sign in without a token, have http://other.example.org{CALLBACK} added to {SETTING}." in page
         assert "<select" not in page
         assert 'name="credential"' in page
-        answer = await browser.start(OPERATOR)
-        assert answer.status_code == 403
-        assert SETTING in answer.text
+        response = await browser.start(OPERATOR)
+        assert response.status_code == 403
+        assert SETTING in response.text
         address = onward(await Browser(app).start(OPERATOR)).replace("diracx.example.org", "evil.example.org")
         assert (await browser.client.get(address)).status_code == 400
 
@@ -249,6 +248,6 @@ async def test_while_diracx_loads_its_configuration_the_page_reports_it(app: Any
         raise NotReadyError("not yet")
 
     app.dependency_overrides[ConfigSource.create] = not_yet
-    answer = await browser.get("/sign-in")
-    assert answer.status_code == 503
-    assert "The configuration of DiracX is being read" in answer.text
+    response = await browser.get("/sign-in")
+    assert response.status_code == 503
+    assert "The configuration of DiracX is being read" in response.text

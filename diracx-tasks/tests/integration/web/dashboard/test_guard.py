@@ -72,8 +72,8 @@ def browser(app: Any, base: str = HOME) -> httpx.AsyncClient:
 @asynccontextmanager
 async def signed_in(app: Any, token: str = WRITER) -> AsyncIterator[httpx.AsyncClient]:
     async with browser(app) as client:
-        answer = await client.post("/sign-in", data={"credential": token})
-        assert answer.status_code == 303
+        response = await client.post("/sign-in", data={"credential": token})
+        assert response.status_code == 303
         yield client
 
 
@@ -86,31 +86,31 @@ async def form_token(client: httpx.AsyncClient) -> str:
 @pytest.mark.parametrize("path", ["/plain", "/", "/live/", "/queues/normal:small", "/nothing", "/dead-letters/1"])
 async def test_without_a_session_every_page_leads_to_the_sign_in(app: Any, path: str) -> None:
     async with browser(app) as client:
-        answer = await client.get(path)
-    assert answer.status_code == 303
-    assert answer.headers["location"].startswith("/sign-in?next=")
+        response = await client.get(path)
+    assert response.status_code == 303
+    assert response.headers["location"].startswith("/sign-in?next=")
 
 
 @pytest.mark.parametrize("path", ["/paint", "/queues/purge", "/tasks/cancel", "/sign-out", "/nothing"])
 async def test_without_a_session_nothing_can_be_done(app: Any, path: str) -> None:
     async with browser(app) as client:
-        answer = await client.post(path, data={"confirmed": "yes"})
-    assert answer.status_code == 401
+        response = await client.post(path, data={"confirmed": "yes"})
+    assert response.status_code == 401
 
 
 async def test_a_wrong_token_opens_nothing_and_is_not_shown(app: Any) -> None:
     async with browser(app) as client:
-        answer = await client.post("/sign-in", data={"credential": "<script>wrong"})
-        assert answer.status_code == 403
-        assert "<script>wrong" not in answer.text
+        response = await client.post("/sign-in", data={"credential": "<script>wrong"})
+        assert response.status_code == 403
+        assert "<script>wrong" not in response.text
         assert (await client.get("/plain")).status_code == 303
 
 
 async def test_the_printed_link_signs_in_and_leads_to_an_address_without_the_token(app: Any) -> None:
     async with browser(app) as client:
-        answer = await client.get(f"/sign-in?token={WRITER}&next=/plain")
-        assert answer.headers["location"] == "/plain"
-        cookie = answer.headers["set-cookie"].lower()
+        response = await client.get(f"/sign-in?token={WRITER}&next=/plain")
+        assert response.headers["location"] == "/plain"
+        cookie = response.headers["set-cookie"].lower()
         assert "httponly" in cookie
         assert "samesite=strict" in cookie
         assert WRITER not in cookie
@@ -120,22 +120,22 @@ async def test_the_printed_link_signs_in_and_leads_to_an_address_without_the_tok
 async def test_the_sign_in_form_does_not_redirect_to_other_sites(app: Any) -> None:
     async with browser(app) as client:
         for target in ("https://evil.example/", "//evil.example/", "/\\evil.example", "\t//evil.example"):
-            answer = await client.post("/sign-in", data={"credential": WRITER, "next": target})
-            assert answer.headers["location"] == "/"
+            response = await client.post("/sign-in", data={"credential": WRITER, "next": target})
+            assert response.headers["location"] == "/"
 
 
-async def test_every_answer_has_a_strict_policy_and_no_page_has_a_script_or_style_of_its_own(app: Any) -> None:
+async def test_every_response_has_a_strict_policy_and_no_page_has_a_script_or_style_of_its_own(app: Any) -> None:
     async with signed_in(app) as client:
         for path in ("/plain", "/nothing", "/static/dashboard.js", "/sign-in"):
-            answer = await client.get(path)
-            policy = answer.headers["content-security-policy"]
+            response = await client.get(path)
+            policy = response.headers["content-security-policy"]
             assert "default-src 'none'" in policy
             assert "unsafe" not in policy
-            assert answer.headers["x-content-type-options"] == "nosniff"
-            assert answer.headers["x-frame-options"] == "DENY"
-            if answer.headers["content-type"].startswith("text/html"):
-                assert answer.headers["cache-control"] == "no-store"
-                assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=", answer.text)
+            assert response.headers["x-content-type-options"] == "nosniff"
+            assert response.headers["x-frame-options"] == "DENY"
+            if response.headers["content-type"].startswith("text/html"):
+                assert response.headers["cache-control"] == "no-store"
+                assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=", response.text)
 
 
 async def test_a_form_of_another_site_or_session_does_nothing(app: Any, redis: Redis) -> None:
@@ -168,16 +168,16 @@ async def test_a_page_of_another_site_can_lead_here_but_fetch_nothing(app: Any) 
 
 async def test_a_live_page_is_notified_of_its_expired_session(app: Any) -> None:
     async with browser(app) as client:
-        answer = await client.get("/live/queues", headers={"accept": "text/event-stream"})
-    assert answer.text == "event: gone\ndata: your session has expired\n\n"
+        response = await client.get("/live/queues", headers={"accept": "text/event-stream"})
+    assert response.text == "event: gone\ndata: your session has expired\n\n"
 
 
 async def test_a_reader_cannot_act(app: Any, redis: Redis) -> None:
     async with signed_in(app, READER) as client:
         data = {"confirmed": "yes", "thing": "x", "form_token": await form_token(client)}
-        answer = await client.post("/paint", data=data)
-        assert answer.status_code == 403
-        assert "your role is `read`" in answer.text
+        response = await client.post("/paint", data=data)
+        assert response.status_code == 403
+        assert "your role is `read`" in response.text
     assert await read_audit(redis) == []
 
 
@@ -238,17 +238,17 @@ async def test_every_route_sends_the_security_headers_to_every_client(
             for method, path in every_route(app):
                 if path == "/sign-out":
                     continue
-                answer = await client.request(method, path)
-                assert answer.headers["x-content-type-options"] == "nosniff", path
+                response = await client.request(method, path)
+                assert response.headers["x-content-type-options"] == "nosniff", path
                 if path in ("/healthz", "/readyz"):
                     continue
-                assert "default-src 'none'" in answer.headers["content-security-policy"], path
-                assert "frame-ancestors 'none'" in answer.headers["content-security-policy"], path
+                assert "default-src 'none'" in response.headers["content-security-policy"], path
+                assert "frame-ancestors 'none'" in response.headers["content-security-policy"], path
                 for name in ("x-frame-options", "referrer-policy", "cross-origin-opener-policy"):
-                    assert name in answer.headers, f"{path} {name}"
+                    assert name in response.headers, f"{path} {name}"
                 if not path.startswith("/static"):
-                    assert answer.headers["cache-control"] == "no-store", path
-                for cookie in answer.headers.get_list("set-cookie"):
+                    assert response.headers["cache-control"] == "no-store", path
+                for cookie in response.headers.get_list("set-cookie"):
                     assert {"httponly", "samesite=strict"} <= set(cookie.lower().split("; ")), path
 
 
@@ -265,6 +265,6 @@ async def test_every_action_requires_a_form_of_this_session_and_site(app: Any, r
                 ({"form_token": token}, {"sec-fetch-site": "cross-site"}),
                 ({"form_token": token}, {"sec-fetch-site": "same-site"}),
             ):
-                answer = await wilma.post(path, data={**data, "confirmed": "yes"}, headers=headers)
-                assert answer.status_code == 403, f"{path} {data} {headers}"
+                response = await wilma.post(path, data={**data, "confirmed": "yes"}, headers=headers)
+                assert response.status_code == 403, f"{path} {data} {headers}"
     assert await read_audit(redis) == []

@@ -96,13 +96,13 @@ async def test_every_page_shows_its_data_and_escapes_it(world: World) -> None:
             "/schedules?vo=lhcb",
         ]
         for address in addresses:
-            answer = await client.get(address)
-            assert answer.status_code == 200, f"{address}: {answer.text}"
-            harmless(answer.text, address)
-        answer = await client.get("/locks/one", params={"key": lock})
-        assert answer.status_code == 200
-        harmless(answer.text, "/locks/one")
-        assert "test:</span>HoldSite" in answer.text
+            response = await client.get(address)
+            assert response.status_code == 200, f"{address}: {response.text}"
+            harmless(response.text, address)
+        response = await client.get("/locks/one", params={"key": lock})
+        assert response.status_code == 200
+        harmless(response.text, "/locks/one")
+        assert "test:</span>HoldSite" in response.text
         for address, shown in {
             "/running": "window.hacked",
             "/queues/realtime:large": "window.hacked",
@@ -151,9 +151,9 @@ async def test_pages_of_unknown_objects_report_that(world: World) -> None:
             "/audit?after=now",
             f"/dead-letters/{HOSTILE.replace('/', '%2F')}",
         ):
-            answer = await client.get(address)
-            assert answer.status_code in (200, 404), f"{address}: {answer.status_code}"
-            harmless(answer.text, address)
+            response = await client.get(address)
+            assert response.status_code in (200, 404), f"{address}: {response.status_code}"
+            harmless(response.text, address)
 
 
 def test_the_load_is_of_the_past_hour_or_the_observed_part_of_it() -> None:
@@ -182,9 +182,9 @@ async def test_no_page_grows_too_large_however_much_there_is(world: World) -> No
         world.system.registry[f"many:Tidy{number:03}"] = type(f"Tidy{number:03}", (Many,), {})
     async with operator(world) as client:
         for address in ADDRESSES:
-            answer = await client.get(address)
-            assert answer.status_code == 200, answer.text
-            assert len(answer.content) < LARGEST, f"{address}: {len(answer.content)}"
+            response = await client.get(address)
+            assert response.status_code == 200, response.text
+            assert len(response.content) < LARGEST, f"{address}: {len(response.content)}"
         first = (await client.get("/schedules")).text
         assert "100 of 802 schedules" in first
         [following] = re.findall(r'href="([^"]+)" rel="next"', first)
@@ -286,9 +286,9 @@ async def test_a_server_that_takes_no_task_is_no_fault_of_the_dashboard(
     async with operator(world) as client:
         _, form = await ask(client, "/dead-letters/retry", dead_letter="1")
         await world.refuse(monkeypatch)
-        answer = await client.post("/dead-letters/retry", data=form)
-        assert answer.status_code == 503, answer.text
-        assert "cannot submit 1 dead letters again" in answer.text
+        response = await client.post("/dead-letters/retry", data=form)
+        assert response.status_code == 503, response.text
+        assert "cannot submit 1 dead letters again" in response.text
 
 
 async def test_the_audit_log_shows_users_and_actions(world: World) -> None:

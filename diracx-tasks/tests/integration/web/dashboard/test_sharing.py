@@ -49,11 +49,11 @@ async def begun(*things: Awaitable[Any]) -> list[asyncio.Future[Any]]:
 
 
 async def test_concurrent_requests_for_the_same_key_share_one_response() -> None:
-    shared, slow = SingleFlightCache(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("response")
     waiting = await begun(*(shared.get("key", slow, LONG) for _ in range(20)))
     slow.go_on.set()
-    assert await asyncio.gather(*waiting) == ["answer"] * 20
-    assert await shared.get("key", slow, LONG) == "answer"
+    assert await asyncio.gather(*waiting) == ["response"] * 20
+    assert await shared.get("key", slow, LONG) == "response"
     assert slow.asked == 1
 
 
@@ -77,18 +77,18 @@ async def test_a_failure_is_raised_to_all_waiters_and_the_next_request_retries()
 
 
 async def test_a_cancelled_waiter_does_not_cancel_the_others() -> None:
-    shared, slow = SingleFlightCache(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("response")
     first, second = await begun(shared.get("key", slow, LONG), shared.get("key", slow, LONG))
     first.cancel()
     with suppress(asyncio.CancelledError):
         await first
     slow.go_on.set()
-    assert await second == "answer"
+    assert await second == "response"
     assert slow.asked == 1
 
 
 async def test_an_expired_response_is_fetched_again_and_dropped() -> None:
-    shared, slow = SingleFlightCache(), Slow("answer")
+    shared, slow = SingleFlightCache(), Slow("response")
     slow.go_on.set()
     for _ in range(3):
         await shared.get("key", slow, -1.0)
@@ -153,14 +153,14 @@ async def test_readers_of_the_same_page_share_one_query(
     load = Slow({"number": 42})
     app = dashboard(context, load, tmp_path)
     requested = 0
-    get = context.answers.get
+    get = context.responses.get
 
     async def counted(*args: Any) -> Any:
         nonlocal requested
         requested += 1
         return await get(*args)
 
-    monkeypatch.setattr(context.answers, "get", counted)
+    monkeypatch.setattr(context.responses, "get", counted)
     same = [follow(app, "lhcb", "b=2&a=1") for _ in range(5)]
     others = [follow(app, "lhcb", "a=2"), follow(app, "gridpp", "a=1&b=2")]
     streams = [asyncio.ensure_future(each) for each in (*same, follow(app, "lhcb", "a=1&b=2"), *others)]

@@ -115,7 +115,7 @@ class ArcBackend(CEBackend[ArcSettings]):
         if pilots and (ids := await self._ids_of(pilots)):
             refused = await self._rest.kill(list(ids.values()))
             if refused:
-                self.warn(f"cannot cancel {len(refused)} pilots: {self.ce.name} answers {refused[0]}")
+                self.warn(f"cannot cancel {len(refused)} pilots: {self.ce.name} returned {refused[0]}")
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         job = (await self._ids_of([pilot])).get(pilot.stamp)
@@ -156,14 +156,14 @@ class ArcBackend(CEBackend[ArcSettings]):
     async def _submit_batch(self, described: Mapping[str, str]) -> Mapping[str, SubmitOutcome | Exception]:
         """Submit jobs with these descriptions, by stamp, in one request."""
         try:
-            answers = await self._rest.submit(list(described.values()))
+            responses = await self._rest.submit(list(described.values()))
         except (NotAcceptedError, CredentialsError) as error:
             return dict.fromkeys(described, _refusal(str(error)))
         outcomes: dict[str, SubmitOutcome | Exception] = {}
-        for stamp, answer in zip(described, answers, strict=True):
-            job = str(answer.job.get("id", ""))
-            if answer.code >= 300:
-                outcomes[stamp] = _refusal(f"{answer.code} {answer.reason}")
+        for stamp, response in zip(described, responses, strict=True):
+            job = str(response.job.get("id", ""))
+            if response.code >= 300:
+                outcomes[stamp] = _refusal(f"{response.code} {response.reason}")
             elif _ID.match(job):
                 outcomes[stamp] = SubmitOutcome(self._reference(job))
             else:  # the next checks find it by its name

@@ -27,7 +27,7 @@ _API = "/rest/1.0"
 _MAX_POLLED = 500
 _MAX_INFO = 100
 _MAX_READS = 10
-_MAX_ANSWER_BYTES = 64 << 20
+_MAX_RESPONSE_BYTES = 64 << 20
 # Responses of A-REX without a message.
 _ADVICE = {
     401: "it does not accept our credentials",
@@ -40,7 +40,7 @@ class NotAcceptedError(CEUnavailableError):
     """The CE refused a request, and nothing was done."""
 
 
-class JobAnswer(NamedTuple):
+class JobResponse(NamedTuple):
     """Result for one job in a response."""
 
     code: int  # HTTP status
@@ -48,7 +48,7 @@ class JobAnswer(NamedTuple):
     job: Mapping[str, Any]  # the complete result
 
 
-_NO_RESULT = JobAnswer(500, "no result", {})  # in an incomplete response
+_NO_RESULT = JobResponse(500, "no result", {})  # in an incomplete response
 
 
 class ArcRest:
@@ -60,39 +60,39 @@ class ArcRest:
         self._fingerprint: tuple[object, ...] = ()
         self._outdated: list[httpx.AsyncClient] = []  # may still be in use
 
-    async def submit(self, descriptions: Sequence[str]) -> list[JobAnswer]:
+    async def submit(self, descriptions: Sequence[str]) -> list[JobResponse]:
         """Submit jobs by one request, and return their results in order.
 
         Raises:
             NotAcceptedError, CredentialsError: no job was submitted.
             CEUnavailableError: some jobs may have been submitted.
         """
-        found = _answers(await self._post("new", join(descriptions).encode(), "application/rsl"))
+        found = _job_responses(await self._post("new", join(descriptions).encode(), "application/rsl"))
         number = len(descriptions)
         if len(found) == 1 < number and found[0].code >= 400:
             found *= number  # an error of the whole request
         if len(found) != number:
-            raise CEUnavailableError(f"{len(found)} answers to the submission of {number} jobs")
+            raise CEUnavailableError(f"{len(found)} responses to the submission of {number} jobs")
         return found
 
     async def status(self, ids: Sequence[str]) -> dict[str, str]:
         """Get the states of jobs by id, without those that the CE does not know; empty: there is no state."""
-        answers = await self._call("status", ids, _MAX_POLLED)
-        return {job: str(answer.job.get("state") or "") for job, answer in answers.items()}
+        responses = await self._call("status", ids, _MAX_POLLED)
+        return {job: str(response.job.get("state") or "") for job, response in responses.items()}
 
     async def info(self, ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         """Get the CE's records of jobs (GLUE2 `ComputingActivity`) by id; empty: there is no record."""
         found: dict[str, Mapping[str, Any]] = {}
-        for job, answer in (await self._call("info", ids, _MAX_INFO)).items():
-            document = answer.job.get("info_document")
+        for job, response in (await self._call("info", ids, _MAX_INFO)).items():
+            document = response.job.get("info_document")
             activity = document.get("ComputingActivity") if isinstance(document, Mapping) else None
             found[job] = activity if isinstance(activity, Mapping) else {}
         return found
 
     async def kill(self, ids: Sequence[str]) -> list[str]:
         """Kill jobs, and return the errors, without those for unknown jobs."""
-        answers = await self._call("kill", ids, _MAX_POLLED)
-        return [f"{code} {reason}" for code, reason, _ in answers.values() if code >= 400]
+        responses = await self._call("kill", ids, _MAX_POLLED)
+        return [f"{code} {reason}" for code, reason, _ in responses.values() if code >= 400]
 
     async def clean(self, ids: Sequence[str]) -> None:
         """Remove ended jobs with their session directories."""
@@ -140,15 +140,15 @@ class ArcRest:
             await client.aclose()
         self._outdated, self._client = [], None
 
-    async def _call(self, action: str, ids: Sequence[str], batch_size: int) -> dict[str, JobAnswer]:
+    async def _call(self, action: str, ids: Sequence[str], batch_size: int) -> dict[str, JobResponse]:
         """Get the results of an action by id, without those of jobs unknown to the CE."""
-        answers = dict.fromkeys(ids, _NO_RESULT)
+        responses = dict.fromkeys(ids, _NO_RESULT)
         for batch in _batches(ids, batch_size):
             body = json.dumps({"job": [{"id": each} for each in batch]}).encode()
-            for answer in _answers(await self._post(action, body, "application/json")):
-                if isinstance(job := answer.job.get("id"), str) and job in answers:
-                    answers[job] = answer
-        return {job: answer for job, answer in answers.items() if answer.code != 404}
+            for response in _job_responses(await self._post(action, body, "application/json")):
+                if isinstance(job := response.job.get("id"), str) and job in responses:
+                    responses[job] = response
+        return {job: response for job, response in responses.items() if response.code != 404}
 
     async def _post(self, action: str, body: bytes, content_type: str) -> bytes:
         return await self._request("POST", f"/jobs?action={action}", body, content_type)
@@ -159,12 +159,12 @@ class ArcRest:
         headers = {"Content-Type": content_type} if content_type else {}
         async with self._stream(method, path, headers, body) as response:
             _accept(response)
-            answer = bytearray()
+            content = bytearray()
             async for part in response.aiter_bytes():
-                answer += part
-                if len(answer) > _MAX_ANSWER_BYTES:
-                    raise CEUnavailableError(f"an answer of more than {_MAX_ANSWER_BYTES >> 20} MiB")
-            return bytes(answer)
+                content += part
+                if len(content) > _MAX_RESPONSE_BYTES:
+                    raise CEUnavailableError(f"a response of more than {_MAX_RESPONSE_BYTES >> 20} MiB")
+            return bytes(content)
 
     async def _tail(self, path: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes | int | None:
         """Read the last part of a file; or its size if it is larger; None: there is no such file."""
@@ -220,7 +220,7 @@ class ArcRest:
     def _describe(self, error: Exception) -> str:
         message = one_line(error)
         if isinstance(error, TimeoutError | httpx.TimeoutException):
-            message = f"no answer within {self._settings.timeout_seconds:g} s"
+            message = f"no response within {self._settings.timeout_seconds:g} s"
         return f"{self._settings.url}: {message}"
 
 
@@ -231,7 +231,7 @@ def _accept(response: httpx.Response) -> None:
     status = f"{code} {response.reason_phrase}".strip()
     if advice := _ADVICE.get(code):
         status = f"{status} ({advice})"
-    message = one_line(f"{response.url.host} answers {status}")
+    message = one_line(f"{response.url.host} returned {status}")
     if (400 <= code < 500 and code not in (408, 425, 429)) or SITE_ERRORS.outcome(message) is not None:
         raise NotAcceptedError(message)
     error = CEUnavailableError(message)
@@ -249,28 +249,28 @@ def _retry_after(value: str) -> float:
         return 0
 
 
-def _jobs(answer: bytes) -> list[Mapping[str, Any]]:
+def _jobs(content: bytes) -> list[Mapping[str, Any]]:
     """Parse the jobs of a response, which is empty for none, and has an object instead of a list for one."""
-    if not answer.strip():
+    if not content.strip():
         return []
     try:
-        document = json.loads(answer)
+        document = json.loads(content)
         jobs = document["job"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CEUnavailableError(f"invalid response: {answer[:80]!r}") from error
+        raise CEUnavailableError(f"invalid response: {content[:80]!r}") from error
     jobs = jobs if isinstance(jobs, list) else [jobs]
     if not all(isinstance(each, Mapping) for each in jobs):
-        raise CEUnavailableError(f"invalid response: {answer[:80]!r}")
+        raise CEUnavailableError(f"invalid response: {content[:80]!r}")
     return jobs
 
 
-def _answers(answer: bytes) -> list[JobAnswer]:
+def _job_responses(content: bytes) -> list[JobResponse]:
     found = []
-    for job in _jobs(answer):
+    for job in _jobs(content):
         code = str(job.get("status-code"))
         if not (code.isascii() and code.isdecimal() and len(code) == 3):
             raise CEUnavailableError(f"invalid response without a status: {str(job)[:80]}")
-        found.append(JobAnswer(int(code), one_line(job.get("reason") or "") or "no reason given", job))
+        found.append(JobResponse(int(code), one_line(job.get("reason") or "") or "no reason given", job))
     return found
 
 

@@ -116,13 +116,13 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             alike[pilot.vo, None if pilot.identity is None else pilot.identity.url].append(pilot)
 
         async def send(its: Sequence[PilotAtCE]) -> dict[str, SubmitOutcome | Exception]:
-            answers = await self._bindings.call("submit", **submission(self.settings, self.ce.name, its))
-            return {pilot.stamp: self._outcome(answers, pilot.stamp) for pilot in its}
+            responses = await self._bindings.call("submit", **submission(self.settings, self.ce.name, its))
+            return {pilot.stamp: self._outcome(responses, pilot.stamp) for pilot in its}
 
         return await self.gather_outcomes(send, alike.values(), known=known, at_once=_CONCURRENT_SUBMISSIONS)
 
-    def _outcome(self, answers: object, stamp: str) -> SubmitOutcome | Exception:
-        match answers[stamp] if isinstance(answers, Mapping) and stamp in answers else None:
+    def _outcome(self, responses: object, stamp: str) -> SubmitOutcome | Exception:
+        match responses[stamp] if isinstance(responses, Mapping) and stamp in responses else None:
             case {"reference": str(reference)} if reference:
                 return SubmitOutcome(reference)
             case {"error": str(error)}:

@@ -46,21 +46,21 @@ Outcomes = dict[str, dict[str, str]]  # by stamp: `reference`, `error` (a refusa
 
 
 def main() -> None:
-    """Answer one request."""
+    """Execute one request, and write its result or error as JSON."""
     request = json.load(sys.stdin)
     # stdout is for the response only: the bindings print to stderr.
-    answer_to = os.dup(sys.stdout.fileno())
+    response_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
     htcondor2.enable_debug("D_ERROR")
     call: Callable[..., Any] = _CALLS[request["call"]]
     try:
-        answer = {"answer": call(_schedd(**request["where"]), **request["arguments"])}
+        response = {"result": call(_schedd(**request["where"]), **request["arguments"])}
     except _ERRORS as error:
-        answer = {"error": str(error) or type(error).__name__}
-    with os.fdopen(answer_to, "w") as file:
-        json.dump(answer, file)
+        response = {"error": str(error) or type(error).__name__}
+    with os.fdopen(response_to, "w") as file:
+        json.dump(response, file)
 
 
 def _schedd(collector: str | None, name: str | None, address: str | None) -> htcondor2.Schedd:

@@ -75,7 +75,7 @@ class Bindings:
                 )
             except CEUnavailableError as error:
                 raise CEUnavailableError(str(error).replace("/bin/sh", f"the schedd ({call})", 1)) from error
-        return self._answer(done)
+        return self._result(done)
 
     def _environment(self, directory: Path) -> dict[str, str]:
         tokens = str(directory / "tokens")
@@ -96,21 +96,21 @@ class Bindings:
             | {f"_CONDOR_{name}": value for name, value in configuration.items()}
         )
 
-    def _answer(self, done: Completed) -> Any:
+    def _result(self, done: Completed) -> Any:
         try:
-            answer = json.loads(done.stdout)
+            response = json.loads(done.stdout)
         except ValueError:
-            answer = None
-        if isinstance(answer, Mapping) and "answer" in answer:
-            return answer["answer"]
-        if isinstance(answer, Mapping) and "error" in answer:
-            raise BindingsRefusal(_error_line(str(answer["error"]), done.stderr))
+            response = None
+        if isinstance(response, Mapping) and "result" in response:
+            return response["result"]
+        if isinstance(response, Mapping) and "error" in response:
+            raise BindingsRefusal(_error_line(str(response["error"]), done.stderr))
         if "ModuleNotFoundError" in done.stderr:
             raise CEUnavailableError(
                 "HTCondor's bindings are not installed: pip install 'gubbins-pilots[htcondor]'"
             )
         raise CEUnavailableError(
-            _error_line(f"no answer from HTCondor's bindings ({done.returncode})", done.stderr)
+            _error_line(f"no response from HTCondor's bindings ({done.returncode})", done.stderr)
         )
 
 

@@ -100,10 +100,10 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
             return {}, True
         stamps = [pilot.stamp for pilot in pilots]
         sources = [self._accounts(stamps[at : at + _MAX_NAMES]) for at in range(0, len(stamps), _MAX_NAMES)]
-        answers = [await self.secondary_source(source) for source in (*sources, self._completion_log(stamps))]
-        found = {stamp: jobs for answer in answers if answer is not None for stamp, jobs in answer.items()}
+        responses = [await self.secondary_source(source) for source in (*sources, self._completion_log(stamps))]
+        found = {stamp: jobs for response in responses if response is not None for stamp, jobs in response.items()}
         wanted = set(stamps)
-        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}, None not in answers
+        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}, None not in responses
 
     async def _completion_log(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
         if (log := self.settings.completion_log) is None:

@@ -43,8 +43,8 @@ if [ -e "$stamp/tried" ]; then
     # The outcome of an earlier submission is not known: search the queue.
     found=$(timeout --foreground "$seconds" /bin/sh -c "$find" 2>&1)
     case $?:$found in
-        124:*) echo "the queue has not answered within $seconds s" >&2; exit 75 ;;
-        # Of one of several clusters that does not answer, with exit code 0.
+        124:*) echo "the queue has not responded within $seconds s" >&2; exit 75 ;;
+        # Of one of several clusters that does not respond, with exit code 0.
         0:*rror:* | 0:*'No cluster'* | [!0]*) printf '%s\n' "$found" >&2; exit 75 ;;
     esac
     print_known

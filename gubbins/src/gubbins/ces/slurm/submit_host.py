@@ -103,10 +103,10 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         async def submit(pilot: PilotAtCE) -> Mapping[str, SubmitOutcome]:
             return {pilot.stamp: await self._submit(pilot)}
 
-        answer = await self.gather_outcomes(submit, pilots, at_once=self.settings.concurrent_submissions)
-        refused = [("remove", stamp) for stamp, outcome in answer.items() if outcome.error is not None]
+        response = await self.gather_outcomes(submit, pilots, at_once=self.settings.concurrent_submissions)
+        refused = [("remove", stamp) for stamp, outcome in response.items() if outcome.error is not None]
         await self.secondary_source(self._clean_directories(refused))
-        return answer
+        return response
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         if not pilots:
@@ -178,7 +178,7 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         if done.returncode == 0 and is_reference(reference):
             return SubmitOutcome(reference=reference)
         if done.returncode == _TIMED_OUT:
-            raise CEUnavailableError(f"{command} has not answered within {seconds} s")
+            raise CEUnavailableError(f"{command} has not responded within {seconds} s")
         if done.returncode == _NOT_SUBMITTED:
             return SubmitOutcome(error=f"the directory of {self.ce.name}: {error_line(done)}")
         refused = self.refusal(done) if done.returncode not in (0, _UNKNOWN) else None

@@ -166,9 +166,9 @@ class SSHBackend(CEBackend[SSHSettings]):
         for batch in batches:
             found = [f"find_files {' '.join(batch)}"] if files else []
             request = command([*before, *found, *map(line, batch)])
-            answer = await self._shell.run(["/bin/sh", "-s"], stdin=request.text)
+            response = await self._shell.run(["/bin/sh", "-s"], stdin=request.text)
             try:
-                records += parse(answer, request.mark, host=self._host)
+                records += parse(response, request.mark, host=self._host)
             except Refused as error:
                 if batch is batches[0]:
                     raise

@@ -52,7 +52,7 @@ def command(lines: Iterable[str]) -> Command:
     return Command(f"{{\n{body}\nprintf '\\n'\n}} < /dev/null\n".encode(errors="replace"), mark)
 
 
-def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
+def parse(response: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
     """Parse the records of a response: the first word, and the rest, which may have many lines.
 
     Raises:
@@ -60,15 +60,15 @@ def parse(answer: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
         InvalidResponse: the response is incomplete or invalid.
     """
     records = []
-    for record in answer.stdout.split(f"\n{mark} ")[1:]:
+    for record in response.stdout.split(f"\n{mark} ")[1:]:
         found = re.match(r"(\w+)[ \n]?(.*)", record, re.DOTALL)
         word, content = found.groups() if found else ("", record)
         if word == "failed":
             raise Refused(f"{host}: {one_line(content)}")
         records.append((word, content))
     if not records or records.pop()[0] != "end":
-        excerpt = one_line((answer.stderr.strip() or answer.stdout.strip())[-200:])
+        excerpt = one_line((response.stderr.strip() or response.stdout.strip())[-200:])
         raise InvalidResponse(
-            f"{host}: not the answer of a shell (exit code {answer.returncode}): {excerpt or 'nothing'}"
+            f"{host}: not the output of a shell (exit code {response.returncode}): {excerpt or 'nothing'}"
         )
     return records

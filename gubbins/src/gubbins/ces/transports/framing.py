@@ -29,16 +29,16 @@ def frame_command(argv: Sequence[str], stdin: bytes, environment: Mapping[str, s
     return head.encode(errors="replace") + stdin + line_end + tail.encode()
 
 
-def extract_response(answer: Completed, mark: str, *, host: str) -> Completed:
+def extract_response(response: Completed, mark: str, *, host: str) -> Completed:
     """Extract the result of a framed command.
 
     Raises:
         CEUnavailableError: it is missing or incomplete: the command may or may not have been run.
     """
-    found = re.search(rf"\n{mark}\n(.*)\n{mark} (\d+)\n", f"\n{answer.stdout}", re.DOTALL)
+    found = re.search(rf"\n{mark}\n(.*)\n{mark} (\d+)\n", f"\n{response.stdout}", re.DOTALL)
     if found is None:
-        excerpt = one_line((answer.stderr.strip() or answer.stdout.strip()).replace(mark, "")[-200:])
+        excerpt = one_line((response.stderr.strip() or response.stdout.strip()).replace(mark, "")[-200:])
         raise CEUnavailableError(
-            f"{host}: not the answer of a shell (exit code {answer.returncode}): {excerpt or 'nothing'}"
+            f"{host}: not the output of a shell (exit code {response.returncode}): {excerpt or 'nothing'}"
         )
-    return Completed(int(found[2]), found[1], f"\n{answer.stderr}".rpartition(f"\n{mark}\n")[2])
+    return Completed(int(found[2]), found[1], f"\n{response.stderr}".rpartition(f"\n{mark}\n")[2])

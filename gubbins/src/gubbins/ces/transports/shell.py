@@ -11,7 +11,7 @@ from typing import IO, NamedTuple, Protocol, Self
 
 from gubbins.domain.exceptions import CEUnavailableError
 
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 """Limit of stdout, and of stderr, of a command."""
 
 # The environment of a worker contains passwords of databases.
@@ -55,7 +55,7 @@ class LocalShell:
         max_bytes: limit of stdout, and of stderr.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, max_bytes: int = MAX_ANSWER_BYTES) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, max_bytes: int = MAX_RESPONSE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._environment = dict(inherited_environment() if environment is None else environment)
 
@@ -83,7 +83,7 @@ class LocalShell:
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
                 if isinstance(error, TimeoutError):
-                    raise CEUnavailableError(f"{argv[0]} has not answered within {timeout:g} s") from error
+                    raise CEUnavailableError(f"{argv[0]} has not responded within {timeout:g} s") from error
                 if isinstance(error, ExceptionGroup):
                     raise CEUnavailableError(f"{argv[0]}: {error.exceptions[0]}") from error
                 raise
@@ -137,7 +137,7 @@ class _Pipe:
         finally:
             loop.remove_reader(self._read_end)
         if len(data) > self._max_bytes:
-            raise ValueError(f"an answer of more than {self._max_bytes} bytes")
+            raise ValueError(f"a response of more than {self._max_bytes} bytes")
         return bytes(data)
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 
 from gubbins.ces.protocol import CESettings
 from gubbins.ces.transports.framing import SHELL, extract_response, frame_command
-from gubbins.ces.transports.shell import MAX_ANSWER_BYTES, Completed
+from gubbins.ces.transports.shell import MAX_RESPONSE_BYTES, Completed
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
@@ -99,7 +99,7 @@ class SSHShell:
         self,
         host: SSHHost,
         environment: Mapping[str, str] | None = None,
-        max_bytes: int = MAX_ANSWER_BYTES,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> None:
         self._max_bytes = max_bytes
         self._host = host
@@ -126,10 +126,10 @@ class SSHShell:
             connection = await self._connected()
             try:
                 async with asyncio.timeout(timeout):
-                    answer = await _run(connection, SHELL, text, self._max_bytes)
-                return extract_response(answer, mark, host=self._name)
+                    response = await _run(connection, SHELL, text, self._max_bytes)
+                return extract_response(response, mark, host=self._name)
             except TimeoutError as error:
-                raise SSHError(f"{self._name}: no answer from {argv[0]} within {timeout:g} s") from error
+                raise SSHError(f"{self._name}: no response from {argv[0]} within {timeout:g} s") from error
             except (OSError, asyncssh.Error) as error:
                 raise SSHError(f"{self._name}: {one_line(error)} while {argv[0]} was running") from error
 
@@ -312,5 +312,5 @@ async def _read(stream: asyncssh.SSHReader[bytes], max_bytes: int) -> str:
         parts.append(part)
         size += len(part)
         if size > max_bytes:
-            raise OSError(f"an answer of more than {max_bytes} bytes")
+            raise OSError(f"a response of more than {max_bytes} bytes")
     return b"".join(parts).decode(errors="replace")

@@ -189,15 +189,15 @@ def _fetch(source: TokenIssuer) -> _Fetched:
                 form |= {"audience": source.audience}
                 if "://" in source.audience:
                     form |= {"resource": source.audience}  # the name in RFC 8707
-            answer = _json(client, "POST", endpoint, data=form, auth=httpx.BasicAuth(source.client_id, secret))
+            document = _json(client, "POST", endpoint, data=form, auth=httpx.BasicAuth(source.client_id, secret))
     except (OSError, ssl.SSLError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise CredentialsError(
             f"{source.issuer} gives no token: {one_line(error) or type(error).__name__}"
         ) from error
-    token = answer.get("access_token")
+    token = document.get("access_token")
     if not _is_token(token):
-        raise CredentialsError(f"{source.issuer} answers without a token")
-    lifetime = answer.get("expires_in")
+        raise CredentialsError(f"{source.issuer} returned no token")
+    lifetime = document.get("expires_in")
     if not isinstance(lifetime, int | float) or not 0 < lifetime < 1e9:
         ends_at = expiry_of_token(token)
         lifetime = _DEFAULT_LIFETIME_SECONDS
@@ -217,14 +217,16 @@ def _json(client: Any, method: str, url: str, **request: Any) -> dict[str, Any]:
         for chunk in response.iter_bytes():
             body += chunk
             if len(body) > _MAX_TOKEN_BYTES * 2:
-                raise CredentialsError(f"{url} answers with more than a token")
+                raise CredentialsError(f"{url} returned more than a token")
     try:
-        answer = json.loads(body)
+        document = json.loads(body)
     except (ValueError, RecursionError):
-        answer = None
-    if response.status_code != 200 or not isinstance(answer, dict):
-        message = answer.get("error_description") or answer.get("error") if isinstance(answer, dict) else None
-        raise CredentialsError(
-            f"{url} answers {response.status_code}{f': {one_line(message, 200)}' if message else ''}"
+        document = None
+    if response.status_code != 200 or not isinstance(document, dict):
+        message = (
+            document.get("error_description") or document.get("error") if isinstance(document, dict) else None
         )
-    return answer
+        raise CredentialsError(
+            f"{url} returned {response.status_code}{f': {one_line(message, 200)}' if message else ''}"
+        )
+    return document

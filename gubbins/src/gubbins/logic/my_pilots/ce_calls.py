@@ -41,7 +41,7 @@ async def backend_of(ce: Mapping[str, Any], vo: str) -> AsyncIterator[CEBackend[
 def describe_failure(ce: Mapping[str, Any], error: Exception) -> str:
     """Describe a failed call to a compute element in one line."""
     if isinstance(error, TimeoutError) and not str(error):
-        return f"no answer within {rules_of(ce).timeout_seconds:g} s"
+        return f"no response within {rules_of(ce).timeout_seconds:g} s"
     return one_line(error, MAX_REASON_CHARS)
 
 

@@ -82,7 +82,7 @@ def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
             f"when that is corrected, `gubbins ce enable {ce['name']}`"
         )
     if missing >= rules.max_missing and missing >= rules.max_missing_share * active:
-        return f"{missing} of its {active} pilots are missing: it answers, and does not list them"
+        return f"{missing} of its {active} pilots are missing: it responds, and does not list them"
     return None
 
 

@@ -110,8 +110,8 @@ class _OutputCollector:
                 return None
             try:
                 async with self._time_limit():
-                    answer = await self._backend.output(at_ce(pilot._mapping))
-                output = check_output(self._ce, answer, pilot.stamp)
+                    response = await self._backend.output(at_ce(pilot._mapping))
+                output = check_output(self._ce, response, pilot.stamp)
             except OutputUnavailableError as error:
                 return Output(pilot.pilot_id, until, error=one_line(error.reason, MAX_REASON_CHARS))
             except Exception as error:
@@ -185,8 +185,8 @@ async def fetch_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any
         )
     try:
         async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
-            answer = await backend.output(at_ce(pilot))
-        output = check_output(ce, answer, pilot["stamp"])
+            response = await backend.output(at_ce(pilot))
+        output = check_output(ce, response, pilot["stamp"])
     except OutputUnavailableError:
         raise
     except Exception as error:

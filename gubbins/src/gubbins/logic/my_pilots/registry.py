@@ -65,7 +65,7 @@ async def _log_failure(vo: str, seconds: float, work: Callable[[], Awaitable[int
         async with asyncio.timeout(seconds):
             return await work()
     except Exception as error:
-        reason = f"no answer for {seconds:g} s" if isinstance(error, TimeoutError) else describe_error(error)
+        reason = f"no response for {seconds:g} s" if isinstance(error, TimeoutError) else describe_error(error)
         message = "The pilot registry was not updated with pilots of %s; the next check tries again: %s"
         logger.warning(message, vo, reason)
         return 0
@@ -318,13 +318,13 @@ async def stamps_of_job(registry: PilotAgentsDB | None, job_id: int) -> list[str
     return await _read(registry_db.stamps_of(registry, job_id, limit=MAX_LISTED))
 
 
-async def _read(answer: Awaitable[T]) -> T:
+async def _read(response: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(_READ_SECONDS):
-            return await answer
+            return await response
     except TimeoutError as error:
-        raise RegistryUnavailableError(f"the pilot registry gives no answer in {_READ_SECONDS} s") from error
+        raise RegistryUnavailableError(f"the pilot registry has not responded within {_READ_SECONDS} s") from error
     except Exception as error:
         described = describe(registry_db.REGISTRY, error)
-        public = "the pilot registry does not answer" if described is None else str(described)
+        public = "the pilot registry does not respond" if described is None else str(described)
         raise RegistryUnavailableError(describe_error(error), public) from error

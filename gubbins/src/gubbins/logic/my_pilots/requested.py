@@ -66,7 +66,7 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
     if found.error is not None:
         if found.pilot_id is None:
             await db.delete_requests(ce_name, [stamp])
-        raise CERefusedError(ce_name, found.error, answered=found.pilot_id is None)
+        raise CERefusedError(ce_name, found.error, responded=found.pilot_id is None)
     if found.pilot_id is not None:
         return await submit_pilot(db, ce_name, vo, stamp=stamp)
     try:
@@ -151,11 +151,11 @@ class _Batch:
         name, failure = self.ce["name"], None
         try:
             async with asyncio.timeout(rules_of(self.ce).timeout_seconds):
-                answer: object = await self.backend.submit(pilots)
+                response: object = await self.backend.submit(pilots)
             reason = self.backend.warning
         except Exception as error:
-            answer, reason, failure = self.backend.outcomes, describe_failure(self.ce, error), error
-        outcomes = self._outcomes(pilots, answer, reason)
+            response, reason, failure = self.backend.outcomes, describe_failure(self.ce, error), error
+        outcomes = self._outcomes(pilots, response, reason)
         unknown, refused, references = outcomes.unknown, outcomes.refused, outcomes.references
         first_error = next(iter([*unknown.values(), *refused.values()]), "")
 
@@ -182,7 +182,7 @@ class _Batch:
         logger.debug("Submitted %d of %d pilots to %s", len(confirmed), len(pilots), name)
         failed: dict[str, PilotSubmissionError] = {
             **{stamp: CERefusedError(name, why) for stamp, why in refused.items()},
-            **{stamp: CERefusedError(name, why, answered=False) for stamp, why in unknown.items()},
+            **{stamp: CERefusedError(name, why, responded=False) for stamp, why in unknown.items()},
             **{stamp: CEQuotaError(name, quota, why) for stamp, why in outcomes.over_quota.items()},
         }
         for pilot in pilots:
@@ -194,14 +194,14 @@ class _Batch:
                     failed[pilot.stamp] = error
         return failed
 
-    def _outcomes(self, pilots: list[PilotAtCE], answer: object, reason: str | None) -> _Outcomes:
+    def _outcomes(self, pilots: list[PilotAtCE], response: object, reason: str | None) -> _Outcomes:
         """Sort the outcomes of a call; `reason` is that of the missing ones."""
         outcomes = _Outcomes()
         for stamp in (pilot.stamp for pilot in pilots):
             try:
-                if reason and isinstance(answer, Mapping) and stamp not in answer:
+                if reason and isinstance(response, Mapping) and stamp not in response:
                     raise CEUnavailableError(reason)
-                outcome = check_outcome(self.ce, answer, stamp)
+                outcome = check_outcome(self.ce, response, stamp)
             except CEUnavailableError as error:
                 outcomes.unknown[stamp] = f"{self.backend.warning or error}; {_FIND_OUT}"
             else:

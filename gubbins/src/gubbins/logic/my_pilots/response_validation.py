@@ -12,19 +12,19 @@ from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
 
-def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[str]) -> dict[str, Observation]:
+def check_observations(ce: Mapping[str, Any], response: object, stamps: Iterable[str]) -> dict[str, Observation]:
     """Validate the response to a poll; returns the observations of these pilots, with reasons of one line.
 
     Raises:
         CEUnavailableError: the response is invalid.
     """
-    if not isinstance(answer, Mapping):
-        raise _invalid_response(ce, f"{_kind(answer)} in place of an observation of each pilot")
+    if not isinstance(response, Mapping):
+        raise _invalid_response(ce, f"{_kind(response)} in place of an observation of each pilot")
     checked = {}
     for stamp in stamps:
-        if stamp not in answer:
+        if stamp not in response:
             continue
-        seen = answer[stamp]
+        seen = response[stamp]
         if not isinstance(seen, Observation) or not isinstance(seen.state, Observed):
             raise _invalid_response(ce, f"{one_line(repr(seen), 80)} in place of an observation of pilot {stamp}")
         _check_reference(ce, stamp, seen.reference)
@@ -33,15 +33,15 @@ def check_observations(ce: Mapping[str, Any], answer: object, stamps: Iterable[s
     return checked
 
 
-def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOutcome:
+def check_outcome(ce: Mapping[str, Any], response: object, stamp: str) -> SubmitOutcome:
     """Validate the response to a submission; returns the outcome of this pilot, with an error of one line.
 
     Raises:
         CEUnavailableError: the response is invalid: the pilot may or may not have been submitted.
     """
-    if not isinstance(answer, Mapping):
-        raise _invalid_response(ce, f"{_kind(answer)} in place of an outcome of each submission")
-    outcome = answer.get(stamp)
+    if not isinstance(response, Mapping):
+        raise _invalid_response(ce, f"{_kind(response)} in place of an outcome of each submission")
+    outcome = response.get(stamp)
     if outcome is None:
         raise CEUnavailableError(f"did not respond about the pilot; {_report(ce)}")
     if not isinstance(outcome, SubmitOutcome):
@@ -50,15 +50,15 @@ def check_outcome(ce: Mapping[str, Any], answer: object, stamp: str) -> SubmitOu
     return SubmitOutcome(outcome.reference, _reason(ce, stamp, outcome.error), outcome.quota is True)
 
 
-def check_output(ce: Mapping[str, Any], answer: object, stamp: str) -> PilotOutput:
+def check_output(ce: Mapping[str, Any], response: object, stamp: str) -> PilotOutput:
     """Validate the output of this pilot; returns the last `OUTPUT_LIMIT_BYTES` of each stream.
 
     Raises:
         CEUnavailableError: the response is invalid.
     """
-    if isinstance(answer, PilotOutput) and isinstance(answer.stdout, str) and isinstance(answer.stderr, str):
-        return PilotOutput(*(each[-OUTPUT_LIMIT_BYTES:] for each in answer))
-    raise _invalid_response(ce, f"{_kind(answer)} in place of the output of pilot {stamp}")
+    if isinstance(response, PilotOutput) and isinstance(response.stdout, str) and isinstance(response.stderr, str):
+        return PilotOutput(*(each[-OUTPUT_LIMIT_BYTES:] for each in response))
+    raise _invalid_response(ce, f"{_kind(response)} in place of the output of pilot {stamp}")
 
 
 def _check_reference(ce: Mapping[str, Any], stamp: str, reference: object) -> None:
@@ -80,8 +80,8 @@ def _reason(ce: Mapping[str, Any], stamp: str, reason: object) -> str | None:
     return None if reason is None else one_line(reason, MAX_REASON_CHARS) or None
 
 
-def _kind(answer: object) -> str:
-    return "nothing" if answer is None else f"a value of type {type(answer).__name__}"
+def _kind(response: object) -> str:
+    return "nothing" if response is None else f"a value of type {type(response).__name__}"
 
 
 def _invalid_response(ce: Mapping[str, Any], what: str) -> CEUnavailableError:

@@ -57,12 +57,12 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         pilot_id, pilot = await _reserve(db, ce, vo, stamp, begun)
         try:
             async with asyncio.timeout(rules_of(ce).timeout_seconds):
-                answer = await backend.submit([pilot])
-            outcome = check_outcome(ce, answer, stamp)
+                response = await backend.submit([pilot])
+            outcome = check_outcome(ce, response, stamp)
         except Exception as error:
             reason = describe_failure(ce, error)
             await record_call_failure(db, ce, CECall.SUBMIT, reason, error)
-            raise CERefusedError(ce_name, f"{reason}; the next checks will find out", answered=False) from error
+            raise CERefusedError(ce_name, f"{reason}; the next checks will find out", responded=False) from error
         if outcome.reference is not None:
             return await confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
     reason = outcome.error or "no reason given"

@@ -70,7 +70,7 @@ def status(
 
 def _check(server: Server, as_json: bool) -> int:
     async def run_once() -> Health:
-        # Not `open_broker`: the health checks report a server that does not answer.
+        # Not `open_broker`: the health checks report a server that does not respond.
         broker = RedisStreamBroker(server.url)
         try:
             async with unchecked_task_db() as task_db, health_checks(broker.redis, task_db) as checks:

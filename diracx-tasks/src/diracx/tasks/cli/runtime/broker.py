@@ -1,4 +1,4 @@
-"""Opens the broker of a command, after checking that the server answers, and explains Redis errors in one line."""
+"""Opens the broker of a command, after checking that the server replies, and explains Redis errors in one line."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ...plumbing.exceptions import SendTaskError
 from ..errors import CliError
 
 #: Timeout of the first connection. Commands report a server that is down within 5 s.
-ANSWER_SECONDS = 2.0
+REPLY_SECONDS = 2.0
 
 
 @asynccontextmanager
 async def open_broker(
     url: str, size: Size | None = None, *, role: Role | None = None
 ) -> AsyncIterator[RedisStreamBroker]:
-    """Open a broker, after checking that its server answers.
+    """Open a broker, after checking that its server replies.
 
     Args:
         size: size of the worker that will fetch through it.
@@ -46,12 +46,12 @@ async def open_broker(
     try:
         try:
             with explained_redis(url):
-                async with asyncio.timeout(ANSWER_SECONDS):
+                async with asyncio.timeout(REPLY_SECONDS):
                     await broker.startup(role)
                     server = await report_risks(broker.redis) if role is not None else None
         except TimeoutError:
             raise CliError(
-                f"cannot reach Redis at {mask(url)}: no answer within {ANSWER_SECONDS:g} s; check host and port "
+                f"cannot reach Redis at {mask(url)}: no reply within {REPLY_SECONDS:g} s; check host and port "
                 f"{'and that it speaks TLS, ' if parsed(url).tls else ''}in --redis-url or DIRACX_TASKS_REDIS_URL"
             ) from None
         if server is None:

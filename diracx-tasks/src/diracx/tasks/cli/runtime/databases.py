@@ -1,4 +1,4 @@
-"""Opens the databases of `DIRACX_DB_URL_<NAME>`, after checking that they answer and have their tables."""
+"""Opens the databases of `DIRACX_DB_URL_<NAME>`, after checking that they respond and have their tables."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ NO_TASK_DB = (
     "no database for dead letters is configured (without one they wait in Redis: `dlq waiting`); set "
     f"{TASK_DB_VARIABLE} to that of the workers, as in mysql+aiomysql://db.example.org/tasks"
 )
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 
 
 async def check_databases(plans: Iterable[Plan]) -> None:
-    """Check that the configured databases of these plans answer and have their tables.
+    """Check that the configured databases of these plans respond and have their tables.
 
     Logs a warning if an optional one does not.
     """
@@ -89,7 +89,7 @@ async def required_task_db(*, tables: bool = True) -> AsyncIterator[TaskDB]:
 
 @asynccontextmanager
 async def open_database(name: str, missing: str, *, tables: bool = True) -> AsyncIterator[Any]:
-    """Open a database, after checking that it answers.
+    """Open a database, after checking that it responds.
 
     Args:
         name: as in DIRACX_DB_URL_<NAME>.
@@ -130,7 +130,7 @@ def _database_urls(only: str | None = None) -> dict[str, str]:
 
 @asynccontextmanager
 async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = True) -> AsyncIterator[Any]:
-    """Open a database, after checking that it answers and has its tables."""
+    """Open a database, after checking that it responds and has its tables."""
     from ...plumbing.sql.errors import connecting, explained
     from ...plumbing.sql.session import not_ready
 
@@ -140,10 +140,10 @@ async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = 
         try:
             with explained_database(name), explained(name):
                 with connecting(name):
-                    async with asyncio.timeout(_ANSWER_SECONDS), database.engine.connect():
+                    async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.connect():
                         pass
                 if tables:
-                    async with asyncio.timeout(_ANSWER_SECONDS), database.engine.begin() as connection:
+                    async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.begin() as connection:
                         lacks = await connection.run_sync(not_ready, cls, name)
                     if lacks is not None:
                         raise lacks

@@ -38,7 +38,7 @@ Collect: TypeAlias = "Callable[[], Awaitable[list[Metric]]]"
 TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 #: Interval at which the server checks whether it must stop.
 _POLL_SECONDS = 0.05
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -133,9 +133,9 @@ async def _probes(
                 status, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET and HEAD\n"
             else:
                 response = asyncio.run_coroutine_threadsafe(respond(path), loop)
-                status, kind, body = response.result(_ANSWER_SECONDS)
+                status, kind, body = response.result(_RESPONSE_SECONDS)
         except (RuntimeError, TimeoutError):  # the loop has ended, or a task blocks it
-            status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop does not answer\n"
+            status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop does not respond\n"
         headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
         start_response(f"{status.value} {status.phrase}", headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
@@ -175,7 +175,7 @@ class _Server(ThreadingWSGIServer):
 
 
 class _RequestHandler(WSGIRequestHandler):
-    timeout = _ANSWER_SECONDS
+    timeout = _RESPONSE_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: probes come every few seconds."""

@@ -37,7 +37,7 @@ RunChecks: TypeAlias = Callable[[], Awaitable[Sequence[Alert]]]
 HealthSource: TypeAlias = Callable[[], AbstractAsyncContextManager[RunChecks | str | None]]
 
 _FRESH_SECONDS = 15.0
-_ANSWER_SECONDS = 3.0
+_RESPONSE_SECONDS = 3.0
 _SERVER_SECONDS = 5.0
 
 
@@ -91,7 +91,7 @@ class HealthChecks:
     async def _server_alert(self, error: Exception) -> Alert:
         """Make the alert for a server that does not respond or is unsupported."""
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
+            async with asyncio.timeout(_RESPONSE_SECONDS):
                 problem = obstacle(await read_server(self._redis))
         except (RedisError, OSError, TimeoutError):
             problem = None
@@ -102,7 +102,7 @@ class HealthChecks:
 
         async def run_checks() -> list[Alert]:
             try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
+                async with asyncio.timeout(_RESPONSE_SECONDS):
                     return list(await self._sources[name]())
             except Exception as error:
                 logger.debug("health of %s", name, exc_info=True)
@@ -134,7 +134,7 @@ class HealthChecks:
 def _server_away_alert(error: Exception) -> Alert:
     refused = isinstance(error, AuthenticationError | NoPermissionError)
     cause = (
-        reason(error) if isinstance(error, RedisError) else str(error) or f"no answer within {_SERVER_SECONDS:g} s"
+        reason(error) if isinstance(error, RedisError) else str(error) or f"no reply within {_SERVER_SECONDS:g} s"
     )
     return Alert(
         check="server_away",
@@ -161,7 +161,9 @@ def unreadable(error: Exception) -> Alert:
 
 
 def _source_away_alert(name: str, error: Exception) -> Alert:
-    cause = f"no answer within {_ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else database_error(error)
+    cause = (
+        f"no response within {_RESPONSE_SECONDS:g} s" if isinstance(error, TimeoutError) else database_error(error)
+    )
     return Alert(
         check="source_away",
         severity=Severity.UNKNOWN,

@@ -40,7 +40,7 @@ _FORMS = {
 _SENTINEL_PORT = 26379
 #: Fewest connections for commands: one of them may be blocked in a wait for the next task.
 LEAST_CONNECTIONS = 2
-#: Shortest timeout: a live server may take this long to answer.
+#: Shortest timeout: a live server may take this long to reply.
 _LEAST_TIMEOUT_SECONDS = 1.0
 
 

@@ -153,10 +153,10 @@ class CancellationSearch:
                     pipe.hscan(keys.HELD_PREFIX + worker, cursor, match="entry:*", count=SCANNED)
                 found = await pipe.execute(raise_on_error=False)
             previous, cursors = cursors, {}
-            for worker, answer in zip(previous, found, strict=True):
-                if isinstance(answer, Exception):  # a key of the wrong type
+            for worker, reply in zip(previous, found, strict=True):
+                if isinstance(reply, Exception):  # a key of the wrong type
                     continue
-                cursor, records = answer
+                cursor, records = reply
                 if records:
                     recording.add(worker)
                 elif cursor:

@@ -179,7 +179,7 @@ def _reporting_losses(connection_class: type[Any], pool: Any) -> type[Any]:
 
 
 class DirectConnection:
-    """A connection outside the pool that sends commands together and reads their answers, like a pipeline.
+    """A connection outside the pool that sends commands together and reads their replies, like a pipeline.
 
     Args:
         redis: client of the same server; its `socket_timeout` limits each call as a whole.
@@ -190,7 +190,7 @@ class DirectConnection:
         self._pool: Any = redis.connection_pool
         self._connection: Any = None
         self.in_use = False
-        """True if a caller waits for an answer."""
+        """True if a caller waits for a reply."""
 
     async def execute(
         self,
@@ -198,14 +198,14 @@ class DirectConnection:
         sent: Callable[[int], None] | None = None,
         first: Callable[[Any], None] | None = None,
     ) -> list[Any]:
-        """Return the answers, with an exception for each refused command.
+        """Return the replies, with an exception for each refused command.
 
         Args:
-            sent: called with the descriptor of the socket once the commands are sent, before an answer is read.
-            first: called with the first answer, as the others may take long.
+            sent: called with the descriptor of the socket once the commands are sent, before a reply is read.
+            first: called with the first reply, as the others may take long.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer. Some commands may have been executed
+            redis.exceptions.RedisError: when the server does not reply. Some commands may have been executed
                 then, as they may when this is cancelled.
         """
         self.in_use = True
@@ -218,7 +218,7 @@ class DirectConnection:
                 await self._pool.ensure_connection(self._connection)
                 return await self._execute(commands, sent, first)
         except TimeoutError:
-            raise RedisTimeoutError("no answer in time") from None
+            raise RedisTimeoutError("no reply in time") from None
         finally:
             self.in_use = False
 
@@ -228,35 +228,35 @@ class DirectConnection:
         sent: Callable[[int], None] | None,
         first: Callable[[Any], None] | None,
     ) -> list[Any]:
-        answers: list[Any] = []
+        replies: list[Any] = []
         try:
             await self._connection.send_packed_command(self._connection.pack_commands(commands))
             if sent is not None:
                 sent(self._descriptor())
             for _ in commands:
                 try:
-                    answers.append(await self._connection.read_response())
+                    replies.append(await self._connection.read_response())
                 except ResponseError as refusal:
-                    answers.append(refusal)
-                if first is not None and len(answers) == 1:
-                    first(answers[0])
+                    replies.append(refusal)
+                if first is not None and len(replies) == 1:
+                    first(replies[0])
         except BaseException:
-            await self.close()  # or the next call would read the remaining answers
+            await self.close()  # or the next call would read the remaining replies
             raise
-        return answers
+        return replies
 
     async def execute_command(self, *command: Any) -> Any:
-        """Return the answer to one command; uses the pool while this connection is in use.
+        """Return the reply to one command; uses the pool while this connection is in use.
 
         Raises:
-            redis.exceptions.RedisError: when the server refuses, or does not answer.
+            redis.exceptions.RedisError: when the server refuses, or does not reply.
         """
         if self.in_use:
             return await self._redis.execute_command(*command)
-        [answer] = await self.execute(command)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        [reply] = await self.execute(command)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     async def close(self) -> None:
         """Close the connection; the next call opens one."""
@@ -265,7 +265,7 @@ class DirectConnection:
         writer = self._connection._writer
         if writer is not None and not writer.is_closing():
             # Shut down now: both event loops close a socket only in their next round, and the system not while a
-            # thread polls it. Until then, the server could execute a sent command whose answer is lost.
+            # thread polls it. Until then, the server could execute a sent command whose reply is lost.
             with suppress(OSError), socket.socket(fileno=os.dup(self._descriptor())) as same:
                 same.shutdown(socket.SHUT_RDWR)
         await self._connection.disconnect(nowait=True)

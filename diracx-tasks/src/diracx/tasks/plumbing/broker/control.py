@@ -55,10 +55,10 @@ class ControlConnection:
         os.set_blocking(self._wake_write, False)
 
     def execute_command(self, *command: Any) -> Any:
-        """Return the answer to a command.
+        """Return the reply to a command.
 
         Raises:
-            redis.exceptions.RedisError: when the server refuses, or does not answer.
+            redis.exceptions.RedisError: when the server refuses, or does not reply.
         """
         with self._in_use:
             connection = self._connection
@@ -67,20 +67,20 @@ class ControlConnection:
                     self._connect()
                 connection.send_packed_command(connection.pack_command(*command), check_health=False)
                 while True:
-                    answer = connection.read_response(push_request=True)
-                    if not self._is_message(answer):
-                        return answer
+                    reply = connection.read_response(push_request=True)
+                    if not self._is_message(reply):
+                        return reply
             except ResponseError:
                 raise
             except BaseException:
-                connection.disconnect()  # or the next command would read the remaining answer
+                connection.disconnect()  # or the next command would read the remaining reply
                 raise
 
     def run_id(self) -> str:
         """Run id of the server's process, which changes with each restart or failover; empty if INFO is refused.
 
         Raises:
-            redis.exceptions.RedisError: when no server answers.
+            redis.exceptions.RedisError: when no server replies.
         """
         with self._in_use:
             if self._connection._sock is None:
@@ -112,12 +112,12 @@ class ControlConnection:
             self._subscription_refused = False
             self._connected()
 
-    def _is_message(self, answer: Any) -> bool:
-        """True for a message of a channel, which is passed to `receive`; False for an answer to a command."""
-        if not (isinstance(answer, list) and answer and answer[0] in (_MESSAGE, _SUBSCRIBED)):
+    def _is_message(self, reply: Any) -> bool:
+        """True for a message of a channel, which is passed to `receive`; False for a reply to a command."""
+        if not (isinstance(reply, list) and reply and reply[0] in (_MESSAGE, _SUBSCRIBED)):
             return False
-        if answer[0] == _MESSAGE:
-            self._receive(answer[1], answer[2])
+        if reply[0] == _MESSAGE:
+            self._receive(reply[1], reply[2])
         return True
 
     def listen(self, seconds: float) -> bool:
@@ -149,7 +149,7 @@ class ControlConnection:
             try:
                 while connection._sock is not None and connection.can_read(0):
                     if not self._is_message(connection.read_response(push_request=True)):
-                        raise RedisError("an answer without a command")
+                        raise RedisError("a reply without a command")
             except RedisError as error:
                 logger.debug("a connection is lost: %s", error)
                 connection.disconnect()

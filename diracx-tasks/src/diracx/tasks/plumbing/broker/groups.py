@@ -125,16 +125,16 @@ async def _read(redis: Redis, group_ids: Sequence[str]) -> list[GroupStatus]:
             pipe.execute_command("SCARD", f"{key}:pending")
             pipe.execute_command("HLEN", f"{key}:failed")
             pipe.execute_command("ZSCORE", keys.GROUPS, group_id)
-        replies = await pipe.execute(raise_on_error=False)
+        all_replies = await pipe.execute(raise_on_error=False)
     statuses = []
     for position, group_id in enumerate(group_ids):
-        answers = replies[4 * position : 4 * position + 4]
-        refused = [answer for answer in answers if isinstance(answer, ResponseError)]
+        replies = all_replies[4 * position : 4 * position + 4]
+        refused = [reply for reply in replies if isinstance(reply, ResponseError)]
         if refused and str(refused[0]).startswith("WRONGTYPE"):  # not a group: go on with the others
             continue
         if refused:
             raise refused[0]
-        values, pending, failed, expires = answers
+        values, pending, failed, expires = replies
         if values[0] is None or expires is None:
             continue
         total, submitting = number_of(values[0]), values[1] is not None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Timeout of the subscription.
-_ANSWER_SECONDS = 5.0
+_REPLY_SECONDS = 5.0
 #: Timeout of one wait for a message, after which the next wait begins.
 _WAIT_SECONDS = 60.0
 
@@ -36,8 +36,8 @@ async def listening(
     async with redis.pubsub() as pubsub:
         try:
             await pubsub.subscribe(channel)
-            if await pubsub.get_message(timeout=_ANSWER_SECONDS) is None:
-                raise RedisConnectionError(f"no answer within {_ANSWER_SECONDS:g} s")
+            if await pubsub.get_message(timeout=_REPLY_SECONDS) is None:
+                raise RedisConnectionError(f"no reply within {_REPLY_SECONDS:g} s")
         except NoPermissionError:
             logger.warning("may not listen on the channel %s: allow &diracx:* to its user", channel)
             yield None

@@ -411,8 +411,8 @@ class SettlingCall:
 
     settlements: Sequence[Settlement]
     dataset_id: str
-    answered: Callable[[Sequence[SettleReply] | None], None]
-    """Called with the replies, or None when the server has refused the call; not called without an answer."""
+    on_reply: Callable[[Sequence[SettleReply] | None], None]
+    """Called with the replies, or None when the server has refused the call; not called without a reply."""
 
 
 _EFFECTS = ("locks", "result", "retry", "requeue", "isolate", "group", "dead", "release_results", "outcome")

@@ -101,7 +101,7 @@ class RedisStreamBroker(ResultReader):
         self.consumer_name = consumer_name or new_worker_id()
         self.streams = keys.streams_of(self.worker_size)
         self.counts = Counts()
-        # No retries in the client: it would send a submission again whose answer was lost. Callers whose calls are
+        # No retries in the client: it would send a submission again whose reply was lost. Callers whose calls are
         # safe to repeat (the worker) retry themselves.
         self.redis: Redis = async_client(
             url,
@@ -119,20 +119,20 @@ class RedisStreamBroker(ResultReader):
         return int(pool.reconnects)
 
     @property
-    def answer_timeout_seconds(self) -> float:
-        """Timeout of answers, after which the connection counts as dead."""
+    def reply_timeout_seconds(self) -> float:
+        """Timeout of replies, after which the connection counts as dead."""
         seconds: float | None = self.redis.connection_pool.connection_kwargs.get("socket_timeout")
         return seconds or float("inf")
 
     async def startup(self, role: Role | None = None) -> None:
-        """Check that the server answers, and that the task system can work with it.
+        """Check that the server replies, and that the task system can work with it.
 
         Args:
             role: the role of this process, whose commands the server's user must be allowed to send.
 
         Raises:
             UnusableServerError: when the task system cannot work with the server.
-            redis.exceptions.RedisError: when the server does not answer.
+            redis.exceptions.RedisError: when the server does not reply.
         """
         problem = obstacle(await read_server(self.redis, role, settings=False))
         if problem is None and role is Role.WORKER:
@@ -187,9 +187,9 @@ class RedisStreamBroker(ResultReader):
             if self._submitting.in_use:
                 await self.redis.execute_command(*command)
                 return
-            [answer] = await self._submitting.execute(command)
-            if isinstance(answer, Exception):
-                raise answer
+            [reply] = await self._submitting.execute(command)
+            if isinstance(reply, Exception):
+                raise reply
         except RedisError as error:
             raise submitting.send_error(submission.message.task_name, error, len(data)) from error
 
@@ -252,12 +252,12 @@ class RedisStreamBroker(ResultReader):
             messages, new_ids = await script("fetch")(self._waiting, self.streams, args)
         else:
             command = ("EVALSHA", script("fetch").sha, len(self.streams), *self.streams, *args)
-            [answer] = await self._execute_after(settling, command)
-            if isinstance(answer, NoScriptError):
-                answer = await script("fetch")(self._waiting, self.streams, args)
-            if isinstance(answer, Exception):
-                raise answer
-            messages, new_ids = answer
+            [reply] = await self._execute_after(settling, command)
+            if isinstance(reply, NoScriptError):
+                reply = await script("fetch")(self._waiting, self.streams, args)
+            if isinstance(reply, Exception):
+                raise reply
+            messages, new_ids = reply
         if messages:
             return self._deliveries(messages), []
         now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
@@ -276,7 +276,7 @@ class RedisStreamBroker(ResultReader):
         The server gives them to this worker alone. Messages of several streams are sorted, most urgent first.
 
         Args:
-            sent: called with the descriptor of the socket once the command is sent, before the answer is read.
+            sent: called with the descriptor of the socket once the command is sent, before the reply is read.
             settling: settlements to send in the same write, before the read.
 
         Returns:
@@ -291,17 +291,17 @@ class RedisStreamBroker(ResultReader):
         streams = (*self.streams, keys.WAIT_PREFIX + self.consumer_name)
         wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *streams, *[">"] * len(streams))
         marked = ("EXISTS", keys.CANCELLED)
-        answers = await (
+        replies = await (
             self._waiting.execute(wait, marked, sent=sent)
             if settling is None
             else self._execute_after(settling, wait, marked, sent=sent)
         )
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        reply, marks = answers
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        found, marks = replies
         messages: list[Any] = []
-        for stream, entries in reply or []:
+        for stream, entries in found or []:
             for entry, fields in entries:
                 data = fields[1] if len(fields) == 2 and fields[0] == b"data" else fields
                 messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
@@ -313,11 +313,11 @@ class RedisStreamBroker(ResultReader):
         *commands: Sequence[Any],
         sent: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Return the answers to commands that are sent in one write after settlements."""
+        """Return the replies to commands that are sent in one write after settlements."""
         settle = scripts.settle_command(self.consumer_name, settling)
         note = partial(scripts.note_settled, settling)
-        _, *answers = await self._waiting.execute(settle, *commands, sent=sent, first=note)
-        return answers
+        _, *replies = await self._waiting.execute(settle, *commands, sent=sent, first=note)
+        return replies
 
     async def end_wait(self) -> None:
         """End `reserve_next` on the server. Later calls reserve nothing before the next `fetch`."""
@@ -356,7 +356,7 @@ class RedisStreamBroker(ResultReader):
     async def fetch_unacknowledged(
         self, known: Iterable[tuple[str, str]], locks: Iterable[LockSpec] | None = None
     ) -> list[Delivery]:
-        """Return deliveries that were reserved for the worker in a call whose response was lost.
+        """Return deliveries that were reserved for the worker in a call whose reply was lost.
 
         Args:
             known: stream and entry of each delivery that the worker holds.

@@ -1,6 +1,6 @@
 """Loads and calls the Lua scripts, the atomic steps of the task system; most have a typed coroutine function.
 
-A script is called by its hash. A server without it (new, restarted, flushed) answers NOSCRIPT and runs nothing, so
+A script is called by its hash. A server without it (new, restarted, flushed) returns NOSCRIPT and runs nothing, so
 sending the source then is safe.
 """
 
@@ -146,14 +146,14 @@ async def settle(
 
 
 def settle_command(consumer: str, call: SettlingCall) -> tuple[Any, ...]:
-    """The command of `settle`, to be sent with others; `note_settled` gets its answer."""
+    """The command of `settle`, to be sent with others; `note_settled` gets its reply."""
     packed = packed_settlements(call.settlements)
     return "EVALSHA", script("settle").sha, 0, consumer, call.dataset_id, *packed
 
 
-def note_settled(call: SettlingCall, answer: Any) -> None:
-    """Pass on the answer of `settle_command`."""
-    call.answered(None if isinstance(answer, Exception) else _settle_replies(answer, call.settlements))
+def note_settled(call: SettlingCall, reply: Any) -> None:
+    """Pass on the reply of `settle_command`."""
+    call.on_reply(None if isinstance(reply, Exception) else _settle_replies(reply, call.settlements))
 
 
 def _settle_replies(unsettled: Sequence[Any], settlements: Sequence[Settlement]) -> list[SettleReply]:
@@ -208,7 +208,7 @@ async def group(
 async def cancel(redis: Redis, keep_ms: int, tasks: Sequence[CancelRequest]) -> list[tuple[str, bytes]]:
     """Cancel tasks. Returns the state of each, and its message if the caller has to add the effects of its end.
 
-    With large messages, only the first tasks are answered: repeat the call for the others. See lua/cancel.lua.
+    With large messages, only the first tasks are cancelled: repeat the call for the others. See lua/cancel.lua.
     """
     replies = await script("cancel")(redis, args=[keep_ms, pack(tasks), CALL_BYTES])
     return [(place.decode(), message) for place, message in replies]

@@ -140,7 +140,7 @@ async def read_memory(redis: Redis) -> ServerMemory:
     """Read memory use and limit with INFO, which managed servers allow when they forbid CONFIG.
 
     Raises:
-        redis.exceptions.RedisError: when the server does not answer.
+        redis.exceptions.RedisError: when the server does not reply.
     """
     try:
         found = await redis.info("memory")
@@ -180,7 +180,7 @@ async def read_server(redis: Redis, role: Role | None = None, *, settings: bool 
         settings: also read settings, which needs the right to use INFO.
 
     Raises:
-        redis.exceptions.RedisError: when the server does not answer, or is temporarily unavailable.
+        redis.exceptions.RedisError: when the server does not reply, or is temporarily unavailable.
     """
     commands_to_check = (_TOUCH, *((_READ_CONFIG,) if settings else ()), *(role.value if role else ()))
     check = script("check")
@@ -297,7 +297,7 @@ async def report_risks(redis: Redis) -> Server:
     """Log a warning about settings with which the server can lose tasks, and about unchecked ones.
 
     Raises:
-        redis.exceptions.RedisError: when the server does not answer.
+        redis.exceptions.RedisError: when the server does not reply.
     """
     server = await read_server(redis)
     memory = eviction_problem(server.info.get("maxmemory_policy"), server.info.get("maxmemory") or None)

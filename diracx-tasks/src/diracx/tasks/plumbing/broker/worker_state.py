@@ -55,7 +55,7 @@ def renew(
     args = [consumer, lease_ms, pack(entries), pack(locks), dataset_id, known, run_id, int(may_be_declared_dead)]
     *replies, now_in, shortest_ms, quiet_ms = script("renew").run(redis, args=args)
     if isinstance(redis, ControlConnection) and redis.run_id() != run_id:
-        raise RedisConnectionError("another server has answered")
+        raise RedisConnectionError("another server has replied")
     lost_entries, lost_locks, cancelled = ([int(position) - 1 for position in reply] for reply in replies)
     return lost_entries, lost_locks, cancelled, now_in.decode(), int(shortest_ms), int(quiet_ms)
 
@@ -122,7 +122,7 @@ async def send_sums(redis: Redis, sums: Sequence[Any], ttl_ms: int, *, again: bo
 
     Args:
         ttl_ms: time to live of the list.
-        again: the last answer was lost, so that the list may have no time to live yet.
+        again: the last reply was lost, so that the list may have no time to live yet.
     """
     waiting: int = await redis.execute_command("RPUSH", keys.SUMS, pack(sums))
     if waiting == 1 or again:

@@ -222,5 +222,5 @@ async def _leave(
         await manager.__aexit__(exc_type, exc, tb)
     else:
         manager.__exit__(exc_type, exc, tb)
-    # Never the manager's own answer: an exception swallowed here would let the databases below it commit.
+    # Never the manager's own result: an exception swallowed here would let the databases below it commit.
     return False

@@ -30,7 +30,7 @@ class ServerClock:
         after = time.monotonic()
         ahead = server - (before + after) / 2
         uncertain = (after - before) / 2
-        # A slow answer is less exact than an earlier fast one, and is ignored unless it contradicts that.
+        # A slow reply is less exact than an earlier fast one, and is ignored unless it contradicts that.
         if uncertain <= self._uncertain or abs(ahead - self.ahead) > uncertain:
             set_back = self._uncertain != float("inf") and self.ahead - ahead > SET_BACK_SECONDS
             self.ahead, self._uncertain = ahead, uncertain

@@ -48,7 +48,7 @@ _CALM_SECONDS = 0.02
 _PREPARE_LATE_SECONDS = 0.02
 #: Interval of the retries of a schedule that cannot be submitted.
 _RETRY_SECONDS = 60.0
-#: Delay of timers after the due time, so that the server never answers "too early".
+#: Delay of timers after the due time, so that the server never replies "too early".
 _MARGIN_SECONDS = 0.0003
 _LONGEST_PROBLEM = 500
 #: Schedules that are named in one log line.
@@ -65,7 +65,7 @@ class _Sent:
     """Batch of occurrences sent to the server."""
 
     batch: list[Occurrence]
-    answer: asyncio.Task[list[int] | None]
+    replies: asyncio.Task[list[int] | None]
 
 
 class TaskScheduler:
@@ -151,7 +151,7 @@ class TaskScheduler:
         """Schedule until `stop` is set.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer at the start. Later, it waits for the
+            redis.exceptions.RedisError: when the server does not reply at the start. Later, it waits for the
                 server.
         """
         await self._broker.startup()
@@ -360,7 +360,7 @@ class TaskScheduler:
         now = time.monotonic()
         if self._promote_at > now and not self._earlier:
             return
-        self._earlier = False  # before the call, whose answer may lack tasks delayed from now on
+        self._earlier = False  # before the call, whose reply may lack tasks delayed from now on
         more, next_due = await self._broker.promote_batch()
         if more:
             self._promote_at = 0.0
@@ -409,7 +409,7 @@ class TaskScheduler:
                     return False
         finally:
             if sent is not None:
-                await cancel_and_wait(sent.answer)
+                await cancel_and_wait(sent.replies)
         await self._publish_problems()
         return True
 
@@ -423,7 +423,7 @@ class TaskScheduler:
         return _Sent(batch, asyncio.create_task(call))
 
     async def _handle_replies(self, sent: _Sent) -> bool:
-        replies = await sent.answer
+        replies = await sent.replies
         if replies is None:
             return False
         for occurrence, reply in zip(sent.batch, replies, strict=True):

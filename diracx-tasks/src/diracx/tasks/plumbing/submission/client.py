@@ -152,7 +152,7 @@ async def task_broker(
         AddressError: when the URL, or its file, cannot be used; a ValueError.
         TaskConfigError: when the configuration of tasks is wrong. Later changes of it are applied.
         UnusableServerError: when the task system cannot work with that server, or that user.
-        redis.exceptions.RedisError: when the server does not answer.
+        redis.exceptions.RedisError: when the server does not reply.
     """
     from ..broker.address import DEFAULT_REDIS_URL, redis_url_from_environment
     from ..broker.redis_streams import RedisStreamBroker

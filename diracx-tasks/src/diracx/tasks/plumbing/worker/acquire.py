@@ -65,8 +65,8 @@ class LockAcquirer:
         replies: list[StartReply] = []
         granted_at = math.inf
         for portion in in_calls(requested, len(requested), lambda each: LOCK_BYTES * len(each.locks)):
-            answers, sent_at = await self._take(portion)
-            replies += answers
+            of_portion, sent_at = await self._take(portion)
+            replies += of_portion
             granted_at = min(granted_at, sent_at)
         refused = {
             execution
@@ -87,7 +87,7 @@ class LockAcquirer:
 
         async def start() -> list[StartReply]:
             nonlocal granted_at
-            # After a failover the keeper may still wait for an answer of the replaced server.
+            # After a failover the keeper may still wait for a reply of the replaced server.
             if self._keeper.late:
                 await self._keeper.renew()
             granted_at = time.monotonic()

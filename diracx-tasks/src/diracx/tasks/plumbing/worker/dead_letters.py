@@ -347,7 +347,7 @@ class DeadLetterStore:
         return False
 
     async def _probe(self) -> None:
-        """Raise an error unless the database answers."""
+        """Raise an error unless the database responds."""
         assert self._db is not None
         async with asyncio.timeout(self._settings.database_answer_seconds):
             await self._db.find("")

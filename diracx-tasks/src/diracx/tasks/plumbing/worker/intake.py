@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 _Deliveries = TypeVar("_Deliveries", bound="Sequence[Delivery]")
 
 _LONGEST_WAIT_SECONDS = 20.0
@@ -39,9 +39,9 @@ _BATCH = 50
 _AT_ONCE = 10
 #: Interval between reclaims while entries of dead workers are left that no worker could take.
 _LEFT_OVER_SECONDS = 1.0
-#: The longest time between a reservation by a blocking read and the reading of its answer.
-_ANSWER_SECONDS = 1.0
-#: How long settlements wait for the answer to a fetch, to be sent with the next one.
+#: The longest time between a reservation by a blocking read and the reading of its reply.
+_REPLY_SECONDS = 1.0
+#: How long settlements wait for the reply to a fetch, to be sent with the next one.
 _FETCH_SECONDS = 0.005
 #: Timeout of a stopping worker's call that ends its blocking read.
 _END_WAIT_SECONDS = 2.0
@@ -67,7 +67,7 @@ class UnsentSettlements(Protocol):
         """Take them, to send them with another call; None without any."""
 
     def return_unsent(self) -> None:
-        """Send those that were taken and not answered."""
+        """Send those that were taken and have no reply."""
 
 
 class Intake:
@@ -94,7 +94,7 @@ class Intake:
         self._unread = unread
         self._nothing_left = False
         """True if dead workers have left no entries, so that the next reclaim can wait for the end of a lease."""
-        self._answer_lost = False
+        self._reply_lost = False
         self._reconnects = broker.reconnects
         self._stop = stop
         self._closed = asyncio.Event()
@@ -111,7 +111,7 @@ class Intake:
         """For each stream, an entry id up to which all is delivered; None: unknown, so fetch from all of them."""
         self._all_seen = False
         """True if the streams had no entries after `_last_ids`."""
-        self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.answer_timeout_seconds * _PART_OF_TIMEOUT)
+        self._longest_wait = min(_LONGEST_WAIT_SECONDS, broker.reply_timeout_seconds * _PART_OF_TIMEOUT)
         # Shorter than the rest of the lease, which is two thirds at least: should the worker die while it waits,
         # other workers reclaim the reserved entries when the lease ends.
         self._longest_reservation = min(self._longest_wait, 0.6 * settings.lease_seconds)
@@ -135,17 +135,17 @@ class Intake:
             self._remove_candidates(self._candidates.difference(self._held.held()))  # it may have been parked
         if self._refetch_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may lack settlements that the old one has confirmed.
-            self._refetch_at, self._reconnects, self._answer_lost = math.inf, self._broker.reconnects, True
-        if self._answer_lost and (deliveries := await self.fetch_unacknowledged()):
+            self._refetch_at, self._reconnects, self._reply_lost = math.inf, self._broker.reconnects, True
+        if self._reply_lost and (deliveries := await self.fetch_unacknowledged()):
             return await self._limit_to(free, deliveries)
-        self._answer_lost = True
+        self._reply_lost = True
         try:
             deliveries = await self._limit_to(free, await self._poll(free, unsent))
         except BaseException:
-            self._last_ids = None  # another server may answer the next call
+            self._last_ids = None  # another server may reply to the next call
             self._abandon_wait()
             raise
-        self._answer_lost = False
+        self._reply_lost = False
         return deliveries
 
     async def close(self) -> None:
@@ -158,8 +158,8 @@ class Intake:
         finally:
             self._closed.set()
 
-    async def fetch_answered(self) -> None:
-        """Wait for the answer to a fetch, but not for long: the next call may take unsent settlements along."""
+    async def wait_for_fetch(self) -> None:
+        """Wait for the reply to a fetch, but not for long: the next call may take unsent settlements along."""
         if not self._fetched.is_set():
             long_enough = asyncio.get_running_loop().call_later(_FETCH_SECONDS, self._fetched.set)
             await self._fetched.wait()
@@ -281,7 +281,7 @@ class Intake:
         deliveries, may_be_cancelled = found
         if not deliveries:
             return []
-        self.reserved_after = max(self.reserved_after, time.monotonic() - _ANSWER_SECONDS)
+        self.reserved_after = max(self.reserved_after, time.monotonic() - _REPLY_SECONDS)
         # With fewer slots than streams, fetch before the next wait, which may return one entry of each stream.
         self._all_seen = len(deliveries) < at_most and free >= len(self._broker.streams)
         self._note_delivered(deliveries)
@@ -304,7 +304,7 @@ class Intake:
 
     def _abandon_wait(self) -> None:
         # A proxy may keep its connection to the server open after the worker's connection is closed.
-        self._refetch_at = time.monotonic() + self._longest_reservation + _ANSWER_SECONDS
+        self._refetch_at = time.monotonic() + self._longest_reservation + _REPLY_SECONDS
 
     def _note_delivered(self, deliveries: Sequence[Delivery]) -> None:
         """Advance `_last_ids` past these deliveries."""
@@ -314,8 +314,8 @@ class Intake:
             for delivery in deliveries:
                 self._last_ids[self._broker.streams.index(delivery.stream)] = delivery.entry
 
-    async def _unless_stopped(self, waiting: Awaitable[_Answer]) -> _Answer | None:
-        """Wait for the answer; None if the worker stops or `poll_now` is called before it arrives."""
+    async def _unless_stopped(self, waiting: Awaitable[_Result]) -> _Result | None:
+        """Wait for the result; None if the worker stops or `poll_now` is called before it arrives."""
         if self._stops is None:
             self._stops = asyncio.create_task(self._stop.wait())
             self._stops.add_done_callback(lambda _: self._interrupt())

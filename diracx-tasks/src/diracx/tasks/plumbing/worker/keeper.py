@@ -123,7 +123,7 @@ class _WithoutLocks:
 class LeaseKeeper:
     """Renews the worker's lease, the entries that it holds and their locks.
 
-    Use as an asynchronous context manager: entering registers the worker, and raises when no server answers.
+    Use as an asynchronous context manager: entering registers the worker, and raises when no server replies.
 
     Args:
         channels: pub/sub channels to subscribe to between renewals.
@@ -205,7 +205,7 @@ class LeaseKeeper:
         """Requeue deliveries that are reserved for the worker but not held, as its event loop is blocked.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer.
+            redis.exceptions.RedisError: when the server does not reply.
         """
         worker_state.requeue_unread(self._redis, self._consumer, streams, self.held())
 
@@ -331,7 +331,7 @@ class LeaseKeeper:
             complete: also what only every `COMPLETE_EVERY`th renewal includes.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer.
+            redis.exceptions.RedisError: when the server does not reply.
         """
         await asyncio.to_thread(self._renew, complete=complete)
 

@@ -137,7 +137,7 @@ class Reporter:
         self._skipped = 0
         self._unsent_sums: tuple[int, dict[str, Any]] | None = None
         self._sums_sent = False
-        """True if `_unsent_sums` were sent without an answer."""
+        """True if `_unsent_sums` were sent without a reply."""
         self.adds_up = False
         """True if this worker has to add up the counters in the list."""
         self._dataset = ""
@@ -251,7 +251,7 @@ class Reporter:
             if_new: the report may be skipped when nothing has changed.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer; the next report contains this one's data.
+            redis.exceptions.RedisError: when the server does not reply; the next report contains this one's data.
         """
         state = self.state()
         packed_state, running = dumps(state), dumps(self._reported_running())
@@ -299,7 +299,7 @@ class Reporter:
         return self._number
 
     async def _send_sums(self) -> None:
-        """Append counters to the list. Their number identifies a repetition after a lost answer."""
+        """Append counters to the list. Their number identifies a repetition after a lost reply."""
         if self._unsent_sums is None:
             return
         sums = [self._broker.consumer_name, *self._unsent_sums]
@@ -316,7 +316,7 @@ class Reporter:
         """Publish the execution that blocks the event loop, from another thread; None: the loop goes on.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer.
+            redis.exceptions.RedisError: when the server does not reply.
         """
         # Readers use the clock of the server.
         packed = b"" if blocked is None else dumps(blocked | {"since": blocked["since"] + self._clock_ahead})

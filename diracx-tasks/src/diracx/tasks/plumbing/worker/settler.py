@@ -34,10 +34,10 @@ _Again = TypeVar("_Again", DelayedRetry, Requeue)
 
 logger = logging.getLogger(__name__)
 
-#: A large call counts as refused after so many closed connections, while the server answers other calls.
+#: A large call counts as refused after so many closed connections, while the server replies to other calls.
 _TRIES = 3
-#: How long taken settlements wait for their answer: the connection of the other call may be dead.
-_ANSWER_SECONDS = 5.0
+#: How long taken settlements wait for their reply: the connection of the other call may be dead.
+_REPLY_SECONDS = 5.0
 
 
 class Settler:
@@ -56,7 +56,7 @@ class Settler:
         self._intake = intake
         self._waiting: list[Settlement] = []
         self._taken: Sequence[Settlement] = ()
-        """Settlements that are sent with another call, until they are answered."""
+        """Settlements that are sent with another call, until its reply."""
         self._late: asyncio.TimerHandle | None = None
         self._returned: Sequence[Settlement] = ()
         """Settlements that were taken and not settled; they are not taken again."""
@@ -82,7 +82,7 @@ class Settler:
             await self._work.wait()
             # Collect those of the same round of the event loop. The intake may take them for its next call.
             await asyncio.sleep(0)
-            await self._intake.fetch_answered()
+            await self._intake.wait_for_fetch()
             self._work.clear()
             batch, self._waiting, self._returned = [*self._returned, *self._waiting], [], ()
             if not batch:  # the intake has taken them
@@ -116,11 +116,11 @@ class Settler:
         if sum(map(Settlement.bytes, waiting)) > ALWAYS_TAKEN_BYTES:
             return None
         self._taken, self._waiting = waiting, []
-        self._late = asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self.return_unsent)
-        return SettlingCall(waiting, self._keeper.dataset_id, partial(self._answered, waiting))
+        self._late = asyncio.get_running_loop().call_later(_REPLY_SECONDS, self.return_unsent)
+        return SettlingCall(waiting, self._keeper.dataset_id, partial(self._on_reply, waiting))
 
-    def _answered(self, batch: Sequence[Settlement], replies: Sequence[SettleReply] | None) -> None:
-        if self._taken is not batch:  # the answer came too late
+    def _on_reply(self, batch: Sequence[Settlement], replies: Sequence[SettleReply] | None) -> None:
+        if self._taken is not batch:  # the reply came too late
             return
         self._taken = ()
         if replies is None:

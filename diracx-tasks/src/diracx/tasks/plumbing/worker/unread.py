@@ -1,7 +1,7 @@
 """Requeues deliveries that arrive while a task blocks the event loop.
 
 A worker with running tasks waits for messages with a blocking read that reserves them, as an idle one does. A
-thread watches the socket; an answer that stays unread is requeued, for other workers to start.
+thread watches the socket; a reply that stays unread is requeued, for other workers to start.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-#: How long an answer may stay unread before the event loop is checked.
+#: How long a reply may stay unread before the event loop is checked.
 _UNREAD_SECONDS = 0.02
 #: How long the event loop may take to run a callback before the messages are requeued.
 _BLOCKED_SECONDS = 0.1
 
 
 class _Wait:
-    """One blocking read, whose answer goes either to the event loop or to the guard: the first to take it."""
+    """One blocking read, whose reply goes either to the event loop or to the guard: the first to take it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -31,7 +31,7 @@ class _Wait:
         self._free = threading.Semaphore()
 
     def take(self) -> bool:
-        """Take the answer; True if the caller is the first."""
+        """Take the reply; True if the caller is the first."""
         return self._free.acquire(blocking=False)
 
 
@@ -53,14 +53,14 @@ class UnreadGuard:
         self._thread = threading.Thread(target=self._run, name="diracx-unread-guard", daemon=True)
 
     def expect(self, descriptor: int) -> None:
-        """Watch a socket: from now on, tasks may be reserved for the worker, with the answer arriving there."""
+        """Watch a socket: from now on, tasks may be reserved for the worker, with the reply arriving there."""
         if self._thread.ident is None:
             self._thread.start()
         self._wait = _Wait(descriptor)
         self._wake()
 
     async def read(self) -> bool:
-        """End the watch, as the answer was read or never will be; True if the guard has requeued deliveries."""
+        """End the watch, as the reply was read or never will be; True if the guard has requeued deliveries."""
         wait, self._wait = self._wait, None
         if wait is None:
             return False
@@ -95,16 +95,16 @@ class UnreadGuard:
                 os.read(self._wake_read, 4096)
             elif wait is not None and not wait.ended.wait(_UNREAD_SECONDS) and self._loop_is_blocked():
                 self._take_and_requeue(wait)
-                wait.ended.wait()  # this read has no further answer
+                wait.ended.wait()  # this read has no further reply
 
     def _loop_is_blocked(self) -> bool:
-        """True if it runs no callback in time. A loop that does is still reading a large, incomplete answer."""
-        answered = threading.Event()
+        """True if it runs no callback in time. A loop that does is still reading a large, incomplete reply."""
+        ran = threading.Event()
         try:
-            self._loop.call_soon_threadsafe(answered.set)
+            self._loop.call_soon_threadsafe(ran.set)
         except RuntimeError:  # the loop is closed
             return False
-        return not answered.wait(_BLOCKED_SECONDS)
+        return not ran.wait(_BLOCKED_SECONDS)
 
     def requeue_now(self) -> None:
         """Requeue unread deliveries, from any thread, after the blocking read has ended on the server."""

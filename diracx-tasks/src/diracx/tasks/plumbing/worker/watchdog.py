@@ -153,9 +153,9 @@ class Watchdog:
         has lost its lock.
         """
         self._loop.call_soon_threadsafe(self._stop.set)
-        answered = threading.Event()
-        self._loop.call_soon_threadsafe(answered.set)
-        if not answered.wait(self._flush_seconds(limit)):
+        ran = threading.Event()
+        self._loop.call_soon_threadsafe(ran.set)
+        if not ran.wait(self._flush_seconds(limit)):
             logger.warning(
                 "the event loop is blocked: the other running tasks are cut off, and run again elsewhere"
             )
@@ -218,8 +218,8 @@ class BlockedLoopDetector:
         self._seconds = seconds
         self._running = running
         self._publish = publish
-        self._answered = threading.Event()
-        self._answered.set()
+        self._callback_ran = threading.Event()
+        self._callback_ran.set()
         self._callback_at = time.monotonic()
         self._suspected = False
         self._blocked: dict[str, Any] | None = None
@@ -228,16 +228,16 @@ class BlockedLoopDetector:
     def check(self) -> None:
         """Check once; called about twice a second, in the watchdog's thread."""
         now = time.monotonic()
-        if self._answered.is_set():
+        if self._callback_ran.is_set():
             self._suspected = False
             if self._blocked is not None and self._try_publish(None):
                 logger.warning("the event loop goes on, after %.0f s", time.time() - self._blocked["since"])
                 self._blocked = None
-            self._answered, self._callback_at = threading.Event(), now
+            self._callback_ran, self._callback_at = threading.Event(), now
             try:
-                self._loop.call_soon_threadsafe(self._answered.set)
+                self._loop.call_soon_threadsafe(self._callback_ran.set)
             except RuntimeError:  # the loop is closed
-                self._answered.set()
+                self._callback_ran.set()
         elif now - self._callback_at >= self._seconds:
             # Found in two checks: after a pause of the whole process, the loop needs time to react.
             if not self._suspected:

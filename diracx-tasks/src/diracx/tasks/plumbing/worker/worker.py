@@ -113,7 +113,7 @@ class Worker:
         """Run tasks until `stop` is set, then let the running ones end within the grace period.
 
         Raises:
-            redis.exceptions.RedisError: when the server does not answer at the start. Later, the worker waits for
+            redis.exceptions.RedisError: when the server does not reply at the start. Later, the worker waits for
                 it.
         """
         broker, settings, running, reporter = self._broker, self._settings, self._running, self.reporter

@@ -31,7 +31,7 @@ from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
 from ..operator import task_db_of
 from . import models
-from .dependencies import AllVOsReader, Reader, Writer, answered, or_404
+from .dependencies import AllVOsReader, Reader, Writer, json_endpoint, or_404
 from .responses import BoundedRoute, database_errors, responses
 
 # The factories of DiracX for tests and clients mount disabled services, too.
@@ -51,7 +51,7 @@ def _route(method: str, path: str, model: Any, *codes: int) -> Callable[[Callabl
         codes: status codes of its errors, besides 401, 403 and 503.
     """
     add = router.api_route(path, methods=[method], response_model=model, responses=responses(503, *codes))
-    return lambda endpoint: add(answered(endpoint))
+    return lambda endpoint: add(json_endpoint(endpoint))
 
 
 _get = partial(_route, "GET")

@@ -74,11 +74,11 @@ AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
 Writer = Annotated[_Writer, Depends(_writer)]
 
 
-def answered(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[JSONResponse]]:
+def json_endpoint(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[JSONResponse]]:
     """Decorate a function to respond with its value as JSON, passwords masked, or with the status of its error."""
 
     @wraps(endpoint)
-    async def answer(*args: Any, **kwargs: Any) -> JSONResponse:
+    async def respond(*args: Any, **kwargs: Any) -> JSONResponse:
         try:
             value = await endpoint(*args, **kwargs)
         except NotPossibleError as error:
@@ -92,7 +92,7 @@ def answered(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, detail) from error
         return JSONResponse(masked_json(as_json(value)))
 
-    return answer
+    return respond
 
 
 def or_404(value: _Value | None, what: str) -> _Value:

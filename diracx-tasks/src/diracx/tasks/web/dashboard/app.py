@@ -142,7 +142,7 @@ class DashboardApp:
             await self.open()
             redis = self.context.redis
             async with asyncio.timeout(_READY_SECONDS):
-                await self.context.answers.get("ready", lambda: server_time(redis), 1.0)
+                await self.context.responses.get("ready", lambda: server_time(redis), 1.0)
         except Exception:
             logger.debug("not ready", exc_info=True)
             return False, ["critical server_away"]
@@ -210,7 +210,7 @@ class DashboardApp:
             _check_visible(page, request)
             values = await self._load(page, request)
             # The event stream of the page must not begin with older values.
-            self.context.answers.put(_cache_key(page, request, "page"), values, self._stream.shared_seconds)
+            self.context.responses.put(_cache_key(page, request, "page"), values, self._stream.shared_seconds)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
             return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
 
@@ -223,14 +223,14 @@ class DashboardApp:
 
             async def fragment() -> str:
                 key = _cache_key(page, request, "page")
-                answers = self.context.answers
-                values = await answers.get(key, lambda: self._load(page, request), self._stream.shared_seconds)
+                responses = self.context.responses
+                values = await responses.get(key, lambda: self._load(page, request), self._stream.shared_seconds)
                 return text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
 
             async def charts() -> dict[str, Any]:
                 load, key = page.charts, _cache_key(page, request, "charts")
                 assert load is not None
-                return await self.context.answers.get(
+                return await self.context.responses.get(
                     key, lambda: load(request, self.context), self._stream.shared_seconds
                 )
 

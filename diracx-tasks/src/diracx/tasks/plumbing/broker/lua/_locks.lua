@@ -133,7 +133,7 @@ local function take_all(locks, now, task, place)
     end
     local ok, granted, again = true, false, nil
     if not before then ok, granted, again = pcall(take, lock, now) end
-    -- A worker repeats a call whose response was lost: locks taken then stay its own, even if they were granted to
+    -- A worker repeats a call whose reply was lost: locks taken then stay its own, even if they were granted to
     -- another task since.
     if ok and not granted and task and not kind.quota then
       ok, granted = pcall(kind.keep, lock, now)

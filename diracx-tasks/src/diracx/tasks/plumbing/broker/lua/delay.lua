@@ -1,7 +1,7 @@
 -- Adds messages to the delayed set: all of them or none.
 -- KEYS: none. ARGV: for each message task id, due time (ms since the epoch), stream, reason, message.
 -- Returns 1, or the first task id that another waiting message has: then nothing is added. An identical message is a
--- repetition after a lost answer, and is accepted.
+-- repetition after a lost reply, and is accepted.
 -- #include _time _lines _queue
 for i = 1, #ARGV, 5 do
   local task, due, stream, reason, data = unpack(ARGV, i, i + 4)

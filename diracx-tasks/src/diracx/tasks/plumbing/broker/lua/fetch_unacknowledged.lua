@@ -1,5 +1,5 @@
 -- Fetches again what was delivered to a worker and is not acknowledged, without the messages that it knows: the
--- response of the call that delivered them was lost.
+-- reply of the call that delivered them was lost.
 -- KEYS: its streams, most urgent first. ARGV: consumer, entries that it holds (msgpack list of "stream entry"), locks
 --   of its held-locks record that it does not hold (msgpack list of "owner:key"), limit of messages, limit of bytes
 --   (one larger message is allowed); 1 to requeue the messages, as the worker's event loop is blocked.

@@ -2,7 +2,7 @@
 -- KEYS: none. ARGV: limit of bytes of each value, ranges of streams (msgpack list of {stream, first, last, count}),
 --   delayed tasks (msgpack list), limit of bytes to read (one larger message is allowed).
 -- Returns {for each range the list of its entries {entry, {field, value, …}, bytes of its longest value},
---   for each task false or {value, bytes}, 1 if more is left to read: the end of the last range in the answer and the
+--   for each task false or {value, bytes}, 1 if more is left to read: the end of the last range in the reply and the
 --   ranges after it, or the tasks after the last}.
 -- #flags no-writes
 local at_most, ranges, delayed, bytes_left = tonumber(ARGV[1]), {}, {}, tonumber(ARGV[4])

@@ -1,5 +1,5 @@
 -- Removes a stopping worker from all lists. Messages that it still holds, and its locks, are left for other workers to
--- reclaim. Without messages, its remaining locks are released: they were granted in a call whose answer was lost.
+-- reclaim. Without messages, its remaining locks are released: they were granted in a call whose reply was lost.
 -- KEYS: none. ARGV: consumer, every stream (msgpack list). Returns 1 when nothing is left to reclaim, else 0.
 -- #flags allow-oom
 -- #include _time _lines _kinds _locks _queue _polls _wake

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _PAGE = 50
 #: Timeout of the database.
-_ANSWER_SECONDS = 5.0
+_RESPONSE_SECONDS = 5.0
 #: Maximum number of dead letters of one action, for which a browser waits.
 _MOST = 10_000
 #: Maximum number of listed dead letters in Redis.
@@ -77,7 +77,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     except NotPossibleError as error:
         raise NotFoundError(str(error)) from error
     try:
-        async with asyncio.timeout(_ANSWER_SECONDS):
+        async with asyncio.timeout(_RESPONSE_SECONDS):
             dead_letters = await context.task_db.summaries(**where, limit=_PAGE, after_id=after)
             total = sum((await context.task_db.count(**where)).values())
     except (SQLAlchemyError, DBUnavailableError, OSError, TimeoutError) as error:
