@@ -1,6 +1,6 @@
 """Chaos tests: random failures of a real system from a seed, and a check of all promises.
 
-`make chaos`, or `python -m chaos --help`. What the tasks did is known from files of their own (`witness.py`), not
+`make chaos`, or `python -m chaos --help`. What the tasks did is known from files of their own (`records.py`), not
 from the system under test; `verdict.py` compares that with what was promised.
 """
 

@@ -123,8 +123,8 @@ def main() -> int:
         return 0
     # Only now: these import the task system.
     from .drive import Driver, Settings, keep, say
+    from .records import read
     from .verdict import ChaosResult, as_json
-    from .witness import read
 
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     settings = Settings(

@@ -28,13 +28,13 @@ from diracx.tasks.plumbing.registry import load_task_registry, tasks_of_module
 from diracx.tasks.plumbing.submission.client import Binding, bound_to
 from redis.exceptions import RedisError
 
-from . import redis_servers, tasks, witness
+from . import records, redis_servers, tasks
 from .databases import Database
+from .leftover_keys import everything, leftovers
 from .links import Link
 from .plan import PROFILES, Disturbance, Plan, Planned
 from .processes import History, Supervised
 from .redis_servers import Outage
-from .remains import everything, leftovers
 
 #: Name of the connection that watches; no disturbance meets it but those of the server itself.
 _OURS = "chaos-driver"
@@ -159,7 +159,7 @@ class Driver:
         environment = {
             CONFIG_PATH_VARIABLE: str(configuration),
             "DIRACX_DB_URL_TASKDB": self._database.url,
-            witness.VARIABLE: str(testimony),
+            records.VARIABLE: str(testimony),
         }
         common = ["--module", tasks.__name__, "--log-level", "warning"]
 

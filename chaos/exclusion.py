@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .executions import Executions
-from .witness import Run
+from .records import Run
 
 #: After the SIGCONT of a process that was stopped beyond its lease.
 AWAKENING_SECONDS = 0.25

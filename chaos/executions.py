@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from .drive import Observed
-from .witness import Run, Testimony
+from .records import Run, Testimony
 
 SETTLE_SECONDS = 1.0
 AFTER_SECONDS = 1.0

@@ -10,7 +10,7 @@ from itertools import pairwise
 from . import executions as by
 from .drive import Observed
 from .executions import Executions
-from .witness import Run
+from .records import Run
 
 #: Kinds that wait for nothing but a worker.
 _WITHOUT_LOCKS = ("Quick", "Urgent", "Slow", "Child")

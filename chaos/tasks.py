@@ -25,7 +25,7 @@ from diracx.tasks.plumbing.broker import models
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 
-from .witness import VARIABLE, Witnessed, next_run, note
+from .records import VARIABLE, Witnessed, next_run, note
 
 #: Set for workers of a newer version, which is simulated: they know the message format after today's, which others
 #: leave to them; their code is the same.

@@ -1,4 +1,4 @@
-"""Check of all promises, from records of tasks (`witness.py`) and injected failures.
+"""Check of all promises, from records of tasks (`records.py`) and injected failures.
 
 What is counted:
 
@@ -31,8 +31,8 @@ from .drive import MAX_DELIVERIES, Observed
 from .exclusion import AWAKENING_SECONDS, overlaps
 from .executions import Executions
 from .plan import Plan
+from .records import Run, Testimony
 from .recovery import BESIDE_POISON, recovery
-from .witness import Run, Testimony
 
 RATE_SLACK_SECONDS = 1.0
 #: A process that is younger may still be starting: on a busy machine that takes seconds.

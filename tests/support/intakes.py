@@ -13,7 +13,7 @@ from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
 
-from support.in_hand import InHand
+from support.leased_deliveries import LeasedDeliveries
 
 NORMAL, REALTIME = "diracx:tasks:normal:medium", "diracx:tasks:realtime:medium"
 
@@ -23,12 +23,12 @@ def intake_of(
     stop: asyncio.Event | None = None,
     *,
     idle: bool = True,
-    held: InHand | None = None,
+    held: LeasedDeliveries | None = None,
     lease_seconds: float = 30,
     quiet_until: float = 0.0,
 ) -> Intake:
     settings = WorkerSettings(lease_seconds=lease_seconds)
-    held = InHand() if held is None else held
+    held = LeasedDeliveries() if held is None else held
     held.quiet_until = quiet_until
     return Intake(broker, settings, stop or asyncio.Event(), held, () if idle else ("a task",))
 

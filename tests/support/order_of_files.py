@@ -35,7 +35,7 @@ LONGEST = (
     "cli/test_processes.py",
     "acceptance/test_locks_across_versions.py",
     "acceptance/test_delivery_model.py",
-    "web/test_what_comes_in.py",
+    "web/test_any_input.py",
     "broker/test_broker_model.py",
     "logic/test_missing_pilots.py",
 )

@@ -23,8 +23,8 @@ import pytest
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity, make_backend
 from gubbins.ces.batch import BatchBackend, BatchSettings
+from support.pilot_waiters import ENDED
 from support.waiting import until
-from support.watching import ENDED
 
 URL = "https://diracx.example.org/api/my_pilots"
 SCRIPT = """\

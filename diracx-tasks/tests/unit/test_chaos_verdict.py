@@ -15,10 +15,10 @@ from chaos.drive import Observed
 from chaos.figures import Case, report
 from chaos.plan import PROFILES, Plan, Planned
 from chaos.processes import History
+from chaos.records import Run
+from chaos.records import Testimony as Records  # pytest takes a name that begins with Test for a test
 from chaos.redis_servers import Outage
 from chaos.verdict import ChaosResult
-from chaos.witness import Run
-from chaos.witness import Testimony as Records  # pytest takes a name that begins with Test for a test
 
 LEASE = 2.0
 OVERLAPS = "overlaps of executions that exclude each other"

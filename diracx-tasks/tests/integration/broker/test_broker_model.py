@@ -40,7 +40,7 @@ from support.broker_model import (
     Task,
     is_candidate,
 )
-from support.stays_away import stays_away
+from support.silent_worker import stays_silent
 
 
 class BrokerMachine(ModelOfTasks):
@@ -320,7 +320,7 @@ class BrokerMachine(ModelOfTasks):
         made_room = self.sync.get(keys.DRAINING_PREFIX + STREAMS[0]) == worker.encode()
         deliveries, *_ = self.run(self.brokers[worker].reclaim(free, audit=audit, max_deliveries=MAX_DELIVERIES))
         if poisoned and len(deliveries) < free:  # they are in doubt until the dead worker has stayed away
-            stays_away(self.url, other)
+            stays_silent(self.url, other)
             rest = self.brokers[worker].reclaim(free - len(deliveries), max_deliveries=MAX_DELIVERIES)
             deliveries += self.run(rest)[0]
         fresh = [each for each in deliveries if each.deliveries == 1]

@@ -18,7 +18,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
-from support.stays_away import stays_away
+from support.silent_worker import stays_silent
 
 QUEUE = "diracx:tasks:normal:medium"
 LATER_MS = 600_000
@@ -50,7 +50,7 @@ async def died(redis: Redis, dead: RedisStreamBroker, finder: RedisStreamBroker)
     """It has died, that has been noticed, and for some leases it has not come back."""
     await dies(redis, dead)
     assert (await finder.reclaim(10, max_deliveries=1))[0] == [], "it may yet come back"
-    stays_away(finder.url, dead.consumer_name)
+    stays_silent(finder.url, dead.consumer_name)
 
 
 async def submit(broker: RedisStreamBroker, *names: str) -> None:

@@ -20,8 +20,8 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
-from support.in_hand import InHand
 from support.intakes import NORMAL, REALTIME, SaysOnce, in_hand, intake_of, name_of, submission, waits
+from support.leased_deliveries import LeasedDeliveries
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -260,7 +260,7 @@ async def test_tasks_that_cannot_be_returned_are_recovered_when_the_event_loop_c
         raise RedisConnectionError("the server is away")
 
     guard = UnreadGuard(asyncio.get_running_loop(), fails)
-    intake = Intake(broker, WorkerSettings(), asyncio.Event(), InHand(), ("a task",), guard)
+    intake = Intake(broker, WorkerSettings(), asyncio.Event(), LeasedDeliveries(), ("a task",), guard)
     fetching = asyncio.create_task(intake.next(10))
     await waits(redis)
     sync.xadd(NORMAL, {"data": submission("one").message.dumpb()})

@@ -22,7 +22,7 @@ from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
-from support.stays_away import stays_away
+from support.silent_worker import stays_silent
 
 BEGUN: list[int] = []
 
@@ -101,7 +101,7 @@ async def test_P9_workers_that_do_not_return_count_as_dead(
         await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
         if times == 3:
             assert (await other.reclaim(1, max_deliveries=3))[0] == [], "it may yet come back"
-            stays_away(owner.url, owner.consumer_name)
+            stays_silent(owner.url, owner.consumer_name)
         [delivery], *_ = await other.reclaim(1, max_deliveries=3)
         assert delivery.redelivery_count == times
         owner, other = other, owner
@@ -156,14 +156,14 @@ async def test_P9_an_outage_of_the_server_does_not_count_as_time_in_which_a_work
     await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
     await redis.zadd(keys.LEASES, {owner.consumer_name: LEASE_MS})
     assert (await other.reclaim(1, max_deliveries=1))[0] == []
-    stays_away(owner.url, owner.consumer_name)
+    stays_silent(owner.url, owner.consumer_name)
     await redis.set(keys.RENEWED, ENDED)
     await redis.zadd(keys.ALIVE, {other.consumer_name: ENDED})
     assert (await other.reclaim(1, max_deliveries=1))[0] == []
     assert await redis.zscore(keys.ALIVE, owner.consumer_name) > 0, "it has another term"
     await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
     assert (await other.reclaim(1, max_deliveries=1))[0] == [], "and may come back after that as well"
-    stays_away(owner.url, owner.consumer_name)
+    stays_silent(owner.url, owner.consumer_name)
     assert len((await other.reclaim(1, max_deliveries=1))[0]) == 1
 
 

@@ -13,8 +13,8 @@ from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
-from support.in_hand import InHand
 from support.intakes import SaysOnce, in_hand, name_of, submission
+from support.leased_deliveries import LeasedDeliveries
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -25,7 +25,7 @@ class Hands:
 
     def __init__(self, broker: RedisStreamBroker) -> None:
         self.broker = broker
-        self.held = InHand()
+        self.held = LeasedDeliveries()
         self.intake = Intake(broker, WorkerSettings(), asyncio.Event(), self.held, self.held)
 
     async def take(self, free: int = 10) -> list[Delivery]:

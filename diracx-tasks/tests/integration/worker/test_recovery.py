@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
-from support.in_hand import InHand
+from support.leased_deliveries import LeasedDeliveries
 
 # What nobody has settled when the test ends.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
@@ -80,7 +80,7 @@ async def test_P9_a_busy_worker_recovers_tasks_with_each_free_slot_without_waiti
     left = [str(number) for number in range(20)]
     await die_with(redis, dead, *left)
     await submit(other, *(f"new {number}" for number in range(20)))
-    held = InHand()
+    held = LeasedDeliveries()
     intake = Intake(other, WorkerSettings(), asyncio.Event(), held, held)
     held += await intake.next(4)
     begun = names(held)
@@ -160,5 +160,5 @@ async def test_P9_a_worker_with_many_slots_takes_over_in_portions_and_waits_for_
 ) -> None:
     """While it begins one portion, others may take the next one; and no step holds the server up for long."""
     await die_with(redis, await worker("1"), *(str(number) for number in range(120)))
-    intake = Intake(await worker("2"), WorkerSettings(), asyncio.Event(), InHand(), ())
+    intake = Intake(await worker("2"), WorkerSettings(), asyncio.Event(), LeasedDeliveries(), ())
     assert [len(await intake.next(1000)) for _ in range(3)] == [50, 50, 20]

@@ -14,8 +14,8 @@ from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settler import Settler
 from redis.asyncio import Redis
-from support.in_hand import InHand
 from support.intakes import NORMAL, in_hand, intake_of, name_of, submission, waits
+from support.leased_deliveries import LeasedDeliveries
 from support.lossy_proxy import LossyProxy
 
 pytestmark = [pytest.mark.event_loops("asyncio", "uvloop"), pytest.mark.leaves_keys("diracx:tasks:*")]
@@ -27,7 +27,7 @@ class Parts:
 
     broker: RedisStreamBroker
     keeper: LeaseKeeper
-    held: InHand = field(default_factory=InHand)
+    held: LeasedDeliveries = field(default_factory=LeasedDeliveries)
 
     def __post_init__(self) -> None:
         self.intake: Intake = intake_of(self.broker, held=self.held)

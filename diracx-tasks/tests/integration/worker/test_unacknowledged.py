@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from redis.asyncio import Redis
-from support.in_hand import InHand
 from support.intakes import intake_of, name_of, submission, waits
+from support.leased_deliveries import LeasedDeliveries
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -37,7 +37,7 @@ async def test_an_unacknowledged_task_is_recovered_after_a_reconnect_of_a_busy_w
     broker: RedisStreamBroker, redis: Redis
 ) -> None:
     """A worker at work does not wait for the server while it fails over: no call of it fails."""
-    running = InHand()
+    running = LeasedDeliveries()
     intake = intake_of(broker, held=running)
     await broker.submit([submission("running")])
     running += await intake.next(10)

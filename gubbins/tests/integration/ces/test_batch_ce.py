@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secret
+from support.pilot_waiters import observe
 from support.sites.dead_mount import dead_mount, new_dead_mount
 from support.sites.gridengine import GridEngineSite
-from support.watching import observe
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.batch import BatchBackend, BatchSettings

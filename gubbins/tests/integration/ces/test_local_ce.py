@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pilot_waiters import ENDED, alive, ended, observe, written
 from support.waiting import until
-from support.watching import ENDED, alive, ended, observe, written
 
 from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
 from gubbins.domain.exceptions import CEUnavailableError

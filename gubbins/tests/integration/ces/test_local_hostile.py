@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pilot_waiters import ENDED, observe, written
 from support.waiting import until
-from support.watching import ENDED, observe, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE, make_backend
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES

@@ -15,8 +15,8 @@ import pytest
 from support.config_repository import ConfigRepository
 from support.dashboard_browser import served
 from support.diracx_application import set_environment
+from support.pilot_waiters import alive
 from support.waiting import until
-from support.watching import alive
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.logic import my_pilots as logic

@@ -6,9 +6,9 @@ import uuid
 from pathlib import Path
 
 import pytest
+from support.pilot_waiters import ENDED, observe
 from support.sites.slurm import AccountingSlurmSite
 from support.waiting import until
-from support.watching import ENDED, observe
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings

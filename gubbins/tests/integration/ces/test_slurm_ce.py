@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from support.pilot_secrets import URL, Place, assert_only_the_pilot_can_read_its_secret
+from support.pilot_waiters import ENDED, observe
 from support.sites.dead_mount import dead_mount, new_dead_mount
 from support.sites.sshd import Sshd
-from support.watching import ENDED, observe
 
 from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE, PilotIdentity

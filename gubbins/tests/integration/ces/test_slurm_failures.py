@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pilot_waiters import ENDED, ended, observe
 from support.waiting import until
-from support.watching import ENDED, ended, observe
 
 from examples.demo.slurm import SlurmSite
 from gubbins.ces import CEDescription, Observed, PilotAtCE

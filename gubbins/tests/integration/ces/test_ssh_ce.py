@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
+from support.pilot_waiters import ENDED, ended, observe, written
 from support.sites.dead_mount import dead_mount, new_dead_mount
 from support.sites.sshd import Sshd
 from support.waiting import until
-from support.watching import ENDED, ended, observe, written
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings

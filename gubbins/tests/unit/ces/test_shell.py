@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.pilot_waiters import alive, written
 from support.waiting import until
-from support.watching import alive, written
 
 from gubbins.ces.transports.shell import LocalShell
 from gubbins.domain.exceptions import CEUnavailableError

@@ -8,7 +8,7 @@ from diracx.tasks.plumbing.broker.models import Delivery
 from diracx.tasks.plumbing.broker.requests import LockSpec
 
 
-class InHand(list[Delivery]):
+class LeasedDeliveries(list[Delivery]):
     """A list of deliveries, none of which has locks."""
 
     quiet_until = 0.0

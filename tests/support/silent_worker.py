@@ -11,7 +11,7 @@ from redis.exceptions import ResponseError
 _LONG_MS = 10**7
 
 
-def stays_away(url: str, worker: str) -> None:
+def stays_silent(url: str, worker: str) -> None:
     """Make the server treat its leases as expired. The death must have been detected before."""
     with Redis.from_url(url) as redis:
         for stream in keys.EVERY_STREAM:
