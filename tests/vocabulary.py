@@ -164,6 +164,8 @@ WORDS = (
 OPENINGS = (
     r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody|Whether|When|Something|These|They)\b'
 )
+#: Names of tests that begin with a question. A name states the promise.
+TEST_NAMES = r"def test_(P\d+_)*(what|whatever|who|whoever|where|when|why|how)_"
 
 
 def texts() -> dict[str, str]:
@@ -193,6 +195,7 @@ def main() -> int:
         for word in WORDS
     }
     refused[Word(OPENINGS, "as first line of a docstring what the thing is or does")] = places(OPENINGS, code)
+    refused[Word(TEST_NAMES, "the promise of the test")] = places(TEST_NAMES.replace("_", SEPARATOR), code)
     for word, occurrences in refused.items():
         if occurrences:
             print(f"{word.pattern}: write {word.instead}\n    {' '.join(occurrences[:20])}")

@@ -108,7 +108,7 @@ def test_the_grafana_dashboard_is_valid_and_uses_existing_metrics_and_labels() -
         "pilots pilots",
     ],
 )
-def test_an_expression_that_is_none_is_refused(wrong: str) -> None:
+def test_an_invalid_promql_expression_is_refused(wrong: str) -> None:
     with pytest.raises(PromQLError):
         read(wrong)
 

@@ -121,7 +121,7 @@ async def test_a_lock_held_by_one_version_is_refused_to_the_other(
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-async def test_readers_of_both_versions_share_and_the_last_lets_the_writer_in(
+async def test_readers_of_both_versions_share_a_lock_and_its_last_release_admits_the_writer(
     holders: dict[str, Holder], redis: Redis, first: str, second: str
 ) -> None:
     one, other = holders[first], holders[second]

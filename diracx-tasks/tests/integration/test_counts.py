@@ -34,10 +34,10 @@ def counts():
 
 
 @pytest.mark.parametrize("scenario", MOST)
-def test_a_task_costs_no_more_than_this(counts, scenario):
+def test_a_task_stays_within_its_round_trips_commands_and_bytes(counts, scenario):
     found = tuple(counts[scenario].values())
     assert all(number <= most for number, most in zip(found, MOST[scenario], strict=True)), (found, MOST[scenario])
 
 
-def test_every_scenario_stays_within_its_counts(counts):
+def test_every_scenario_has_bounds(counts):
     assert counts.keys() == MOST.keys()

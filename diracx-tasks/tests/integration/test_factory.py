@@ -44,7 +44,7 @@ class Locked(BaseTask):
         return self.number * factor
 
 
-async def test_task_runs_under_its_locks_and_gives_them_back(redis: Redis) -> None:
+async def test_task_runs_under_its_locks_and_releases_them(redis: Redis) -> None:
     assert await task_wrapper(Locked, 21, _redis=redis) == 42
     assert await redis.keys("lock:*") == []
     with pytest.raises(UnableToAcquireLockError, match="limiter:rate:job:21"):

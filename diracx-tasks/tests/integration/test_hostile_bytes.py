@@ -384,7 +384,7 @@ async def test_a_task_whose_group_is_of_another_type_can_be_cancelled_and_its_wa
     await redis.delete(f"{keys.GROUPS_PREFIX}odd")
 
 
-async def test_a_scheduler_starts_whatever_is_in_its_keys(redis_url: str, redis: Redis) -> None:
+async def test_a_scheduler_starts_with_any_data_in_its_keys(redis_url: str, redis: Redis) -> None:
     hashes = (keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS, keys.FINGERPRINTS, keys.PAUSED)
     await redis.zadd(keys.NEXT_RUNS, {b"\xff\xfe": 5e15, "late": float("inf"), "early": float("-inf")})
     for key in hashes:

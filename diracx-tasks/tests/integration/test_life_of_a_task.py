@@ -42,7 +42,7 @@ async def test_result_carries_the_value_under_the_id_of_the_submission(redis_url
         assert result.execution_time >= 0
 
 
-async def test_P2_what_was_submitted_before_any_worker_is_delivered(redis_url: str) -> None:
+async def test_P2_tasks_submitted_before_the_first_worker_are_delivered(redis_url: str) -> None:
     async with TaskSystem([Echo], redis_url=redis_url, workers=0):
         await schedule_many([Echo(number) for number in range(5)])
     async with TaskSystem([Echo], redis_url=redis_url) as system:

@@ -183,7 +183,7 @@ async def test_embedded_server_takes_the_place_of_fakeredis(redis_in_place_of_a_
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_diracx_switches_our_services_off(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+def test_diracx_can_disable_the_services(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
     for service in ("TASKS", "DASHBOARD"):
         monkeypatch.setenv(f"DIRACX_SERVICE_{service}_ENABLED", str(enabled).lower())
     services = FactorySettings().enabled_services

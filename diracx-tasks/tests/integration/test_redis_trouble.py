@@ -251,7 +251,7 @@ async def test_P24_a_lock_that_another_took_after_a_data_loss_cancels_its_task(s
         assert await system.broker.redis.get(MutexLock(JOB, "stolen").redis_key) == b"another"
 
 
-async def test_P7_a_server_that_turns_read_only_is_waited_for(server: ValkeyProcess) -> None:
+async def test_P7_workers_wait_while_the_server_is_read_only(server: ValkeyProcess) -> None:
     async with system_on(server, lease_seconds=30.0) as system:
         ids = [await Waits(name).schedule() for name in "ab"]
         await until(lambda: BEGUN.total() == 2, "all begin")
@@ -268,7 +268,7 @@ async def test_P7_a_server_that_turns_read_only_is_waited_for(server: ValkeyProc
     assert BEGUN == {"a": 1, "b": 1}
 
 
-async def test_what_ends_is_settled_while_memory_is_short_and_the_rest_waits(server: ValkeyProcess) -> None:
+async def test_ended_tasks_are_settled_while_memory_is_short_and_the_others_wait(server: ValkeyProcess) -> None:
     async with system_on(server) as system:
         ids = [await Waits("a").schedule(), await WaitsLocked("b").schedule(), await FailsOnce("c").schedule()]
         await until(lambda: BEGUN.total() == 3, "all begin")
@@ -302,7 +302,7 @@ async def test_leases_and_locks_are_renewed_while_memory_is_short(server: Valkey
     assert BEGUN == {"kept": 1}
 
 
-async def test_a_server_busy_with_another_clients_script_is_waited_for(server: ValkeyProcess) -> None:
+async def test_commands_wait_for_a_server_that_executes_a_script_of_another_client(server: ValkeyProcess) -> None:
     async with system_on(server, lease_seconds=30.0) as system:
         await system.broker.redis.config_set("lua-time-limit", 20)
         ids = [await Waits(name).schedule() for name in "ab"]
@@ -342,7 +342,7 @@ async def _is_busy(admin: Redis) -> bool:
     return False
 
 
-async def test_a_server_that_loads_its_data_is_waited_for(tmp_path: Path) -> None:
+async def test_commands_wait_for_a_server_that_loads_its_data(tmp_path: Path) -> None:
     """A restart with persistence loses nothing, and queued tasks are executed."""
     server = ValkeyProcess(
         tmp_path, options=("--key-load-delay", "2000", "--loading-process-events-interval-bytes", "1024")

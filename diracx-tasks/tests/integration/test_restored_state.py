@@ -54,7 +54,7 @@ class Writes(BaseTask):
         BEGUN.append("writes")
 
 
-async def test_a_shared_lock_that_comes_back_with_a_snapshot_is_given_back_by_its_worker(tmp_path: Path) -> None:
+async def test_a_shared_lock_restored_from_a_snapshot_is_released_by_its_worker(tmp_path: Path) -> None:
     BEGUN.clear()
     MAY_END.clear()
     server = ValkeyProcess(tmp_path)
@@ -105,7 +105,7 @@ class Works(BaseTask):
 @pytest.mark.parametrize("locked", [True, False])
 @pytest.mark.parametrize("snapshot", ["before it was submitted", "while it waited", "while it ran"])
 @pytest.mark.parametrize("ends", ["while the server is away", "long after"])
-async def test_what_runs_when_the_server_goes_back_to_a_snapshot_runs_on_and_is_settled(
+async def test_running_tasks_continue_and_are_settled_after_a_return_to_a_snapshot(
     tmp_path: Path, locked: bool, snapshot: str, ends: str
 ) -> None:
     BEGUN.clear()
@@ -168,7 +168,7 @@ class _Slots:
         pass
 
 
-async def test_what_is_settled_before_the_next_renewal_is_still_ours_when_the_server_went_back(
+async def test_a_task_settled_before_the_next_renewal_keeps_its_worker_after_a_return_to_a_snapshot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = ValkeyProcess(tmp_path)
@@ -199,7 +199,7 @@ async def test_what_is_settled_before_the_next_renewal_is_still_ours_when_the_se
 
 
 @pytest.mark.parametrize("had", ["it was declared dead", "it lives"])
-async def test_a_worker_whose_lease_had_ended_believes_that_another_has_settled_its_task(
+async def test_a_worker_whose_lease_expired_accepts_that_another_has_settled_its_task(
     tmp_path: Path, had: str
 ) -> None:
     """The server was restarted as well, and has kept everything."""

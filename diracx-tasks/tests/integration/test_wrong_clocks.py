@@ -142,7 +142,7 @@ async def until_planned(redis: Redis) -> None:
 
 
 @pytest.mark.parametrize("ahead_ms", [DAY_MS, 3 * DAY_MS, 400 * DAY_MS])
-async def test_after_the_servers_clock_was_set_back_schedules_go_on_by_the_new_time(
+async def test_after_the_servers_clock_was_set_back_schedules_continue_by_the_new_time(
     redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture, ahead_ms: int
 ) -> None:
     system = TaskSystem(SCHEDULES, redis_url=redis_url, workers=0)

@@ -101,7 +101,7 @@ def test_only_a_pause_beyond_the_lease_is_a_reason_for_a_second_execution() -> N
 
 
 @pytest.mark.parametrize(("goes_on_seconds", "kept"), [(0.2, True), (0.3, False)])
-def test_an_awakened_process_may_go_on_for_a_moment_only(goes_on_seconds: float, kept: bool) -> None:
+def test_an_awakened_process_may_continue_only_briefly(goes_on_seconds: float, kept: bool) -> None:
     runs = [run(1, 1, 5 + goes_on_seconds, how="CancelledError"), run(2, 4, 6, pid=8), run(1, 6.1, 6.5, pid=8)]
     found = verdict_of(runs, History(pauses={7: [(1.5, 5.0)]})).promises()
     assert {each.name: each.kept for each in found}[AWAKENED] is kept

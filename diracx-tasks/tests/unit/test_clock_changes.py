@@ -188,7 +188,7 @@ class TestTheNightsOfZurich:
         found = around(schedule, change, days=0.2)
         return [f"{when.astimezone(ZoneInfo('Europe/Zurich')):%H:%M}" for when in found]
 
-    def test_a_range_of_hours_goes_on_through_the_doubled_hour(self):
+    def test_a_range_of_hours_continues_through_the_repeated_hour(self):
         found = around(CronSchedule("*/5 0-22 * * *", timezone="Europe/Zurich"), self.BACK, days=0.15)
         assert {b - a for a, b in itertools.pairwise(found)} == {timedelta(minutes=5)}
 
@@ -238,7 +238,7 @@ class TestYearsAhead:
         assert schedule.next_after(datetime(2026, 1, 1, tzinfo=UTC)) == first
 
     @pytest.mark.parametrize("expression", ["0 0 30 2 *", "0 0 29 2 * 0 2099"])
-    def test_a_date_that_no_calendar_has_is_refused(self, expression):
+    def test_an_impossible_date_is_refused(self, expression):
         with pytest.raises(ValueError, match="failed to find next date"):
             CronSchedule(expression)
 

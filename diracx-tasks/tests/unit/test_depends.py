@@ -83,7 +83,7 @@ def test_type_decides_the_dependency() -> None:
     assert len(get_args(parameters["bare"].annotation)) == 2  # the marker has done its work
 
 
-def test_an_explicit_depends_goes_before_the_type() -> None:
+def test_an_explicit_depends_overrides_the_type() -> None:
     def func(a: Annotated[JobDB, Depends(other)], b: JobDB = Depends(other)) -> None: ...  # noqa: B008
 
     params = list(inspect.signature(func).parameters.values())

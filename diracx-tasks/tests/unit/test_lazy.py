@@ -77,7 +77,7 @@ def test_the_name_of_an_imported_module_is_not_lazy(lazy_module: ModuleType) -> 
     assert not loads_at_first_use(light)
 
 
-def test_an_annotation_that_nothing_goes_by_is_named(lazy_module: ModuleType) -> None:
+def test_an_annotation_that_cannot_be_resolved_is_named_with_its_parameter(lazy_module: ModuleType) -> None:
     with pytest.raises(NameError, match=r"wrong: the annotation 'Nowhere' of parameter 'a' cannot be resolved"):
         resolved_signature(lazy_module.wrong)
     with pytest.raises(NameError, match=r"'Lost' of parameter 'a' cannot be resolved .No module named 'not_there"):

@@ -9,7 +9,7 @@ import pytest
 from support.network import Network
 
 
-def test_connections_that_are_held_end_with_the_network(caplog: pytest.LogCaptureFixture) -> None:
+def test_held_connections_are_closed_when_the_network_stops(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         network = Network(f"redis://127.0.0.1:{server.getsockname()[1]}")
         network.start()

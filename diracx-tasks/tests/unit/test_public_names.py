@@ -72,7 +72,7 @@ class Plain(BaseTask):
         pass
 
 
-async def test_texts_that_tests_of_extensions_match() -> None:
+async def test_error_messages_match_those_that_tests_of_extensions_expect() -> None:
     with pytest.raises(RuntimeError, match="not bound to a broker"):  # words of 0.7
         await Plain().schedule()
     with pytest.raises(ValueError, match="Unknown LockedObjectType"):

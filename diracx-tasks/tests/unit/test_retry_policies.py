@@ -65,7 +65,7 @@ def test_a_huge_attempt_is_capped_and_does_not_overflow(attempt):
         {"max_retrys": 3},
     ],
 )
-def test_bad_settings_are_refused_when_written(fields):
+def test_bad_settings_are_refused_at_their_definition(fields):
     with pytest.raises(ValidationError):
         ExponentialBackoff(**fields)
 

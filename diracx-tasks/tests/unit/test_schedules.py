@@ -98,7 +98,7 @@ class TestCron:
         expected = [utc(2026, 10, 25, 0, 30), utc(2026, 10, 26, 1, 30)]
         assert series(schedule, utc(2026, 10, 24, 12), 2) == expected
 
-    def test_every_half_hour_goes_on_through_the_doubled_hour(self):
+    def test_every_half_hour_continues_through_the_repeated_hour(self):
         schedule = CronSchedule("*/30 * * * *", timezone="Europe/Zurich")
         start = utc(2026, 10, 24, 23)
         assert series(schedule, start, 8) == [start + timedelta(minutes=30 * n) for n in range(1, 9)]
@@ -110,7 +110,7 @@ class TestCron:
     @pytest.mark.parametrize(
         "expression", ["", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None]
     )
-    def test_a_bad_expression_is_refused_when_written_and_named(self, expression):
+    def test_an_invalid_expression_is_refused_at_its_definition_and_named(self, expression):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
             CronSchedule(expression)
         assert repr(expression) in str(caught.value)
@@ -287,7 +287,7 @@ class TestRRule:
             5,
         ],
     )
-    def test_a_bad_rule_is_refused_when_written_and_named(self, rule):
+    def test_an_invalid_rule_is_refused_at_its_definition_and_named(self, rule):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
             RRuleSchedule(rule)
         assert repr(rule) in str(caught.value)

@@ -308,7 +308,7 @@ def test_every_database_error_is_reported_in_one_line(run: Run, troubled_databas
     for command in ("ce list", "db current", "db upgrade"):
         response = run(*command.split(), url=troubled.url)
         if command.startswith("db") and response.returncode == 0:
-            continue  # it is there to mend this one
+            continue  # it resolves this error
         refused(response, 1, *troubled.says)
         assert PASSWORD not in response.stderr
 

@@ -39,7 +39,7 @@ def test_a_task_that_raises_shows_its_own_traceback_without_passwords(served):
     assert result.stderr.splitlines()[-1].startswith("error: my_tasks:Fail failed: ValueError")
 
 
-async def test_call_takes_the_structural_locks_and_gives_them_back(served, redis, one_line):
+async def test_call_takes_the_structural_locks_and_releases_them(served, redis, one_line):
     mutex = MutexLock(LockedObjectType("task"), "k", ttl_ms=60_000)
     assert await mutex.acquire(redis)
     one_line(served.mine("call", "my_tasks:Locked", "--args", '["k"]'), 1, "my_tasks:Locked", "lock:mutex:task:k")
@@ -61,7 +61,7 @@ def test_the_debugger_stops_before_the_task(served):
     assert result.stdout.endswith("Result: Hello x\n")
 
 
-def test_quitting_the_debugger_gives_the_locks_back(served, one_line):
+def test_quitting_the_debugger_releases_the_locks(served, one_line):
     quits = served.mine("call", "my_tasks:Locked", "--args", '["k"]', "--debugger", "before", typed="q\n")
     one_line(quits, 1, "stopped in the debugger")  # the fixture looks for what is left on the server
 

@@ -149,7 +149,7 @@ def test_show_has_every_value_and_its_source(cli, written):
     assert [(limit["object"], limit["key"]) for limit in shown["limits"]] == [("task", None), ("task", "Slow")]
 
 
-def test_show_is_a_table_for_people(cli, written):
+def test_show_prints_a_table(cli, written):
     table = cli.mine("config", "show", written(GOOD), "--task", "TickPerVo", "--vo", "lhcb").stdout
     lines = [line.split() for line in table.splitlines()]
     assert lines[0] == ["task", "setting", "value", "from"]

@@ -201,7 +201,7 @@ def latest(metrics, name: str) -> int | None:
     return found
 
 
-def test_P43_a_VO_that_comes_or_goes_is_followed_within_10_seconds(live, tmp_path, redis_url, wait_until):
+def test_P43_an_added_or_removed_VO_takes_effect_within_10_seconds(live, tmp_path, redis_url, wait_until):
     del live.environment["DIRACX_TASKS_CONFIG"]
     repository = ConfigRepository(tmp_path / "config", ["lhcb"])
     live.environment["DIRACX_CONFIG_BACKEND_URL"] = repository.url

@@ -72,7 +72,7 @@ def test_live_pages_do_not_delay_the_shutdown(serving: Serving, redis_url: str) 
             assert "retry" in next(following.iter_text())
 
 
-def test_a_public_name_is_taken_however_it_is_written(serving: Serving, redis_url: str) -> None:
+def test_a_public_name_is_matched_without_regard_to_case_and_port(serving: Serving, redis_url: str) -> None:
     with serving("--redis-url", redis_url, "--public-name", "Tasks.Example.org") as address:
         for name in ("tasks.example.org", "Tasks.Example.org:8443", "127.0.0.1"):
             assert httpx.get(address, headers={"host": name}).status_code == 303, name

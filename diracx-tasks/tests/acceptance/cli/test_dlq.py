@@ -238,7 +238,7 @@ def test_discarded_dead_letters_stay_discarded(dlq, one_line):
     assert [row["id"] for row in listed(dlq, "--status", "discarded")] == [1, 2]
 
 
-def test_dlq_export_writes_every_dead_letter_whole(dlq):
+def test_dlq_export_writes_every_dead_letter_completely(dlq):
     data = TaskMessage(task_id="task-0", task_name="flaky:Flaky", task_args=[{1, 2}, b"\xff"]).dumpb()
     store_dead_letters(dlq, data=data, attempts=[{"type": "E", "message": "m", "traceback": "t"}])
     store_dead_letters(dlq, first=1, data=b"\xc1\0garbage", reason="unparsable", task_name="")

@@ -84,7 +84,7 @@ def test_json_output_keeps_every_character(served: Cli, redis_url: str, initiali
     assert json.loads(ended.stdout)["message"]["task_args"] == [NASTY]
 
 
-def test_a_result_is_printed_for_reading_or_kept_whole_as_json(served: Cli) -> None:
+def test_a_result_is_printed_readably_or_complete_as_json(served: Cli) -> None:
     args = ["--args", json.dumps([NASTY])]
     plain = served.mine("call", "my_tasks:Greet", *args)
     assert "FORGED [red]x[/red]" in plain.stdout

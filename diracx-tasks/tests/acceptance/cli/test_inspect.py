@@ -49,7 +49,7 @@ def shown(result: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(result.stdout)
 
 
-def test_an_empty_system_is_shown_and_all_is_well(served: Cli) -> None:
+def test_an_empty_system_is_shown_as_healthy(served: Cli) -> None:
     status = served("status")
     assert "no alerts" in status.stdout
     assert "realtime:small" in status.stdout
@@ -115,7 +115,7 @@ def test_inspect_accepts_the_short_name_of_a_class(served: Cli, wait_until: Call
     assert "unknown task 'Fial'; did you mean 'my_tasks:Fail'?" in unknown.stderr
 
 
-def test_watch_shows_it_again_and_again(served: Cli, wait_until: Callable[..., None]) -> None:
+def test_watch_repeats_the_output(served: Cli, wait_until: Callable[..., None]) -> None:
     watching = served.start("status", "--watch", "--every", "0.2", "--json")
     wait_until(lambda: watching.output.count("\n") >= 2, "two lines")
     lines = [json.loads(line) for line in watching.output.splitlines()[:2]]
@@ -123,7 +123,7 @@ def test_watch_shows_it_again_and_again(served: Cli, wait_until: Callable[..., N
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-def test_a_queue_that_no_worker_serves_is_pointed_out_and_can_be_purged(
+def test_a_queue_that_no_worker_serves_is_reported_and_can_be_purged(
     served: Cli, one_line: Callable[..., str]
 ) -> None:
     for name in ("Ada", "\\u001b[31mred"):

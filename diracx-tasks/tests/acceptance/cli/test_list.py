@@ -30,7 +30,7 @@ def test_list_describes_each_task(cli):
     assert "jobs:CleanSandboxStoreTask" in rows
 
 
-def test_list_is_a_table_with_whole_names(cli):
+def test_list_is_a_table_with_complete_names(cli):
     result = cli.mine("list")
     assert result.returncode == 0
     for text in ("my_tasks:TickPerVo", "realtime", "every 0.2 s", "(name: str, times: int = 1)"):

@@ -114,7 +114,7 @@ async def test_P25_tasks_that_need_the_same_two_locks_do_not_livelock(worker: Wo
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-async def test_P25_a_retry_is_not_hastened_by_a_lock_for_which_the_task_once_waited(
+async def test_P25_a_retry_waits_for_its_delay_although_the_task_once_waited_for_a_lock(
     worker: Worker, redis: Redis
 ) -> None:
     broker = await worker("a")
@@ -191,7 +191,7 @@ async def test_P9_a_poison_candidate_is_the_only_running_task_of_its_worker(work
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
-async def test_P9_recovery_of_a_worker_with_more_tasks_than_one_batch_creates_no_poison_candidates(
+async def test_P9_reclaiming_more_tasks_of_a_worker_than_one_batch_creates_no_poison_candidates(
     worker: Worker, redis: Redis
 ) -> None:
     first, second, busy = [await worker(name) for name in ("first", "second", "busy")]
@@ -254,7 +254,7 @@ async def test_P9_a_poison_task_by_earlier_redeliveries_waits_for_no_poison_cand
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
 @pytest.mark.parametrize("way", ["parked", "handed back"])
-async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_given_back(
+async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_requeued(
     worker: Worker, redis: Redis, way: str
 ) -> None:
     first, second = await worker("1"), await worker("2")
@@ -367,9 +367,7 @@ async def test_P6_a_repeated_start_that_is_refused_keeps_no_lock(worker: Worker,
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-async def test_P6_a_leaving_worker_returns_deliveries_whose_response_was_lost(
-    worker: Worker, redis: Redis
-) -> None:
+async def test_P6_a_leaving_worker_returns_deliveries_whose_reply_was_lost(worker: Worker, redis: Redis) -> None:
     broker = await worker("a")
     await submit(broker, "reads", "writes")
     reads, writes = (await broker.fetch(2))[0]

@@ -128,7 +128,7 @@ async def test_a_running_task_is_cancelled_within_a_second_and_not_retried(redis
         await nothing_is_left(system)
 
 
-async def test_a_cancelled_execution_gives_its_locks_back(redis_url: str) -> None:
+async def test_a_cancelled_execution_releases_its_locks(redis_url: str) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url) as system:
         holder = await Locked(0).schedule()
         await until(lambda: 0 in SEEN)
@@ -156,7 +156,7 @@ async def test_a_worker_that_missed_the_cancellation_finds_it_at_its_next_renewa
         await nothing_is_left(system)
 
 
-async def test_a_lost_connection_is_made_again(redis_url: str, redis: Redis) -> None:
+async def test_a_lost_connection_is_reopened(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=1) as system:
         await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         await until(lambda: _subscribers(redis))

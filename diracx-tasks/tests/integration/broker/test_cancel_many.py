@@ -227,7 +227,7 @@ class Mixed(BaseTask):
         return self.number
 
 
-async def test_whatever_moves_while_it_is_cancelled_ends_exactly_once(redis_url: str, redis: Redis) -> None:
+async def test_a_task_that_moves_while_it_is_cancelled_ends_exactly_once(redis_url: str, redis: Redis) -> None:
     number = 400
     async with TaskSystem([Mixed, Echo], redis_url=redis_url, workers=2, concurrency=5, scheduler=True) as system:
         ids = await schedule_many([Mixed(n) for n in range(number)])

@@ -67,7 +67,7 @@ def test_commands_get_their_replies_while_another_thread_listens(redis_url: str)
         assert not listening.is_alive()
 
 
-def test_an_interrupt_before_it_listens_counts(redis_url: str) -> None:
+def test_an_interrupt_before_the_listening_ends_it(redis_url: str) -> None:
     with control(redis_url) as (connection, _, _):
         for _ in range(100_000):  # more than a pipe takes
             connection.interrupt()

@@ -42,9 +42,7 @@ async def test_a_caller_after_a_cancelled_one_gets_its_own_reply(direct: DirectC
     assert await direct.execute(("ECHO", "mine")) == [b"mine"]
 
 
-async def test_a_connection_that_the_server_has_closed_is_made_again(
-    direct: DirectConnection, redis: Redis
-) -> None:
+async def test_a_connection_that_the_server_has_closed_is_reopened(direct: DirectConnection, redis: Redis) -> None:
     [number] = await direct.execute(("CLIENT", "ID"))
     await redis.client_kill_filter(_id=str(number))
     for _ in range(100):  # until its end has reached us, it may be used in vain
@@ -64,7 +62,7 @@ async def test_waiting_for_a_silent_server_ends_with_the_timeout_of_its_client(r
         await direct.close()
 
 
-async def test_tasks_that_are_submitted_at_once_all_arrive(redis: Redis, redis_url: str) -> None:
+async def test_concurrently_submitted_tasks_all_arrive(redis: Redis, redis_url: str) -> None:
     broker = RedisStreamBroker(redis_url)
     try:
         messages = [TaskMessage(task_id=str(number), task_name="test:Task") for number in range(20)]

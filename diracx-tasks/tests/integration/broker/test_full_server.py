@@ -204,7 +204,9 @@ async def scene(redis: Redis, redis_url: str) -> AsyncIterator[Scene]:
 
 @pytest.mark.leaves_keys("diracx:*", "lock:*")
 @pytest.mark.parametrize("which", ADDERS)
-async def test_a_script_that_adds_is_refused_before_it_has_done_anything(scene: Scene, which: str) -> None:
+async def test_a_script_that_adds_data_is_refused_by_a_full_server_before_any_change(
+    scene: Scene, which: str
+) -> None:
     before = await everything_on(scene.redis)
     async with full(scene.redis):
         with pytest.raises(OutOfMemoryError):

@@ -27,7 +27,7 @@ from support.standard_tasks import SEEN
 from support.warm_commands import WarmCommands
 
 
-async def test_P32_waiting_for_a_lock_is_no_end_of_a_child(redis_url: str) -> None:
+async def test_P32_a_child_that_waits_for_a_lock_has_not_ended(redis_url: str) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url, workers=3) as system:
         await spawn_with_callback([Locked(number) for number in range(30)], Callback())
         await system.drain()
@@ -111,7 +111,7 @@ async def test_an_operator_fires_a_group_once_and_children_that_end_later_change
 # --- failures --------------------------------------------------------------------------------------------
 
 
-async def test_P33_a_child_that_failed_for_good_marks_the_group_and_retries_do_not(
+async def test_P33_a_permanent_failure_of_a_child_marks_its_group_and_a_retried_one_does_not(
     redis_url: str, redis: Redis
 ) -> None:
     gate = asyncio.Event()
@@ -155,7 +155,7 @@ async def test_P33_on_failure_comes_once_when_all_have_ended(redis_url: str, red
     assert await redis.keys("diracx:groups*") == []
 
 
-async def test_a_failed_child_that_succeeds_after_all_mends_its_group(redis_url: str, redis: Redis) -> None:
+async def test_a_failed_child_that_succeeds_later_counts_as_successful(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url, workers=0), brokers(redis_url) as (one, _):
         group = await spawn_with_callback([Child(1), Child(2)], Callback())
         [first, second], _ = await one.fetch(2)
@@ -178,7 +178,7 @@ async def test_P33_a_child_that_cannot_be_executed_fails_its_group(redis_url: st
     assert SEEN == [1, "failure"]
 
 
-async def test_P33_a_return_value_that_cannot_travel_does_not_stop_the_callback(redis_url: str) -> None:
+async def test_P33_a_return_value_that_cannot_be_serialised_does_not_stop_the_callback(redis_url: str) -> None:
     class Odd(BaseTask):
         async def execute(self) -> object:
             return object()
@@ -195,7 +195,7 @@ async def test_P33_a_return_value_that_cannot_travel_does_not_stop_the_callback(
         assert SEEN == [1, "callback"]
 
 
-async def test_P33_an_empty_group_calls_back_at_once(redis_url: str, redis: Redis) -> None:
+async def test_P33_the_callback_of_an_empty_group_is_submitted_at_once(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url) as system:
         await spawn_with_callback([], Callback())
         await spawn_with_callback([], Sum(), on_failure=Callback("never"))

@@ -28,7 +28,7 @@ from support.standard_tasks import SEEN
 LARGE = 10_000
 
 
-async def test_a_group_of_10_000_holds_up_the_server_only_for_moments(redis_url: str, redis: Redis) -> None:
+async def test_a_group_of_10_000_blocks_the_server_only_briefly(redis_url: str, redis: Redis) -> None:
     count = 0
 
     @dataclass
@@ -73,7 +73,7 @@ FIELDS = {
 }
 
 
-async def test_a_crash_amid_the_submission_leaves_nothing_that_runs_and_nothing_that_stays(
+async def test_a_crash_during_the_submission_of_a_group_starts_no_child_and_leaves_no_keys(
     redis_url: str, redis: Redis
 ) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url) as system:
@@ -95,7 +95,7 @@ async def test_a_crash_amid_the_submission_leaves_nothing_that_runs_and_nothing_
         assert reply == -1
 
 
-async def test_a_crash_after_the_last_child_has_arrived_leaves_the_rest_to_others(
+async def test_other_processes_complete_a_group_after_a_crash_behind_its_last_child(
     redis_url: str, redis: Redis
 ) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url, workers=0) as submitting:

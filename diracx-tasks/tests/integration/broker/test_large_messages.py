@@ -136,7 +136,7 @@ async def test_large_messages_of_a_lost_reply_or_of_a_dead_worker_all_come(
 
 
 @pytest.mark.parametrize("loses", ["nothing", "everything before", "everything in between"])
-async def test_a_renewal_of_very_much_is_several_calls_and_all_of_it_or_none_is_renewed(
+async def test_a_large_renewal_is_sent_in_several_calls_and_renews_all_or_nothing(
     broker: RedisStreamBroker, redis: Redis, redis_url: str, loses: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = 600

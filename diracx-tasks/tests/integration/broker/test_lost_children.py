@@ -64,9 +64,7 @@ async def entries(redis: Redis) -> dict[str, bytes]:
     return {TaskMessage.loadb(fields[b"data"]).task_id: entry for entry, fields in await redis.xrange(QUEUE)}
 
 
-async def test_the_child_that_the_server_has_lost_has_failed_and_ends_its_group(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_a_child_that_the_server_has_lost_fails_and_ends_its_group(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False) as system:
         await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
         lost = next(iter((await entries(redis)).values()))
@@ -82,7 +80,7 @@ async def test_the_child_that_the_server_has_lost_has_failed_and_ends_its_group(
 
 
 @pytest.mark.leaves_keys("diracx:tasks:normal:medium:handover")
-async def test_a_child_that_is_anywhere_is_not_lost(redis_url: str, redis: Redis) -> None:
+async def test_a_child_that_waits_runs_or_has_ended_is_not_counted_as_lost(redis_url: str, redis: Redis) -> None:
     held = MutexLock(JOB, "held")
     assert await held.acquire(redis)
     async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False, settings={"grace_seconds": 0.1}) as system:
@@ -128,7 +126,7 @@ async def test_a_child_that_cannot_be_read_ends_its_group(redis_url: str, redis:
     assert ENDED == ["on_failure"]
 
 
-async def test_a_child_of_which_no_byte_can_be_read_ends_its_group_with_an_audit_that_begins_soon(
+async def test_a_completely_unreadable_child_ends_its_group_by_an_early_audit(
     redis_url: str, redis: Redis
 ) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0, scheduler=False):

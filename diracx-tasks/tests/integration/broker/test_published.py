@@ -46,7 +46,7 @@ async def test_a_delayed_message_of_0_7_is_queued_when_it_is_due(redis: Redis, b
     await redis.delete("diracx:tasks:realtime:small")
 
 
-async def test_a_delayed_message_of_0_7_waits_for_its_time_as_one_of_ours(
+async def test_a_delayed_message_of_0_7_waits_for_its_due_time_like_a_new_one(
     redis: Redis, broker: RedisStreamBroker
 ) -> None:
     due = time.time() + 1
@@ -138,7 +138,7 @@ async def test_messages_of_a_live_worker_of_0_7_stay_with_it_and_finished_ones_a
     assert [TaskMessage.loadb(each.data or b"").task_id for each in deliveries] == ["5", "300"]
 
 
-async def test_one_scheduler_leads_of_whichever_version(redis: Redis) -> None:
+async def test_one_scheduler_leads_among_schedulers_of_both_versions(redis: Redis) -> None:
     await redis.set(keys.PUBLISHED_LEADER, "of 0.7", px=2_000)
     assert not await scheduling.take_lead(redis, "ours", 5_000)
     assert 0 < await scheduling.lead_left_ms(redis) <= 400
@@ -163,7 +163,9 @@ async def test_a_downgrade_keeps_messages_that_0_7_would_lose(redis: Redis, brok
     await redis.delete(keys.DELAYED, keys.DELAYED_DATA, keys.DELAYED_REASONS)
 
 
-async def test_the_way_back_is_refused_while_ours_run(redis: Redis, broker: RedisStreamBroker) -> None:
+async def test_a_downgrade_is_refused_while_processes_of_this_version_run(
+    redis: Redis, broker: RedisStreamBroker
+) -> None:
     await broker.reclaim(1, lease_seconds=30)
     with pytest.raises(published.StillRunningError, match=f"worker {broker.consumer_name} runs"):
         await published.downgrade(redis)

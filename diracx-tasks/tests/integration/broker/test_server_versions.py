@@ -222,7 +222,7 @@ async def test_tasks_run_now_and_later_and_their_results_are_kept(url: str) -> N
         assert (await system.result(later)).return_value == "later"
 
 
-async def test_a_failing_task_is_tried_again_and_then_a_dead_letter(url: str) -> None:
+async def test_a_failing_task_is_retried_and_then_stored_as_a_dead_letter(url: str) -> None:
     async with TaskSystem([Flaky], redis_url=url) as system:
         assert (await system.result(await Flaky().schedule())).is_err
         assert SEEN == ["tried"] * 3
@@ -260,7 +260,7 @@ async def test_a_group_fires_its_callback_once_with_all_results(url: str) -> Non
     assert [list(range(10))] == SEEN
 
 
-async def test_a_schedule_runs_again_and_again(url: str) -> None:
+async def test_a_schedule_runs_repeatedly(url: str) -> None:
     async with TaskSystem([Tick], redis_url=url) as system:
         async with asyncio.timeout(30):
             while SEEN.count("tick") < 3:

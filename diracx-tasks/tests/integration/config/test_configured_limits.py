@@ -85,7 +85,7 @@ async def run(redis_url: str, tasks: list[BaseTask], **config: Any) -> None:
     assert len(WATCH.started) == len(tasks)
 
 
-async def test_a_limit_of_a_key_goes_before_the_default_of_its_kind(redis_url: str) -> None:
+async def test_a_limit_of_a_key_overrides_the_default_of_its_kind(redis_url: str) -> None:
     limits = {SITE: {"default": {"concurrency_limit": 1}, "keys": {"big": {"concurrency_limit": 3}}}}
     tasks: list[BaseTask] = [AtSite(site) for site in ("big", "small", "tiny") for _ in range(8)]
     await run(redis_url, tasks, limits=limits)
@@ -158,7 +158,7 @@ def test_without_configuration_a_limiter_costs_nothing() -> None:
     assert requested == []
 
 
-def test_the_tasks_own_settings_go_before_those_of_its_object() -> None:
+def test_the_settings_of_a_task_override_those_of_its_object() -> None:
     limits = {"task": {"default": {"concurrency_limit": 4, "rate_limit": 9, "rate_window_seconds": 1}}}
     default = {"limiter:conc:task:Plain": 4, "limiter:rate:task:Plain": 9}
     assert locks_of(Plain(), limits=limits) == default

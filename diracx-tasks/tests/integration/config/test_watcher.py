@@ -89,7 +89,7 @@ async def test_a_change_is_reported_once_and_an_invalid_one_never(
     assert await active_configs(redis) == [], "a process that ends signs off"
 
 
-async def test_VOs_are_followed_while_the_settings_are_wrong(tmp_path: Path) -> None:
+async def test_VOs_are_updated_while_the_settings_are_invalid(tmp_path: Path) -> None:
     repository = ConfigRepository(tmp_path / "config", ["lhcb"])
     seen = Seen()
     follows = follower(ConfigReader(backend_url=repository.url), seen)
@@ -131,7 +131,7 @@ async def test_a_configuration_that_a_start_would_refuse_does_not_come_into_forc
         assert follows.tasks.get_override("test:Child").max_retries == 1
 
 
-async def test_a_change_that_cannot_be_applied_is_a_problem_and_tried_again(tmp_path: Path) -> None:
+async def test_a_change_that_cannot_be_applied_is_reported_and_retried(tmp_path: Path) -> None:
     path = tmp_path / "tasks.yaml"
     path.write_text("")
     reported = 0
@@ -322,7 +322,7 @@ class Visit(PeriodicVoAwareBaseTask):
         self.visited.append(self.vo)
 
 
-async def test_P43_VOs_come_and_go_in_a_running_system(redis_url: str, redis: Redis) -> None:
+async def test_P43_VOs_are_added_and_removed_in_a_running_system(redis_url: str, redis: Redis) -> None:
     async with TaskSystem([Visit], redis_url=redis_url, vos=["lhcb"]) as system:
         await until(lambda: "lhcb" in Visit.visited, "the first VO is served")
         system.reconfigure(None, vos=["cms"])

@@ -48,7 +48,9 @@ async def databases(tmp_path: Path) -> AsyncIterator[dict[type[BaseSQLDB], BaseS
         yield databases
 
 
-async def test_received_jobs_are_led_to_done(databases: dict[type[BaseSQLDB], BaseSQLDB], redis_url: str) -> None:
+async def test_received_jobs_reach_the_state_done(
+    databases: dict[type[BaseSQLDB], BaseSQLDB], redis_url: str
+) -> None:
     job_db, logging_db = databases[JobDB], databases[JobLoggingDB]
     user = UserInfo(sub="lhcb:sub", preferred_username="jdoe", dirac_group="lhcb_user", vo="lhcb", policies={})
     async with job_db, logging_db:

@@ -126,7 +126,7 @@ async def test_lock_class_of_an_extension_excludes_between_workers(redis_url: st
     assert not await redis.exists("job:1")
 
 
-async def test_refusal_gives_back_all_other_locks_and_counts_no_attempt(redis_url: str, redis: Redis) -> None:
+async def test_refusal_releases_all_other_locks_and_counts_no_attempt(redis_url: str, redis: Redis) -> None:
     async with TaskSystem([Locked], redis_url=redis_url, workers=1, settings=SOON) as system:
         task_id = await Locked("window").schedule()
         await seen("asked", 3)
@@ -164,7 +164,7 @@ async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(red
     assert SEEN.count("begins") == SEEN.count("released") == 2
 
 
-async def test_server_that_is_away_refuses_and_an_error_is_a_failure(redis_url: str) -> None:
+async def test_an_unavailable_server_is_a_refusal_and_an_error_is_a_failure(redis_url: str) -> None:
     OPEN.update(["window", "away"])
     async with TaskSystem([Locked], redis_url=redis_url, workers=1, settings=SOON) as system:
         assert (await system.result(await Locked("window").schedule())).return_value == "window"

@@ -95,7 +95,7 @@ async def submit(redis_url: str, task: WorksUnderLock | BlocksUnderLock) -> None
         ("slot", ("to_server", "to_client")),
     ],
 )
-async def test_a_worker_that_is_cut_off_stops_before_another_holds_its_lock(
+async def test_a_disconnected_worker_stops_before_another_holds_its_lock(
     workers: Workers, redis_url: str, lock: str, held: tuple[str, ...]
 ) -> None:
     """Connections stay open without responses, so that a renewal hangs and raises nothing."""
@@ -108,7 +108,7 @@ async def test_a_worker_that_is_cut_off_stops_before_another_holds_its_lock(
     assert workers.overlap_seconds() < SCHEDULING_DELAY_SECONDS
 
 
-async def test_a_worker_that_was_paused_does_not_go_on_under_a_lock_that_is_anothers(
+async def test_a_paused_worker_does_not_continue_a_task_whose_lock_another_worker_holds(
     workers: Workers, redis_url: str
 ) -> None:
     first = workers.start()
@@ -144,7 +144,7 @@ async def test_a_task_that_blocked_the_event_loop_beyond_its_lease_commits_nothi
 SHORT_SECONDS, LONG_SECONDS = 1.0, 12.0
 
 
-async def test_a_short_lease_survives_a_server_that_was_away_though_a_long_one_has_not_ended(
+async def test_a_short_lease_survives_an_outage_although_a_long_one_has_not_expired(
     workers: Workers, redis_url: str, redis: Redis
 ) -> None:
     short = workers.start(SHORT_SECONDS)
@@ -177,7 +177,7 @@ def spent_seconds(workers: Workers, pid: int) -> float:
 
 
 @pytest.mark.parametrize("comes_last", ["the long lease", "the short lease"])
-async def test_P9_the_lease_of_a_lost_worker_counts_not_that_of_others(
+async def test_P9_a_lost_worker_is_detected_by_its_own_lease_and_not_by_that_of_others(
     workers: Workers, redis_url: str, redis: Redis, comes_last: str
 ) -> None:
     """Workers with a long lease are notified of the short one, renew at its interval and check when it expires."""

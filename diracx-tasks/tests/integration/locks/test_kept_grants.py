@@ -46,7 +46,7 @@ async def test_a_line_is_kept_while_a_task_waits_in_it(worker: Worker, redis: Re
     assert await redis.ttl(line_key(quota())) == -1
 
 
-async def test_a_task_that_is_handed_back_keeps_its_grant(worker: Worker, redis: Redis) -> None:
+async def test_a_requeued_task_keeps_its_grant(worker: Worker, redis: Redis) -> None:
     holder = mutex()
     assert await holder.acquire(redis)
     first, second = await worker.park(2, mutex)
@@ -65,7 +65,7 @@ class ThreeSlots(ConcurrencyLimiter):
 
 @pytest.mark.parametrize("kind", [MutexLock, ExclusiveRWLock, Slots, ThreeSlots])
 @pytest.mark.parametrize("order", ["ab", "ba", "abc", "cab"])
-async def test_a_task_of_several_locks_is_not_passed_by_for_ever_by_tasks_of_one_of_them(
+async def test_a_task_of_several_locks_is_not_starved_by_tasks_of_one_of_them(
     worker: Worker, order: str, kind: type[MutexLock | ExclusiveRWLock | ConcurrencyLimiter]
 ) -> None:
     """Locks are never free at the same time, as each goes on to the next task at once."""
@@ -161,7 +161,7 @@ async def test_a_kept_grant_ends_when_the_lock_that_its_task_waits_for_is_not_ta
     assert await scene.is_next_at("a") == ["a-1"]
 
 
-async def test_a_task_ahead_in_line_takes_the_lock_that_is_kept_for_one_behind_it(worker: Worker) -> None:
+async def test_a_task_ahead_in_line_gets_the_lock_that_is_kept_for_one_behind_it(worker: Worker) -> None:
     scene = await kept(worker)
     await worker.submit("a-urgent", priority="realtime")
     await all_step(worker, scene.needs)

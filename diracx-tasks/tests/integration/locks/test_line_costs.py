@@ -46,7 +46,9 @@ async def test_a_grant_costs_the_same_for_any_length_of_the_line(
     assert costs[0] < 10 * 100
 
 
-async def test_a_line_in_which_nothing_moves_costs_nothing(worker: Worker, redis: Redis) -> None:
+async def test_an_unchanged_line_is_checked_by_one_timer_and_no_commands_of_its_own(
+    worker: Worker, redis: Redis
+) -> None:
     assert await mutex().acquire(redis)
     await worker.park(1_000, mutex)
     await redis.zadd(keys.LINES, {mutex().redis_key: 0})
@@ -61,7 +63,7 @@ async def test_a_line_in_which_nothing_moves_costs_nothing(worker: Worker, redis
 
 
 @pytest.mark.parametrize("gone", ["cancelled by others", "readers"])
-async def test_a_release_does_bounded_work_and_the_rest_is_carried_on(
+async def test_a_release_does_bounded_work_and_the_rest_is_done_later(
     worker: Worker, redis: Redis, gone: str
 ) -> None:
     holder = writes()
@@ -83,7 +85,7 @@ async def test_a_release_does_bounded_work_and_the_rest_is_carried_on(
     assert worker.began == (names if gone == "readers" else names[-1:])
 
 
-async def test_one_call_that_gives_back_many_locks_does_bounded_work(worker: Worker, redis: Redis) -> None:
+async def test_one_call_that_releases_many_locks_does_bounded_work(worker: Worker, redis: Redis) -> None:
     locks = [MutexLock(JOB, f"m{number}", ttl_ms=600_000) for number in range(400)]
     await worker.submit(*(f"holds{number}" for number in range(400)))
     given = iter(locks)

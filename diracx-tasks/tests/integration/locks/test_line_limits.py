@@ -92,7 +92,7 @@ async def test_a_task_that_still_has_a_limit_waits_in_line_though_others_have_no
 
 
 @pytest.mark.parametrize("lock", [mutex, writes, slot, quota])
-async def test_newcomers_do_not_overtake_a_line_for_a_lock_that_is_free(
+async def test_new_tasks_do_not_overtake_a_line_for_a_free_lock(
     worker: Worker, redis: Redis, lock: Callable[[], BaseLock]
 ) -> None:
     assert await lock().acquire(redis)
@@ -105,7 +105,7 @@ async def test_newcomers_do_not_overtake_a_line_for_a_lock_that_is_free(
     assert await line_of(redis, lock()) == [second, "newcomer"]
 
 
-async def test_readers_behind_a_writer_join_the_readers_that_newcomers_join(worker: Worker, redis: Redis) -> None:
+async def test_readers_behind_a_writer_join_the_readers_that_new_tasks_join(worker: Worker, redis: Redis) -> None:
     async def begins(name: str, lock: Callable[[], BaseLock]) -> int:
         await worker.submit(name)
         return await worker.step(lambda: [lock()])
@@ -167,7 +167,7 @@ async def test_limiters_with_different_limits_converge(worker: Worker, redis: Re
 
 
 @pytest.mark.parametrize("order", ["qb", "bq"])
-async def test_a_task_of_a_rate_limiter_and_a_lock_is_not_passed_by_for_ever(
+async def test_a_task_of_a_rate_limiter_and_a_lock_does_not_starve(
     worker: Worker, redis: Redis, order: str
 ) -> None:
     quota = Quota(JOB, "q")

@@ -82,7 +82,7 @@ ENDS: dict[str, Callable[[Delivery], Settlement]] = {
 
 @pytest.mark.parametrize("lock", [mutex, slot, writes])
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_granted_task_that_ends_without_the_lock_passes_the_grant_on(
+async def test_a_granted_task_that_ends_without_the_lock_passes_the_grant_to_the_next(
     worker: Worker, redis: Redis, end: str, lock: Callable[[], BaseLock]
 ) -> None:
     holder = lock()

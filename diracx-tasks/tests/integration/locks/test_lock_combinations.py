@@ -205,7 +205,7 @@ async def test_parts_of_units_are_refused_for_the_server_would_round_them(redis:
     assert not await redis.exists(limiter.redis_key)
 
 
-async def test_slots_of_the_dead_are_given_back_whatever_their_limit(redis_url: str, redis: Redis) -> None:
+async def test_slots_of_dead_workers_are_released_for_any_limit(redis_url: str, redis: Redis) -> None:
     """Their limit stands in the held-locks record, and must be read again from it."""
     crashes, reclaims = (RedisStreamBroker(redis_url, consumer_name=name) for name in ("crashes", "reclaims"))
     stream = "diracx:tasks:normal:medium"

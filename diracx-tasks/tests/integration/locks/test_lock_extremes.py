@@ -48,7 +48,7 @@ NAMES = ["", " ", "{a}b", "a  b", "a\0b", "a\nb", "\r\n", "a:b", "%s%d%%", "\\n"
 
 @pytest.mark.parametrize("kind", KINDS, ids=["mutex", "write", "slot", "rate"])
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:9]))
-async def test_a_line_works_whatever_the_key_of_its_lock(
+async def test_a_line_works_for_any_key_of_its_lock(
     worker: Worker, redis: Redis, name: str, kind: Callable[[str], BaseLock]
 ) -> None:
     assert await kind(name).acquire(redis)
@@ -132,7 +132,7 @@ async def test_a_line_is_checked_soon_after_the_clock_was_set_back(worker: Worke
     assert due < in_ms(datetime.now(UTC)) + 20_000
 
 
-async def test_no_turn_lasts_longer_because_the_clock_was_set_back(
+async def test_no_grant_lasts_longer_because_the_clock_was_set_back(
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     assert await mutex().acquire(redis)
@@ -191,9 +191,7 @@ class SmallLocked(Locked):
     size = Size.SMALL
 
 
-async def test_all_that_was_queued_ends_on_a_full_server_and_nothing_more_is_taken(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_queued_tasks_end_on_a_full_server_and_new_ones_are_refused(redis_url: str, redis: Redis) -> None:
     RAN.clear()
     mixes: list[list[str]] = [[], ["mutex"], ["read"], ["write"], ["slot"], ["mutex", "read"], ["slot", "write"]]
     made = [(Locked, SmallLocked)[n % 2](f"t{n}", mixes[n % len(mixes)]) for n in range(60)]

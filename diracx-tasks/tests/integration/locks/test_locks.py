@@ -106,7 +106,7 @@ async def test_P21_second_release_does_not_free_the_unit_of_another_owner(redis:
     await writer.release(redis)
 
 
-async def test_P20_no_window_anywhere_holds_more_than_the_limit(redis: Redis) -> None:
+async def test_P20_no_sliding_window_exceeds_the_limit(redis: Redis) -> None:
     grants: list[tuple[float, float]] = []  # when it was asked for, and when we had it
     while len(grants) < 35:
         started = time.monotonic()

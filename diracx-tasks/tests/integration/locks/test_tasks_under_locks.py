@@ -197,7 +197,9 @@ async def test_a_refused_rate_limit_makes_the_task_wait_until_there_is_quota(red
     assert started[-1] - started[0] < 1.5, "three windows, and not a whole one more for each refusal"
 
 
-async def test_a_task_granted_in_vain_passes_the_lock_on(redis_url: str, redis: Redis) -> None:
+async def test_a_granted_lock_that_its_task_does_not_take_passes_to_the_next_task(
+    redis_url: str, redis: Redis
+) -> None:
     """It was granted one of its locks and refused another; the next in line for the first must not wait longer."""
 
     class One(ConcurrencyLimiter):

@@ -369,7 +369,7 @@ async def test_checks_of_fewer_sources_do_not_reset_the_alerts_of_others(redis: 
 # --- servers that are away ----------------------------------------------------------------------------------
 
 
-async def test_a_server_that_is_away_is_an_alert_with_its_reason() -> None:
+async def test_an_unavailable_server_is_an_alert_with_its_reason() -> None:
     async with Redis.from_url("redis://127.0.0.1:1") as nobody:
         health = await HealthChecks(nobody).run()
     assert health.snapshot is None
@@ -397,7 +397,7 @@ async def test_unreadable_data_in_redis_is_an_alert_without_a_traceback(redis: R
     assert (alert.check, alert.severity) == ("server_unreadable", Severity.UNKNOWN)
 
 
-async def test_dead_letters_are_counted_and_a_database_that_is_away_hides_nothing_else(
+async def test_dead_letters_are_counted_and_an_unavailable_database_hides_nothing_else(
     redis: Redis, tmp_path: Path
 ) -> None:
     db = TaskDB(f"sqlite+aiosqlite:///{tmp_path}/task.db")

@@ -432,7 +432,7 @@ async def test_an_entry_that_is_no_task_can_be_inspected_and_purged(redis: Redis
     assert await monitor.purge(redis, "normal:small") == 2
 
 
-async def test_a_secret_is_in_no_dead_letter_but_in_its_message(
+async def test_a_secret_is_in_no_field_of_a_dead_letter_except_its_message(
     redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     from diracx.tasks.operations.dead_letters import dead_letter_record

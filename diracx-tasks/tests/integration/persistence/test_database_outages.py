@@ -128,7 +128,7 @@ async def stored(system: TaskSystem) -> list[str]:
     return sorted(row["task_id"] for row in rows)
 
 
-async def test_a_burst_while_the_database_is_away_has_one_retry_loop_and_a_bounded_queue(
+async def test_a_burst_while_the_database_is_unavailable_has_one_retry_loop_and_a_bounded_queue(
     database: Database, redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, task_db_url=database.url, workers=1) as system:
@@ -176,7 +176,7 @@ async def test_after_some_time_dead_letters_and_their_locks_wait_no_longer_for_t
         await until(imported)
 
 
-async def test_a_worker_that_stops_while_the_database_is_away_leaves_dead_letters_in_redis(
+async def test_a_worker_that_stops_while_the_database_is_unavailable_leaves_dead_letters_in_redis(
     database: Database, redis_url: str, redis: Redis
 ) -> None:
     with ExitStack() as stack:

@@ -32,7 +32,7 @@ def test_every_text_column_takes_any_text() -> None:
     assert [kind for kind in texts if not isinstance(kind, Enum | AnyName | AnyText | AnyLongText)] == []
 
 
-async def test_details_and_attempts_come_out_as_they_went_in(task_db: TaskDB) -> None:
+async def test_details_and_attempts_are_read_as_they_were_stored(task_db: TaskDB) -> None:
     for number, text in enumerate(TEXTS):
         await task_db.insert(dead_letter(f"task {number}", text))
         found = await task_db.find(f"task {number}")
@@ -54,7 +54,7 @@ async def test_task_ids_names_and_deliveries_stay_apart(task_db: TaskDB) -> None
     assert sum((await task_db.count()).values()) == len(NAMES)
 
 
-async def test_a_class_is_searched_for_with_its_capitals(task_db: TaskDB) -> None:
+async def test_the_search_for_a_class_is_case_sensitive(task_db: TaskDB) -> None:
     for name in ("Download", "download", "down_oad"):
         await task_db.insert(dead_letter(name, ""))
         assert [each["task_id"] for each in await task_db.search(task_name=name)] == [name]

@@ -97,7 +97,7 @@ async def test_P12_storing_twice_changes_nothing_and_a_new_failure_makes_it_pend
     assert two["history"] == []
 
 
-async def test_P12_storing_a_batch_is_storing_each_of_it(db: TaskDB) -> None:
+async def test_P12_storing_a_batch_equals_storing_each_dead_letter(db: TaskDB) -> None:
     await db.insert_all([make(1), make(2), make(3)])
     first = await db.search(limit=100)
     await db.insert_all([make(3), make(4), make(5), make(4), make(1, delivery_id="again")])

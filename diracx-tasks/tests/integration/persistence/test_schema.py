@@ -65,7 +65,7 @@ def family(tmp_path: Path) -> Migrations:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_table_that_is_replaced_by_its_copy_takes_no_rows_of_others_with_it(
+async def test_replacing_a_table_by_its_copy_deletes_no_rows_of_other_tables(
     kind: str, family: Migrations, empty_database: Callable[[str], Awaitable[str]]
 ) -> None:
     url = await empty_database(kind)

@@ -49,7 +49,9 @@ class Often(PeriodicBaseTask):
 
 
 @pytest.mark.leaves_keys(STREAM)
-async def test_a_paused_schedule_submits_nothing_and_makes_up_for_it_once(redis_url: str, redis: Redis) -> None:
+async def test_a_paused_schedule_submits_nothing_and_one_missed_run_when_it_is_resumed(
+    redis_url: str, redis: Redis
+) -> None:
     ids = ["test:Hourly", "test:HourlyOrNot"]
     await admin.pause(redis, ids)
     async with scheduling(redis_url, Hourly, HourlyOrNot):

@@ -165,7 +165,7 @@ def _is_empty(redis: Redis) -> Callable[[], Any]:
     return check
 
 
-async def test_P44_a_rule_that_was_over_before_it_began_is_finished_and_others_run(
+async def test_P44_a_rule_that_ended_in_the_past_is_finished_and_others_run(
     redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Over(PeriodicBaseTask):
@@ -293,9 +293,7 @@ def _are_not_hourly(redis: Redis) -> Callable[[], Any]:
     return check
 
 
-async def test_P43_a_scheduler_that_stands_by_leads_with_the_configuration_it_has_then(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_P43_a_standby_becomes_leader_with_its_current_configuration(redis_url: str, redis: Redis) -> None:
     second_broker = RedisStreamBroker(redis_url)
     second, stop = TaskScheduler(second_broker, named(Hourly, PerVo)), asyncio.Event()
     async with scheduling(redis_url, Hourly, lease_seconds=600):

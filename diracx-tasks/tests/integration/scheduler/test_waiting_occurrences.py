@@ -133,7 +133,7 @@ MOVES: dict[str, Callable[[Occurrences, Delivery], Awaitable[None]]] = {
 
 @pytest.mark.parametrize("second", MOVES)
 @pytest.mark.parametrize("first", MOVES)
-async def test_an_occurrence_that_moved_twice_still_waits(
+async def test_an_occurrence_that_was_moved_twice_still_prevents_the_next_one(
     occurrences: Occurrences, first: str, second: str
 ) -> None:
     assert await occurrences.submit()

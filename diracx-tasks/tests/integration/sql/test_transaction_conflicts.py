@@ -91,7 +91,9 @@ async def test_a_decision_from_a_stale_read_is_repeated(task_db: TaskDB, conflic
 
 
 @pytest.mark.parametrize("task_db", ["sqlite", *SERVERS], indirect=True)
-async def test_a_lock_that_is_held_for_too_long_is_waited_for_again(task_db: TaskDB, conflicts: list[str]) -> None:
+async def test_a_transaction_that_waited_too_long_for_a_row_lock_is_retried(
+    task_db: TaskDB, conflicts: list[str]
+) -> None:
     lock_timeouts = {
         "sqlite": "PRAGMA busy_timeout=1",
         "mysql": "SET SESSION innodb_lock_wait_timeout=1",

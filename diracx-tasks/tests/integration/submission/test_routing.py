@@ -69,7 +69,7 @@ async def test_a_label_routes_a_task_unless_its_class_overrides_it(
     assert await redis.xlen(f"diracx:tasks:{queue}") == 1
 
 
-async def test_the_operators_priority_goes_before_a_label(redis: Redis, broker: RedisStreamBroker) -> None:
+async def test_the_operators_priority_overrides_a_label(redis: Redis, broker: RedisStreamBroker) -> None:
     config = TasksConfig.model_validate({"common": {"test:Silent": {"priority": "realtime"}}})
     with bound_to(broker, REGISTRY, config):
         await Silent().schedule(labels=LABELS)

@@ -90,7 +90,7 @@ async def test_a_task_that_must_not_start_twice_fails_when_its_worker_dies(
     assert await redis.llen("started:once") == 1
 
 
-async def test_P21_a_dead_workers_reader_counts_come_back(
+async def test_P21_reader_counts_of_a_dead_worker_are_released(
     worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
@@ -129,7 +129,7 @@ async def test_P9_a_task_that_kills_its_worker_is_poison_after_max_deliveries(
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "begun:twice", "may-end:twice")
-async def test_P9_a_worker_that_is_cut_off_is_no_third_death_of_its_task(
+async def test_P9_a_disconnected_worker_is_not_counted_as_a_third_crash_of_its_task(
     worker: Callable[..., Running], redis_url: str, redis: Redis
 ) -> None:
     """Two workers have died with it. The third one is away for longer than its lease, and comes back."""
@@ -172,7 +172,7 @@ async def test_a_task_that_blocks_the_event_loop_keeps_its_lease_and_its_lock(
     assert second.poll() is None
 
 
-async def test_a_paused_worker_finds_out_and_settles_nothing(
+async def test_a_paused_worker_detects_its_lost_lease_and_settles_nothing(
     worker: Callable[[], Running], redis_url: str, redis: Redis
 ) -> None:
     process = worker()
@@ -192,7 +192,7 @@ async def test_a_paused_worker_finds_out_and_settles_nothing(
         await system.drain()
 
 
-async def test_P5_a_task_taken_over_from_a_paused_worker_does_not_start_there(
+async def test_P5_a_task_reclaimed_from_a_paused_worker_does_not_start_there(
     worker: Callable[[], Running], redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a lock, and although the lease is renewed before the worker checks its deliveries."""

@@ -136,7 +136,7 @@ async def test_new_settings_do_not_reload_dependencies(tasks: ModuleType, redis_
 @pytest.mark.parametrize(
     "variable", ["DIRACX_DB_URL_JOBDB", "DIRACX_OS_DB_JOBPARAMETERSDB", "DIRACX_SERVICE_DOTENV_1"]
 )
-def test_where_a_database_may_be_configured_nothing_is_deferred(
+def test_nothing_is_deferred_if_a_database_may_be_configured(
     tasks: ModuleType, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diracx.tasks.plumbing import TasksConfig

@@ -308,7 +308,7 @@ async def test_a_heartbeat_with_finished_tasks_sends_one_command(redis_url: str,
     await leave(workers)
 
 
-async def test_sums_that_come_twice_count_once(redis_url: str, redis: Redis) -> None:
+async def test_counters_that_are_sent_twice_count_once(redis_url: str, redis: Redis) -> None:
     first, _ = workers = [ended(redis_url, name) for name in ("host:1:x", "host:2:x")]
     for worker_reporter in workers:
         await worker_reporter.report()
@@ -341,7 +341,7 @@ async def test_statistics_of_a_dead_worker_are_added_by_another_one(redis_url: s
     await leave([*workers, later])
 
 
-async def test_any_number_of_sums_is_added_up_in_calls_of_bounded_size(redis_url: str, redis: Redis) -> None:
+async def test_any_number_of_counters_is_added_in_calls_of_bounded_size(redis_url: str, redis: Redis) -> None:
     worker_reporter = ended(redis_url, "host:1:x")
     await worker_reporter.report()
     sums = [scripts.pack([f"w{number}", 1, {"stats": {"task": {"done": 1}}}]) for number in range(450)]
@@ -357,7 +357,7 @@ async def test_any_number_of_sums_is_added_up_in_calls_of_bounded_size(redis_url
 
 
 @pytest.mark.parametrize("wrong", ["list", "string"])
-async def test_sums_that_cannot_be_read_hold_nothing_up(redis_url: str, redis: Redis, wrong: str) -> None:
+async def test_unreadable_counters_delay_nothing(redis_url: str, redis: Redis, wrong: str) -> None:
     worker_reporter = ended(redis_url, "host:1:x")
     await worker_reporter.report()
     if wrong == "list":

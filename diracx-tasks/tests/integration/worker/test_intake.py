@@ -126,7 +126,7 @@ async def test_tasks_beyond_the_slots_of_a_waiting_worker_stay_in_the_queue(
         await other.shutdown()
 
 
-async def test_one_message_is_given_to_one_of_those_that_wait_in_turn(redis_url: str, redis: Redis) -> None:
+async def test_waiting_workers_get_one_message_each_in_turn(redis_url: str, redis: Redis) -> None:
     brokers = [RedisStreamBroker(redis_url, consumer_name=str(number)) for number in range(4)]
     fetches = []
     for number, each in enumerate(brokers):
@@ -292,7 +292,7 @@ async def test_tasks_received_while_a_worker_stops_are_delivered_or_stay_in_the_
         assert await in_hand(redis) == len(deliveries)
 
 
-async def test_a_wait_that_was_ended_is_given_nothing_nor_is_one_that_arrives_later(
+async def test_an_ended_wait_and_one_that_arrives_later_get_no_task(
     broker: RedisStreamBroker, redis: Redis
 ) -> None:
     assert (await broker.fetch(10))[0] == []

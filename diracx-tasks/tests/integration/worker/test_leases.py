@@ -128,7 +128,7 @@ async def test_P9_a_poison_task_stays_with_its_last_worker_for_three_of_its_leas
     assert await owner.settle([Settlement(delivery)]) == [ACCEPTED]
 
 
-async def test_P9_a_poison_task_is_rejected_when_its_last_worker_has_stayed_away(
+async def test_P9_a_poison_task_is_rejected_when_its_last_worker_stays_silent(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
 ) -> None:
     owner, other = workers
@@ -146,7 +146,7 @@ async def test_P9_a_poison_task_is_rejected_when_its_last_worker_has_stayed_away
     assert await redis.zscore(keys.LEASES, owner.consumer_name) is None
 
 
-async def test_P9_an_outage_of_the_server_does_not_count_as_time_in_which_a_worker_stayed_away(
+async def test_P9_an_outage_of_the_server_does_not_count_as_silence_of_a_worker(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
 ) -> None:
     owner, other = workers
@@ -168,7 +168,7 @@ async def test_P9_an_outage_of_the_server_does_not_count_as_time_in_which_a_work
 
 
 @pytest.mark.parametrize("first_call", ["a renewal", "a fetch", "a look for dead workers"])
-async def test_if_all_leases_have_expired_the_server_was_away_and_no_worker_is_dead(
+async def test_if_all_leases_have_expired_the_server_was_unavailable_and_no_worker_is_dead(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis, first_call: str
 ) -> None:
     first, second = workers
@@ -201,7 +201,7 @@ async def test_a_server_outage_longer_than_a_lease_loses_no_worker(
     assert await first.settle([Settlement(delivery)]) == [TAKEN_OVER if dead else ACCEPTED]
 
 
-async def test_a_worker_that_has_signed_off_gets_no_other_term(
+async def test_a_worker_that_has_left_gets_no_new_lease(
     workers: tuple[RedisStreamBroker, RedisStreamBroker], redis: Redis
 ) -> None:
     first, second = workers
@@ -331,7 +331,7 @@ def test_a_short_renewal_detects_data_lost_by_the_server(sync: SyncRedis, lost: 
 
 
 @pytest.mark.parametrize("first_call", ["of a short lease", "of a long lease", "a look for dead workers"])
-def test_a_server_that_was_away_gives_each_worker_a_term_of_its_own_length(
+def test_after_an_outage_each_worker_gets_a_new_lease_of_its_own_length(
     sync: SyncRedis, redis_url: str, first_call: str
 ) -> None:
     """An unexpired long lease is no evidence for short ones: their workers could not renew either."""
@@ -398,7 +398,7 @@ def test_a_worker_checks_again_before_the_lease_of_a_new_worker_can_expire(
 
 
 @pytest.mark.parametrize("lost", ["the ends", "the ends and the lengths"])
-def test_a_worker_that_is_on_no_list_gets_its_own_lease_or_the_longest_that_is_known(
+def test_an_unlisted_worker_gets_its_own_lease_or_the_longest_known(
     sync: SyncRedis, redis_url: str, lost: str
 ) -> None:
     async def take() -> None:

@@ -119,7 +119,7 @@ class Fragile(BaseTask):
         return self.text
 
 
-async def test_P11_a_retry_with_a_lost_response_happens_once(redis_url: str) -> None:
+async def test_P11_a_retry_with_a_lost_reply_happens_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Fragile, redis_url) as (proxy, system):
         for nth in range(1, 6):  # whichever reply it is, that of the settlement with the retry included
@@ -182,7 +182,7 @@ class AddsTasks(RedisStreamBroker):
 
 @pytest.mark.leaves_keys("diracx:tasks:*")
 @pytest.mark.parametrize("running", [0, 1, 3])
-async def test_nothing_is_delivered_to_a_worker_that_has_begun_to_hand_back(
+async def test_nothing_is_delivered_to_a_worker_that_requeues_its_deliveries(
     redis_url: str, redis: Redis, running: int
 ) -> None:
     """Not even if the server does not notice the end of a waiting connection."""

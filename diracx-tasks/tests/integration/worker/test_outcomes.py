@@ -315,7 +315,7 @@ class Counts(BaseTask):
 
 
 @pytest.mark.parametrize("limit", [None, 30.0])
-async def test_a_task_that_plays_with_its_own_cancellation_succeeds(redis_url: str, limit: float | None) -> None:
+async def test_a_task_that_cancels_itself_and_takes_it_back_succeeds(redis_url: str, limit: float | None) -> None:
     class Limited(Counts):
         time_limit_seconds = limit
 

@@ -73,7 +73,7 @@ async def test_P9_tasks_of_a_lost_worker_are_fetched_before_new_ones(worker: Wor
     assert not left
 
 
-async def test_P9_a_busy_worker_recovers_tasks_with_each_free_slot_without_waiting(
+async def test_P9_a_busy_worker_reclaims_tasks_with_each_free_slot_without_waiting(
     worker: Worker, redis: Redis
 ) -> None:
     dead, other = await worker("1"), await worker("2")
@@ -155,7 +155,7 @@ async def test_P9_a_lease_that_ends_sooner_is_reclaimed_at_its_end_while_a_poiso
     assert again_seconds <= 0.502
 
 
-async def test_P9_a_worker_with_many_slots_takes_over_in_portions_and_waits_for_no_clock_in_between(
+async def test_P9_a_worker_with_many_slots_reclaims_in_batches_without_pauses_between_them(
     worker: Worker, redis: Redis
 ) -> None:
     """While it begins one portion, others may take the next one; and no step holds the server up for long."""

@@ -94,7 +94,7 @@ async def test_a_settlement_is_sent_with_the_next_fetch(parts: Parts, redis: Red
     assert await in_hand(redis) == 1
 
 
-async def test_what_the_server_refuses_in_front_of_a_read_is_settled_by_a_call_of_its_own(
+async def test_a_settlement_that_is_refused_before_a_read_is_repeated_in_a_call_of_its_own(
     parts: Parts, redis: Redis
 ) -> None:
     delivery = await parts.fetch("first")
@@ -108,7 +108,7 @@ async def test_what_the_server_refuses_in_front_of_a_read_is_settled_by_a_call_o
     await ended(waiting)
 
 
-async def test_a_settlement_in_front_of_a_read_is_refused_to_a_worker_that_has_lost_the_task(
+async def test_a_settlement_before_a_read_is_refused_to_a_worker_that_has_lost_the_task(
     parts: Parts, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost, kept = await parts.fetch("first"), await parts.fetch("second")
@@ -155,7 +155,7 @@ async def test_a_settlement_does_not_wait_for_the_end_of_a_dead_connection(redis
         await broker.leave()
 
 
-async def test_an_reply_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
+async def test_a_reply_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
     delivery = await parts.fetch("first")
     await redis.client_pause(7_000)
     waiting = parts.settle_with_the_next_wait(delivery)

@@ -87,7 +87,7 @@ async def test_a_task_that_ignores_its_time_limit_is_reported_once(
         assert "0.1 s" in line
 
 
-async def test_a_cancellation_that_a_library_swallowed_comes_again(redis_url: str) -> None:
+async def test_a_cancellation_that_a_library_swallowed_is_repeated(redis_url: str) -> None:
     """Like `asyncio.wait_for` of Python 3.11 when its awaitable ends at the same moment."""
 
     class Swallows(BaseTask):

@@ -55,7 +55,7 @@ def test_the_output_of_commands_is_printable_and_markup_in_it_has_no_effect(
         assert text.replace("\n", "").isprintable()
 
 
-def test_nothing_that_is_logged_can_pass_for_a_record_of_its_own() -> None:
+def test_no_logged_text_can_forge_a_record() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(SafeFormatter(TextFormatter(), is_json=False))

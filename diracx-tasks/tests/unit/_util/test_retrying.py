@@ -50,7 +50,7 @@ def test_P6_transient_errors_are_retried(words: str) -> None:
 @pytest.mark.parametrize(
     "error", [ConnectionError("gone"), TimeoutError("deaf"), OSError("no route"), MasterNotFoundError()]
 )
-def test_P6_a_server_that_is_away_is_waited_for(error: BaseException) -> None:
+def test_P6_workers_wait_for_an_unavailable_server(error: BaseException) -> None:
     assert is_transient(error)
 
 
@@ -94,7 +94,7 @@ def test_a_permanent_error_is_not_retried(words: str) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_only_errors_that_a_repair_of_data_mends_are_waited_for(words: str, repaired: bool) -> None:
+def test_only_errors_that_a_repair_of_data_can_end_are_retried(words: str, repaired: bool) -> None:
     assert may_pass(refusal(words)) == repaired
 
 

@@ -128,7 +128,7 @@ def is_bounded(call: str) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
-def test_no_script_deals_with_all_that_there_is(name: str) -> None:
+def test_no_script_processes_an_unbounded_amount_of_data(name: str) -> None:
     unbounded = {call for call in calls(SOURCES[name]) if not is_bounded(call)}
     assert unbounded == {call for file, call in EXCEPTIONS if file == name}
 

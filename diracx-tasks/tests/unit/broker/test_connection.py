@@ -141,7 +141,7 @@ def test_an_invalid_url_is_an_error_of_one_line_everywhere(url: str, said: str |
         assert "\n" not in str(caught.value)
 
 
-def test_every_option_of_the_library_is_decided_about() -> None:
+def test_every_option_of_redis_py_is_either_accepted_or_refused() -> None:
     """A new release of redis-py may know new options: the update decides whether a URL may have them."""
     from redis.asyncio.connection import URL_QUERY_ARGUMENT_PARSERS
 

@@ -168,7 +168,7 @@ class TestOverride:
         assert both.get_override(SUBMIT, "lhcb").max_retries == 3
         assert both.get_override("other:MySubmitPilotsTask").max_retries == 1
 
-    def test_null_takes_a_switch_back(self):
+    def test_null_resets_a_switch(self):
         off = {"enabled": False, "periodic": {"enabled": False}}
         both = config({SUBMIT: off}, lhcb={SUBMIT: {"enabled": None, "periodic": {"enabled": None}}})
         of_vo = both.get_override(SUBMIT, "lhcb")

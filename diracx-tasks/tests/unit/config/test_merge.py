@@ -79,7 +79,7 @@ class TestInstances:
         assert list(given.get_override(SUBMIT, "cta").instances) == ["a"]
 
     @pytest.mark.parametrize("name", ["a/b", "a@b", "a:b", "", "-a", "a b", "x" * 65])
-    def test_a_name_that_would_spoil_the_id_of_a_schedule_is_refused(self, name):
+    def test_a_name_that_is_invalid_in_the_id_of_a_schedule_is_refused(self, name):
         assert "not a valid name of an instance" in wrong(common={SUBMIT: {"instances": {name: {}}}})
 
     def test_bad_instances_are_refused(self):
@@ -110,14 +110,14 @@ class TestLimits:
     def values(self, *keys: str, vo: str | None = None) -> dict[str, Any]:
         return {name: setting.value for name, setting in self.GIVEN.get_limits("ce", *keys, vo=vo).items()}
 
-    def test_the_key_goes_before_the_default_field_by_field(self):
+    def test_the_key_overrides_the_default_field_by_field(self):
         rate = {"rate_limit": 10, "rate_window_seconds": 60}
         assert self.values("small") == self.values("12") == {"concurrency_limit": 5, **rate}
         assert self.values("big") == self.values("big", "submit") == {"concurrency_limit": 50, **rate}
         assert self.values("big", "upload") == {"concurrency_limit": 7, **rate}
         assert self.GIVEN.get_limits("job", "1") == {}
 
-    def test_the_vo_goes_before_all_and_null_is_as_in_the_code(self):
+    def test_settings_of_a_vo_override_common_ones_and_null_restores_those_of_the_code(self):
         assert self.values("small", vo="lhcb")["concurrency_limit"] == 2
         assert self.values("big", vo="lhcb") == {"concurrency_limit": 2, "rate_window_seconds": 60}
         assert self.values("big", vo="cms") == self.values("big")
@@ -206,7 +206,7 @@ class TestLines:
         ]
         assert "did you mean 'default'?" in str(caught.value)
 
-    def test_a_key_that_is_there_twice_is_refused(self, tmp_path):
+    def test_a_duplicate_key_is_refused(self, tmp_path):
         path = self.written(tmp_path, "common:\n  A: {max_retries: 3}\n  A: {enabled: false}\n")
         with pytest.raises(TaskConfigError, match=f"{path}:3: common.A: is a duplicate key"):
             load_tasks_config(path)

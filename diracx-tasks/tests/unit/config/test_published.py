@@ -110,7 +110,7 @@ def test_documented_section_with_vo_overrides_is_read(tmp_path: Path) -> None:
     assert submit.rate_limit == 200
 
 
-def test_schedule_goes_before_interval_seconds(tmp_path: Path) -> None:
+def test_schedule_overrides_interval_seconds(tmp_path: Path) -> None:
     periodic = read(tmp_path, DOCUMENTED).get_override("t:Submit").periodic
     assert periodic is not None
     assert periodic.as_schedule() == CronSchedule("0 0 * * *")

@@ -86,7 +86,7 @@ def test_a_second_change_within_the_same_timestamp_is_detected(reader: ConfigRea
     assert limit_of(reader.read()) == 3
 
 
-def test_a_file_that_is_being_written_is_read_when_it_is_whole(reader: ConfigReader, path: Path) -> None:
+def test_a_file_that_is_being_written_is_read_when_it_is_complete(reader: ConfigReader, path: Path) -> None:
     begun = threading.Event()
 
     def write_slowly() -> None:
@@ -148,7 +148,7 @@ def test_a_commit_that_is_no_configuration_is_a_problem_at_once(tmp_path: Path) 
     assert reader.read().vos == ("cms",)
 
 
-def test_VOs_are_known_whatever_is_wrong_with_the_tasks(tmp_path: Path, path: Path) -> None:
+def test_VOs_are_read_despite_invalid_settings_of_tasks(tmp_path: Path, path: Path) -> None:
     repository = ConfigRepository(tmp_path / "config", ["lhcb"])
     reader = ConfigReader(path, repository.url)
     path.write_text("common: [")
@@ -158,7 +158,7 @@ def test_VOs_are_known_whatever_is_wrong_with_the_tasks(tmp_path: Path, path: Pa
     assert reading.vos == ("cms",)
 
 
-def test_tasks_are_known_whatever_is_wrong_with_the_diracx_configuration(tmp_path: Path, path: Path) -> None:
+def test_tasks_are_known_despite_an_invalid_diracx_configuration(tmp_path: Path, path: Path) -> None:
     reader = ConfigReader(path, f"git+file://{tmp_path}/nowhere")
     reading = reader.read()
     assert limit_of(reading) == 1
@@ -166,7 +166,7 @@ def test_tasks_are_known_whatever_is_wrong_with_the_diracx_configuration(tmp_pat
     assert len(reading.problems) == 1
 
 
-def test_a_digest_does_not_depend_on_the_order_in_which_things_are_written(tmp_path: Path) -> None:
+def test_a_digest_does_not_depend_on_the_order_of_entries(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_text("common: {A: {max_retries: 1}, B: {priority: realtime, max_retries: 2}}")
     other.write_text("common:\n  B: {max_retries: 2, priority: realtime}\n  A: {max_retries: 1}\n")

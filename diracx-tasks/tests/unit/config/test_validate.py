@@ -114,7 +114,7 @@ def test_a_valid_configuration_has_no_problems():
     )
 
 
-def test_P46_names_that_nothing_goes_by_come_with_the_nearest_that_do():
+def test_P46_unknown_names_are_reported_with_the_nearest_known_ones():
     assert found(
         {"test:Sumbit": {}, "tset:Submit": {}, "Reprot": {}},
         vo_overrides={"lchb": {"OfVO": {}}},
@@ -220,7 +220,7 @@ vo_overrides:
         path.write_text(self.TEXT)
         return path
 
-    def test_P46_form_and_names_and_arguments_are_one_report_in_the_order_of_the_lines(self, path):
+    def test_P46_errors_of_form_names_and_arguments_are_in_one_report_in_the_order_of_lines(self, path):
         config, wrong, source = check_config(REGISTRY, VOS, path=path)
         assert config is None
         assert [line.removeprefix(str(path)).split(": ", 2)[:2] for line in source.report(wrong)] == [
@@ -289,7 +289,7 @@ common:
             f"{path}:2: limits.ce: unknown kind of locked object" + warnings[1].partition("object")[2],
         ]
 
-    def test_whatever_a_yaml_file_holds_is_reported_and_breaks_nothing(self, path):
+    def test_any_yaml_file_is_loaded_or_reported(self, path):
         for text in (
             "common: {Report: {instances: [1]}}",
             "common: {Report: {instances: {a: 5}}}",

@@ -275,7 +275,7 @@ async def test_source_can_read_the_database_of_the_running_transaction(
             assert await run(function, overrides) == 42
 
 
-async def test_a_dependency_with_a_default_is_done_without_where_it_is_not_configured() -> None:
+async def test_a_dependency_with_a_default_may_be_unconfigured() -> None:
     async def execute(self: object, config: Config = None) -> Any:  # type: ignore[assignment]
         return config
 

@@ -113,7 +113,7 @@ def test_a_time_in_a_zone_without_fixed_offset_is_refused():
         dumps(time(2, 30, tzinfo=ZoneInfo("Europe/Zurich")))
 
 
-def test_the_second_half_past_two_stays_the_second():
+def test_the_second_of_two_equal_local_times_stays_the_second():
     assert loads(dumps(datetime(2026, 10, 25, 2, 30, fold=1))).fold == 1
 
 

@@ -421,7 +421,7 @@ class Hand(BaseTask):
         self.number = 2 * number
 
 
-def test_a_class_that_makes_something_else_of_its_arguments_is_refused() -> None:
+def test_a_class_that_changes_its_arguments_is_refused() -> None:
     for task in (Adjusted(1), Hand(1)):
         with pytest.raises(TypeError, match=r"argument 'number' would not arrive equal"):
             arrived(task)

@@ -180,7 +180,7 @@ def _assert_hidden(text: str) -> None:
             assert form[start : start + 8] not in text, text
 
 
-def test_an_argument_that_does_not_travel_is_refused_without_being_shown() -> None:
+def test_an_argument_that_cannot_be_serialised_is_refused_without_being_shown() -> None:
     for task in (Number("me", [SECRET, object()]), Nested("me", {"pin": {object(): SECRET}})):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="'password'") as caught:
             checked_arguments(task)

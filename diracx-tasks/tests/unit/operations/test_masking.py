@@ -72,14 +72,14 @@ def test_only_passwords_are_masked_in_a_text(text: str, shown: str) -> None:
 
 
 @given(st.integers(1, 80))
-def test_a_password_that_is_cut_is_not_half_shown(longest: int) -> None:
+def test_a_truncated_password_is_not_shown(longest: int) -> None:
     text = "failed at redis://user:sesame-and-more@h:1?ssl_password=sesame-too&b=1 and so on"
     assert "ses" not in mask(text, longest)
     assert "ses" not in tail(text, longest)
 
 
 @pytest.mark.parametrize("cut", range(7900, 8100, 7))
-def test_a_password_is_not_half_in_a_traceback_that_is_cut(cut: int) -> None:
+def test_a_truncated_traceback_contains_no_part_of_a_password(cut: int) -> None:
     line = "x" * cut
     description = describe_exception(ValueError(f"redis://user:sesame-and-more@h:1\n{line[:7980]}"))
     assert "and-more" not in mask(description["traceback"])

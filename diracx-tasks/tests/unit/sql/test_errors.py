@@ -1,4 +1,4 @@
-"""Errors of SQL databases are told apart by what mends them."""
+"""Errors of SQL databases are classified by what resolves them."""
 
 from __future__ import annotations
 

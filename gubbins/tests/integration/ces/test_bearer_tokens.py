@@ -74,7 +74,7 @@ async def test_a_token_is_fetched_once_for_its_audience_and_scopes(
     assert claims_of(bearer_token(source(scope="compute.read")))["scope"] == "compute.read"
 
 
-async def test_a_token_is_renewed_before_it_expires_and_used_while_the_provider_is_away(
+async def test_a_token_is_renewed_before_it_expires_and_used_while_the_provider_is_unavailable(
     provider: Glewlwyd, source: Callable[..., TokenIssuer]
 ) -> None:
     provider.set_life(6)

@@ -218,7 +218,7 @@ async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTC
     await backend.cancel([pilot])
 
 
-async def test_what_cannot_be_removed_silences_no_poll(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
+async def test_a_refused_removal_does_not_prevent_polls(htcondor_site: HTCondorSite, tmp_path: Path) -> None:
     backend = make_backend(htcondor_site, default_script="sleep 600", spool_minutes=0)
     pilot = new_pilot("vo")._replace(maybe_submitted=False)
     first, _ = [(await backend.submit([pilot]))[pilot.stamp].reference for _ in range(2)]

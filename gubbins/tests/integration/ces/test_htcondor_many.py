@@ -60,7 +60,7 @@ async def test_many_pilots_share_one_spooled_directory_and_each_gets_its_own_sec
     await until_gone(backend, htcondor_site, carrier)
 
 
-async def test_where_there_is_room_for_some_of_many_those_are_submitted_and_no_more_appear_later(
+async def test_a_call_beyond_the_quota_submits_the_pilots_below_it_and_no_more_appear_later(
     htcondor_site: HTCondorSite,
 ) -> None:
     backend = make_backend(htcondor_site, default_script="sleep 600", keep="none")
@@ -83,7 +83,7 @@ async def test_where_there_is_room_for_some_of_many_those_are_submitted_and_no_m
     assert set(await backend.poll(pilots)) == {pilot.stamp for pilot in submitted}
 
 
-async def test_where_there_is_room_for_none_of_many_nothing_stays_there(htcondor_site: HTCondorSite) -> None:
+async def test_a_call_refused_by_the_quota_leaves_nothing_at_the_schedd(htcondor_site: HTCondorSite) -> None:
     backend = make_backend(htcondor_site)
     before: tuple[set[str], set[str]] = set(), set()
 
@@ -105,7 +105,7 @@ async def test_where_there_is_room_for_none_of_many_nothing_stays_there(htcondor
     assert carriers(htcondor_site) <= before[0]
 
 
-async def test_nothing_of_many_pilots_stays_there_after_the_last_of_them(
+async def test_many_pilots_leave_nothing_at_the_schedd_after_the_last_one(
     htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:
     backend = with_seconds(5, make_backend(htcondor_site, keep="none"), tmp_path)
@@ -120,7 +120,7 @@ async def test_nothing_of_many_pilots_stays_there_after_the_last_of_them(
 
 
 @pytest.mark.parametrize(("rule", "seconds"), [("SCHEDD_ALLOW_LATE_MATERIALIZE = False\n", 60), ("", -60)])
-async def test_a_schedd_that_makes_no_jobs_itself_or_none_any_more_gets_many_pilots_too(
+async def test_many_pilots_are_submitted_to_a_schedd_without_late_materialization(
     htcondor_site: HTCondorSite, tmp_path: Path, rule: str, seconds: int
 ) -> None:
     backend = with_seconds(seconds, make_backend(htcondor_site), tmp_path)
@@ -150,7 +150,7 @@ async def test_a_submission_of_many_that_is_killed_is_found_or_repeated(
         await until_gone(backend, htcondor_site, carrier)
 
 
-async def test_what_is_known_of_a_submission_that_fails_in_part_is_reported(
+async def test_known_outcomes_of_a_partly_failed_submission_are_reported(
     htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:
     fails = 'if commands["+GubbinsStamp"] and len(rows) == 2: raise RuntimeError("no room"'

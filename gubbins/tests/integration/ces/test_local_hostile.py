@@ -97,7 +97,7 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-async def test_a_pilot_cannot_make_us_kill_the_process_of_another_one(
+async def test_a_pilot_cannot_redirect_its_cancellation_to_another_process(
     tmp_path: Path, victim: subprocess.Popen[bytes]
 ) -> None:
     fields = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()

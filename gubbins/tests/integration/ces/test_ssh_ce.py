@@ -422,7 +422,9 @@ async def test_files_of_a_pilot_cannot_block_or_mislead_a_read(
         assert (tmp_path / "secret").read_text() == "the owner's secret"
 
 
-async def test_a_pilot_cannot_make_us_kill_the_process_group_of_another_one(make: Make, tmp_path: Path) -> None:
+async def test_a_pilot_cannot_redirect_its_cancellation_to_another_process_group(
+    make: Make, tmp_path: Path
+) -> None:
     backend, pilot = make(kill_after_seconds=0, default_script="sleep 300"), PilotAtCE("victim", "vo")
     await backend.submit([pilot])
     await observe(backend, pilot, Observed.RUNNING)

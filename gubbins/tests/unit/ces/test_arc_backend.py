@@ -271,7 +271,7 @@ async def test_no_second_pilot_is_submitted_while_a_job_has_no_record(code: str 
     assert "new" not in arex.asked
 
 
-async def test_a_reference_of_another_ce_is_no_news() -> None:
+async def test_a_reference_of_another_ce_changes_no_state() -> None:
     seen = await backend_that_hears(FakeArex()).poll([PilotAtCE("s", "vo", "sim://../../etc ?")])
     assert seen == {"s": Observation(Observed.NO_NEWS)}
 
@@ -442,7 +442,7 @@ async def test_only_the_end_of_a_long_file_is_requested() -> None:
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
     st.text("abc09-", min_size=1),
 )
-def test_no_script_can_break_out_of_its_description(script: str, stamp: str) -> None:
+def test_no_script_can_inject_attributes_into_its_description(script: str, stamp: str) -> None:
     hostile = {"PILOT_VO": script}
     text = describe(arc_settings(), script, stamp, hostile)
     assert text.isprintable()

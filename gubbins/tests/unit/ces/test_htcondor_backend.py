@@ -138,7 +138,9 @@ def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -
         ("import sys; sys.exit('11/22/26 05:17:25 who are you?')", r"\(1\); who are you\?$"),
     ],
 )
-async def test_an_invalid_response_is_no_news_and_has_a_reason(program: str, message: str, tmp_path: Path) -> None:
+async def test_an_invalid_response_changes_no_state_and_has_a_reason(
+    program: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(CEUnavailableError, match=message):
         await backend_with(program, tmp_path).poll([PILOT])
 
@@ -168,7 +170,7 @@ async def test_a_submission_without_an_outcome_is_neither_a_pilot_nor_a_refusal(
         ("time.sleep(600)", False),
     ],
 )
-async def test_only_a_refused_history_makes_pilots_unknown_and_no_response_is_no_news(
+async def test_only_a_refused_history_makes_pilots_unknown_and_a_missing_response_changes_no_state(
     history: str, known: bool, tmp_path: Path
 ) -> None:
     program = (

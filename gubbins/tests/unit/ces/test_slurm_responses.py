@@ -346,7 +346,7 @@ def test_resources_become_options_of_sbatch() -> None:
     assert "--output=/dev/null" in sbatch_options(unseen, PilotAtCE("s", "vo"))
 
 
-def test_no_setting_can_break_out_of_the_batch_script() -> None:
+def test_no_setting_can_inject_a_command_into_the_batch_script() -> None:
     settings = SlurmSettings(
         directory=Path("/pi lots'"), default_script="SCRIPT\n@job@", environment={"A": "'; rm -rf /\n@script@"}
     )

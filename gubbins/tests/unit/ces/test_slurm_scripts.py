@@ -73,7 +73,7 @@ def test_files_of_a_pilot_cannot_block_or_mislead_a_read(
         ("-7", ""),
     ],
 )
-def test_what_sbatch_says_in_any_version_is_the_number_of_a_job_or_none(said: str, number: str) -> None:
+def test_output_of_sbatch_of_any_version_is_a_job_number_or_none(said: str, number: str) -> None:
     done = subprocess.run(["sed", "-n", NUMBER], input=f"{said}\n", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == number
 

@@ -12,7 +12,7 @@ MANY = 10**6
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def test_a_single_vo_gets_all_that_it_wants() -> None:
+def test_a_single_vo_gets_all_its_demand() -> None:
     assert fair_part(7, "a", {"a": Sharer(1, 3, MANY)}) == 7
     assert fair_part(7, "a", {"a": Sharer(1, 3, 2)}) == 2
     assert fair_part(-1, "a", {"a": Sharer(1, 3, 2)}) == 0

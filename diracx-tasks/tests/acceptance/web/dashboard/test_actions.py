@@ -56,7 +56,7 @@ async def in_audit_log(tab: Tab, *wanted: tuple[str, str, str]) -> None:
             await expect(cells).to_contain_text(text)
 
 
-async def test_a_task_is_cancelled_a_queue_emptied_and_a_lock_taken_away(
+async def test_a_task_is_cancelled_a_queue_purged_and_a_lock_released(
     tab: Tab, world: World, redis: Redis
 ) -> None:
     [held] = await runs(redis, "test:Hold")
@@ -95,7 +95,9 @@ async def test_a_task_is_cancelled_a_queue_emptied_and_a_lock_taken_away(
     assert not tab.errors
 
 
-async def test_schedules_are_steered_and_dead_letters_decided_about(tab: Tab, world: World, redis: Redis) -> None:
+async def test_schedules_are_paused_resumed_and_run_and_dead_letters_retried_and_discarded(
+    tab: Tab, world: World, redis: Redis
+) -> None:
     schedule = "test:Tidy/lhcb"
     await tab.open("/schedules?vo=lhcb")
     button = tab.page.locator(f'[id="pause-{schedule}"]')

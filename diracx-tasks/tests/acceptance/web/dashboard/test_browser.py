@@ -167,7 +167,7 @@ async def test_several_dead_letters_are_chosen_and_discarded_at_once(tab: Tab, w
     assert not tab.errors
 
 
-async def test_the_colours_are_as_chosen_on_the_next_page_as_well(tab: Tab) -> None:
+async def test_the_chosen_colours_are_kept_on_the_next_page(tab: Tab) -> None:
     await tab.open("/workers")
     await tab.page.get_by_role("button", name="Dark").click()
     await tab.open("/locks")

@@ -75,7 +75,7 @@ def bearer(text: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {text}"}
 
 
-async def test_a_token_that_has_expired_or_is_of_an_unknown_vo_is_good_for_nothing(
+async def test_a_token_that_has_expired_or_is_of_an_unknown_vo_is_refused(
     client: httpx.AsyncClient, token: Token
 ) -> None:
     expired, foreign = token("ServiceAdministrator", seconds=-60), token("ServiceAdministrator", vo="elsewhere")
@@ -105,7 +105,7 @@ async def test_an_unavailable_database_of_dead_letters_is_503(
             assert "DIRACX_DB_URL_TASKDB" in response.json()["detail"]
 
 
-async def test_a_page_that_follows_none_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
+async def test_an_invalid_cursor_is_not_found(client: httpx.AsyncClient, token: Token) -> None:
     for path in ("running", "delayed", "failures", "queues/normal:small", "dead-letters/waiting"):
         for after in ("x", "nan", "1-x", "99999999999999999999-1"):
             response = await client.get(
@@ -152,7 +152,7 @@ async def test_actions_by_http_are_done_and_audited(client: httpx.AsyncClient, t
     assert len(entries) == 5
 
 
-async def test_a_server_that_takes_no_task_is_no_fault_of_the_application(
+async def test_a_server_that_refuses_tasks_is_an_error_503_of_the_application(
     client: httpx.AsyncClient, token: Token, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.refuse(monkeypatch)

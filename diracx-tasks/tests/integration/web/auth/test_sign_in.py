@@ -100,7 +100,7 @@ async def test_a_wrong_state_is_refused_and_ends_the_sign_in(browser: Browser, s
     assert session(browser) is None
 
 
-async def test_a_code_is_good_once(browser: Browser) -> None:
+async def test_an_authorization_code_is_valid_once(browser: Browser) -> None:
     started = await browser.start(OPERATOR)
     kept = dict(browser.client.cookies)
     address = await browser.consent(started)

@@ -98,7 +98,7 @@ async def test_without_a_session_nothing_can_be_done(app: Any, path: str) -> Non
     assert response.status_code == 401
 
 
-async def test_a_wrong_token_opens_nothing_and_is_not_shown(app: Any) -> None:
+async def test_a_wrong_token_gives_no_access_and_is_not_shown(app: Any) -> None:
     async with browser(app) as client:
         response = await client.post("/sign-in", data={"credential": "<script>wrong"})
         assert response.status_code == 403
@@ -155,7 +155,7 @@ async def test_a_form_of_another_site_or_session_does_nothing(app: Any, redis: R
         assert (await client.post("/paint", data=good, headers=headers)).status_code == 303
 
 
-async def test_a_page_of_another_site_can_lead_here_but_fetch_nothing(app: Any) -> None:
+async def test_another_site_can_link_to_a_page_but_fetch_nothing(app: Any) -> None:
     async with signed_in(app) as client:
         for site in ("same-site", "cross-site"):
             elsewhere = {"sec-fetch-site": site, "origin": "http://localhost:3000"}
@@ -206,7 +206,7 @@ async def test_a_foreign_host_name_is_refused(app: Any) -> None:
         assert (await client.get("/sign-in", headers={"host": "[x"})).status_code in (400, 421)
 
 
-async def test_a_session_that_was_ended_is_over(app: Any) -> None:
+async def test_an_ended_session_is_invalid(app: Any) -> None:
     async with signed_in(app) as client:
         token = await form_token(client)
         kept = "; ".join(f"{name}={value}" for name, value in client.cookies.items())

@@ -280,7 +280,7 @@ async def test_schedules_are_paused_resumed_and_run(world: World) -> None:
         assert "no schedule" in await act(client, "/schedules/pause", schedule="test:None")
 
 
-async def test_a_server_that_takes_no_task_is_no_fault_of_the_dashboard(
+async def test_a_server_that_refuses_tasks_is_an_error_503_of_the_dashboard(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with operator(world) as client:
