@@ -1,6 +1,6 @@
-"""Mass cancellation: its stalls of the event loop of a worker, measured by `make bench-cancel`.
+"""Time for which a mass cancellation blocks the event loop of a worker: `make bench-cancel`.
 
-Another process cancels; the worker's own event loop says how much later than it asked for it was called.
+Another process cancels; a timer in the worker's event loop measures how late it is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diracx.tasks.testing import TaskSystem
 
 from .results import RESULTS, machine, write_section
 
-#: From one look at the event loop to the next.
+#: Interval of the timer.
 _LOOK_SECONDS = 0.001
 
 
@@ -141,7 +141,9 @@ async def report(cases: Sequence[Case], rounds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-cancel", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of each case the quickest counts (default 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of each case, of which the fastest counts (default 3)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     parser.add_argument("--cancel", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Costs of a task in round trips, commands and bytes, counted, not timed: `make bench-count`.
+"""Round trips, commands and bytes of a task: `make bench-count`.
 
-These figures are the same on every machine, so a test (`test_counts.py` of diracx-tasks) holds them.
+These figures are the same on every machine; a test (`test_counts.py` of diracx-tasks) checks their bounds.
 """
 
 from __future__ import annotations

@@ -212,9 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-idle", description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 60, 400], help="numbers of workers")
     parser.add_argument("--busy", type=int, nargs="*", default=[60], help="numbers of busy workers")
-    parser.add_argument("--tasks", type=int, default=600, help="tasks for each of them")
+    parser.add_argument("--tasks", type=int, default=600, help="tasks for each number of workers")
     parser.add_argument(
-        "--idle-seconds", type=float, default=_PERIOD_SECONDS, help="how long to look at idle workers"
+        "--idle-seconds", type=float, default=_PERIOD_SECONDS, help="duration of the measurement of idle workers"
     )
     parser.add_argument("--warm-up", type=float, default=60.0, help="seconds from the start to the first count")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")

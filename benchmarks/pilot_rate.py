@@ -1,7 +1,7 @@
-"""Rate at which pilots are submitted, from the requests of rounds to the last task: `make bench-pilot-rate`.
+"""Pilots submitted per second, from the requests of the rounds to the last task: `make bench-pilot-rate`.
 
-One worker process (this one) on uvloop, SQLite, a server of its own. The simulated back end responds at once, or
-with the latency of a far one: each call of its `submit` takes so long, however many pilots it has.
+One worker process (this one) on uvloop, SQLite, and a Redis server of its own. The simulated back end responds at
+once, or with the latency of a distant site, which each call of `submit` has for any number of pilots.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The pilot system at the size of a large grid, in simulated time: `make bench-pilots`.
 
 200 compute elements are shared by 10 VOs and hold 100,000 pilots, beside 900,000 that have ended. Each simulated
-minute is one cycle: every VO asks for pilots, all that were asked for are submitted, and every VO's pilots are
-checked. The database is a real one (SQLite in a file), the compute elements respond at once.
+minute is one cycle: each VO requests pilots, all requested ones are submitted, and the pilots of each VO are
+checked. The database is a real one (SQLite in a file); the compute elements respond at once.
 """
 
 from __future__ import annotations
@@ -329,9 +329,11 @@ def _draw(run: Run) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pilot_scale", description=__doc__)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of pilots; RESULTS.md: only 1")
-    parser.add_argument("--minutes", type=int, default=20, help="of simulated time")
-    parser.add_argument("--at-most", type=float, default=240, help="real seconds, after which it ends early")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="part of the number of pilots; RESULTS.md is written for 1 only"
+    )
+    parser.add_argument("--minutes", type=int, default=20, help="simulated time")
+    parser.add_argument("--at-most", type=float, default=240, help="limit of real time in seconds")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     arguments = parser.parse_args()
     full = World()

@@ -1,7 +1,7 @@
 """Time until the tasks of a lost worker run again, in each case: `python -m benchmarks.recovery`.
 
-Real worker processes on an embedded Valkey. Of every task that ran at the victim, the wait from the end of its
-worker to its next start, and the part of it after the moment at which the worker's lease had ended.
+Real worker processes on an embedded Valkey. For each task of the lost worker: the time from the end of the worker
+to the next start of the task, and the part of it after the expiry of the worker's lease.
 """
 
 from __future__ import annotations
@@ -282,10 +282,10 @@ Measured by `python -m benchmarks.recovery` on {datetime.now(UTC):%Y-%m-%d}: {ma
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
-    parser.add_argument("--lease", type=float, default=2.0, help="seconds")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lease", type=float, default=2.0, help="lease of the workers in seconds (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each case (default 3)")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
-    parser.add_argument("cases", nargs="*")
+    parser.add_argument("cases", nargs="*", help="(default: all)")
     arguments = parser.parse_args()
     rows = asyncio.run(measure_all(arguments.lease, arguments.rounds, arguments.cases))
     if not arguments.dry_run:

@@ -1,7 +1,7 @@
-"""Time of the slowest single call when there is very much of something: `make bench-size`.
+"""Time of the slowest single call of the server with very large amounts of data: `make bench-size`.
 
-The server does one thing at a time, so while it is at one call everybody waits. Each state is built twice, at half
-its size and whole, on a server of its own; then what touches it is done, and the time of each call is taken from
+The server executes one call at a time, and all clients wait for it. Each state is built twice on a server of its
+own, at half and at full size; then the operations that use it are executed, and the time of each call is read from
 the server's slow log.
 """
 
@@ -185,8 +185,10 @@ other processes on the machine do not count.
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-size", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="part of the full sizes (default 1)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each call the quickest counts (default 3)")
-    parser.add_argument("--only", default="", help="states whose name has this regular expression")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of each call, of which the fastest counts (default 3)"
+    )
+    parser.add_argument("--only", default="", help="states whose name matches this regular expression")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table; RESULTS.md stays as it is")
     parser.add_argument("--dry-run", action="store_true", help="print only, leave RESULTS.md as it is")
     arguments = parser.parse_args()

@@ -18,34 +18,36 @@ from . import plan as plans
 _EPILOG = """\
 profiles:
   processes  workers and schedulers are killed, paused beyond their lease and restarted, connections killed
-  net        each worker, scheduler and the submitter has a proxy of its own, which is held (one way or both,
-             for up to 3 leases), delayed by up to 2 s, cut (also within a reply) and half-closed
-  server     the Redis server is killed and started again, paused for longer than the lease, restarted; with
-             --redis everysec also a power cut, which takes what was not synced to the disk yet
+  net        each worker and scheduler and the submitter connects through a proxy, which stops forwarding (one
+             way or both, for up to 3 leases), adds up to 2 s, and closes connections (also within a reply, or one
+             direction only)
+  server     the Redis server is killed and started again, paused for longer than the lease, or restarted; with
+             --redis everysec also a power failure, which loses data that were not on the disk yet
   sentinel   the same with a primary, two replicas and three sentinels: each outage is a failover
-  sql        the server of the dead letters (MariaDB) is killed, paused, held and cut off
-  all        everything at once, with failovers
+  sql        the server of the dead letters (MariaDB) is killed, paused or disconnected
+  all        all of these together, with failovers
 
 configurations of Redis (--redis):
   none, rdb (a snapshot every 5 s), everysec and always (append-only file), sentinel, sentinel-min-replicas
 
-A run starts the servers, N workers (every second one of size small) and 2 schedulers through our own command
-line. Of four workers, two are of a newer version, which is simulated: they know a message format that the others
-leave to them. Tasks are submitted all the time: quick, slow, failing, at most once, grouped, delayed, limited,
-with locks for shorter and for longer than a lease, shared and exclusive, and such that kill their worker.
-Meanwhile the system is disturbed. Then it is left alone until it comes to rest, stopped, and judged
-(chaos/verdict.py says what exactly is counted). The seed decides what is submitted and disturbed, and when.
+A run starts the servers, and workers (every second one of size small) and schedulers by their commands. Half of
+the workers simulate a newer version: they accept a message format that the others defer to them. Tasks of all
+kinds are submitted continuously: short, long, failing, started at most once, grouped, delayed, limited, with
+shared and exclusive locks for shorter and for longer than a lease, and poison tasks, which kill their worker.
+During that time, disturbances are injected. Afterwards the system may finish all tasks; it is stopped, and the
+promises are checked (chaos/verdict.py defines each figure). The seed determines the tasks and disturbances, and
+their times.
 
 examples:
   make chaos ARGS="--profile net --seconds 60 --seed 7"
   make chaos ARGS="--profile server --redis everysec --json"
   make chaos ARGS="--profile all --plan"
 
-Exit code: 0 when every promise was kept, 1 when one was broken (files are kept, and named), 2 for wrong usage, 3
-when chaos itself failed: a server did not start, a failover did not happen. Nothing is judged then.
+Exit code: 0 if all promises were kept, 1 if one was broken (the directory of logs is printed and kept), 2 for
+wrong usage, 3 if chaos itself failed: a server did not start, or there was no failover. Nothing is checked then.
 """
 
-#: Tasks for each 120 s of the storm.
+#: Tasks for each 120 s of disturbances.
 _TASKS = {"processes": 20_000}
 _FEWER_TASKS = 8_000
 
@@ -58,25 +60,27 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--profile", choices=plans.PROFILES, default="processes", help="what is disturbed (default processes)"
+        "--profile", choices=plans.PROFILES, default="processes", help="kinds of disturbances (default processes)"
     )
     parser.add_argument(
         "--redis", choices=plans.CONFIGURATIONS, help="configuration of Redis (default: the profile's)"
     )
-    parser.add_argument("--database", choices=plans.DATABASES, help="of the dead letters (default: the profile's)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="length of the storm (default 120)")
-    parser.add_argument("--seed", type=int, default=1, help="of the plan (default 1)")
+    parser.add_argument(
+        "--database", choices=plans.DATABASES, help="database of the dead letters (default: the profile's)"
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="duration of the disturbances (default 120)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the tasks and disturbances (default 1)")
     parser.add_argument("--tasks", type=int, help="number of tasks (default: enough to keep the workers busy)")
     parser.add_argument("--workers", type=int, default=4, help="worker processes, at least 2 (default 4)")
     parser.add_argument("--schedulers", type=int, default=2, help="scheduler processes (default 2)")
     parser.add_argument("--lease", type=float, default=2.0, help="lease of the workers in seconds (default 2)")
     parser.add_argument("--slots", type=int, default=10, help="tasks at a time in each worker (default 10)")
     parser.add_argument(
-        "--rest", type=float, default=60.0, help="fail when nothing ends for so many seconds (default 60)"
+        "--rest", type=float, default=60.0, help="fail if no task ends for so many seconds (default 60)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--keep", action="store_true", help="keep logs and testimony even if all went well")
-    parser.add_argument("--plan", action="store_true", help="print what would be disturbed and when, and end")
+    parser.add_argument("--keep", action="store_true", help="keep logs and records also if all promises were kept")
+    parser.add_argument("--plan", action="store_true", help="print the disturbances and their times, and exit")
     arguments = parser.parse_args()
     for name, least in (("seconds", 5), ("workers", 2), ("schedulers", 1), ("lease", 1), ("slots", 1)):
         if getattr(arguments, name) < least:
@@ -121,7 +125,7 @@ def main() -> int:
         for d in plan.disturbances:
             print(f"{d.at:8.3f} s  {d.what:22} {d.which:4}" + (f"  {d.seconds:.2f} s" if d.seconds else ""))
         return 0
-    # Only now: these import the task system.
+    # Imported late: these import the task system.
     from .drive import Driver, Settings, keep, say
     from .records import read
     from .verdict import ChaosResult, as_json
@@ -142,9 +146,9 @@ def main() -> int:
         observed = asyncio.run(Driver(plan, settings, directory).run())
     except Exception as error:
         (directory / "failure.txt").write_text("".join(traceback.format_exception(error)))
-        say(f"chaos itself failed, and has judged nothing: {causes(error)}; see {directory}/failure.txt")
+        say(f"chaos itself failed, and has checked nothing: {causes(error)}; see {directory}/failure.txt")
         return 3
-    verdict = ChaosResult(plan, observed, read(directory / "witness"), arguments.lease)
+    verdict = ChaosResult(plan, observed, read(directory / "records"), arguments.lease)
     promises = verdict.promises()
     broken = [promise.name for promise in promises if promise.kept is False]
     if arguments.json:
@@ -160,7 +164,7 @@ def main() -> int:
         print("\n".join(verdict.details))
     if broken or arguments.keep:
         keep(observed, directory / "observed.json")
-        say(f"logs and testimony: {directory}")
+        say(f"logs and records: {directory}")
     else:
         shutil.rmtree(directory)
     return 1 if broken else 0

@@ -152,14 +152,14 @@ class Driver:
 
     def _prepare(self) -> None:
         settings = self._settings
-        testimony = self._directory / "witness"
-        testimony.mkdir()
+        records_directory = self._directory / "records"
+        records_directory.mkdir()
         configuration = self._directory / "tasks.yaml"
         configuration.write_text(json.dumps({"common": _without_installed_schedules()}))
         environment = {
             CONFIG_PATH_VARIABLE: str(configuration),
             "DIRACX_DB_URL_TASKDB": self._database.url,
-            records.VARIABLE: str(testimony),
+            records.VARIABLE: str(records_directory),
         }
         common = ["--module", tasks.__name__, "--log-level", "warning"]
 
@@ -211,7 +211,7 @@ class Driver:
                 process.wait_end(15)
                 observed.exit_codes[process.name] = self._history.ended[pid][1]
 
-    # --- the storm ------------------------------------------------------------------------------------------
+    # --- disturbances ------------------------------------------------------------------------------------------
 
     async def _disturbed(self, watching: RedisStreamBroker) -> Observed:
         workers = len(self._workers)
@@ -226,12 +226,12 @@ class Driver:
         submitting = RedisStreamBroker(f"{self._url_for(SUBMITTER)}?{_SUBMITTER_OPTIONS}", client_name=_OURS)
         try:
             async with asyncio.TaskGroup() as together:
-                storm = [
+                active = [
                     together.create_task(self._submit(observed, submitting)),
                     together.create_task(self._disturb(observed, watching)),
                 ]
                 progress = together.create_task(self._report(observed, watching))
-                together.create_task(self._rest(observed, watching, storm, progress))
+                together.create_task(self._rest(observed, watching, active, progress))
         finally:
             await submitting.shutdown()
         return observed
@@ -399,10 +399,10 @@ class Driver:
         self,
         observed: Observed,
         watching: RedisStreamBroker,
-        storm: Sequence[asyncio.Task[None]],
+        active: Sequence[asyncio.Task[None]],
         progress: asyncio.Task[None],
     ) -> None:
-        await asyncio.wait(storm)
+        await asyncio.wait(active)
         observed.settled = end = time.monotonic()
         quiet_since: float | None = None
         fewest, fewer_at = math.inf, end

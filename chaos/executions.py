@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from .drive import Observed
-from .records import Run, Testimony
+from .records import Records, Run
 
 SETTLE_SECONDS = 1.0
 AFTER_SECONDS = 1.0
@@ -33,16 +33,16 @@ REASONS = (KILLED, BESIDE_POISON, PAUSED, CUT_OFF, SERVER_AWAY, DATA_LOST, STOPP
 class Executions:
     """Relates executions to the failures of processes, links and servers."""
 
-    def __init__(self, observed: Observed, testimony: Testimony, lease: float) -> None:
+    def __init__(self, observed: Observed, records: Records, lease: float) -> None:
         history = observed.history
         self._history = history
-        self._suicides = testimony.suicides
+        self._killed_by_task = records.killed_by_task
         self._outages = observed.outages
         self._serious_seconds = SERIOUS * lease
         self.process_ends = {**{pid: at for pid, (at, _) in history.ended.items()}, **history.killed}
-        for pid, at in testimony.suicides.items():
+        for pid, at in records.killed_by_task.items():
             self.process_ends[pid] = min(at, self.process_ends.get(pid, at))
-        self.violent = {*history.killed, *testimony.suicides}
+        self.violent = {*history.killed, *records.killed_by_task}
 
     def disturbances(self, run: Run) -> Iterator[tuple[float, str]]:
         """Times and kinds of its disturbances."""
@@ -52,7 +52,7 @@ class Executions:
             return run.start <= over + AFTER_SECONDS and begin <= until
 
         if run.pid in self.violent and self.process_ends[run.pid] <= until:
-            yield self.process_ends[run.pid], BESIDE_POISON if run.pid in self._suicides else KILLED
+            yield self.process_ends[run.pid], BESIDE_POISON if run.pid in self._killed_by_task else KILLED
         for begin, over in self.pauses(run.pid):
             if meets(begin, over):
                 yield begin, PAUSED

@@ -23,7 +23,7 @@ again, unless it failed; so an interrupted series goes on where it was. A run th
 
 example: make chaos-figures ARGS="--cases net,sql,server:rdb --seeds 2 --seconds 60"
 """
-#: Beyond its storm a run may take so long: servers start, the system comes to rest, processes stop.
+#: Beyond its disturbances, a run may take so long: servers start, the system comes to rest, processes stop.
 _BEYOND_SECONDS = 400
 _DOUBLED = "— "
 
@@ -132,8 +132,8 @@ def report(results: dict[Case, list[dict[str, Any]]], seconds: float) -> str:
     return f"""## Chaos
 
 Measured by `make chaos-figures` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
-Storms of {seconds:g} s, leases of 2 s, sums over all seeds; `chaos/verdict.py` says what is counted. *Lost with
-the server's data* are acknowledged tasks that the configuration could not keep, with when they were
+Disturbances for {seconds:g} s, leases of 2 s, sums over all seeds; `chaos/verdict.py` defines each figure. *Lost
+with the server's data* are acknowledged tasks that the configuration could not keep, with when they were
 acknowledged, counted from the disturbance of the server. *After SIGCONT* are overlaps of at most 250 ms by a
 process that had been stopped, *lock lost* those of a server that had lost the lock. Recovery: the median of the
 runs' p50 / the greatest p99 in seconds from the disturbance (of the server: from its end) to the next execution.
@@ -162,7 +162,9 @@ def main() -> None:
         help="PROFILE or PROFILE:REDIS, separated by commas (default: all)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each case (default 5)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="length of each storm (default 120)")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="duration of the disturbances of each run (default 120)"
+    )
     parser.add_argument("--jobs", type=int, choices=(1, 2, 3), default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the section, leave RESULTS.md as it is")
     arguments = parser.parse_args()

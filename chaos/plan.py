@@ -24,10 +24,10 @@ _SHARES = {
     "Limited": 40,
     "Later": 50,
 }
-#: Of those that hold their lock for longer than a lease: one for so many seconds of the storm, of each kind.
+#: Of those that hold their lock for longer than a lease: one per so many seconds of disturbances, of each kind.
 _LONG_EVERY_SECONDS = 3.0
-#: Part of the storm in which they are submitted. A poison task has to end several workers to be found out; a newer
-#: one comes again after a while, until one of the right workers takes it.
+#: Part of the duration in which they are submitted. A poison task has to end several workers to be recognised; a
+#: newer one is delivered again after a while, until a worker of the newer version takes it.
 _UNTIL = {"Kills": 0.3, "KillsLocked": 0.3, "Newer": 0.3}
 _GROUPED = 150
 _GROUP_SIZE = 10

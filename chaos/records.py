@@ -18,7 +18,7 @@ from typing import ClassVar
 from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, RetryPolicyBase
 
 #: The directory of the files; set by the driver for every worker.
-VARIABLE = "CHAOS_WITNESS"
+VARIABLE = "CHAOS_RECORDS"
 _runs = itertools.count(1)
 _files: dict[int, int] = {}
 
@@ -37,7 +37,7 @@ def next_run() -> int:
     return next(_runs)
 
 
-class Witnessed(BaseTask):
+class Recorded(BaseTask):
     """A task with a number that records its executions. Retried until it succeeds."""
 
     n: int
@@ -70,17 +70,17 @@ class Run:
 
 
 @dataclass(slots=True)
-class Testimony:
-    """Everything that was written."""
+class Records:
+    """All records of a run."""
 
     runs: list[Run] = field(default_factory=list)
-    suicides: dict[int, float] = field(default_factory=dict)
-    """pid -> when a task killed its own process."""
+    killed_by_task: dict[int, float] = field(default_factory=dict)
+    """pid -> time when a task killed the process."""
 
 
-def read(directory: Path) -> Testimony:
+def read(directory: Path) -> Records:
     """All files of all processes, executions by their start."""
-    found = Testimony()
+    found = Records()
     for path in directory.glob("*.log"):
         runs: dict[str, Run] = {}
         for line in path.read_text().splitlines():
@@ -91,7 +91,7 @@ def read(directory: Path) -> Testimony:
             elif mark == "E":
                 runs[run].end, runs[run].how = at, how
             else:
-                found.suicides[int(pid)] = at
+                found.killed_by_task[int(pid)] = at
         found.runs += runs.values()
     found.runs.sort(key=lambda run: run.start)
     return found

@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from .plan import Disturbance
 
 SERVICE = "tasks"
-#: A snapshot is taken so often in the configuration `rdb`: often, for storms are short.
+#: Interval of snapshots in the configuration `rdb`: short, as runs are.
 SNAPSHOT_SECONDS = 5
 #: A primary that has not heard from a replica for so long refuses writes; it is measured in whole seconds.
 _MAX_LAG_SECONDS = 2

@@ -25,7 +25,7 @@ from diracx.tasks.plumbing.broker import models
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 
-from .records import VARIABLE, Witnessed, next_run, note
+from .records import VARIABLE, Recorded, next_run, note
 
 #: Set for workers of a newer version, which is simulated: they know the message format after today's, which others
 #: leave to them; their code is the same.
@@ -53,7 +53,7 @@ class Quota(RateLimiter):
 
 
 @dataclass
-class Quick(Witnessed):
+class Quick(Recorded):
     n: int
 
     async def execute(self) -> None:
@@ -75,7 +75,7 @@ class Later(Quick):
 
 
 @dataclass
-class Slow(Witnessed):
+class Slow(Recorded):
     n: int
     seconds: float
 
@@ -85,7 +85,7 @@ class Slow(Witnessed):
 
 
 @dataclass
-class Flaky(Witnessed):
+class Flaky(Recorded):
     """Fails once."""
 
     n: int
@@ -107,7 +107,7 @@ class Newer(Quick):
 
 
 @dataclass
-class Once(Witnessed):
+class Once(Recorded):
     """Must not start twice: becomes a dead letter when its worker dies."""
 
     n: int
@@ -119,7 +119,7 @@ class Once(Witnessed):
 
 
 @dataclass
-class Failing(Witnessed):
+class Failing(Recorded):
     """Never succeeds."""
 
     n: int
@@ -131,7 +131,7 @@ class Failing(Witnessed):
 
 
 @dataclass
-class Locked(Witnessed):
+class Locked(Recorded):
     n: int
     key: str
 
@@ -152,7 +152,7 @@ class LockedSmall(Locked):
 
 
 @dataclass
-class LockedTwice(Witnessed):
+class LockedTwice(Recorded):
     """Wants two mutexes at once; `key` is "a+b"."""
 
     n: int
@@ -179,7 +179,7 @@ class LockedLong(Locked):
 
 
 @dataclass
-class Reads(Witnessed):
+class Reads(Recorded):
     n: int
     key: str
 
@@ -204,7 +204,7 @@ class ReadsLong(Reads):
 
 
 @dataclass
-class Writes(Witnessed):
+class Writes(Recorded):
     n: int
     key: str
     size = Size.SMALL
@@ -219,7 +219,7 @@ class Writes(Witnessed):
 
 
 @dataclass
-class Limited(Witnessed):
+class Limited(Recorded):
     n: int
 
     @property
@@ -232,7 +232,7 @@ class Limited(Witnessed):
 
 
 @dataclass
-class Rated(Witnessed):
+class Rated(Recorded):
     n: int
 
     @property
@@ -260,7 +260,7 @@ class GroupFailed(Quick):
 
 
 @dataclass
-class Kills(Witnessed):
+class Kills(Recorded):
     """Takes its worker with it, every time."""
 
     n: int

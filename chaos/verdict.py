@@ -31,7 +31,7 @@ from .drive import MAX_DELIVERIES, Observed
 from .exclusion import AWAKENING_SECONDS, overlaps
 from .executions import Executions
 from .plan import Plan
-from .records import Run, Testimony
+from .records import Records, Run
 from .recovery import BESIDE_POISON, recovery
 
 RATE_SLACK_SECONDS = 1.0
@@ -41,7 +41,7 @@ START_SECONDS = 10.0
 _START_UNSEEN_SECONDS = 30.0
 #: A median of fewer waits says nothing.
 _FEW_WAITS = 5
-#: Clocks of server and witness differ by less.
+#: Clocks of the server and of the records differ by less.
 _CLOCK_SECONDS = 0.01
 
 _EXPECTED_RUNS = {"Failing": tasks.FAILURES, "Flaky": 2}
@@ -61,12 +61,12 @@ class Promise:
 
 
 class ChaosResult:
-    def __init__(self, plan: Plan, observed: Observed, testimony: Testimony, lease: float) -> None:
+    def __init__(self, plan: Plan, observed: Observed, records: Records, lease: float) -> None:
         self._plan, self._observed, self._lease = plan, observed, lease
-        self._executions = Executions(observed, testimony, lease)
-        self._suicides = testimony.suicides
-        self._runs = [run for run in testimony.runs if run.kind != "Beat"]
-        self._beats = [run for run in testimony.runs if run.kind == "Beat"]
+        self._executions = Executions(observed, records, lease)
+        self._killed_by_task = records.killed_by_task
+        self._runs = [run for run in records.runs if run.kind != "Beat"]
+        self._beats = [run for run in records.runs if run.kind == "Beat"]
         self._by_task: dict[int, list[Run]] = defaultdict(list)
         for run in self._runs:
             self._by_task[run.n].append(run)
@@ -117,7 +117,7 @@ class ChaosResult:
         yield Promise(
             "disturbances", sum(done.values()), None, ", ".join(f"{k} {v}" for k, v in sorted(done.items()) if v)
         )
-        yield Promise("workers killed by a task", len(self._suicides))
+        yield Promise("workers killed by a task", len(self._killed_by_task))
         away = [outage.end - outage.begin for outage in self._observed.outages]
         yield Promise("server away, s", round(sum(away), 1), None, f"{len(away)} outages")
 

@@ -1,4 +1,4 @@
-"""`python -m model`: search all states, and print the result."""
+"""Search all states of the delivery protocol for a broken guarantee."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import time
 from .rules import KINDS, Rules
 
 _EPILOG = """\
-Two workers, three tasks (two want the same mutex), for each process one real server with the real scripts.
+Two workers, three tasks (two need the same mutex), for each process one real server with the real scripts.
 Every order of fetch, reclaim, fetch_unacknowledged, start, settle and renew is tried, with up to N disturbances
-wherever they can happen: a worker dies, is paused or disconnected, a response is lost, the server is
+at every possible point: a worker crashes, is paused or disconnected, a reply is lost, the server is
 unavailable for longer than all leases. In every state each task is in one place or has been settled once, a
-lock has one active holder, no worker that has come back counts as dead, tasks without locks have started once
+lock has one active holder, no worker that has come back counts as crashed, tasks without locks have started once
 if only the server was unavailable, and some step is possible until all tasks are settled.
 
 Assumptions: the clocks of workers and server run at the same rate to within a tenth; a worker checks its lease
@@ -22,9 +22,9 @@ first after a pause; the server executes each script completely and loses no dat
 steps of a healthy worker with a task without a lock, or with a lost one, affect no others and are not
 interleaved.
 
---without-lease-timer and --without-another-term disable a part of the protocol: a violation must then be found.
+--without-lease-timer and --without-new-leases disable a part of the protocol: a violation must then be found.
 
-Exit code: 0 when all of that holds, 1 when not (the steps that lead there are printed), 3 when time was too short.
+Exit code: 0 if all of that holds, 1 if not (the steps that lead there are printed), 3 after the time limit.
 """
 
 
@@ -35,26 +35,37 @@ def main() -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--disturbances", type=int, default=1, metavar="N", help="at most so many (default 1)")
     parser.add_argument(
-        "--only", choices=KINDS, default="", metavar="KIND", help=f"of one kind: {', '.join(KINDS)}"
+        "--disturbances", type=int, default=1, metavar="N", help="maximum number of disturbances (default 1)"
+    )
+    parser.add_argument(
+        "--only",
+        choices=KINDS,
+        default="",
+        metavar="KIND",
+        help=f"disturbances of one kind only: {', '.join(KINDS)}",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
         choices=Rules().tasks,
         default=Rules().tasks,
-        help="what is queued: t0 and t1 want the same mutex, t2 none (default all)",
+        help="queued tasks: t0 and t1 need the same mutex, t2 none (default all)",
     )
-    parser.add_argument("--seconds", type=float, default=600, help="give up after so long (default 600)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: as many as processors)")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit of the search (default 600)")
     parser.add_argument(
-        "--without-lease-timer", action="store_true", help="as if locks were given up with a renewal only"
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="processes of the search (default: one for each processor)",
     )
     parser.add_argument(
-        "--without-another-term",
+        "--without-lease-timer", action="store_true", help="release locks with the next renewal only"
+    )
+    parser.add_argument(
+        "--without-new-leases",
         action="store_true",
-        help="as if a server that was away took all workers for dead",
+        help="count all workers as crashed after an outage of the server",
     )
     arguments = parser.parse_args()
     from .search import Found, search
@@ -64,7 +75,7 @@ def main() -> int:
 
     rules = Rules(
         lease_timer=not arguments.without_lease_timer,
-        another_term=not arguments.without_another_term,
+        new_leases=not arguments.without_new_leases,
         disturbances=arguments.disturbances,
         only=arguments.only,
         tasks=tuple(arguments.tasks),

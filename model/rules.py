@@ -11,8 +11,8 @@ class Rules:
 
     lease_timer: bool = True
     """A worker stops tasks that hold a lock before its lease expires."""
-    another_term: bool = True
-    """A server that was away gives every lease another term."""
+    new_leases: bool = True
+    """After an outage, the server gives every worker a new lease."""
     disturbances: int = 1
     only: str = ""
     """One kind of disturbance; all of them by default."""
@@ -20,4 +20,4 @@ class Rules:
     """Tasks in the queue at first; the others have been settled before."""
 
 
-KINDS = ("dies", "is paused", "is cut off", "a reply is lost", "the server is away")
+KINDS = ("crashes", "is paused", "is disconnected", "a reply is lost", "the server is unavailable")

@@ -110,7 +110,7 @@ class _Expander:
             self._server.restore(origin.dumps)
             states = step()
             absent = [name for name, w in zip(NAMES, states[0].workers, strict=True) if w.lease == "ended"]
-            if absent and not self._rules.another_term:
+            if absent and not self._rules.new_leases:
                 self._server.end_leases(*absent)
             data = self._server.read()
             yield from (_visited(state, *data) for state in states)

@@ -20,7 +20,7 @@ _MOMENT = re.compile(r"\d{13,17}(?:-\d+)?")
 #: Where the delivery is of which an owner of a lock is made.
 _OWNER = re.compile(r"(\d+)/(\d{13}-\d+)")
 #: After these alone, what needs no lock must have begun once.
-_HARMLESS = frozenset({"the server is away", "a reply is lost"})
+_HARMLESS = frozenset({"the server is unavailable", "a reply is lost"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -287,17 +287,17 @@ class Steps:
             worker = state.workers[which]
             if worker.process == "runs":
                 for what, after in (
-                    ("dies", replace(worker, process="dead", held=())),
+                    ("crashes", replace(worker, process="dead", held=())),
                     ("is paused", replace(worker, process="paused")),
-                    ("is cut off", replace(worker, connected=False)),
+                    ("is disconnected", replace(worker, connected=False)),
                 ):
-                    if not self._may(state, what) or (what == "is cut off" and not worker.connected):
+                    if not self._may(state, what) or (what == "is disconnected" and not worker.connected):
                         continue
                     changed = self._disturbed(self._with(state, which, after), f"{name} {what}")
                     yield f"{name} {what}", [changed]
         healthy = all(worker.may_call and worker.lease == "valid" for worker in state.workers)
-        if healthy and self._may(state, "the server is away"):
-            yield "the server is away for longer than a lease", lambda: [self._away(state)]
+        if healthy and self._may(state, "the server is unavailable"):
+            yield "the server is unavailable for longer than a lease", lambda: [self._away(state)]
 
     def _may(self, state: State, what: str) -> bool:
         return len(state.disturbed) < self._rules.disturbances and self._rules.only in ("", what)
@@ -309,7 +309,7 @@ class Steps:
             timed = self._timed(replace(worker, lease="expired"))
             held = tuple(replace(h, ask=True) if h.phase == "reserved" else h for h in timed.held)
             workers.append(replace(timed, lease="ended", held=held))
-        return self._disturbed(replace(state, workers=(workers[0], workers[1])), "the server is away")
+        return self._disturbed(replace(state, workers=(workers[0], workers[1])), "the server is unavailable")
 
     # --- small things ---------------------------------------------------------------------------------------
 

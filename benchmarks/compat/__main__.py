@@ -1,4 +1,4 @@
-"""`make compat`: migrations between the published package 0.7.0 and ours, and its own tests, run against ours."""
+"""Test migrations between the published package 0.7.0 and this one, and run its tests against this one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _COLUMNS = ("lost", "doubled", "stuck", "callbacks", "overlaps")
 
 def main() -> int:
     """Print the table and the tests that fail; 1 when something is wrong."""
-    parser = argparse.ArgumentParser(prog="compat", description=__doc__)
-    parser.add_argument("scenarios", nargs="*", help=f"of {', '.join(SCENARIOS)}; default: all")
+    parser = argparse.ArgumentParser(prog="make compat", description=__doc__)
+    parser.add_argument("scenarios", nargs="*", help=f"{'; '.join(SCENARIOS)} (default: all)")
     parser.add_argument(
-        "--at-once", type=int, default=len(SCENARIOS), help="how many run at a time: mostly they wait"
+        "--at-once",
+        type=int,
+        default=len(SCENARIOS),
+        help="scenarios at a time (default: all, as they mostly wait)",
     )
     options = parser.parse_args()
     prepare("reference")

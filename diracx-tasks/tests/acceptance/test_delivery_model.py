@@ -25,8 +25,8 @@ def test_every_interleaving_without_failures_keeps_the_promises() -> None:
 @pytest.mark.parametrize(
     ("without", "only", "tasks", "violation"),
     [
-        ("--without-lease-timer", "is cut off", ["t0", "t1"], "has two holders that act"),
-        ("--without-another-term", "the server is away", ["t2"], "t2 has begun 2 times"),
+        ("--without-lease-timer", "is disconnected", ["t0", "t1"], "has two holders that act"),
+        ("--without-new-leases", "the server is unavailable", ["t2"], "t2 has begun 2 times"),
     ],
 )
 def test_the_model_checker_finds_a_violation_for_each_removed_part_of_the_protocol(

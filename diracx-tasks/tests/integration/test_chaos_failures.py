@@ -27,8 +27,8 @@ def test_an_error_of_chaos_itself_is_reported_in_one_line_and_not_a_violation(
 
     monkeypatch.setattr(redis_servers.Single, "disturb", refuses)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    storm = ["--profile", "server", "--seconds", "8", "--tasks", "200", "--workers", "2", "--schedulers", "1"]
-    monkeypatch.setattr(sys, "argv", ["chaos", *storm])
+    options = ["--profile", "server", "--seconds", "8", "--tasks", "200", "--workers", "2", "--schedulers", "1"]
+    monkeypatch.setattr(sys, "argv", ["chaos", *options])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert main() == 3
     printed, errors = capsys.readouterr()

@@ -15,8 +15,7 @@ from chaos.drive import Observed
 from chaos.figures import Case, report
 from chaos.plan import PROFILES, Plan, Planned
 from chaos.processes import History
-from chaos.records import Run
-from chaos.records import Testimony as Records  # pytest takes a name that begins with Test for a test
+from chaos.records import Records, Run
 from chaos.redis_servers import Outage
 from chaos.verdict import ChaosResult
 

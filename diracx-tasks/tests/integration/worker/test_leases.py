@@ -160,7 +160,7 @@ async def test_P9_an_outage_of_the_server_does_not_count_as_silence_of_a_worker(
     await redis.set(keys.RENEWED, ENDED)
     await redis.zadd(keys.ALIVE, {other.consumer_name: ENDED})
     assert (await other.reclaim(1, max_deliveries=1))[0] == []
-    assert await redis.zscore(keys.ALIVE, owner.consumer_name) > 0, "it has another term"
+    assert await redis.zscore(keys.ALIVE, owner.consumer_name) > 0, "it has a new lease"
     await redis.zadd(keys.ALIVE, {owner.consumer_name: ENDED})
     assert (await other.reclaim(1, max_deliveries=1))[0] == [], "and may come back after that as well"
     stays_silent(owner.url, owner.consumer_name)
