@@ -1,6 +1,8 @@
 """Providers open exactly the dependencies of the plans, from the environment."""
 
+import os
 import subprocess
+import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 from diracx.core.config import ConfigSource
-from diracx.core.settings import DevelopmentSettings, ServiceSettingsBase
+from diracx.core.settings import AuthSettings, DevelopmentSettings, ServiceSettingsBase
 from diracx.core.sources import AsyncCacheableSource, Snapshot
 from diracx.db.os import JobParametersDB
 from diracx.db.sql import AuthDB, JobDB, JobLoggingDB, ResourceStatusDB
@@ -225,6 +227,82 @@ async def test_settings_that_cannot_be_read_are_logged_without_their_value(
         assert overrides == {}
     assert "ShelfSettings cannot be read from the environment: width:" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("0", "ListSettings cannot be read"), ("[0]", None), ("s3cret", 'error parsing value for field "widths"')],
+)
+async def test_settings_that_are_not_json_leave_all_others_open(
+    value: str, message: str | None, clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class ListSettings(ServiceSettingsBase):
+        model_config: ClassVar[Any] = {"env_prefix": "TEST_LIST_"}
+        widths: list[int]
+
+    async def execute(lists: ListSettings, shelf: ShelfSettings) -> None: ...
+
+    clean_environment.setenv("TEST_SHELF_WIDTH", "3")
+    clean_environment.setenv("TEST_LIST_WIDTHS", value)
+    async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
+        assert ShelfSettings.create in overrides
+        assert (ListSettings.create in overrides) is (message is None)
+    assert (message or "") in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+async def test_settings_whose_file_does_not_exist_are_left_out_with_its_name(
+    clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clean_environment.setenv("DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE", "file:///does/not/exist.jwks")
+
+    async def execute(settings: AuthSettings) -> None: ...
+
+    async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
+        assert overrides == {}
+    assert "AuthSettings cannot be read from the environment: [Errno 2]" in caplog.text
+    assert "/does/not/exist.jwks" in caplog.text
+
+
+_WITH_BROKEN_CLASSES = """
+import asyncio
+from diracx.db.os import JobParametersDB
+from diracx.logic.rss.source import SiteStatusSource
+from diracx.tasks.plumbing.injection.plan import compile_plan, find_missing_overrides, setup_dependency_overrides
+
+async def execute(sites: SiteStatusSource, parameters: JobParametersDB) -> None: ...
+
+async def main():
+    plan = compile_plan(execute)
+    async with setup_dependency_overrides([plan]) as overrides:
+        print(find_missing_overrides(plan, overrides))
+
+asyncio.run(main())
+"""
+
+
+def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(tmp_path: Path) -> None:
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    names = {"cacheable_sources": "LostSource", "dbs.os": "LostOSDB", "dbs.sql": "LostSQLDB"}
+    (about / "entry_points.txt").write_text(
+        "".join(f"[diracx.{group}]\n{name} = diracx.db.nowhere:Nothing\n" for group, name in names.items())
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")},
+        "PYTHONPATH": str(tmp_path),
+        "DIRACX_DB_URL_RESOURCESTATUSDB": "sqlite+aiosqlite:///:memory:",
+        "DIRACX_DB_URL_LOSTSQLDB": "sqlite+aiosqlite:///:memory:",
+        "DIRACX_OS_DB_JOBPARAMETERSDB": '{"hosts": "localhost:1"}',
+        "DIRACX_OS_DB_LOSTOSDB": '{"hosts": "localhost:1"}',
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _WITH_BROKEN_CLASSES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "[]\n", done.stderr
+    for name in ("source LostSource", "database LostOSDB", "database LostSQLDB"):
+        assert f"The {name} is left out" in done.stderr
 
 
 async def test_malformed_database_url_is_refused_without_its_password(

@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..sql.databases import database_urls, report_lost_connections
 from .placeholders import (
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["setup_dependency_overrides", "sql_overrides"]
 
 logger = logging.getLogger(__name__)
+
+_Loaded = TypeVar("_Loaded")
 
 
 @contextlib.asynccontextmanager
@@ -100,12 +102,13 @@ async def _open_settings(needs: _Needs, overrides: dict[Call, Call], stack: Asyn
     for cls in needs.owners(SETTINGS) or _subclasses(ServiceSettingsBase):
         try:
             settings = cls()
-        except ValidationError as error:
-            # Without the values, which may be secret.
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-                for item in error.errors(include_input=False, include_context=False, include_url=False)
-            )
+        except Exception as error:  # also of a list that is not JSON, or of a file that a variable names
+            problems = str(error)
+            if isinstance(error, ValidationError):  # without the values, which may be secret
+                problems = "; ".join(
+                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
+                    for item in error.errors(include_input=False, include_context=False, include_url=False)
+                )
             level = logging.DEBUG if needs.calls is None else logging.WARNING
             logger.log(level, "%s cannot be read from the environment: %s", cls.__name__, problems)
             continue
@@ -147,16 +150,21 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
     overrides[ConfigSource.create] = config
 
 
+def _loaded(what: str, load: Callable[[], _Loaded]) -> _Loaded | None:
+    """Load a class of an entry point; None if its module cannot be imported, which is logged."""
+    try:
+        return load()
+    except Exception:
+        logger.exception("The %s is left out, its class could not be loaded", what)
+        return None
+
+
 async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> dict[type, BaseSQLDB]:
     from diracx.db.sql.utils import BaseSQLDB
 
     databases: dict[type, BaseSQLDB] = {}
     for name, url in database_urls().items():
-        try:
-            classes = BaseSQLDB.available_implementations(name)
-        except Exception:
-            logger.exception("The database %s is left out, its class could not be loaded", name)
-            continue
+        classes = _loaded(f"database {name}", functools.partial(BaseSQLDB.available_implementations, name)) or []
         if not any(cls.transaction in needs or cls.no_transaction in needs for cls in classes):
             continue
         database = classes[0](db_url=url)
@@ -233,7 +241,7 @@ async def _open_opensearch(needs: _Needs, overrides: dict[Call, Call], stack: As
     from diracx.db.os.utils import BaseOSDB
 
     for name, connection in BaseOSDB.available_urls().items():
-        classes = BaseOSDB.available_implementations(name)
+        classes = _loaded(f"database {name}", functools.partial(BaseOSDB.available_implementations, name)) or []
         if not any(cls.session in needs for cls in classes):
             continue
         database = classes[0](connection_kwargs=connection, global_prefix=FactorySettings().os_global_prefix)
@@ -253,7 +261,8 @@ def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]
 
     by_name: dict[str, list[Any]] = {}
     for entry_point in select_from_extension(group=DiracEntryPoint.CACHEABLE_SOURCES):
-        by_name.setdefault(entry_point.name, []).append(entry_point.load())
+        if (cls := _loaded(f"source {entry_point.name}", entry_point.load)) is not None:
+            by_name.setdefault(entry_point.name, []).append(cls)
     groups = list(by_name.values())
     registered = {cls for classes in groups for cls in classes}
     groups += [[cls] for cls in needs.owners(SOURCE) if cls not in registered]
