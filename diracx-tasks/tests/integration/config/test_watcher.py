@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from diracx.tasks.plumbing.config import TasksConfig, unknown_names
 from diracx.tasks.plumbing.config import watcher as watcher_module
 from diracx.tasks.plumbing.config.active import COUNTS_SECONDS, active_configs
 from diracx.tasks.plumbing.config.sources import ConfigReader
-from diracx.tasks.plumbing.config.watcher import ConfigWatcher
+from diracx.tasks.plumbing.config.watcher import CachedConfig, ConfigWatcher
+from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.config_repository import ConfigRepository
@@ -395,6 +397,39 @@ async def test_a_submission_does_not_wait_for_a_read_that_hangs(
         assert await stream_of(redis, await Child().schedule(later)) == "diracx:tasks:background:medium"
         assert await stream_of(redis, await Child().schedule(later)) == "diracx:tasks:background:medium"
         release.set()
+
+
+async def test_submissions_fail_together_while_the_first_read_hangs_and_work_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher_module, "READING_SECONDS", 0.05)
+    path = tmp_path / "tasks.yaml"
+    path.write_text("common: {Child: {priority: background}}")
+    release, reads, original = threading.Event(), [], ConfigReader.read_tasks
+
+    def hang(self: ConfigReader) -> TasksConfig:
+        reads.append(self)
+        release.wait()
+        return original(self)
+
+    monkeypatch.setattr(ConfigReader, "read_tasks", hang)
+    config = CachedConfig(ConfigReader(path))
+    for _ in range(2):
+        outcomes = await asyncio.gather(*(config.tasks() for _ in range(5)), return_exceptions=True)
+        assert all("takes longer" in str(each) and isinstance(each, TaskConfigError) for each in outcomes)
+    assert len(reads) == 1, "one thread hangs, not one for each submission"
+    release.set()
+
+    async def works() -> bool:
+        with contextlib.suppress(TaskConfigError):
+            return "Child" in (await config.tasks()).common
+        return False
+
+    await until(works, "the submitter has the settings when the read has ended")
+    path.write_text("common: {Child: {priority: sometimes}}")
+    for _ in range(2):
+        with pytest.raises(TaskConfigError, match="priority"):
+            await CachedConfig(ConfigReader(path)).tasks()
 
 
 async def test_a_submitter_reads_the_configuration_at_most_once_in_five_seconds(

@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from .._util.tasks import cancel_and_wait
 from .._util.telemetry import count_reload_failure, set_config_is_current
+from ..exceptions import TaskConfigError
 from . import TasksConfig
 from .active import ActiveConfig, ActiveConfigPublisher, digest
 from .sources import ConfigReader, ConfigSnapshot, in_thread
@@ -204,23 +205,33 @@ class CachedConfig:
         self._poll_at = 0.0
         self._reading: asyncio.Future[ConfigSnapshot] | None = None
         self._wait_until = 0.0
-        self._first = asyncio.Lock()
+        self._first_reading: asyncio.Future[TasksConfig] | None = None
         self._problems: tuple[str, ...] = ()
 
     async def tasks(self) -> TasksConfig:
         """Return the current settings, the last valid ones while the configuration is wrong.
 
         Raises:
-            TaskConfigError: it is wrong, and there are no valid ones.
+            TaskConfigError: it is wrong, or cannot be read in time, and there are no valid ones.
         """
         if self._tasks is None:
-            async with self._first:
-                if self._tasks is None:
-                    self._tasks = await in_thread(self._reader.read_tasks, "diracx-configuration")
-                    self._poll_at = time.monotonic() + POLL_SECONDS
+            self._tasks = await self._read_first()
         elif self._reader.can_change and time.monotonic() >= self._poll_at:
             await self._poll()
         return self._tasks
+
+    async def _read_first(self) -> TasksConfig:
+        if self._first_reading is None:
+            self._first_reading = in_thread(self._reader.read_tasks, "diracx-configuration")
+            self._wait_until = time.monotonic() + READING_SECONDS
+        reading = self._first_reading
+        await asyncio.wait({reading}, timeout=max(0.0, self._wait_until - time.monotonic()))
+        if not reading.done():
+            raise TaskConfigError(f"{self._reader.source}: reading takes longer than {READING_SECONDS:g} s")
+        if self._first_reading is reading:
+            self._first_reading = None
+        self._poll_at = time.monotonic() + POLL_SECONDS
+        return reading.result()
 
     async def _poll(self) -> None:
         if self._reading is None:
