@@ -94,7 +94,10 @@ async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str
     assert sorted(SEEN) == ["a", "b"]
 
 
-async def test_P6_a_settlement_without_a_reply_is_repeated_and_counts_once(redis_url: str) -> None:
+async def test_P6_a_settlement_without_a_reply_is_repeated_and_counts_once(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
         for nth in range(3, 7):  # whichever reply is lost: of the fetch, the locks, the settlement
@@ -103,6 +106,7 @@ async def test_P6_a_settlement_without_a_reply_is_repeated_and_counts_once(redis
             await system.result(task_id, timeout=60)
             await asyncio.wait_for(proxy.lost.wait(), 60)
     assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
+    assert "another worker" not in caplog.text
 
 
 @dataclass

@@ -155,7 +155,10 @@ async def test_a_settlement_does_not_wait_for_the_end_of_a_dead_connection(redis
         await broker.leave()
 
 
-async def test_a_reply_that_comes_after_the_repetition_changes_nothing(parts: Parts, redis: Redis) -> None:
+async def test_a_reply_that_comes_after_the_repetition_changes_nothing(
+    parts: Parts, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     delivery = await parts.fetch("first")
     await redis.client_pause(7_000)
     waiting = parts.settle_with_the_next_wait(delivery)
@@ -165,4 +168,6 @@ async def test_a_reply_that_comes_after_the_repetition_changes_nothing(parts: Pa
     assert await in_hand(redis) == 0
     assert parts.keeper.held() == []
     assert not waiting.done()
+    assert f"{delivery.entry} was settled by an earlier call, whose reply was lost" in caplog.text
+    assert "another worker" not in caplog.text
     await ended(waiting)

@@ -381,6 +381,8 @@ class Settlement:
     """Group whose callback has ended: the results of its children are deleted."""
     outcome: ScheduleEffect | None = None
     """Outcome to store for the task's schedule."""
+    unanswered: bool = False
+    """True if it was sent and the reply was lost: it may be settled."""
 
     def effects(self) -> dict[str, Any]:
         """Effects that are set, for lua/settle.lua; most tasks have none."""

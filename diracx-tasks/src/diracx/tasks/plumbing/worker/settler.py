@@ -11,6 +11,7 @@ from itertools import compress
 from typing import TYPE_CHECKING, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from .._util.retrying import is_transient, retry_until_available
 from ..broker import locking
@@ -101,7 +102,9 @@ class Settler:
         self._intake.settled(deliveries)
         for settlement, reply in zip(batch, replies, strict=True):
             if reply != ACCEPTED:
-                _report(settlement.delivery.entry, reply)
+                # Without an end of the lease, no other worker can have taken it over.
+                settled = settlement.unanswered and not self._keeper.expired_since(0.0)
+                _report(settlement.delivery.entry, reply, settled)
         self._unsettled -= len(batch)
         if not self._unsettled:
             self._idle.set()
@@ -127,7 +130,7 @@ class Settler:
             self._taken, self._may_be_taken = batch, False
         elif DATA_LOST in replies or TAKEN_OVER in replies:
             lost = [reply in (DATA_LOST, TAKEN_OVER) for reply in replies]
-            self._taken = list(compress(batch, lost))
+            self._return(list(compress(batch, lost)))
             known = [not each for each in lost]
             self._settled(list(compress(batch, known)), list(compress(replies, known)))
         else:
@@ -139,8 +142,13 @@ class Settler:
         if self._late is not None:
             self._late.cancel()
         if self._taken:
-            self._returned, self._taken = [*self._returned, *self._taken], ()
-            self._work.set()
+            taken, self._taken = self._taken, ()
+            _note_unanswered(taken)
+            self._return(taken)
+
+    def _return(self, batch: Sequence[Settlement]) -> None:
+        self._returned = [*self._returned, *batch]
+        self._work.set()
 
     async def _send(self, batch: Sequence[Settlement]) -> list[SettleReply]:
         """Send settlements, those that the server has lost again after a renewal.
@@ -173,7 +181,11 @@ class Settler:
 
     async def _settle(self, batch: Sequence[Settlement], dataset_id: str) -> list[SettleReply]:
         await self._intake.closed_if_stopping()  # the worker's own blocking read must not get a requeued task
-        return await self._broker.settle(batch, dataset_id)
+        try:
+            return await self._broker.settle(batch, dataset_id)
+        except RedisError:
+            _note_unanswered(batch)
+            raise
 
     async def _send_alone(self, settlement: Settlement) -> SettleReply:
         try:
@@ -244,8 +256,16 @@ def _with_short_attempts(again: _Again | None) -> _Again | None:
     return again
 
 
-def _report(entry: str, reply: SettleReply) -> None:
+def _note_unanswered(batch: Sequence[Settlement]) -> None:
+    for settlement in batch:
+        settlement.unanswered = True
+
+
+def _report(entry: str, reply: SettleReply, settled: bool) -> None:
     if not (reply.accepted or reply.refused):
+        if settled:
+            logger.info("%s was settled by an earlier call, whose reply was lost", entry)
+            return
         logger.warning("%s cannot be settled: another worker has taken it over", entry)
         return
     text = "an effect of the end of %s is refused by the server and left out: %s"
