@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from socketserver import TCPServer
@@ -38,7 +39,8 @@ Collect: TypeAlias = "Callable[[], Awaitable[list[Metric]]]"
 TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 #: Interval at which the server checks whether it must stop.
 _POLL_SECONDS = 0.05
-_RESPONSE_SECONDS = 5.0
+#: A request without a response in this time fails.
+RESPONSE_SECONDS = 5.0
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -133,8 +135,11 @@ async def _probes(
                 status, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET and HEAD\n"
             else:
                 response = asyncio.run_coroutine_threadsafe(respond(path), loop)
-                status, kind, body = response.result(_RESPONSE_SECONDS)
-        except (RuntimeError, TimeoutError):  # the loop has ended, or a task blocks it
+                try:
+                    status, kind, body = response.result(RESPONSE_SECONDS)
+                finally:
+                    response.cancel()  # or all late ones would be computed at once when the loop is free again
+        except (RuntimeError, TimeoutError, CancelledError):  # the loop has ended or ends, or a task blocks it
             status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"the event loop does not respond\n"
         headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
         start_response(f"{status.value} {status.phrase}", headers)
@@ -175,7 +180,7 @@ class _Server(ThreadingWSGIServer):
 
 
 class _RequestHandler(WSGIRequestHandler):
-    timeout = _RESPONSE_SECONDS
+    timeout = RESPONSE_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: probes come every few seconds."""

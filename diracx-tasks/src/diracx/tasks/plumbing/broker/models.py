@@ -381,7 +381,7 @@ class Settlement:
     """Group whose callback has ended: the results of its children are deleted."""
     outcome: ScheduleEffect | None = None
     """Outcome to store for the task's schedule."""
-    unanswered: bool = False
+    reply_lost: bool = False
     """True if it was sent and the reply was lost: it may be settled."""
 
     def effects(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Settler:
         for settlement, reply in zip(batch, replies, strict=True):
             if reply != ACCEPTED:
                 # Without an end of the lease, no other worker can have taken it over.
-                settled = settlement.unanswered and not self._keeper.expired_since(0.0)
+                settled = settlement.reply_lost and not self._keeper.expired_since(0.0)
                 _report(settlement.delivery.entry, reply, settled)
         self._unsettled -= len(batch)
         if not self._unsettled:
@@ -143,7 +143,7 @@ class Settler:
             self._late.cancel()
         if self._taken:
             taken, self._taken = self._taken, ()
-            _note_unanswered(taken)
+            _note_lost_reply(taken)
             self._return(taken)
 
     def _return(self, batch: Sequence[Settlement]) -> None:
@@ -184,7 +184,7 @@ class Settler:
         try:
             return await self._broker.settle(batch, dataset_id)
         except RedisError:
-            _note_unanswered(batch)
+            _note_lost_reply(batch)
             raise
 
     async def _send_alone(self, settlement: Settlement) -> SettleReply:
@@ -256,9 +256,9 @@ def _with_short_attempts(again: _Again | None) -> _Again | None:
     return again
 
 
-def _note_unanswered(batch: Sequence[Settlement]) -> None:
+def _note_lost_reply(batch: Sequence[Settlement]) -> None:
     for settlement in batch:
-        settlement.unanswered = True
+        settlement.reply_lost = True
 
 
 def _report(entry: str, reply: SettleReply, settled: bool) -> None:
