@@ -45,7 +45,7 @@ from gubbins.domain.exceptions import (
     NoRoomError,
     SubmissionLimitError,
 )
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .my_pilot_lock_types import MY_PILOT
 
@@ -254,20 +254,35 @@ class MyImportDowntimesTask(PeriodicBaseTask):
 
 @dataclass
 class MyPilotReportTask(PeriodicBaseTask):
-    """Logs the number of pilots in each state, by VO and compute element."""
+    """Logs the number of pilots in each state, by VO and compute element.
+
+    Submits a check of the pilots of each VO that is not in the configuration any more, else they would keep their
+    slots for ever.
+    """
 
     default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("0 * * * *")
 
-    async def execute(self, my_pilot_db: PilotDB, **kwargs: Any) -> dict[str, Any]:
+    async def execute(
+        self,
+        my_pilot_db: PilotDB,
+        config: Config = None,  # type: ignore[assignment]  # injected where there is one
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Return {VO: {compute element: {state: number}}}."""
         from gubbins.logic import my_pilots as logic
 
         summary = await logic.count_pilots(my_pilot_db)
         totals: Counter[str] = Counter()
         for vo, ces in sorted(summary.items()):
+            of_vo: Counter[str] = Counter()
             for ce_name, states in sorted(ces.items()):
                 logger.info("Pilots of %s at %s: %s", vo, ce_name, _format_counts(states))
-                totals.update(states)
+                of_vo.update(states)
+            totals += of_vo
+            active = sum(of_vo[status] for status in ACTIVE)
+            if active and config is not None and vo not in config.registry:
+                logger.warning("%d pilots of %s are active, which is not in the configuration", active, vo)
+                await MyCheckPilotsTask(vo).schedule()
         logger.info("Pilots in all: %s", _format_counts(totals))
         return summary
 

@@ -113,6 +113,23 @@ async def test_the_report_counts_everything(db: MyPilotDB, caplog: pytest.LogCap
     assert "Pilots in all: 2 SUBMITTED, 1 RUNNING" in caplog.text
 
 
+async def test_pilots_of_a_removed_vo_do_not_keep_their_slots(db: MyPilotDB, config: Config) -> None:
+    """The scheduler has no checks for a VO that is not in the configuration."""
+    await db.add_ce("ce", 1, 1.0)
+    await MyPilotTask("ce", "removed").execute(my_pilot_db=db)
+    tasks = [MyCheckPilotsTask, MyPilotReportTask]
+    overrides: dict[Any, Any] = {
+        MyPilotDB.no_transaction: lambda: db,
+        ConfigSource.create: lambda: config,
+    }
+    async with TaskSystem(tasks, overrides=overrides, task_db_url=None) as system:
+        for states in ({"SUBMITTED": 1}, {"RUNNING": 1}, {"DONE": 1}):
+            report = await system.result(await MyPilotReportTask().schedule(), timeout=30)
+            assert report.return_value == {"removed": {"ce": states}}
+            await system.drain(timeout=30)
+    assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db) is not None
+
+
 async def test_requests_are_deleted_if_no_task_can_be_submitted(db: MyPilotDB, config: Config) -> None:
     for name in ("ce", "other"):
         await db.add_ce(name, 3, 1.0)
