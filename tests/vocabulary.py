@@ -148,6 +148,7 @@ WORDS = (
         "grant, fetch_unacknowledged, requeue",
         SOURCE,
     ),
+    Word(r"\bkinds? of (lockable |locked )?objects?\b", "object type"),
     # A question of the dashboard or the command line has an answer.
     Word(
         r"(?i)(?<!database_)(?<!\.)(?<!def )(?<!for )(?<!\{)(un)?answer(?!s\|| a question)",

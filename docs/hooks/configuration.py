@@ -41,7 +41,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("A task", TaskOverride),
     ("When a task runs", PeriodicTaskConfig),
     ("An instance of a task", TaskInstance),
-    ("Limits of a kind of object", ObjectLimits),
+    ("Limits of an object type", ObjectLimits),
     ("Numbers of a limit", LimitConfig),
 )
 

@@ -125,8 +125,8 @@ def test_P46_unknown_names_are_reported_with_the_nearest_known_ones():
         "common.tset:Submit: unknown task (did you mean 'test:Submit'?)",
         "common.Reprot: unknown task (did you mean 'Report'?)",
         "vo_overrides.lchb.OfVO: unknown task (did you mean 'OfVo'?)",
-        "limits.tsak: unknown kind of locked object (did you mean 'task'?)",
-        "vo_limits.cmss.jobs: unknown kind of locked object (did you mean 'job'?)",
+        "limits.tsak: unknown object type (did you mean 'task'?)",
+        "vo_limits.cmss.jobs: unknown object type (did you mean 'job'?)",
         "vo_overrides.lchb: unknown VO (did you mean 'lhcb'?)",
         "vo_limits.cmss: unknown VO (did you mean 'cms'?)",
     ]
@@ -286,7 +286,7 @@ common:
         assert config.common["Sumbit"].max_retries == 1
         assert warnings == [
             f"{path}:1: common.Sumbit: unknown task (did you mean 'Submit'?)",
-            f"{path}:2: limits.ce: unknown kind of locked object" + warnings[1].partition("object")[2],
+            f"{path}:2: limits.ce: unknown object type" + warnings[1].partition("object type")[2],
         ]
 
     def test_any_yaml_file_is_loaded_or_reported(self, path):

@@ -1,7 +1,7 @@
-"""Registry of the kinds of lockable objects.
+"""Registry of the types of lockable objects.
 
-A kind must be registered before it is used, so that a misspelt one is refused instead of making another lock. The
-modules of extensions in the entry-point group `diracx.lock_object_types` register their kinds when they are
+A type must be registered before it is used, so that a misspelt one is refused instead of making another lock. The
+modules of extensions in the entry-point group `diracx.lock_object_types` register their types when they are
 imported.
 """
 
@@ -14,10 +14,10 @@ _registered: set[str] = set()
 
 
 class LockedObjectType(str):
-    """A registered kind of lockable object; a `str`.
+    """A registered object type; a `str`.
 
     Raises:
-        ValueError: the kind is not registered; lists the registered ones.
+        ValueError: the type is not registered; lists the registered ones.
     """
 
     __slots__ = ()
@@ -33,7 +33,7 @@ class LockedObjectType(str):
 
 
 def register_locked_object_type(name: str) -> LockedObjectType:
-    """Register a kind of lockable object, and return it. Idempotent.
+    """Register an object type, and return it. Idempotent.
 
     Raises:
         ValueError: the name is empty or has a colon, which separates the parts of a Redis key.
@@ -45,7 +45,7 @@ def register_locked_object_type(name: str) -> LockedObjectType:
 
 
 def locked_object_types() -> frozenset[str]:
-    """Return all registered kinds."""
+    """Return all registered object types."""
     return frozenset(_registered)
 
 

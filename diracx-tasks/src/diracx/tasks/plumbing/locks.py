@@ -32,7 +32,7 @@ _LARGEST = 2**53
 
 
 class BaseLock(ABC):  # noqa: B024  # subclasses may have abstract methods
-    """A lock on one object, identified by kind and key.
+    """A lock on one object, identified by object type and keys.
 
     Subclasses may define their own `acquire`, `release` and `extend`: see `is_custom`.
     """

@@ -17,7 +17,7 @@ A YAML file (`DIRACX_TASKS_CONFIG`) or the section `Systems.Tasks` of the DiracX
       lhcb:
         "my_pilots:MySubmitPilotsTask":
           periodic: {schedule: "*/2 * * * *"}
-    limits:                          # of all limiters, by kind and key of the object
+    limits:                          # of all limiters, by object type and key
       site:
         default: {concurrency_limit: 5}
         keys: {CERN: {concurrency_limit: 50}}

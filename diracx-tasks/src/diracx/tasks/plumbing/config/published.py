@@ -84,7 +84,7 @@ def _periodic(entries: Any, below: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _add_limit(tasks: dict[Any, Any], limits: dict[str, Any], kind: Any, name: Any, numbers: Any) -> None:
-    """Add limits to the task, or to the kind of object by key; `*:action` limits one action of each object."""
+    """Add limits to the task, or to the object type by key; `*:action` limits one action of each object."""
     if kind == "Task":
         tasks[name] = {**mapping(tasks.get(name)), **_numbers(numbers)}
         return

@@ -246,7 +246,7 @@ def _with_text_keys(value: Any) -> Any:
 
 
 class ObjectLimits(BaseModel):
-    """Limits of one kind of object: a default, and limits by key."""
+    """Limits of one object type: a default, and limits by key."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -297,16 +297,16 @@ class TasksConfig(BaseModel):
         stands_for="empty",
     )
     limits: _ByType = _field(
-        "Limits by kind of locked object, for all limiters of tasks on such objects.",
+        "Limits by object type, for all limiters of tasks on such objects.",
         default={},
-        keys=("kind of object",),
+        keys=("object type",),
         example={"site": {"default": {"concurrency_limit": 5}}},
         stands_for="empty",
     )
     vo_limits: Annotated[dict[str, _ByType], BeforeValidator(_empty_if_none)] = _field(
-        "Limits by VO and kind of locked object; they override `limits`, and count tasks of the VO only.",
+        "Limits by VO and object type; they override `limits`, and count tasks of the VO only.",
         default={},
-        keys=("VO", "kind of object"),
+        keys=("VO", "object type"),
         example={"lhcb": {"site": {"default": {"concurrency_limit": 2}}}},
         stands_for="empty",
     )

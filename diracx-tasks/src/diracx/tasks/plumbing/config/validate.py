@@ -81,7 +81,7 @@ def _all(raw: Any, registry: Registry, vos: Collection[str] | None) -> list[Prob
 
 
 def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> Iterator[Problem]:
-    """Find unknown tasks, VOs and kinds of locked objects."""
+    """Find unknown tasks, VOs and object types."""
     class_names = {name.rpartition(":")[2] for name in names}
     known = locked_object_types()
     for place, section in _sections(raw, "common", "vo_overrides"):
@@ -92,7 +92,7 @@ def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> I
     for place, section in _sections(raw, "limits", "vo_limits"):
         for obj in _texts(section):
             if obj not in known:
-                message = f"unknown kind of locked object{nearest(obj, known)}"
+                message = f"unknown object type{nearest(obj, known)}"
                 yield Problem((*place, obj), message, maybe_elsewhere=True)
     if vos is not None:
         for top in ("vo_overrides", "vo_limits"):
