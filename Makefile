@@ -45,14 +45,14 @@ versions: $(STAMP) ## print the versions of the servers, batch systems and tools
 demo: $(STAMP) ## run the whole pilot system on this machine; ARGS="--seconds 40 --json"
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy --strict, the layers (import-linter), the size of the code, its words, private names in tests
+lint: $(STAMP) ## ruff, layers (import-linter), private names in tests, words, mypy --strict; last, the size of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
-	$(BIN)/python tests/lines_of_code.py
 	$(BIN)/python tests/private_names.py
 	$(BIN)/python tests/vocabulary.py
 	$(BIN)/mypy
+	$(BIN)/python tests/lines_of_code.py
 
 docs: $(STAMP) ## build the documentation into site/; a warning is an error
 	$(BIN)/python docs/hooks/configuration.py

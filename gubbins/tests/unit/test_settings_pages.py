@@ -12,10 +12,12 @@ from gubbins.ces.arc.settings import ArcSettings
 from gubbins.ces.batch.settings import BatchSettings
 from gubbins.ces.htcondor.settings import HTCondorSettings
 from gubbins.ces.local.backend import LocalSettings
+from gubbins.ces.registry import available_backends, load_backend
 from gubbins.ces.simulated.backend import SimulatedSettings
 from gubbins.ces.slurm.settings import SlurmSettings
 from gubbins.ces.ssh.settings import SSHSettings
 from gubbins.ces.transports.tokens import TokenIssuer
+from gubbins.cli.app import ce_app
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.rules import CERules
 from gubbins.logic import my_pilots as logic
@@ -24,17 +26,26 @@ from gubbins.logic.my_pilots.ce_file import CESpec
 HOW_TO = ROOT / "docs/how-to"
 
 
-@pytest.mark.parametrize(
-    ("page", "models"),
-    [
-        ("connect-a-ce.md", [CESpec, CERules, TokenIssuer, SimulatedSettings, LocalSettings]),
-        ("connect-an-arc-ce.md", [ArcSettings]),
-        ("connect-a-batch-system.md", [BatchSettings]),
-        ("connect-an-htcondor-site.md", [HTCondorSettings]),
-        ("connect-a-slurm-site.md", [SlurmSettings]),
-        ("connect-with-ssh.md", [SSHSettings]),
-    ],
-)
+PAGES: dict[str, list[type[BaseModel]]] = {
+    "connect-a-ce.md": [CESpec, CERules, TokenIssuer, SimulatedSettings, LocalSettings],
+    "connect-an-arc-ce.md": [ArcSettings],
+    "connect-a-batch-system.md": [BatchSettings],
+    "connect-an-htcondor-site.md": [HTCondorSettings],
+    "connect-a-slurm-site.md": [SlurmSettings],
+    "connect-with-ssh.md": [SSHSettings],
+}
+
+
+def test_every_back_end_is_documented_and_in_the_help() -> None:
+    documented = {model for models in PAGES.values() for model in models}
+    [text] = [command.help for command in ce_app.registered_commands if command.name == "load"]
+    assert text is not None
+    for name in available_backends():
+        assert load_backend(name).Settings in documented, f"name a page with the settings of `{name}` in PAGES"
+        assert re.search(rf"\b{name}\b", text), f"name the back end `{name}` in the help of `gubbins ce load`"
+
+
+@pytest.mark.parametrize(("page", "models"), PAGES.items())
 def test_every_setting_is_documented_and_every_documented_setting_exists(
     page: str, models: list[type[BaseModel]]
 ) -> None:

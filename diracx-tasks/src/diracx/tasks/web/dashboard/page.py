@@ -58,7 +58,10 @@ def viewer_of(request: Request) -> Viewer:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page. Its templates are `{name}.html` and, for the live part, `_{name}.html`."""
+    """One page. Its templates are `{name}.html` and, for the live part, `_{name}.html`.
+
+    A page whose values are those of a `TablePage` needs none.
+    """
 
     path: str
     """Path, such as `/queues/{queue}`."""
