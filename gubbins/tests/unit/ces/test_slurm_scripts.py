@@ -95,6 +95,18 @@ def test_a_directory_that_cannot_be_created_has_the_reason_of_the_system(tmp_pat
     assert "File exists" in done.stderr
 
 
+def test_a_job_that_starts_at_once_and_records_its_number_first_does_not_disturb_its_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    mv = tmp_path / "bin" / "mv"
+    mv.write_text('#!/bin/sh\necho 7 > s/id.new && /bin/mv s/id.new s/id && exec /bin/mv "$@"\n')
+    mv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{mv.parent}:{os.environ['PATH']}")
+    done = run("submit", str(tmp_path), "s", "5", NUMBER, "true", "echo", "Submitted batch job 7")
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+
+
 def test_very_many_pilots_are_polled_by_one_command(tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "rc").write_text("0\n")

@@ -34,8 +34,9 @@ print_known() {
     id=$(head -c 128 "$stamp/id" | tr -d '\000' | number)
     [ -z "$id" ] || { printf '%s\n' "$id" | head -n 1; exit 0; }
 }
+# A job that has just started records its number, too, by way of id.new.
 store() {
-    printf '%s\n' "$1" > "$stamp/id.new" && mv "$stamp/id.new" "$stamp/id" || exit 75
+    printf '%s\n' "$1" > "$stamp/id.found" && mv "$stamp/id.found" "$stamp/id" || exit 75
 }
 
 print_known
