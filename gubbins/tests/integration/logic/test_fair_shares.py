@@ -48,7 +48,7 @@ class VariedBackend(SimulatedBackend):
 
 
 @pytest.fixture
-async def db(install_backend: Any) -> AsyncIterator[MyPilotDB]:
+async def db(install_backend: Any, inline_sqlite: None) -> AsyncIterator[MyPilotDB]:
     install_backend("varied", VariedBackend)
     VariedBackend.calls.clear()
     VariedBackend.orders.clear()

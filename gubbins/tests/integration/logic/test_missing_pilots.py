@@ -17,6 +17,8 @@ from gubbins.domain.exceptions import CEPausedError
 from gubbins.health import find_alerts
 from gubbins.logic import my_pilots as logic
 
+pytestmark = pytest.mark.usefixtures("inline_sqlite")
+
 
 class Forgetful(CEBackend[CESettings]):
     """A site that accepts every pilot, and lists selected ones in their state."""

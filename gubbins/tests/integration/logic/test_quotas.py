@@ -17,6 +17,8 @@ from gubbins.domain.exceptions import CEPausedError, CEQuotaError, CERefusedErro
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MyPilotTask
 
+pytestmark = pytest.mark.usefixtures("inline_sqlite")
+
 
 class Limited(CEBackend[CESettings]):
     """A site that takes so many of our pilots."""
