@@ -25,6 +25,8 @@ from gubbins.ces.transports.shell import Completed, LocalShell
 _SECONDS = 60
 _SHARED = Path("/var/lib/gridengine")
 _DEFAULTS = Path("/usr/share/gridengine")
+# The programs themselves: in /usr/bin are scripts that run `arch` twice before, which runs ten other programs.
+_PROGRAMS = Path("/usr/lib/gridengine")
 _START = """\
 set -e
 ip link set lo up
@@ -54,7 +56,7 @@ class GridEngineSite(LocalShell):
         self._spool = directory / "spool"
         self._directory = directory
         self.environment = {"SGE_ROOT": str(directory), "SGE_CELL": "default", "SGE_QMASTER_PORT": "6444"}
-        self.environment |= {"SGE_EXECD_PORT": "6445", "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+        self.environment |= {"SGE_EXECD_PORT": "6445", "PATH": f"{_PROGRAMS}:{os.environ['PATH']}:/usr/sbin"}
         super().__init__(self.environment)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -90,6 +92,7 @@ class GridEngineSite(LocalShell):
         self._until(lambda: self._qconf("-sconf") != "")
         self._qconf("-as", "localhost")
         own = {"execd_spool_dir": self._spool / "exec", "min_uid": "0", "min_gid": "0", "gid_range": "20000-20400"}
+        own |= {"shepherd_cmd": str(_PROGRAMS / "sge_shepherd")}
         self.configure(**own, mailer="/bin/true", load_report_time="00:00:01")
         own = {"schedule_interval": "0:0:1", "flush_submit_sec": "1", "flush_finish_sec": "1"}
         self._change(self._qconf("-ssconf"), self._directory / "scheduler", own)
