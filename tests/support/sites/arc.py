@@ -31,15 +31,15 @@ _SHARE = Path("/usr/share/arc")
 _HOST_CAS = "/etc/grid-security/certificates"
 _LRMS = _SHARE / "FORKmod.pm"
 _PARSER = Path("/usr/lib/arc/arcconfig-parser")
-# How long the state of a job may be old: the default of 60 s would be waited for by every test. Each time costs
-# half a second of processor time.
-_INFORMATION_SECONDS = 10
+# How long a state of the batch system may be old: the default of 60 s would be waited for by tests. A-REX takes
+# tenths of a second. Each time costs half a second of processor time.
+_INFORMATION_TENTHS = 50
 # A-REX and its scripts ask for settings that do not change, each time from a new Python: each response is kept.
 _PARSER_THAT_REMEMBERS = """\
 #!/bin/sh
 case " $* " in *" --load "*) ;; *) exec {parser} "$@" ;; esac
-response=$(printf %s "$*" | md5sum)
-response={responses}/${{response%% *}}
+name() {{ IFS=/; set -f; set -- $*; IFS=,; response={responses}/$*; }}
+name "$@"
 if [ ! -r "$response" ]; then
     {parser} "$@" > "$response.$$" && mv "$response.$$" "$response" || exec {parser} "$@"
 fi
@@ -124,7 +124,7 @@ class ArcSite:
                   "-out", str(parameters))  # fmt: skip
         parameters.chmod(0o600)
         self._copy_start_script("arc-arex-ws-start", "<tcp:Listen>", "<tcp:Interface>127.0.0.1</tcp:Interface>")
-        period = f"<arex:InfoproviderWakeupPeriod>{_INFORMATION_SECONDS}</arex:InfoproviderWakeupPeriod>"
+        period = f"<arex:InfoproviderWakeupPeriod>{_INFORMATION_TENTHS}</arex:InfoproviderWakeupPeriod>"
         self._copy_start_script("arc-arex-start", "</arex:gmconfig>", period)
 
         # For the CA of a token's issuer it looks at one place of the host, which is to stay as it is. Where

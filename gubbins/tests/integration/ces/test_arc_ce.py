@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.timeout(480), pytest.mark.event_loops("uvloop")]
 
 
 class _Promises(AllPromises):
+    """Promises of all back ends, and those of this one that wait for pilots to end."""
+
     many = 10
     call_seconds = 30
 
@@ -53,6 +55,51 @@ class _Promises(AllPromises):
             yield
         self._timeout_seconds = patient
 
+    async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(self) -> None:
+        hostile = (
+            'a\'b"c $(touch pwned) `touch pwned` $HOME \\ (* *) )(executable="/bin/false") ^#x# \t ü\nline 2; \''
+        )
+        script = 'printf %s "$HOSTILE"; echo "$PILOT_CE $PILOT_VO ${GUBBINS_PILOT-clean}" >&2; ls'
+        python = f"#!/usr/bin/env python3\nimport os\nprint(os.environ['HOSTILE'] == {hostile!r}, end='')\n"
+        make = _Maker(
+            self._site,
+            scripts={"vo": script, "py": python},
+            environment={"HOSTILE": hostile},
+            attributes={"rerun": 0, "priority": 50},
+            queue="fork",
+            memory_mb=100,
+            wall_time_minutes=10,
+            cpu_time_minutes=10,
+        )
+        pilots = await make.submit("vo", "py")
+        await make.until_ended(pilots)
+        out = await make.outputs(pilots)
+        assert out["vo"].stdout.startswith(hostile)
+        assert "pwned" not in out["vo"].stdout.removeprefix(hostile)
+        assert out["vo"].stderr == "ce vo clean\n"
+        assert out["py"].stdout == "True"
+
+    async def test_long_output_is_truncated_to_its_end_and_deleted_with_the_pilot(self) -> None:
+        scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3"}
+        make = _Maker(self._site, scripts=scripts)
+        pilots = await make.submit("good", "bad")
+        seen = await make.until_ended(pilots)
+        assert seen["good"] == Observation(Observed.DONE)
+        assert seen["bad"].state is Observed.FAILED
+        assert "3" in (seen["bad"].reason or "")
+        out = await make.outputs(pilots)
+        assert out["good"].stdout == "".join(f"{n}\n" for n in range(200_001))[-OUTPUT_LIMIT_BYTES:]
+        assert out["bad"].stderr == "no luck\n"
+
+        ends = {"good": MyPilotStatus.DONE, "bad": MyPilotStatus.FAILED}
+        async with make() as backend:
+            await backend.cleanup([pilot._replace(status=ends[pilot.vo]) for pilot in pilots])
+        left = await make.until(pilots, lambda seen: "good" not in seen)
+        assert left.keys() == {"bad"}  # failed ones are kept, unless the settings say otherwise
+        async with make() as backend:
+            with pytest.raises(OutputUnavailableError):
+                await backend.output(next(pilot for pilot in pilots if pilot.vo == "good"))
+
 
 @pytest.fixture
 def witness(arc_site: ArcSite) -> Path:
@@ -66,53 +113,6 @@ def witness(arc_site: ArcSite) -> Path:
 async def test_all_conformance_tests_ran(arc_site: ArcSite, witness: Path) -> None:
     promises = _Promises(arc_site, witness)
     assert await promises.broken() == ""
-
-
-async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(arc_site: ArcSite) -> None:
-    hostile = 'a\'b"c $(touch pwned) `touch pwned` $HOME \\ (* *) )(executable="/bin/false") ^#x# \t ü\nline 2; \''
-    script = 'printf %s "$HOSTILE"; echo "$PILOT_CE $PILOT_VO ${GUBBINS_PILOT-clean}" >&2; ls'
-    python = f"#!/usr/bin/env python3\nimport os\nprint(os.environ['HOSTILE'] == {hostile!r}, end='')\n"
-    make = _Maker(
-        arc_site,
-        scripts={"vo": script, "py": python},
-        environment={"HOSTILE": hostile},
-        attributes={"rerun": 0, "priority": 50},
-        queue="fork",
-        memory_mb=100,
-        wall_time_minutes=10,
-        cpu_time_minutes=10,
-    )
-    pilots = await make.submit("vo", "py")
-    await make.until_ended(pilots)
-    out = await make.outputs(pilots)
-    assert out["vo"].stdout.startswith(hostile)
-    assert "pwned" not in out["vo"].stdout.removeprefix(hostile)
-    assert out["vo"].stderr == "ce vo clean\n"
-    assert out["py"].stdout == "True"
-
-
-async def test_long_output_is_truncated_to_its_end_and_deleted_with_the_pilot(
-    arc_site: ArcSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3"}
-    make = _Maker(arc_site, scripts=scripts)
-    pilots = await make.submit("good", "bad")
-    seen = await make.until_ended(pilots)
-    assert seen["good"] == Observation(Observed.DONE)
-    assert seen["bad"].state is Observed.FAILED
-    assert "3" in (seen["bad"].reason or "")
-    out = await make.outputs(pilots)
-    assert out["good"].stdout == "".join(f"{n}\n" for n in range(200_001))[-OUTPUT_LIMIT_BYTES:]
-    assert out["bad"].stderr == "no luck\n"
-
-    ends = {"good": MyPilotStatus.DONE, "bad": MyPilotStatus.FAILED}
-    async with make() as backend:
-        await backend.cleanup([pilot._replace(status=ends[pilot.vo]) for pilot in pilots])
-    left = await make.until(pilots, lambda seen: "good" not in seen)
-    assert left.keys() == {"bad"}  # failed ones are kept, unless the settings say otherwise
-    async with make() as backend:
-        with pytest.raises(OutputUnavailableError):
-            await backend.output(next(pilot for pilot in pilots if pilot.vo == "good"))
 
 
 async def test_a_refused_description_has_the_message_of_the_ce(arc_site: ArcSite) -> None:
