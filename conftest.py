@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, TypeVar
 
+import fastapi.dependencies.utils
 import pytest
 import pytest_asyncio
 import redis.utils
@@ -28,6 +29,8 @@ gc.set_threshold(10_000, 20, 50)
 os.environ["SSL_CERT_FILE"] = str(NO_AUTHORITY)
 # Each client of Redis reads the metadata of its package, for 1 ms, to tell the server its version.
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
+# FastAPI inspects the same functions for each application, and for each request that depends on DiracX's settings.
+fastapi.dependencies.utils.get_typed_signature = functools.cache(fastapi.dependencies.utils.get_typed_signature)
 
 EVENT_LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

@@ -50,7 +50,7 @@ async def check_properties(
     return is_admin
 
 
-def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
+async def _config_reader(request: Request) -> Callable[[], Awaitable[Config]]:
     return request.app.dependency_overrides[ConfigSource.create]  # type: ignore[no-any-return]  # set by diracx
 
 
