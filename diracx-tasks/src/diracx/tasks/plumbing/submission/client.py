@@ -21,6 +21,7 @@ from ..broker.streams import stream_name_for
 from ..locks import lock_specs
 from ..messages.arguments import secret_positions, signature_of
 from ..messages.roundtrip import checked_arguments
+from ..task_vo import own_vo
 
 if TYPE_CHECKING:
     from ..broker.redis_streams import RedisStreamBroker
@@ -112,8 +113,7 @@ def stream_of(name: str, task: BaseTask, config: TasksConfig | None, labels: Map
     priority = None if LABEL_PRIORITY in labels and not _declares(task_class, "priority") else task_class.priority
     size = None if LABEL_SIZE in labels and not _declares(task_class, "size") else task_class.size
     if config is not None and (config.common or config.vo_overrides):
-        vo = getattr(task, "vo", None)
-        priority = config.get_override(name, vo if isinstance(vo, str) else None).priority or priority
+        priority = config.get_override(name, own_vo(task)).priority or priority
     if priority is not None and size is not None:
         return stream_name_for(priority, size)
     return stream_of_labels(labels, priority, size)
