@@ -16,6 +16,8 @@ from diracx.tasks.plumbing.config import (
 )
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.exceptions import TaskConfigError
+from diracx.tasks.plumbing.lock_registry import TASK
+from diracx.tasks.plumbing.locks import ConcurrencyLimiter, RateLimiter, lock_specs
 from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, RRuleSchedule
 from pydantic import ValidationError
 
@@ -101,8 +103,12 @@ class TestSchedule:
         {"rate_limit": -1},
         {"rate_limit": 1.5},
         {"rate_limit": True},
+        {"rate_limit": 10**16},
         {"rate_window_seconds": 0},
+        {"rate_window_seconds": 1e-7},
+        {"rate_window_seconds": 1e9},
         {"concurrency_limit": 0},
+        {"concurrency_limit": 10**20},
         {"max_retries": -1},
         {"retry_base_delay_seconds": -0.1},
         {"time_limit_seconds": 0},
@@ -113,6 +119,16 @@ class TestSchedule:
 def test_numbers_out_of_range_and_unknown_fields_are_refused(fields):
     with pytest.raises(ValidationError):
         TaskOverride(**fields)
+
+
+@pytest.mark.parametrize("fields", [(2**53, 1e-6), (1, 315_576_000)])
+def test_all_numbers_that_the_configuration_accepts_are_accepted_by_a_limiter(fields):
+    limit, window = fields
+    override = TaskOverride(rate_limit=limit, rate_window_seconds=window, concurrency_limit=limit)
+    rate, concurrency = RateLimiter(TASK, "A"), ConcurrencyLimiter(TASK, "A")
+    rate.limit, rate.window_seconds = override.rate_limit, override.rate_window_seconds
+    concurrency.limit = override.concurrency_limit
+    assert len(lock_specs([rate, concurrency])) == 2
 
 
 def test_defaults_are_as_published():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -173,6 +174,31 @@ def test_a_digest_does_not_depend_on_the_order_of_entries(tmp_path: Path) -> Non
     assert digest(ConfigReader(one).read_tasks()) == digest(ConfigReader(other).read_tasks())
     other.write_text("common: {A: {max_retries: 1}, B: {priority: normal, max_retries: 2}}")
     assert digest(ConfigReader(one).read_tasks()) != digest(ConfigReader(other).read_tasks())
+
+
+def test_a_digest_is_made_of_binary_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.yaml"
+    digests = []
+    for value in ("gIGC", "gIGC", "gIGD"):
+        path.write_text(f"common: {{A: {{instances: {{one: {{args: {{key: !!binary {value}}}}}}}}}}}")
+        digests.append(digest(ConfigReader(path).read_tasks()))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_file_that_could_not_be_opened_for_a_moment_is_read_by_a_later_poll(
+    reader: ConfigReader, path: Path
+) -> None:
+    reader.read()
+    path.write_text(LIMIT.format(2))
+    age(path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        failed = reader.read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert any("Too many open files" in line for line in failed.problems)
+    assert limit_of(reader.read()) == 2
 
 
 async def test_a_blocked_thread_does_not_block_the_event_loop() -> None:

@@ -26,9 +26,9 @@ DEFAULT_LOCK_TTL_MS = 30_000
 #: Maximum number of locks of one task, which scripts acquire, renew and release together.
 MAX_LOCKS = 100
 #: Maximum time to live and window: ten years.
-_LONGEST_MS = 315_576_000_000
+LONGEST_MS = 315_576_000_000
 #: Largest integer that the server represents exactly as a double.
-_LARGEST = 2**53
+LARGEST_LIMIT = 2**53
 
 
 class BaseLock(ABC):  # noqa: B024  # subclasses may have abstract methods
@@ -144,8 +144,8 @@ class SharedRWLock(BaseLock):
 
 def _check_whole(lock: BaseLock, name: str, number: float) -> None:
     """Refuse fractions, which the server would round, and numbers that are too large for it."""
-    if not (abs(number) <= _LARGEST and number == int(number)):
-        raise ValueError(f"{lock.redis_key}: {name} must be a whole number up to {_LARGEST}, not {number!r}")
+    if not (abs(number) <= LARGEST_LIMIT and number == int(number)):
+        raise ValueError(f"{lock.redis_key}: {name} must be a whole number up to {LARGEST_LIMIT}, not {number!r}")
 
 
 class BaseLimiter(BaseLock):
@@ -272,10 +272,10 @@ def _checked_spec(lock: BaseLock) -> LockSpec:
     ttl_ms, window_us = spec.get("ttl_ms", 1), spec.get("window_us", 1)
     if not (texts and spec["kind"] in LOCK_KINDS and isinstance(ttl_ms, int | float) and ttl_ms > 0):
         raise TypeError(f"the lock {type(lock).__name__} has an invalid spec(): {spec!r:.200}")
-    if not (ttl_ms <= _LONGEST_MS and ttl_ms == int(ttl_ms)):
-        raise ValueError(f"{spec['key']}: ttl_ms must be whole milliseconds up to {_LONGEST_MS}, not {ttl_ms!r}")
-    if not 0 < window_us <= _LONGEST_MS * 1000:
-        raise ValueError(f"{spec['key']}: window_seconds must be from 1e-6 to {_LONGEST_MS // 1000}")
+    if not (ttl_ms <= LONGEST_MS and ttl_ms == int(ttl_ms)):
+        raise ValueError(f"{spec['key']}: ttl_ms must be whole milliseconds up to {LONGEST_MS}, not {ttl_ms!r}")
+    if not 0 < window_us <= LONGEST_MS * 1000:
+        raise ValueError(f"{spec['key']}: window_seconds must be from 1e-6 to {LONGEST_MS // 1000}")
     return spec
 
 

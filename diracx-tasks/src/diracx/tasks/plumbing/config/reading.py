@@ -101,6 +101,7 @@ _MUST_BE = {
     "string_type": "text",
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
     "enum": "{expected}",
 }

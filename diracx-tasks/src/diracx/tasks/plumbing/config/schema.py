@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from ..enums import Priority
+from ..locks import LARGEST_LIMIT, LONGEST_MS
 from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
 from .merge import (
     KINDS,
@@ -38,7 +39,8 @@ from .merge import (
 from .source import Source
 
 # Strict, so that `true` or "10" in a YAML file is a mistake and not a number.
-_Count = Annotated[int, Field(strict=True, ge=1)]
+_Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST_LIMIT)]
+_Window = Annotated[float, Field(strict=True, ge=1e-6, le=LONGEST_MS / 1000, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 _AS_IN_CODE = "as in the code"
@@ -202,7 +204,7 @@ class LimitConfig(BaseModel):
         unit="executions",
         example=100,
     )
-    rate_window_seconds: _Seconds | None = _field("Length of that window.", unit="seconds", example=60)
+    rate_window_seconds: _Window | None = _field("Length of that window.", unit="seconds", example=60)
     concurrency_limit: _Count | None = _field(
         "Maximum number of concurrent executions, over all workers.", unit="executions", example=10
     )
@@ -280,7 +282,8 @@ class Setting(NamedTuple):
 class TasksConfig(BaseModel):
     """Configuration of tasks: general settings and limits, and overrides for VOs."""
 
-    model_config = ConfigDict(extra="forbid")
+    # For the digest: arguments may be binary.
+    model_config = ConfigDict(extra="forbid", ser_json_bytes="base64")
 
     common: _ByTask = _field(
         "Settings by task name, for every VO and for tasks without one.",

@@ -193,7 +193,7 @@ class _File:
         return stamp
 
     def _read(self, stamp: object) -> object:
-        """Read the file. Returns its stamp; None if the stamp would not reveal another change."""
+        """Read the file. Returns its stamp; None to read it again: it failed, or the stamp may miss a change."""
         content: bytes | None = None
         with contextlib.suppress(OSError):
             content = self.path.read_bytes()
@@ -203,8 +203,8 @@ class _File:
             self._outcome = _outcome(lambda: self._load(path=self.path))
             self._content = content
         written_at = stamp[-1] / 1e9 if isinstance(stamp, tuple) else 0.0
-        trusted = _stamp(self.path) == stamp and read_at - written_at > _TIME_STAMP_SECONDS
-        return stamp if trusted else None
+        is_old = _stamp(self.path) == stamp and read_at - written_at > _TIME_STAMP_SECONDS
+        return stamp if is_old and content is not None else None
 
 
 def _stamp(path: Path) -> object:
@@ -239,8 +239,8 @@ class _Diracx:
         if self._outcome is None or self._revision is None or revision[0] != self._revision[0]:
             try:
                 self._outcome = self._source.read_raw(*revision)
-            except BadConfigurationVersionError:
-                raise  # git failed: the same revision may be readable at the next poll
+            except (BadConfigurationVersionError, OSError):
+                raise  # git failed, or was not started: the same revision may be readable at the next poll
             except Exception as error:
                 self._outcome = error
             self._revision = revision
