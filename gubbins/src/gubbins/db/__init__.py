@@ -1,4 +1,4 @@
-"""Database of the pilot system."""
+"""Databases: that of the pilot system (`sql`), and DiracX's pilot registry (`registry`)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Domain model: pilot states, rules of compute elements, fair shares, job matching, errors and the clock."""
+"""Domain model: pilot states, rules of compute elements, demand and fair shares, job matching, circuit breakers,
+downtimes, errors and the clock."""

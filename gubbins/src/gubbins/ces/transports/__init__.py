@@ -1,1 +1,1 @@
-"""Ways to reach a site: local commands, SSH, and token files."""
+"""Connections to sites: local commands, SSH, and tokens."""

@@ -1,1 +1,1 @@
-"""General helpers: retrying, lazy imports, telemetry, text."""
+"""General helpers: retrying, asyncio tasks, secrets and text, local time, telemetry."""

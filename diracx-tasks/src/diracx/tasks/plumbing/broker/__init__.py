@@ -1,4 +1,4 @@
-"""Message storage: key names, message models, the Lua steps and the broker that calls them.
+"""All access to Redis: key names, message models, Lua scripts, their functions, and the broker.
 
 Names are imported at first use, so that a program that needs only a key or a limit does not import redis-py.
 """
