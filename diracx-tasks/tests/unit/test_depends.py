@@ -1,5 +1,6 @@
 """Dependencies by type, in signatures and in real DiracX routes."""
 
+import asyncio
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -185,6 +186,20 @@ async def test_P51_wrapped_function_has_a_broker_and_leaves_none_behind(
     assert type(await func()).__name__ == "RedisStreamBroker"
     with pytest.raises(RuntimeError):
         current_broker()
+
+
+async def test_P51_an_async_decorator_of_a_function_has_a_broker_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", "redis://localhost:1")
+
+    def blocking() -> Any:
+        return current_broker()
+
+    @auto_inject
+    @functools.wraps(blocking)
+    async def in_thread() -> Any:
+        return await asyncio.to_thread(blocking)
+
+    assert type(await in_thread()).__name__ == "RedisStreamBroker"
 
 
 async def test_P51_without_a_broker_url_a_route_that_schedules_nothing_works(

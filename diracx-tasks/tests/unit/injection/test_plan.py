@@ -1,17 +1,22 @@
 """Injection plans of signatures: found at registration, or refused by name."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
 from diracx.db.sql import JobDB
+from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.depends import auto_inject
 from diracx.tasks.plumbing.injection.plan import (
     Kind,
     compile_plan,
     resolve,
 )
+from diracx.tasks.plumbing.worker.task_spec import check_execute
 from fastapi import Depends, Request
 from support.library import LibraryDB, run
 
@@ -93,6 +98,20 @@ async def _async_generator() -> AsyncIterator[None]:
     yield
 
 
+def test_a_dependency_without_a_hash_is_refused_by_name() -> None:
+    @dataclass
+    class Checker:
+        limit: int
+
+        def __call__(self) -> int:
+            return self.limit
+
+    async def execute(limit: Annotated[int, Depends(Checker(3))]) -> None: ...
+
+    with pytest.raises(TypeError, match=r"execute → .*Checker.*: this dependency has no hash"):
+        compile_plan(execute)
+
+
 # --- resolving --------------------------------------------------------------------------------------------
 
 
@@ -116,6 +135,67 @@ async def test_a_dependency_used_twice_is_resolved_once_by_default() -> None:
 
     assert await run(execute, {}) == (1, 1, 2, 1)
     assert await run(execute, {}) == (3, 3, 4, 3)  # nothing is kept from one execution to the next
+
+
+async def test_decorators_may_make_a_dependency_async_or_await_it() -> None:
+    def in_thread(func: Callable[[], int]) -> Callable[[], Awaitable[int]]:
+        @functools.wraps(func)
+        async def call() -> int:
+            return await asyncio.to_thread(func)
+
+        return call
+
+    def first_of(func: Callable[[], AsyncIterator[int]]) -> Callable[[], Awaitable[int]]:
+        @functools.wraps(func)
+        async def call() -> int:
+            return await anext(func())
+
+        return call
+
+    def already(func: Callable[[], Awaitable[int]]) -> Callable[[], int]:
+        @functools.wraps(func)
+        def call() -> int:
+            return 3
+
+        return call
+
+    @in_thread
+    def blocking() -> int:
+        return 1
+
+    @first_of
+    async def many() -> AsyncIterator[int]:
+        yield 2
+
+    @already
+    async def known() -> int:
+        raise AssertionError("not called")
+
+    async def execute(
+        a: Annotated[int, Depends(blocking)], b: Annotated[int, Depends(many)], c: Annotated[int, Depends(known)]
+    ) -> tuple[int, ...]:
+        return a, b, c
+
+    assert await run(execute, {}) == (1, 2, 3)
+
+
+async def test_execute_may_be_a_function_that_a_decorator_makes_async() -> None:
+    def in_thread(func: Callable[..., int]) -> Callable[..., Awaitable[int]]:
+        @functools.wraps(func)
+        async def call(*args: int, **kwargs: int) -> int:
+            return await asyncio.to_thread(func, *args, **kwargs)
+
+        return call
+
+    class Blocking(BaseTask):
+        @in_thread
+        def execute(self, limit: Annotated[int, Depends(lambda: 3)]) -> int:
+            return limit
+
+    check_execute(Blocking)
+    plan = compile_plan(Blocking.execute, skip_first=True)
+    async with AsyncExitStack() as stack:
+        assert await Blocking().execute(**await resolve(plan, {}, stack)) == 3
 
 
 async def test_override_has_dependencies_of_its_own() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from .injection.placeholders import innermost
+from .injection.placeholders import is_async
 from .injection.signatures import NoTransaction, auto_inject_depends, resolved_signature
 from .lazy import lazy_names
 
@@ -44,7 +44,7 @@ def auto_inject(func: Callable[P, R]) -> Callable[P, R]:
     signature = resolved_signature(func)
     injected = signature.replace(parameters=auto_inject_depends(list(signature.parameters.values())))
     target: Any = func
-    if inspect.iscoroutinefunction(innermost(func)):
+    if is_async(func):
         target = _with_bound_broker(func)
     elif inspect.ismethod(func):
         # A method takes no attributes. Its kind (generator or not) is found through __wrapped__.

@@ -88,6 +88,11 @@ def innermost(call: Call) -> Call:
             current = type(current).__call__
 
 
+def is_async(call: Call) -> bool:
+    """True for a coroutine function, decorated or not, and for one that calls another function."""
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(innermost(call))
+
+
 def calls_below(dependant: Any, overrides: Overrides, *, required: bool = False) -> Iterator[Call]:
     """Iterate over the calls in the tree below `dependant` (a `Plan` or a FastAPI ``Dependant``).
 

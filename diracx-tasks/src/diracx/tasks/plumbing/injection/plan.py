@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,7 +18,7 @@ from inspect import Parameter
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from .placeholders import Call, Overrides, find_missing_overrides, innermost, name_of, sentinel_name
+from .placeholders import Call, Overrides, find_missing_overrides, innermost, is_async, name_of, sentinel_name
 from .providers import setup_dependency_overrides
 from .signatures import auto_inject_depends, is_depends, resolved_signature
 
@@ -91,6 +92,8 @@ def _compile(
 ) -> Plan:
     if call in parents:
         raise TypeError(f"{name}: this dependency needs itself")
+    if not isinstance(call, Hashable):
+        raise TypeError(f"{name}: this dependency has no hash; use @dataclass(frozen=True), or define __hash__")
     try:
         params = list(resolved_signature(call).parameters.values())[1 if skip_first else 0 :]
     except ValueError as error:  # some built-in types have no signature
@@ -137,9 +140,9 @@ def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
 
 
 def _kind_of(call: Call) -> Kind:
-    inner = innermost(call)
-    if inspect.iscoroutinefunction(inner):
+    if is_async(call):
         return Kind.ASYNC
+    inner = innermost(call)
     if inspect.isasyncgenfunction(inner):
         return Kind.ASYNC_GENERATOR
     if inspect.isgeneratorfunction(inner):
@@ -199,8 +202,8 @@ async def _obtain(plan: Plan, arguments: dict[str, Any], stack: AsyncExitStack) 
     match plan.kind:
         case Kind.PLAIN:
             return produced
-        case Kind.ASYNC:
-            return await produced
+        case Kind.ASYNC:  # a decorator may have awaited it
+            return await produced if inspect.isawaitable(produced) else produced
         case Kind.GENERATOR:
             manager = produced
             if not isinstance(produced, AbstractContextManager):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base_task import BaseTask
 from ..config import TaskOverride, TasksConfig
-from ..injection.placeholders import innermost
+from ..injection.placeholders import innermost, is_async
 from ..injection.plan import Plan, compile_plan
 from ..lock_registry import TASK
 from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter, needed
@@ -159,7 +159,7 @@ def check_execute(task_class: type[BaseTask]) -> None:
         TypeError: when it is anything but a method defined by `async def`; names the class, and file and line.
     """
     found = inspect.getattr_static(task_class, "execute")
-    if inspect.isfunction(found) and inspect.iscoroutinefunction(innermost(found)):
+    if inspect.isfunction(found) and is_async(found):
         return
     inner = innermost(found) if inspect.isfunction(found) else found
     kind = next((text for is_a, text in _NOT_AWAITABLE if is_a(inner)), f"of type {type(found).__name__}")
