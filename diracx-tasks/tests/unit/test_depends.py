@@ -1,6 +1,5 @@
 """Dependencies by type, in signatures and in real DiracX routes."""
 
-import asyncio
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -191,15 +190,15 @@ async def test_P51_wrapped_function_has_a_broker_and_leaves_none_behind(
 async def test_P51_an_async_decorator_of_a_function_has_a_broker_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", "redis://localhost:1")
 
-    def blocking() -> Any:
+    def plain() -> Any:
         return current_broker()
 
     @auto_inject
-    @functools.wraps(blocking)
-    async def in_thread() -> Any:
-        return await asyncio.to_thread(blocking)
+    @functools.wraps(plain)
+    async def decorated() -> Any:
+        return plain()
 
-    assert type(await in_thread()).__name__ == "RedisStreamBroker"
+    assert type(await decorated()).__name__ == "RedisStreamBroker"
 
 
 async def test_P51_without_a_broker_url_a_route_that_schedules_nothing_works(
