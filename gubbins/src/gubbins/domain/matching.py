@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -12,6 +12,7 @@ from .demand import apportion
 from .rules import CERules
 
 _MB_PER_GB = 1024
+_MAX_STEPS = 500_000  # less than a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +102,15 @@ def group_jobs(queues: Iterable[TaskQueue], ces: Mapping[str, CERules]) -> dict[
     return dict(groups)
 
 
-def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[Group, int], dict[str, int]]:
+def match(
+    groups: Mapping[Group, int], pilots: Mapping[str, int], *, max_steps: int = _MAX_STEPS
+) -> tuple[dict[Group, int], dict[str, int]]:
     """Match waiting pilots with jobs: as many as can be, one each (a maximum flow).
 
     Args:
         groups: jobs, by the compute elements that could serve them.
         pilots: pilots that wait, by compute element.
+        max_steps: limit of the search, for thousands of groups; after it, matched jobs do not move any more.
 
     Returns:
         The jobs without a pilot, and the pilots without a job.
@@ -114,8 +118,9 @@ def match(groups: Mapping[Group, int], pilots: Mapping[str, int]) -> tuple[dict[
     jobs, free = dict(groups), {name: number for name, number in pilots.items() if number > 0}
     taken: dict[str, Counter[Group]] = defaultdict(Counter)  # by compute element
     hopeless: set[str] = set()
+    steps = iter(range(max_steps))
     for group in sorted(jobs, key=lambda group: (len(group), sorted(group))):
-        while jobs[group] and (path := _path(group, free, taken, hopeless)) is not None:
+        while jobs[group] and (path := _path(group, free, taken, hopeless, steps)) is not None:
             # Augmenting path: the group's jobs move to the first compute element, each element's jobs to the next.
             moves = [(ce, next_ce, other) for (ce, _), (next_ce, other) in pairwise(path)]
             moved = min(jobs[group], free[path[-1][0]], *(taken[ce][other] for ce, _, other in moves))
@@ -133,7 +138,11 @@ _Path: TypeAlias = list[tuple[str, Group]]
 
 
 def _path(
-    group: Group, free: Mapping[str, int], taken: Mapping[str, Mapping[Group, int]], hopeless: set[str]
+    group: Group,
+    free: Mapping[str, int],
+    taken: Mapping[str, Mapping[Group, int]],
+    hopeless: set[str],
+    steps: Iterator[int],
 ) -> _Path | None:
     """Find the shortest path to a free pilot; None: there is none, and visited nodes are added to `hopeless`."""
     came: dict[str, tuple[str | None, Group]] = dict.fromkeys(sorted(group - hopeless), (None, group))
@@ -142,6 +151,9 @@ def _path(
     while waiting and found is None:
         ce = waiting.popleft()
         for other, number in taken[ce].items():
+            if next(steps, None) is None:
+                waiting.clear()
+                break
             for next_ce in sorted(other) if number else ():
                 if next_ce not in came and next_ce not in hopeless:
                     came[next_ce] = ce, other
@@ -171,7 +183,7 @@ def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[di
     """
     given, left = dict.fromkeys(room, 0), dict(groups)
     for group in sorted(groups, key=lambda group: (len(group), sorted(group))):
-        names = [name for name in room if name in group]
+        names = sorted(group & room.keys())
         parts = apportion(left[group], [room[name] - given[name] for name in names])
         for name, part in zip(names, parts, strict=True):
             given[name] += part
@@ -179,6 +191,10 @@ def share_jobs(groups: Mapping[Group, int], room: Mapping[str, int]) -> tuple[di
     return given, left
 
 
-def jobs_for(name: str, groups: Mapping[Group, int]) -> int:
-    """Number of jobs that a compute element can run."""
-    return sum(jobs for group, jobs in groups.items() if name in group)
+def count_jobs(groups: Mapping[Group, int]) -> Counter[str]:
+    """Count the jobs that each compute element can run."""
+    jobs: Counter[str] = Counter()
+    for group, number in groups.items():
+        for name in group:
+            jobs[name] += number
+    return jobs

@@ -14,7 +14,7 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.demand import Demand
 from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, fair_part
-from gubbins.domain.matching import TaskQueue, group_jobs, jobs_for, match, share_jobs
+from gubbins.domain.matching import TaskQueue, count_jobs, group_jobs, match, share_jobs
 from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
 
@@ -69,16 +69,17 @@ async def request_pilots(
     async def request() -> dict[str, list[str]]:
         situation = await _read_situation(db, vo, vos, served)
         without_pilot, without_job = match(groups, situation.waiting)
-        wanted = {name: situation.wanted(ces[name], rules[name], jobs_for(name, without_pilot)) for name in ces}
+        unmatched = count_jobs(without_pilot)
+        wanted = {name: situation.wanted(ces[name], rules[name], unmatched[name]) for name in ces}
         granted = {name: situation.part(ces[name], rules[name], wanted[name]) for name in ces}
         job_share, left = share_jobs(without_pilot, {name: granted[name] for name in by_jobs})
         for name in by_jobs:
             trickle = rules[name].trickle if situation.held[name, vo] == 0 else 0
             granted[name] = max(job_share[name], min(granted[name], trickle))
-        demand = {}
+        demand, remaining = {}, count_jobs(left)
         for name in ces:
             more = wanted[name] - granted[name]
-            more = min(more, jobs_for(name, left)) if name in by_jobs else more
+            more = min(more, remaining[name]) if name in by_jobs else more
             demand[name] = situation.next_demand(name, more, granted[name])
         await db.replace_demand(vo, demand)
         if jobs is not None:
