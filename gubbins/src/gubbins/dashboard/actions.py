@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from diracx.tasks.web.dashboard.page import (
@@ -76,21 +77,12 @@ async def _confirm_ban(form: Form, context: AppContext) -> Question:
     )
 
 
-async def _close(form: Form, operator: Operator) -> str:
-    return await _switch(form, operator, False)
-
-
-async def _open(form: Form, operator: Operator) -> str:
-    return await _switch(form, operator, True)
-
-
-async def _switch(form: Form, operator: Operator, enabled: bool) -> str:
+async def _switch(form: Form, operator: Operator, *, enabled: bool) -> str:
     name, state = form.one("ce"), "open" if enabled else "closed"
 
     async def switch() -> str:
-        return (
-            state if await logic.set_ce_enabled(READ_MODELS.database(), name, enabled) else f"was {state} already"
-        )
+        changed = await logic.set_ce_enabled(READ_MODELS.database(), name, enabled)
+        return state if changed else f"was {state} already"
 
     action = AuditAction.OPEN_CE if enabled else AuditAction.CLOSE_CE
     return f"{name}: {await _perform(operator, action, name, switch)}."
@@ -202,8 +194,8 @@ async def _cancel(form: Form, operator: Operator) -> str:
 
 
 ACTIONS = [
-    Action("/pilots/ce/close", _confirm_close, _close),
-    Action("/pilots/ce/open", _confirm_open, _open),
+    Action("/pilots/ce/close", _confirm_close, partial(_switch, enabled=False)),
+    Action("/pilots/ce/open", _confirm_open, partial(_switch, enabled=True)),
     Action("/pilots/ce/ban", _confirm_ban, _ban),
     Action("/pilots/ce/downtime", _confirm_downtime, _add_downtime),
     Action("/pilots/ce/downtime/end", _confirm_end_downtime, _end_downtime),
