@@ -265,20 +265,11 @@ def list_pilots(
     if as_json:
         print_json({"items": pilots, "total": total, "page": page, "per_page": per_page})
         return
-    columns = (
-        "pilot_id",
-        "vo",
-        "ce_name",
-        "status",
-        "submitted_at",
-        "last_update",
-        "waiting_reason",
-        "last_error",
-    )
+    shown = ("pilot_id", "vo", "ce_name", "status", "submitted_at", "last_update", "waiting_reason", "last_error")
     print_table(
         f"{len(pilots)} of {total} pilots (page {page})",
         ("id", "VO", "CE", "state", "submitted (UTC)", "last change (UTC)", "waits for", "last error"),
-        [tuple(pilot[column] for column in columns) for pilot in map(_with_report, pilots)],
+        [tuple(pilot[column] for column in shown) for pilot in map(_with_report, pilots)],
     )
 
 

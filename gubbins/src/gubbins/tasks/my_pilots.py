@@ -274,12 +274,10 @@ class MyPilotReportTask(PeriodicBaseTask):
         summary = await logic.count_pilots(my_pilot_db)
         totals: Counter[str] = Counter()
         for vo, ces in sorted(summary.items()):
-            of_vo: Counter[str] = Counter()
             for ce_name, states in sorted(ces.items()):
                 logger.info("Pilots of %s at %s: %s", vo, ce_name, _format_counts(states))
-                of_vo.update(states)
-            totals += of_vo
-            active = sum(of_vo[status] for status in ACTIVE)
+                totals.update(states)
+            active = sum(states.get(status, 0) for states in ces.values() for status in ACTIVE)
             if active and config is not None and vo not in config.registry:
                 logger.warning("%d pilots of %s are active, which is not in the configuration", active, vo)
                 await MyCheckPilotsTask(vo).schedule()

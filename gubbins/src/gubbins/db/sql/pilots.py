@@ -19,21 +19,11 @@ from .schema import MAX_REASON_CHARS, PilotHistory, PilotIdentities, Pilots, col
 from .session import PilotSession, split_batches
 
 _ID = Pilots.id.label("pilot_id")
-_REPORTED = (
-    "host",
-    "cores",
-    "memory_mb",
-    "heartbeat_at",
-    "stale_at",
-    "outcome",
-    "exit_code",
-    "jobs_done",
-    "detail",
-)
+_REPORT = ("host", "cores", "memory_mb", "heartbeat_at", "stale_at", "outcome", "exit_code", "jobs_done", "detail")
 _SELECT = select(
     _ID,
     *(column for column in columns_of(Pilots) if column.name != "id"),
-    *columns_of(PilotIdentities, *_REPORTED, "exchanged_at", "exchanged_from"),
+    *columns_of(PilotIdentities, *_REPORT, "exchanged_at", "exchanged_from"),
 ).outerjoin(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
 
 
