@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from diracx.tasks.cli.errors import UsageProblem
@@ -32,9 +32,9 @@ With --drain-before, submissions stop some hours earlier, so that pilots end in 
 downtime_app = command_group("downtime", _HELP, rich_markup_mode=None)
 
 
-def _moment(text: str | None, otherwise: datetime) -> datetime:
+def _moment(text: str | None) -> datetime | None:
     try:
-        return otherwise if text is None else parse_moment(text)
+        return None if text is None else parse_moment(text)
     except ValueError as error:
         raise UsageProblem(str(error)) from error
 
@@ -61,18 +61,19 @@ def add_downtime(
     """Plan a downtime. Times are UTC, unless given with an offset (2026-12-01T08:00+01:00)."""
     if (end is None) == (hours is None):
         raise UsageProblem("give either --end or --hours")
-    starts_at = _moment(start, clock.now())
-    try:
-        ends_at = _moment(end, starts_at + timedelta(hours=hours or 0))
-    except OverflowError as error:
-        raise UsageProblem(f"a downtime cannot start at {starts_at:%Y-%m-%d}") from error
+    start_given, end_given = _moment(start), _moment(end)
+
+    async def add(db: Any) -> Downtime:
+        starts_at = start_given or clock.now()  # of the database
+        try:
+            ends_at = end_given or starts_at + timedelta(hours=hours or 0)
+        except OverflowError as error:
+            raise UsageProblem(f"a downtime cannot start at {starts_at:%Y-%m-%d}") from error
+        drain, by = timedelta(hours=drain_before), current_operator()
+        return await logic.add_downtime(db, name, starts_at, ends_at, reason, by=by, drain=drain)
+
     added: Downtime = audited(
-        AuditAction.ADD_DOWNTIME,
-        name,
-        lambda db: logic.add_downtime(
-            db, name, starts_at, ends_at, reason, by=current_operator(), drain=timedelta(hours=drain_before)
-        ),
-        lambda added: f"{added.id}: {_span(added)}, {added.reason}",
+        AuditAction.ADD_DOWNTIME, name, add, lambda added: f"{added.id}: {_span(added)}, {added.reason}"
     )
     text = f"{name}: downtime {added.id}, {_span(added)} (no submissions from {added.drain_from:%Y-%m-%d %H:%M})"
     print_result(added, text, as_json=as_json)

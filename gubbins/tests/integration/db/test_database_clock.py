@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.persistence.dead_letter import DeadLetter
 from diracx.tasks.plumbing.sql import clock as database_clock
+from typer.testing import CliRunner
 
+from gubbins.cli.app import app
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 
@@ -60,6 +63,25 @@ async def test_a_host_with_a_wrong_clock_writes_the_time_of_the_database(
         async with dead_letters as db:
             [stored] = await db.search()
         assert about_now(stored["buried_at"])
+
+
+@pytest.mark.parametrize("ahead_seconds", [-600, 600])
+async def test_a_downtime_from_now_on_starts_at_the_time_of_the_database(
+    ahead_seconds: float, empty_database: Callable[[str], Awaitable[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pilots = MyPilotDB(await empty_database("postgresql"))
+    async with pilots.engine_context():
+        await pilots.create_tables()
+        await pilots.add_ce("ce", capacity=1, success_rate=1.0)
+        set_clock(monkeypatch, ahead_seconds)
+        monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", pilots.engine.url.render_as_string(hide_password=False))
+        monkeypatch.delenv("DIRACX_TASKS_REDIS_URL", raising=False)
+        add = ["ce", "downtime", "add", "ce", "--hours", "5", "--reason", "switches"]
+        done = await asyncio.to_thread(CliRunner().invoke, app, add)
+        assert done.exit_code == 0, done.output
+        [downtime] = await pilots.get_downtimes(ends_after=None)
+    assert about_now(downtime.starts_at)
+    assert about_now(downtime.ends_at - timedelta(hours=5))
 
 
 async def test_clock_differences_below_a_second_are_ignored(
