@@ -91,7 +91,7 @@ _rung = asyncio.Event()
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one scenario, per task."""
+    """Round trips, commands and bytes of a scenario, per task."""
 
     round_trips: float
     """Requests sent by us, pipelines counted once."""

@@ -107,7 +107,7 @@ class CommandLog:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a number of workers that wait."""
+    """Costs of a number of waiting workers."""
 
     workers: int
     busy: bool

@@ -46,7 +46,7 @@ class Rate:
     max_batch: int
     seconds: float
     cpu_seconds: float
-    """Of this process, which is the worker and submits the tasks, too."""
+    """CPU time of this process, which is the worker and submits the tasks."""
     statements_per_pilot: float
     calls: int
     half_refused: bool = False

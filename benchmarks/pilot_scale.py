@@ -55,7 +55,7 @@ class Cycle:
     """By the capacity gate."""
     moved: int
     statements: int
-    """Of asking and checking: submissions have their own number each."""
+    """Statements of requests and checks, without those of submissions."""
     submit_statements: int
     active: int
     fullest: float
@@ -95,9 +95,9 @@ class Run:
     pruned_per_second: float
     illegal: int
     quiet_checks: list[Check]
-    """Of all VOs, a moment after the last cycle."""
+    """Checks of all VOs just after the last cycle."""
     full_checks: list[Check]
-    """Of all VOs, when all their pilots move."""
+    """Checks of all VOs when all their pilots change their state."""
 
 
 class _Statements:

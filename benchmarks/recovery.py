@@ -98,7 +98,7 @@ class World:
 
 @dataclass(frozen=True)
 class Waits:
-    """Of each task that ran at the victim, in seconds."""
+    """Times of each task of the lost worker, in seconds."""
 
     in_all: list[float]
     after_lease: list[float]

@@ -139,7 +139,7 @@ async def _members(redis: Redis) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one state."""
+    """Measurements of one state."""
 
     state: str
     items: int

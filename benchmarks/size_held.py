@@ -28,7 +28,7 @@ async def _taken(world: World) -> list[Delivery]:
 
 
 async def _locks_of_one_worker(world: World) -> None:
-    """As many for each task as it may have."""
+    """Each task has the maximum number of locks."""
     locks = [MutexLock(JOB, number).spec() for number in range(world.items)]
     await queue(world, -(-world.items // MAX_LOCKS))
     for number, delivery in enumerate(await _taken(world)):
@@ -96,7 +96,7 @@ async def _lines_before_one_task(world: World) -> None:
 
 
 async def _use_lines_before_one_task(world: World) -> None:
-    """It is refused by the last one, and leaves the others to who waits for them."""
+    """The last lock refuses the task; the others are granted to their waiting tasks."""
     for delivery in world.kept:
         await start(world, [delivery], locks=[MutexLock(JOB, number).spec() for number in range(MAX_LOCKS)])
 

@@ -110,7 +110,7 @@ class State:
     items: int
     build: Callable[[World], Awaitable[Any]]
     use: Callable[[World], Awaitable[Any]]
-    """Everything of which the time could depend on the state."""
+    """All operations whose time could depend on the state."""
 
 
 def message(number: int) -> TaskMessage:
@@ -206,7 +206,7 @@ async def _locks_of_the_dead(world: World) -> None:
 
 
 async def _reclaim(world: World, audit: bool = False, calls: int = 1000) -> None:
-    """As a worker does until it is told to come again later."""
+    """Reclaim like a worker, until the reply has a later time for the next call."""
     async with _worker(world.url) as other:
         for _ in range(calls):
             deliveries, again_seconds, _ = await other.reclaim(100, audit=audit, lease_seconds=600)
@@ -319,7 +319,7 @@ async def _grants(world: World) -> None:
 
 
 async def _old_grants(world: World) -> None:
-    """As older releases leave them: nothing merged, and all of them have left the window."""
+    """A log of an older release: grants are not merged, and all have left the window."""
     key = Quota(JOB, "one").redis_key
     await world.pipeline(("ZADD", key, 1 + number, f"{number + 1:016}:1:owner") for number in range(world.items))
 

@@ -91,7 +91,7 @@ class Observed:
     """Dead letters: n, kind, reason."""
     leftover_keys: list[str] = field(default_factory=list)
     exit_codes: dict[str, int] = field(default_factory=dict)
-    """Of the processes that were stopped at the end."""
+    """Exit codes of the processes that were stopped at the end."""
     cut_connections: int = 0
     done: Counter[str] = field(default_factory=Counter)
     """Disturbance -> how often."""

@@ -277,7 +277,7 @@ class Sentinels:
         await _until(told, "a server that has started is told to follow the primary")  # it may load its data first
 
     def _failover_has_begun(self) -> bool:
-        """It refuses for a while after the last failover, and as long as it trusts no replica."""
+        """A sentinel refuses for a while after the last failover, and while it trusts no replica."""
         with Redis.from_url(f"redis://{self._places[0]}", socket_timeout=1) as sentinel:
             return bool(sentinel.execute_command("SENTINEL", "FAILOVER", SERVICE))
 

@@ -82,7 +82,7 @@ class Tool(NamedTuple):
 
     name: str
     packages: str
-    """Of Debian, parted by spaces."""
+    """Packages of Debian, separated by spaces."""
     version: Callable[[], str]
     """Its version in one line, or MissingError."""
 

@@ -163,7 +163,8 @@ WORDS = (
 
 #: Docstrings that begin with a question or a person. A first line says what the thing is or does.
 OPENINGS = (
-    r'"""(What|Who|Whoever|Whose|Where|How|Why|Which|Those|Somebody|Nobody|Whether|When|Something|These|They)\b'
+    r'"""(What|Whatever|Who|Whoever|Whose|Where|How|Why|Which|Those|These|They|Somebody|Nobody|Whether|When'
+    r"|Something|Everything|Of)\b"
 )
 #: Names of tests that begin with a question. A name states the promise.
 TEST_NAMES = r"def test_(P\d+_)*(what|whatever|who|whoever|where|when|why|how)_"

@@ -83,7 +83,7 @@ class Doomed(Plain):
 
 
 class Slots(ConcurrencyLimiter):
-    """Of two."""
+    """Limiter of two slots."""
 
     limit = 2
 

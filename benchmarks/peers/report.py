@@ -22,7 +22,7 @@ class Problem:
     round: int
     reason: str
     skipped: bool = False
-    """It was never meant to be there."""
+    """True: this peer does not support the scenario."""
 
 
 @dataclass
@@ -287,7 +287,7 @@ compare figures of one run.
 
 
 def as_json(taken: Measurements) -> dict[str, Any]:
-    """Everything, for other programs."""
+    """Return all measurements for other programs."""
     return {
         "machine": machine(),
         "rounds": taken.rounds,

@@ -44,7 +44,7 @@ class Place:
     settings: dict[str, Any]
     directory: Path
     shell: Any = None
-    """Of the site's own submit host."""
+    """Submit host of the site."""
     pilots: int = 2
     """Number of pilots with a secret in one call."""
 

@@ -29,7 +29,7 @@ class Asked:
 
 
 def read(expression: str) -> Asked:
-    """Everything in an expression.
+    """Parts of an expression.
 
     Raises:
         PromQLError: saying where it cannot be read.

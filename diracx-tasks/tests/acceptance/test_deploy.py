@@ -50,7 +50,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def check(expression: str) -> None:
-    """It is valid, and uses existing metrics."""
+    """Check that the expression is valid and uses existing metrics."""
     names, labels = documented()
     names |= {f"{name}_{part}" for name in names for part in ("bucket", "count", "sum")}
     parsed = read(expression)

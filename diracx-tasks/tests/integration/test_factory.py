@@ -87,7 +87,7 @@ async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_detecte
 async def test_a_block_that_blocked_the_event_loop_longer_than_its_lock_raises(
     redis: Redis,
 ) -> None:
-    """It ignores cancellations, so its end reports that another worker may have had the lock."""
+    """The block ignores cancellations, so its end reports that another worker may have had the lock."""
 
     async def block() -> None:
         async with holding([MutexLock(JOB, "blocked", ttl_ms=200)], redis):

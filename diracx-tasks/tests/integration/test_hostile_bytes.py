@@ -162,7 +162,7 @@ class Bytes:
         return fields
 
     def header(self) -> bytes:
-        """Of a delayed task."""
+        """Header of a delayed task."""
         good = b"diracx:tasks:normal:medium retry 0"
         return self.rng.choice(
             [good, b"diracx:tasks:normal:medium lock abc x y", b"elsewhere retry 0", b"", b"\xff \xff \xff",

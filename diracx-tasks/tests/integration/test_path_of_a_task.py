@@ -66,7 +66,7 @@ async def settled(redis: Redis) -> None:
 
 
 async def files_passed(redis: Redis, task: BaseTask) -> set[str]:
-    """Of some runs the shortest path: a report or a renewal may come in between."""
+    """Return the shortest path of several runs: reports and renewals may add files."""
     paths = []
     for _ in range(3):
         path = FilesPassed()

@@ -163,7 +163,7 @@ async def test_result_backend_reads_what_it_has_written(redis_url: str, prefix: 
 
 @pytest.fixture
 def redis_in_place_of_a_fake() -> Any:
-    """As in the page on migration."""
+    """A fixture as in the page on migration."""
     with embedded_redis() as url:
         yield Redis.from_url(url)
 

@@ -40,8 +40,8 @@ def promises(runs: list[Run], history: History | None = None, **observed: Any) -
     return {promise.name: promise.value for promise in found if promise.kept is False}
 
 
-def told(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
-    """Everything, by name."""
+def values_of(runs: list[Run], history: History | None = None, **observed: Any) -> dict[str, Any]:
+    """Return the values of all promises, by name."""
     return {each.name: each.value for each in verdict_of(runs, history, **observed).promises()}
 
 
@@ -89,7 +89,7 @@ def test_the_death_of_its_worker_explains_a_second_execution_and_ends_the_first(
     killed = History(killed={7: 1.5}, ended={7: (1.6, -9)})
     runs = [run(1, 1, None), run(2, 4, 5, pid=8), run(1, 6, 7, pid=8)]
     assert promises(runs, killed) == {}
-    assert told(runs, killed)["— its worker was killed"] == 1
+    assert values_of(runs, killed)["— its worker was killed"] == 1
     assert OVERLAPS in promises([run(1, 1, None), run(2, 1.4, 1.6, pid=8)], killed)
 
 
@@ -117,7 +117,7 @@ def test_an_overlap_is_a_violation_even_after_a_disconnection() -> None:
 def test_tasks_acknowledged_just_before_a_data_loss_are_counted_separately() -> None:
     outage = Outage("kill server", 1.0, 2.0, lost_from=0.4, lost_until=2.0, over=2.0)
     assert promises([run(1, 3, 4)], outages=[outage]) == {}
-    assert told([run(1, 3, 4)], outages=[outage])["acknowledged tasks lost with the server's data"] == 1
+    assert values_of([run(1, 3, 4)], outages=[outage])["acknowledged tasks lost with the server's data"] == 1
     earlier = {1: 0.3, 2: 0.3}
     assert promises([run(1, 3, 4)], outages=[outage], acknowledged=earlier) == {"acknowledged tasks lost": 1}
     everything = Outage("kill server", 1.0, 2.0, -math.inf, lost_until=2.0, over=2.0)

@@ -94,7 +94,7 @@ def _error(worker):
 
 
 def _starts_again(redis_url, waiting):
-    """It was cut off, and is back in its queue for another worker: clients wait on."""
+    """The interrupted task is in its queue again for another worker, and clients continue to wait."""
     with Redis.from_url(redis_url) as redis:
         assert redis.xlen("diracx:tasks:normal:medium:handover") == 1
         redis.delete("diracx:tasks:normal:medium:handover")

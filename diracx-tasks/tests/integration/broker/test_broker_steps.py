@@ -47,7 +47,7 @@ async def dies(redis: Redis, broker: RedisStreamBroker) -> None:
 
 
 async def died(redis: Redis, dead: RedisStreamBroker, finder: RedisStreamBroker) -> None:
-    """It has died, that has been noticed, and for some leases it has not come back."""
+    """Let a worker be dead for several leases, with its death detected."""
     await dies(redis, dead)
     assert (await finder.reclaim(10, max_deliveries=1))[0] == [], "it may yet come back"
     stays_silent(finder.url, dead.consumer_name)

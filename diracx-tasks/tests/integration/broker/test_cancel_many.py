@@ -260,7 +260,7 @@ async def test_a_task_that_moves_while_it_is_cancelled_ends_exactly_once(redis_u
 
 
 async def _grouped(redis: Redis, number: int) -> list[str]:
-    """As many tasks in a group; their ids."""
+    """Submit so many tasks in a group; return their ids."""
     children = [Mixed(n) for n in range(number, 2 * number)]
     group = await spawn_with_callback(children, Echo("callback"), on_failure=Echo("failure"))
     return sorted(member.decode() for member in await redis.smembers(f"diracx:groups:{group}:pending"))

@@ -21,7 +21,7 @@ FIELDS = ("task_id", "task_name", "labels", "task_args", "task_kwargs", "trace_c
 
 
 def message(task_id: str, labels: dict[str, Any] | None = None, args: tuple[Any, ...] = ()) -> bytes:
-    """As 0.7 writes it."""
+    """A message as 0.7 writes it."""
     values = (task_id, "test:T", labels or {}, list(args), {}, {})
     return bytes(msgpack.packb(dict(zip(FIELDS, values, strict=True)), datetime=True))
 

@@ -327,7 +327,7 @@ class LocksMachine(RuleBasedStateMachine):
         assert self.sync.zscore(keys.ALIVE, other) is None, "a lost worker is never reclaimed"
 
     def _let_leases_pass(self, dead: str) -> None:
-        """As many as are waited for the last worker of a poison task."""
+        """Let the leases pass for which the last worker of a poison task is waited for."""
         for stream in keys.streams_of(WORKERS[dead]):
             if self.sync.exists(stream) and self.sync.xinfo_groups(stream):
                 for pending in self.sync.xpending_range(stream, keys.GROUP, "-", "+", 1000, dead):

@@ -164,7 +164,7 @@ class ConcurrencyMachine(LockMachine):
 
     @rule(owner=OWNERS)
     def expire(self, owner: int) -> None:
-        """As when its worker died a while ago."""
+        """Let the lock expire, as after the death of its worker."""
         self.run(self.redis.zadd(self.locks[0].redis_key, {self.locks[owner]._owner_id: 1}, xx=True))
         self.holders.discard(owner)
 

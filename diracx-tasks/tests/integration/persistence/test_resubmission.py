@@ -87,7 +87,7 @@ async def test_P34_a_dead_letter_that_cannot_be_submitted_is_refused_with_the_re
 
 @asynccontextmanager
 async def operators(number: int, url: str, redis_url: str) -> AsyncIterator[list[Resubmitter]]:
-    """As many as there are, each with connections of its own."""
+    """Resubmitters of so many operators, each with connections of its own."""
     async with AsyncExitStack() as stack:
         found = []
         for _ in range(number):

@@ -75,7 +75,7 @@ class Occurrences:
         assert await self.broker.settle([settlement]) == [ACCEPTED]
 
     async def time_passes(self) -> None:
-        """Whatever is put aside is due."""
+        """Make all deferred tasks due."""
         for task in await self.redis.zrange(keys.DELAYED, 0, -1):
             await self.redis.zadd(keys.DELAYED, {task: 1})
         await self.broker.promote()

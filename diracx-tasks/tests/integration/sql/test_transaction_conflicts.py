@@ -27,7 +27,7 @@ def conflicts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 async def task_db(request: pytest.FixtureRequest, empty_database: Any) -> AsyncIterator[TaskDB]:
-    """Of the kind that the test's parameter names, with two dead letters."""
+    """A database of the kind of the test's parameter, with two dead letters."""
     if request.param != "sqlite":
         request.getfixturevalue(f"{request.param}_server")
     database = TaskDB(await empty_database(request.param))

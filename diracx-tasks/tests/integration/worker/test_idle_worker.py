@@ -223,7 +223,7 @@ async def test_an_idle_worker_sends_less_than_one_command_per_second(redis_url: 
     broker = RedisStreamBroker(redis_url)
 
     async def of(step: Any) -> int:
-        """Of a call that is not the first of its script, nor of a minute, for which one worker does some more."""
+        """Return the commands of a call that is not the first of its script or of a minute, which send more."""
         counts = []
         for _ in range(4):
             before = await new_calls(redis)

@@ -419,7 +419,7 @@ def test_an_unlisted_worker_gets_its_own_lease_or_the_longest_known(
 def test_a_worker_of_an_earlier_release_counts_with_the_longest_lease_that_is_known(
     sync: SyncRedis, redis_url: str
 ) -> None:
-    """It stores no list of lengths, and removes no one from it."""
+    """An earlier release stores no lengths of leases, and removes none."""
     for worker, lease_ms in (("earlier", SHORT_MS), ("short", SHORT_MS), ("long", LONG_MS)):
         renew_for(sync, worker, lease_ms)
     sync.zrem(keys.LEASES, "earlier")

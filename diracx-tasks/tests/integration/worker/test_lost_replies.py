@@ -189,7 +189,7 @@ class AddsTasks(RedisStreamBroker):
 async def test_nothing_is_delivered_to_a_worker_that_requeues_its_deliveries(
     redis_url: str, redis: Redis, running: int
 ) -> None:
-    """Not even if the server does not notice the end of a waiting connection."""
+    """Also if the server does not detect the end of a waiting connection."""
     proxy, stop, direct = LossyProxy(redis_url), asyncio.Event(), RedisStreamBroker(redis_url)
     async with proxy.serve() as url:
         broker = AddsTasks(url, stop, direct)

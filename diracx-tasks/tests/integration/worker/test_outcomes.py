@@ -44,7 +44,7 @@ def _forget() -> None:
 
 
 class Panic(BaseException):
-    """As the panics of Rust are, in Python."""
+    """An exception like the panics of Rust in Python."""
 
 
 class WithoutText(Exception):

@@ -112,7 +112,7 @@ async def test_P9_a_busy_worker_drains_for_a_poison_candidate(
 async def test_P9_a_poison_candidate_from_a_queue_runs_alone(
     redis_url: str, redis: Redis, patient: Hands, beside: str
 ) -> None:
-    """It has waited for a lock, or a worker that stopped has handed it back."""
+    """The candidate has waited for a lock, or was requeued by a worker that stopped."""
     names = ("candidate", "another") if beside == "a poison candidate" else ("candidate",)
     if beside != "a task that comes with it":
         await patient.broker.submit([submission("at work")])
@@ -172,7 +172,7 @@ async def test_P9_a_healthy_task_among_poison_is_never_classified_as_poison(redi
 
 
 async def let_leases_pass(redis: Redis, streams: Sequence[str]) -> None:
-    """As many as are waited for the last worker of a poison task."""
+    """Let the leases pass for which the last worker of a poison task is waited for."""
     for stream in streams:
         if await redis.exists(stream) and await redis.xinfo_groups(stream):
             for each in await redis.xpending_range(stream, keys.GROUP, "-", "+", 1000):

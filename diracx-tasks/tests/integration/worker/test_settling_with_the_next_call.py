@@ -134,7 +134,7 @@ async def test_a_settlement_whose_read_is_interrupted_is_sent_again(parts: Parts
 
 
 async def test_a_settlement_does_not_wait_for_the_end_of_a_dead_connection(redis_url: str, redis: Redis) -> None:
-    """As a firewall leaves it that forgets connections which were unused while long tasks ran."""
+    """A firewall may have dropped a connection that was unused while long tasks ran."""
     proxy = LossyProxy(redis_url)
     async with AsyncExitStack() as stack:
         broker = RedisStreamBroker(await stack.enter_async_context(proxy.serve()))

@@ -65,7 +65,7 @@ def test_a_file_that_is_replaced_is_read_again(reader: ConfigReader, path: Path,
 
 
 def test_a_directory_swapped_behind_a_link_is_detected(tmp_path: Path) -> None:
-    """As Kubernetes mounts a ConfigMap: tasks.yaml -> ..data/tasks.yaml, ..data -> ..version."""
+    """Kubernetes mounts a ConfigMap so: tasks.yaml -> ..data/tasks.yaml, ..data -> ..version."""
     for version in (1, 2):
         (tmp_path / f"..{version}").mkdir()
         (tmp_path / f"..{version}" / "tasks.yaml").write_text(LIMIT.format(version))

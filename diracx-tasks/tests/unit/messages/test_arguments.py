@@ -284,7 +284,7 @@ def test_P50_a_class_with_its_own_serialize_is_rebuilt_by_position():
 
 @dataclass
 class Sloppy(BaseTask):
-    """As people write them: the values do not keep to the annotations."""
+    """A task whose values do not match their annotations."""
 
     path: Path = None  # type: ignore[assignment]
     leaf: Leaf = None  # type: ignore[assignment]

@@ -138,7 +138,7 @@ class Point(NamedTuple):
 
 
 class LockType(str):
-    """As `LockedObjectType` is."""
+    """A subclass of `str`, as `LockedObjectType`."""
 
     __slots__ = ()
 

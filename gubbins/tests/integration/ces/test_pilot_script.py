@@ -206,7 +206,7 @@ async def test_a_pilot_runs_without_a_connection_to_the_api(
 async def test_an_unresponsive_network_delays_a_pilot_by_seconds_only(
     world: World, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """It connects and gets no response."""
+    """The pilot connects and gets no response."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("GUBBINS_PILOT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}{API}")
         await world.add_ce(environment={"PATH": path}, payloads={"lhcb": "true"})

@@ -128,11 +128,11 @@ class TestSlurmThroughSSH(TestSlurm):
 
     @pytest.fixture
     def unreadable(self) -> None:
-        """It has mounts of its own, in which ours are not seen."""
+        """Not supported: the node has its own mounts, and does not see those of the test."""
 
     @pytest.fixture
     def uncertain(self) -> None:
-        """As `unreadable`."""
+        """Not supported, as `unreadable`."""
 
     @pytest.fixture
     def down(self, csh_sshd: Sshd) -> AbstractContextManager[object]:

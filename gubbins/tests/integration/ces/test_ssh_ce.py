@@ -80,11 +80,11 @@ class TestConformanceOfCsh(TestConformance):
 
     @pytest.fixture
     def unreadable(self) -> None:
-        """It has mounts of its own, in which ours are not seen."""
+        """Not supported: the host has its own mounts, and does not see those of the test."""
 
     @pytest.fixture
     def uncertain(self) -> None:
-        """As `unreadable`."""
+        """Not supported, as `unreadable`."""
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ async def test_frequent_statements_read_only_the_rows_they_need(many: MyPilotDB)
 
 
 async def _check_what_is_owed_to_the_registry(db: MyPilotDB) -> None:
-    """It is found without reading ended pilots."""
+    """Pilots to be registered are found without reading ended ones."""
     async with plans(db.engine) as readings:
         owed = await db.unwritten_registrations(vo="vo0", limit=5_000)
     assert 0 < len(owed) <= PILOTS / 5_000

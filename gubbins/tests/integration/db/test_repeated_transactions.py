@@ -25,7 +25,7 @@ _RULES = {"timeout_seconds": 5}
 
 @contextlib.contextmanager
 def each_commit_fails_once(db: MyPilotDB) -> Iterator[list[int]]:
-    """As when the file is busy: each transaction that has written is ended, once. Yields how many were."""
+    """Abort each transaction that has written once, as a busy file does. Yields the number of aborted ones."""
     engine, ended = db.engine.sync_engine, [0]
     written: dict[Any, bool] = {}
     spared = False

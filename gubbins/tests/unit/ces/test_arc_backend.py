@@ -34,7 +34,7 @@ def arc_settings(**more: Any) -> ArcSettings:
 
 
 class RestOf(ArcRest):
-    """Everything but the files of credentials and the network."""
+    """The real client without files of credentials and network."""
 
     def __init__(self, handler: Handler, settings: ArcSettings) -> None:
         super().__init__(settings)

@@ -1,5 +1,6 @@
-"""Whatever the host of a batch system or a shell responds: the back ends say something of the pilots they were
-asked about, or complain in one line, and conclude nothing else."""
+"""Any response of a batch system or a shell: back ends report only pilots that they were called for, or an error
+in one line.
+"""
 
 from __future__ import annotations
 

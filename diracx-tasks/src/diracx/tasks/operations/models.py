@@ -114,7 +114,7 @@ class Worker(ReadModel):
     memory_bytes: int | None = None
     """Resident memory of the process."""
     version: str | None = None
-    """Of diracx-tasks."""
+    """Version of diracx-tasks."""
     seen: datetime | None = None
     """Time of its last report; workers report every 5 s."""
     blocked: BlockedLoop | None = None

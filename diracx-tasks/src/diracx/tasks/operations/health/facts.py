@@ -44,7 +44,7 @@ class Facts:
 
     seen: Snapshot
     stats: list[TaskStats]
-    """Of the past hour."""
+    """Statistics of the past hour."""
     configurations: list[ActiveConfig]
     running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Running tasks: name of the worker and its report about the task."""
