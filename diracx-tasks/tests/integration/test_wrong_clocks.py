@@ -16,6 +16,8 @@ from diracx.tasks.plumbing.schedules import RRuleSchedule, TaskScheduleBase
 from diracx.tasks.plumbing.worker import settlement
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from support.scheduled_tasks import STREAM, Hourly, scheduling
+from support.waiting import until
 
 DELAY_SECONDS = 100.0
 
@@ -181,3 +183,17 @@ async def test_a_clock_that_is_set_back_by_seconds_runs_nothing_again(
     async with TaskSystem([EVERY_HOUR], redis_url=redis_url, workers=0):
         assert await next_runs(redis) == {"EveryHour": planned["test:EveryHour"]}
     assert "set back" not in caplog.text
+
+
+@pytest.mark.leaves_keys(STREAM)
+async def test_a_leader_whose_server_says_that_it_is_too_early_waits(redis_url: str, redis: Redis) -> None:
+    async def scripts_called() -> int:
+        return int((await redis.info("commandstats"))["cmdstat_evalsha"]["calls"])
+
+    config = {"common": {"Hourly": {"periodic": {"interval_seconds": 3}}}}
+    async with scheduling(redis_url, Hourly, config=config) as scheduler:
+        before = await scripts_called()
+        scheduler.clock.ahead += 5
+        await redis.publish(keys.WAKE_SCHEDULER, "delayed")
+        await until(lambda: redis.xlen(STREAM))
+        assert await scripts_called() - before < 50

@@ -414,8 +414,9 @@ class TaskScheduler:
         return True
 
     def _take_batch(self, until_ms: float) -> list[Occurrence]:
-        taken = self._agenda.take_due(until_ms, OCCUR_BATCH, _PREPARE_LATE_SECONDS)
         now_ms = self.clock.now_ms()
+        # The clock may have been set back meanwhile: those that are too early are due later.
+        taken = self._agenda.take_due(min(until_ms, now_ms), OCCUR_BATCH, _PREPARE_LATE_SECONDS)
         return [occurrence for occurrence in taken if self._update_prepared(occurrence, now_ms)]
 
     def _send(self, batch: list[Occurrence]) -> _Sent:
