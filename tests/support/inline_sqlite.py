@@ -1,4 +1,4 @@
-"""A pytest plugin: SQLite without a thread for each connection, for simulations.
+"""A pytest plugin: SQLite without a thread for each connection, for calls that come one after the other.
 
 The driver changes threads four times for each statement, which takes as long as the statements.
 """

@@ -16,6 +16,8 @@ from gubbins.ces import Observation, Observed
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
+pytestmark = pytest.mark.usefixtures("inline_sqlite")
+
 
 async def test_a_report_requires_the_token_of_the_pilot(world: World) -> None:
     make = token_maker()

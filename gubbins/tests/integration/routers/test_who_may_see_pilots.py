@@ -27,6 +27,8 @@ from gubbins.domain.circuit_breaker import CECall
 from gubbins.logic.my_pilots import add_downtime
 from gubbins.routers.my_pilots import router
 
+pytestmark = pytest.mark.usefixtures("inline_sqlite")
+
 TABLE = ROOT / "docs" / "reference" / "who-may-see-what.md"
 API, BELOW = "/api/my_pilots", "/api/tasks/dashboard"
 REFUSED = "\u2013"
