@@ -17,6 +17,7 @@ from diracx.tasks.plumbing.locks import (
     SharedRWLock,
 )
 from redis.asyncio import Redis
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -154,10 +155,7 @@ async def test_concurrency_limiter_frees_slots_on_release_and_expiry(redis: Redi
     assert await lasting.acquire(redis)
     assert await brief.acquire(redis)
     assert not await third.acquire(redis)
-    deadline = time.monotonic() + 5
-    while not await third.acquire(redis):
-        assert time.monotonic() < deadline, "the slot of a dead holder must come back"
-        await asyncio.sleep(0.005)
+    await until(lambda: third.acquire(redis), "the slot of a dead holder comes back", 5)
     await lasting.release(redis)
     assert await Two(JOB, 1).acquire(redis)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.sites.sshd import Sshd
+from support.waiting import eventually
 
 from gubbins.ces.transports.ssh import SSHError, SSHHost, SSHShell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -184,11 +185,9 @@ def agent(sshd: Sshd, tmp_path: Path) -> Iterator[Path]:
     process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
     try:
         add = ["ssh-add", "-q", str(sshd.client_key)]
-        deadline = time.monotonic() + 30
+        env = os.environ | {"SSH_AUTH_SOCK": str(path)}
         # Its socket is there before it listens.
-        while subprocess.run(add, check=False, env=os.environ | {"SSH_AUTH_SOCK": str(path)}).returncode != 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        eventually(lambda: subprocess.run(add, check=False, env=env).returncode == 0, "the agent listens", 30)
         yield path
     finally:
         process.terminate()

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.waiting import eventually, until
 
 from gubbins.ces import Observed, PilotAtCE
 from gubbins.ces.htcondor import HTCondorBackend, HTCondorSettings
@@ -204,18 +204,13 @@ async def test_a_call_is_killed_after_the_time_out_with_its_children(
         f"os.rename({str(pids) + '.new'!r}, {str(pids)!r}); time.sleep(600)"
     )
     call = asyncio.create_task(backend_with(program, tmp_path, timeout_seconds=300).poll([PILOT]))
-    deadline = time.monotonic() + 60
-    while not pids.exists():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await until(pids.exists, "the program runs", 60)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     own, child, directory = pids.read_text().split()
     assert not Path(directory).exists()
-    while any(_alive(pid) for pid in (own, child)):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    await until(lambda: not any(map(_alive, (own, child))), "both have ended", 60)
 
     with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not responded within 0.2 s"):
         await backend_with(program, tmp_path, timeout_seconds=0.2).poll([PILOT])
@@ -269,10 +264,7 @@ def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
     for name, text in submission(settings, "ce", [PILOT])["files"].items():
         (tmp_path / name).write_text(text)
     with subprocess.Popen(["/bin/sh", "run", "stamp"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually((tmp_path / "started").exists, "it has started", 60)
         run.terminate()
         out, _ = run.communicate(timeout=60)
     assert (run.returncode, out) == (7, "told\n")
