@@ -23,6 +23,7 @@ LONGEST = (
     "ces/test_ssh_ce.py",
     "acceptance/test_metrics_across_versions.py",
     "cli/test_dlq.py",
+    "cli/test_blocked_worker.py",
     "test_pilot_pages_browser.py",
     "routers/test_my_pilots_api.py",
     "acceptance/test_demo_slurm.py",
