@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeAlias
 
 from .demand import apportion
 from .rules import CERules
 
 _MB_PER_GB = 1024
-_MAX_STEPS = 500_000  # less than a second
+_MAX_STEPS = 2_000_000  # compute elements; less than a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +151,13 @@ def _path(
     while waiting and found is None:
         ce = waiting.popleft()
         for other, number in taken[ce].items():
-            if next(steps, None) is None:
+            if next(islice(steps, len(other) - 1, None), None) is None:
                 waiting.clear()
                 break
-            for next_ce in sorted(other) if number else ():
-                if next_ce not in came and next_ce not in hopeless:
-                    came[next_ce] = ce, other
-                    waiting.append(next_ce)
-                    found = found or (next_ce if free.get(next_ce) else None)
+            for next_ce in sorted(other.difference(came, hopeless)) if number else ():
+                came[next_ce] = ce, other
+                waiting.append(next_ce)
+                found = found or (next_ce if free.get(next_ce) else None)
             if found is not None:
                 break
     if found is None:

@@ -128,12 +128,17 @@ def test_thousands_of_task_queues_are_matched_quickly() -> None:
     assert sum(left.values()) == sum(queue.jobs for queue in queues) - 1_000
 
 
-def test_thousands_of_groups_with_about_as_many_pilots_as_jobs_are_matched_quickly() -> None:
+@pytest.mark.parametrize(("number", "ces", "largest"), [(10_000, 100, 6), (5_000, 300, 250)])
+def test_thousands_of_groups_with_about_as_many_pilots_as_jobs_are_matched_quickly(
+    number: int, ces: int, largest: int
+) -> None:
     """Meanwhile all compute elements are locked for the rounds of other VOs, too."""
     chance = random.Random(1)
-    names = [f"ce{number}" for number in range(100)]
-    groups = {frozenset(chance.sample(names, chance.randint(2, 6))): chance.randint(1, 3) for _ in range(10_000)}
-    pilots = {name: int(700 * chance.random() ** 3) for name in names}
+    names = [f"ce{each}" for each in range(ces)]
+    groups = {
+        frozenset(chance.sample(names, chance.randint(2, largest))): chance.randint(1, 3) for _ in range(number)
+    }
+    pilots = {name: int(number * 7 / ces * chance.random() ** 3) for name in names}
     begun = time.process_time()
     left, free = match(groups, pilots)
     assert time.process_time() - begun < 3
