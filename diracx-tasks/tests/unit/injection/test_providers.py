@@ -281,11 +281,10 @@ asyncio.run(main())
 """
 
 
-def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(tmp_path: Path) -> None:
+def run_with_broken_classes(tmp_path: Path, names: dict[str, str]) -> subprocess.CompletedProcess[str]:
     about = tmp_path / "broken-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    names = {"cacheable_sources": "LostSource", "dbs.os": "LostOSDB", "dbs.sql": "LostSQLDB"}
     (about / "entry_points.txt").write_text(
         "".join(f"[diracx.{group}]\n{name} = diracx.db.nowhere:Nothing\n" for group, name in names.items())
     )
@@ -297,12 +296,24 @@ def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(
         "DIRACX_OS_DB_JOBPARAMETERSDB": '{"hosts": "localhost:1"}',
         "DIRACX_OS_DB_LOSTOSDB": '{"hosts": "localhost:1"}',
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", _WITH_BROKEN_CLASSES], env=environment, capture_output=True, text=True, check=False
     )
+
+
+def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(tmp_path: Path) -> None:
+    names = {"cacheable_sources": "LostSource", "dbs.os": "LostOSDB", "dbs.sql": "LostSQLDB"}
+    done = run_with_broken_classes(tmp_path, names)
     assert done.stdout == "[]\n", done.stderr
     for name in ("source LostSource", "database LostOSDB", "database LostSQLDB"):
         assert f"The {name} is left out" in done.stderr
+
+
+def test_no_other_class_replaces_one_of_a_source_that_cannot_be_imported(tmp_path: Path) -> None:
+    """It may be the one of an extension, which gives other values than that of DiracX."""
+    done = run_with_broken_classes(tmp_path, {"cacheable_sources": "site_status"})
+    assert done.stdout == "['SiteStatusSource.create']\n", done.stderr
+    assert "The source site_status is left out" in done.stderr
 
 
 async def test_malformed_database_url_is_refused_without_its_password(
