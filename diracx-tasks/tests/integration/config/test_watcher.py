@@ -432,6 +432,31 @@ async def test_submissions_fail_together_while_the_first_read_hangs_and_work_aft
             await CachedConfig(ConfigReader(path)).tasks()
 
 
+async def test_a_first_read_that_fails_after_all_submissions_have_left_fails_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tasks.yaml"
+    path.write_text("common: {Child: {priority: sometimes}}")
+    release, original = threading.Event(), ConfigReader.read_tasks
+
+    def hang(self: ConfigReader) -> TasksConfig:
+        release.wait()
+        return original(self)
+
+    monkeypatch.setattr(ConfigReader, "read_tasks", hang)
+    config = CachedConfig(ConfigReader(path))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(config.tasks(), 0.05)
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "diracx-configuration":
+            thread.join()
+    for _ in range(2):  # the event loop gets the outcome, then calls what waits for it
+        await asyncio.sleep(0)
+    path.write_text("common: {Child: {priority: background}}")
+    assert "Child" in (await config.tasks()).common
+
+
 async def test_a_submitter_reads_the_configuration_at_most_once_in_five_seconds(
     redis_url: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,23 +215,25 @@ class CachedConfig:
             TaskConfigError: it is wrong, or cannot be read in time, and there are no valid ones.
         """
         if self._tasks is None:
-            self._tasks = await self._read_first()
-        elif self._reader.can_change and time.monotonic() >= self._poll_at:
+            return await self._read_first()
+        if self._reader.can_change and time.monotonic() >= self._poll_at:
             await self._poll()
         return self._tasks
 
     async def _read_first(self) -> TasksConfig:
         if self._first_reading is None:
             self._first_reading = in_thread(self._reader.read_tasks, "diracx-configuration")
+            self._first_reading.add_done_callback(self._on_first_read)
             self._wait_until = time.monotonic() + READING_SECONDS
         reading = self._first_reading
         await asyncio.wait({reading}, timeout=max(0.0, self._wait_until - time.monotonic()))
         if not reading.done():
             raise TaskConfigError(f"{self._reader.source}: reading takes longer than {READING_SECONDS:g} s")
-        if self._first_reading is reading:
-            self._first_reading = None
-        self._poll_at = time.monotonic() + POLL_SECONDS
         return reading.result()
+
+    def _on_first_read(self, reading: asyncio.Future[TasksConfig]) -> None:
+        self._first_reading, self._poll_at = None, time.monotonic() + POLL_SECONDS
+        self._tasks = None if reading.exception() else reading.result()
 
     async def _poll(self) -> None:
         if self._reading is None:

@@ -261,14 +261,12 @@ def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]
 
     by_name: dict[str, list[Any]] = {}
     for entry_point in select_from_extension(group=DiracEntryPoint.CACHEABLE_SOURCES):
-        cls = _loaded(f"source {entry_point.name}", entry_point.load)
-        by_name.setdefault(entry_point.name, []).append(cls)
+        by_name.setdefault(entry_point.name, []).append(_loaded(f"source {entry_point.name}", entry_point.load))
     groups = list(by_name.values())
     registered = {cls for classes in groups for cls in classes}
     groups += [[cls] for cls in needs.owners(SOURCE) if cls not in registered]
     # The other classes of a name are no replacement for one that could not be loaded.
-    loaded = [classes for classes in groups if None not in classes]
-    needed = [classes for classes in loaded if any(cls.create in needs for cls in classes)]
+    needed = [classes for classes in groups if None not in classes and any(cls.create in needs for cls in classes)]
     if needs.calls is not None:
         needs.calls.update(classes[0].db_class.transaction for classes in needed)
     return needed
