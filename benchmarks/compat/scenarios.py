@@ -181,10 +181,10 @@ class World:
 
     def judge(self) -> Tally:
         """Wait until all is done, end everything and count."""
-        self.until(lambda: self.done() and self.left() == 0, "everything has run")
+        if not self.until(lambda: self.done() and self.left() == 0, "everything has run"):
+            gone = [process for process in self.processes if process.poll() is not None]
+            self.tally.problems += [f"has ended by itself: {process.args!r}" for process in gone]
         for process in self.processes:
-            if process.poll() is not None:
-                self.tally.problems.append(f"has ended by itself: {process.args!r}")
             process.terminate()
         for process in self.processes:
             process.wait(60)
