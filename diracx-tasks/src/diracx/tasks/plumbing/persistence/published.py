@@ -9,6 +9,7 @@ from sqlalchemy import String, cast, column, inspect, select, table
 from ..broker.labels import LABEL_VO
 from ..broker.models import TaskMessage
 from ..messages.codec import loads
+from ..sql.migrations import exclusive
 from .dead_letter import DeadLetter, DeadLetterReason
 from .schema import DeadLetters
 
@@ -24,7 +25,7 @@ async def import_published(db: TaskDB) -> int:
     """Import pending dead letters, and keep their rows. Idempotent. Returns the number of new ones."""
     new = after = 0
     while True:
-        async with db:
+        async with db, exclusive(db.conn, db.migrations.version_table):
             if not await db.conn.run_sync(lambda connection: inspect(connection).has_table(_NAME)):
                 return 0
             pending = (_ROWS.c.id > after, cast(_ROWS.c.status, String) == "PENDING")
@@ -33,9 +34,8 @@ async def import_published(db: TaskDB) -> int:
             if not dead_letters:
                 return new
             after = int(dead_letters[-1].delivery_id.rpartition("/")[2])
-            ids = [each.task_id for each in dead_letters]
-            known = await db.conn.execute(select(DeadLetters.task_id).where(DeadLetters.task_id.in_(ids)))
-            new += len(dead_letters) - len(known.all())
+            known = DeadLetters.task_id.in_([each.task_id for each in dead_letters])
+            new += len(dead_letters) - len((await db.conn.execute(select(DeadLetters.task_id).where(known))).all())
             await db.insert_all(dead_letters)
 
 

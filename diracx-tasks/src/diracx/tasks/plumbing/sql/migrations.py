@@ -132,7 +132,7 @@ class Migrations:
         from .errors import explained
 
         with explained(self.database):
-            async with engine.connect() as connection, _exclusive(connection, self.version_table):
+            async with engine.connect() as connection, exclusive(connection, self.version_table):
                 return await connection.run_sync(self._create)
 
     # --- on a connection ------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Migrations:
                 yield connection
 
     async def _move(self, url: str, to: str, *, forward: bool) -> Move:
-        async with self._connection(url) as connection, _exclusive(connection, self.version_table):
+        async with self._connection(url) as connection, exclusive(connection, self.version_table):
             return await connection.run_sync(lambda sync: self._run(sync, to, forward))
 
     def _run(self, connection: Connection, to: str, forward: bool) -> Move:
@@ -395,7 +395,7 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
 
 
 @contextlib.asynccontextmanager
-async def _exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[None]:
+async def exclusive(connection: AsyncConnection, name: str) -> AsyncIterator[None]:
     """Exclude concurrent migrations of this database; except on MySQL, all is one transaction."""
     dialect = connection.dialect.name
     if dialect in _WITHOUT_TRANSACTIONS:
