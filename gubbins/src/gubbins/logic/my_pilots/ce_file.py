@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # 2026-02-30
+        except (ValueError, LookupError, AttributeError) as error:  # 2026-02-30, !!bool x, !!timestamp x
             kind = node.tag.rpartition(":")[2]
             what = f"this is no valid {kind}; in quotes it would be text"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
