@@ -260,7 +260,7 @@ class TestRRule:
         [
             "RRULE:FREQ=WEEKLY;INTERVAL=3\nRRULE:FREQ=MONTHLY;BYMONTHDAY=15\nEXRULE:FREQ=MONTHLY;BYDAY=1MO",
             "rrule:freq=daily;interval=5\nexrule:freq=weekly;byday=su\nRDATE:20260301T100000",
-            "RRULE:FREQ=DAILY;INTERVAL=2;BYHOUR=1,2\nRRULE:FREQ=DAILY;COUNT=9000\nEXDATE:20260102T000000",
+            "RRULE:FREQ=DAILY;INTERVAL=2;BYHOUR=1,2\nRRULE:FREQ=WEEKLY;COUNT=1570\nEXDATE:20260102T000000",
         ],
     )
     def test_several_rules_have_the_occurrences_of_all(self, rule):
