@@ -22,8 +22,8 @@ from support.waiting import until
 from support.warm_commands import Running, WarmCommands
 
 # Workers that are killed leave their names, and the queue's group their consumers, until they are reclaimed.
-# A worker may be killed between the two commands that send its sums and give them a time to live.
-pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "diracx:monitor:sums")
+# A worker may be killed between two commands: those that send its sums, or a mark, and give them a time to live.
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "diracx:monitor:sums", "started:*")
 
 SETTINGS = {"lease_seconds": LEASE_SECONDS}
 
