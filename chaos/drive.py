@@ -358,7 +358,7 @@ class Driver:
     async def _cut(broker: RedisStreamBroker, rng: random.Random, how_many: int | None) -> int:
         try:
             listed = await broker.redis.client_list()
-        except RedisError:  # the server is away, and so are its connections
+        except RedisError:  # the server is unavailable, and so are its connections
             return 0
         clients = [
             client["id"]
@@ -387,7 +387,7 @@ class Driver:
                 pipe.zcard(keys.ALIVE)
                 *lengths, delayed, alive = await pipe.execute()
         except (RedisError, OSError):
-            return {"server away": 1}
+            return {"server unavailable": 1}
         left = {stream: length for stream, length in zip(keys.EVERY_STREAM, lengths, strict=True) if length}
         if delayed:
             left[keys.DELAYED] = delayed
@@ -421,7 +421,7 @@ class Driver:
                 observed.left = left
             await asyncio.sleep(_TICK_SECONDS)
         else:
-            with suppress(RedisError, OSError):  # it may be at no rest because the server is away
+            with suppress(RedisError, OSError):  # the server may be the reason why not all tasks ended
                 observed.remains = await everything(watching.redis)
         progress.cancel()
 
@@ -471,7 +471,7 @@ def keep(observed: Observed, path: Path) -> None:
                 "pauses": observed.history.pauses,
                 "ended": observed.history.ended,
                 "places": observed.history.names,
-                "cut off": observed.history.cut_off,
+                "disconnected": observed.history.disconnected,
                 "outages": [vars(outage) for outage in observed.outages],
                 "acknowledged": observed.acknowledged,
                 "dead_letters": observed.dead_letters,

@@ -1,8 +1,8 @@
 """Check of mutual exclusion by time: executions that share a lock must not overlap.
 
-There is no excuse for a worker that was cut off or whose server was away: its own timer has to cancel what holds
-a lock before the server can give the lock to another. Only a stopped process (SIGSTOP) cannot do that; what it
-does when it awakes is counted on its own, and must end within `AWAKENING_SECONDS`: its timer has to be
+There is no excuse for a worker that was disconnected or whose server was unavailable: its own timer has to cancel
+what holds a lock before the server can give the lock to another. Only a stopped process (SIGSTOP) cannot do that;
+what it does when it is resumed is counted on its own, and must end within `RESUMED_SECONDS`: its timer has to be
 scheduled, and the cancellation to arrive. And only a server that has lost the lock itself can give it twice.
 """
 
@@ -16,7 +16,7 @@ from .executions import Executions
 from .records import Run
 
 #: After the SIGCONT of a process that was stopped beyond its lease.
-AWAKENING_SECONDS = 0.25
+RESUMED_SECONDS = 0.25
 READERS = ("Reads", "ReadsLong")
 
 
@@ -25,8 +25,8 @@ class Overlaps:
     """Each is described in words."""
 
     proper: list[str] = field(default_factory=list)
-    awakening: list[float] = field(default_factory=list)
-    """Seconds for which executions of awakened processes overlapped with others."""
+    resumed: list[float] = field(default_factory=list)
+    """Seconds for which executions of resumed processes overlapped with others."""
     data_lost: list[float] = field(default_factory=list)
     """Seconds for which two had a lock that the server had forgotten."""
 
@@ -57,7 +57,7 @@ def overlaps(executions: Executions, holds: Iterable[tuple[Run, list[str]]], lea
                     continue
                 seconds = min(other.end, span.end) - span.start
                 if other.late or span.late:
-                    found.awakening.append(seconds)
+                    found.resumed.append(seconds)
                 elif executions.may_be_forgotten(span.start, span.start, lease):
                     found.data_lost.append(seconds)
                 else:

@@ -23,11 +23,11 @@ SERIOUS = 0.6
 KILLED = "its worker was killed"
 BESIDE_POISON = "its worker was killed by a poison task"
 PAUSED = "its worker was paused"
-CUT_OFF = "its worker was cut off"
-SERVER_AWAY = "the server was away"
+DISCONNECTED = "its worker was disconnected"
+SERVER_UNAVAILABLE = "the server was unavailable"
 DATA_LOST = "the server lost data"
 STOPPED = "its worker was stopped"
-REASONS = (KILLED, BESIDE_POISON, PAUSED, CUT_OFF, SERVER_AWAY, DATA_LOST, STOPPED)
+REASONS = (KILLED, BESIDE_POISON, PAUSED, DISCONNECTED, SERVER_UNAVAILABLE, DATA_LOST, STOPPED)
 
 
 class Executions:
@@ -56,12 +56,12 @@ class Executions:
         for begin, over in self.pauses(run.pid):
             if meets(begin, over):
                 yield begin, PAUSED
-        for begin, over in self.cut_off(run.pid):
+        for begin, over in self.disconnected(run.pid):
             if meets(begin, over):
-                yield begin, CUT_OFF
+                yield begin, DISCONNECTED
         for outage in self._outages:
             if outage.end - outage.begin > self._serious_seconds and meets(outage.begin, outage.end):
-                yield outage.begin, SERVER_AWAY
+                yield outage.begin, SERVER_UNAVAILABLE
             if outage.lost_from < math.inf and meets(outage.forgets_from, outage.over):
                 yield max(run.start, outage.forgets_from), DATA_LOST
         ended, code = self._history.ended.get(run.pid, (0.0, -1))
@@ -76,9 +76,9 @@ class Executions:
         """The serious ones."""
         return self._serious(self._history.pauses.get(pid, ()))
 
-    def cut_off(self, pid: int) -> list[tuple[float, float]]:
+    def disconnected(self, pid: int) -> list[tuple[float, float]]:
         """Times in which its link let nothing through in time."""
-        return self._serious(self._history.cut_off.get(self._history.names.get(pid, ""), ()))
+        return self._serious(self._history.disconnected.get(self._history.names.get(pid, ""), ()))
 
     def _serious(self, found: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(begin, over) for begin, over in found if over - begin > self._serious_seconds]
@@ -106,7 +106,7 @@ class Executions:
 
     def was_late(self, run: Run) -> bool:
         """True if it may have begun later than the server allowed it to: by a pause, its link, or the server."""
-        spans = [*self.pauses(run.pid), *self.cut_off(run.pid)]
+        spans = [*self.pauses(run.pid), *self.disconnected(run.pid)]
         spans += [(outage.begin, outage.end) for outage in self._outages]
         return any(begin <= run.start <= over + AFTER_SECONDS for begin, over in spans)
 

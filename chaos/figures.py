@@ -112,9 +112,9 @@ def row(case: Case, runs: list[dict[str, Any]]) -> str:
         f"{with_data}, acknowledged {first:+.1f} to {last:+.1f} s" if with_data else "0",
         "; ".join(reasons) or "0",
         str(unexplained),
-        str(total["overlaps of executions that exclude each other"]),
-        str(total["— after a stopped process went on (SIGCONT)"]),
-        str(total["— after the server had lost the lock"]),
+        str(total["overlaps of mutually exclusive executions"]),
+        str(total["— after a paused process was resumed (SIGCONT)"]),
+        str(total["— after the server lost the lock"]),
         "; ".join(recovery) or "—",
         str(sum(bool(found["broken"]) for found in good)),
     ]

@@ -54,7 +54,7 @@ class Link:
         over = time.monotonic() + self._network.delay_seconds
         self._network.delay_seconds = 0.0
         self._network.release()
-        self._history.cut_off.setdefault(self.name, []).append((self._disturbed_at, over))
+        self._history.disconnected.setdefault(self.name, []).append((self._disturbed_at, over))
         self._disturbed_at = None
 
     def lead_to(self, server_url: str) -> None:

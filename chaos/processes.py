@@ -25,7 +25,7 @@ class History:
     started: dict[int, float] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     """pid -> the place it was started in."""
-    cut_off: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    disconnected: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Name of a place -> when its link was held or delayed."""
     stopped: dict[int, float] = field(default_factory=dict)
     """Processes that got a SIGTERM."""

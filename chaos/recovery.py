@@ -20,9 +20,9 @@ _CASES = {
     by.KILLED: "worker killed",
     by.BESIDE_POISON: BESIDE_POISON,
     by.PAUSED: "worker paused",
-    by.CUT_OFF: "worker cut off",
+    by.DISCONNECTED: "worker disconnected",
 }
-_SERVER_AWAY = "server away"
+_SERVER_UNAVAILABLE = "server unavailable"
 #: A worker must outlive the outage by so much to tell how long it took.
 _ALIVE_SECONDS = 1.0
 
@@ -46,7 +46,7 @@ def recovery(
     executions: Executions, observed: Observed, runs_of_tasks: Iterable[list[Run]], runs: list[Run]
 ) -> dict[str, Waits]:
     """Case -> how long tasks waited; cases that did not happen are left out."""
-    waits: dict[str, list[float]] = {case: [] for case in (*_CASES.values(), _SERVER_AWAY)}
+    waits: dict[str, list[float]] = {case: [] for case in (*_CASES.values(), _SERVER_UNAVAILABLE)}
     for tries in runs_of_tasks:
         for run, following in pairwise(tries):
             disturbance = executions.first_disturbance(run)
@@ -63,7 +63,7 @@ def recovery(
         }
         first = min((run.start for run in runs if run.pid in lived and run.start > outage.end), default=None)
         if first is not None:
-            waits[_SERVER_AWAY].append(first - outage.end)
+            waits[_SERVER_UNAVAILABLE].append(first - outage.end)
     return {case: _summary(sorted(each)) for case, each in waits.items() if each}
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from . import executions as by
 from . import tasks
 from .drive import MAX_DELIVERIES, Observed
-from .exclusion import AWAKENING_SECONDS, overlaps
+from .exclusion import RESUMED_SECONDS, overlaps
 from .executions import Executions
 from .plan import Plan
 from .records import Records, Run
@@ -83,7 +83,7 @@ class ChaosResult:
             Promise("executions", len(self._runs)),
             *self._disturbances(),
             Promise(
-                "came to rest",
+                "all tasks ended",
                 None if rest is None else round(rest - observed.settled, 1),
                 rest is not None,
                 "s after the last disturbance" if rest is not None else f"left: {observed.left}",
@@ -117,9 +117,9 @@ class ChaosResult:
         yield Promise(
             "disturbances", sum(done.values()), None, ", ".join(f"{k} {v}" for k, v in sorted(done.items()) if v)
         )
-        yield Promise("workers killed by a task", len(self._killed_by_task))
-        away = [outage.end - outage.begin for outage in self._observed.outages]
-        yield Promise("server away, s", round(sum(away), 1), None, f"{len(away)} outages")
+        yield Promise("workers killed by poison tasks", len(self._killed_by_task))
+        lengths = [outage.end - outage.begin for outage in self._observed.outages]
+        yield Promise("server unavailable, s", round(sum(lengths), 1), None, f"{len(lengths)} outages")
 
     # --- lost, and executed twice ---------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class ChaosResult:
         for reason in by.REASONS:
             yield Promise(f"— {reason}", reasons[reason])
         yield self._count("executed more than once without a reason", unexplained)
-        yield self._count("at-most-once tasks that began twice", twice)
+        yield self._count("at-most-once tasks executed more than once", twice)
 
     # --- locks and limits -----------------------------------------------------------------------------------
 
@@ -183,17 +183,17 @@ class ChaosResult:
             if run.kind in _LOCKING and run.n in self._arguments
         ]
         found = overlaps(self._executions, holds, self._lease)
-        yield self._count("overlaps of executions that exclude each other", found.proper)
-        longest = max(found.awakening, default=0.0)
+        yield self._count("overlaps of mutually exclusive executions", found.proper)
+        longest = max(found.resumed, default=0.0)
         yield Promise(
-            "— after a stopped process went on (SIGCONT)",
-            len(found.awakening),
-            longest <= AWAKENING_SECONDS,
-            f"at most {longest * 1000:.0f} ms of {AWAKENING_SECONDS * 1000:.0f}",
+            "— after a paused process was resumed (SIGCONT)",
+            len(found.resumed),
+            longest <= RESUMED_SECONDS,
+            f"at most {longest * 1000:.0f} ms of {RESUMED_SECONDS * 1000:.0f}",
         )
         longest = max(found.data_lost, default=0.0)
         yield Promise(
-            "— after the server had lost the lock",
+            "— after the server lost the lock",
             len(found.data_lost),
             None,
             f"at most {longest:.2f} s" if longest else "",
@@ -216,7 +216,7 @@ class ChaosResult:
             most = max(most, len(open_))
             if len(open_) > tasks.CONCURRENCY:
                 found.append(f"{n} as number {len(open_)}")
-        return self._count("concurrency limit broken", found, f"at most {most} of {tasks.CONCURRENCY} at a time")
+        return self._count("concurrency limit exceeded", found, f"at most {most} of {tasks.CONCURRENCY} at a time")
 
     def _rate(self) -> Promise:
         rated = [run for run in self._runs if run.kind == "Rated"]
@@ -231,7 +231,7 @@ class ChaosResult:
             most = max(most, last - first + 1)
             if last - first + 1 > tasks.RATE:
                 found.append(f"{last - first + 1} in {window:g} s")
-        return self._count("rate limit broken", found, f"at most {most} of {tasks.RATE} in {window:g} s")
+        return self._count("rate limit exceeded", found, f"at most {most} of {tasks.RATE} in {window:g} s")
 
     # --- groups, times, dead letters ------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class ChaosResult:
             if callback not in self._observed.acknowledged and begun > 0 and not runs and not self._data_lost():
                 wrong.append(f"{callback} never fired, though {begun} of its children had arrived without a reply")
         yield Promise("callbacks fired", fired, None, f"of {len(self._observed.groups)} groups")
-        yield self._count("callbacks fired twice, early or as failed, or not", wrong)
+        yield self._count("callbacks fired repeatedly, early or as failed, or missing", wrong)
 
     def _data_lost(self) -> int:
         """Count how often data may have been lost."""
@@ -264,7 +264,7 @@ class ChaosResult:
             for n, due in self._observed.due.items()
             if self._by_task.get(n) and self._by_task[n][0].start < due - _CLOCK_SECONDS
         ]
-        return self._count("delayed tasks that began early", early)
+        return self._count("delayed tasks started early", early)
 
     def _schedule(self) -> Promise:
         if not self._beats:
@@ -299,7 +299,7 @@ class ChaosResult:
             for row in self._observed.dead_letters
             if (row["n"], row["reason"]) not in expected and not self._was_due(row)
         ]
-        yield self._count("dead letters that nobody expected", others)
+        yield self._count("unexpected dead letters", others)
 
     def _acknowledged_in_vain(self, n: int) -> bool:
         at = self._observed.acknowledged.get(n)
@@ -310,15 +310,15 @@ class ChaosResult:
         )
 
     def _was_due(self, row: dict[str, Any]) -> bool:
-        """Was it cut off, whenever it had begun, by a disturbance? It may not have begun each time."""
+        """Was it interrupted, whenever it had begun, by a disturbance? It may not have begun each time."""
         runs = self._by_task.get(row["n"], ())
         causes = [found and found[1] for found in map(self._executions.first_disturbance, runs)]
         if row["reason"] == "poison":  # it was unlucky: so many of its workers were killed
             ends = {by.KILLED, by.BESIDE_POISON}
             lost = [any(cause in ends for _, cause in self._executions.disturbances(run)) for run in runs]
             return sum(lost) >= MAX_DELIVERIES or (bool(lost) and all(lost))
-        cut_off = row["reason"] == "interrupted" or (row["kind"], row["reason"]) == ("Once", "exhausted")
-        return cut_off and None not in causes
+        interrupted = row["reason"] == "interrupted" or (row["kind"], row["reason"]) == ("Once", "exhausted")
+        return interrupted and None not in causes
 
     def _process_ends(self) -> Iterable[Promise]:
         crashed = [
@@ -328,16 +328,16 @@ class ChaosResult:
             and code != 0
             and not (code in (1, -signal.SIGTERM) and self._was_young(pid))
         ]
-        yield self._count("processes that ended by themselves or stopped badly", crashed)
+        yield self._count("processes that crashed or failed to stop", crashed)
 
     def _was_young(self, pid: int) -> bool:
-        """True if it was cut off or stopped during its start, so that it exits and its supervisor retries."""
+        """True if it was disconnected or stopped during its start, so that it exits and its supervisor retries."""
         history = self._observed.history
         started = history.started[pid]
         at = min(history.stopped.get(pid, float("inf")), history.ended[pid][0])
-        away = [(outage.begin, outage.over) for outage in self._observed.outages]
-        away += self._executions.cut_off(pid)
-        meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in away)
+        outages = [(outage.begin, outage.over) for outage in self._observed.outages]
+        outages += self._executions.disconnected(pid)
+        meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in outages)
         seen = any(run.pid == pid for run in self._runs)
         return at - started < (START_SECONDS if seen else _START_UNSEEN_SECONDS) + meanwhile
 

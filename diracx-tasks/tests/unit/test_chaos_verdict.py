@@ -20,8 +20,8 @@ from chaos.redis_servers import Outage
 from chaos.verdict import ChaosResult
 
 LEASE = 2.0
-OVERLAPS = "overlaps of executions that exclude each other"
-AWAKENED = "— after a stopped process went on (SIGCONT)"
+OVERLAPS = "overlaps of mutually exclusive executions"
+RESUMED = "— after a paused process was resumed (SIGCONT)"
 TWICE = "executed more than once without a reason"
 
 
@@ -100,17 +100,17 @@ def test_only_a_pause_beyond_the_lease_is_a_reason_for_a_second_execution() -> N
 
 
 @pytest.mark.parametrize(("goes_on_seconds", "kept"), [(0.2, True), (0.3, False)])
-def test_an_awakened_process_may_continue_only_briefly(goes_on_seconds: float, kept: bool) -> None:
+def test_a_resumed_process_may_continue_only_briefly(goes_on_seconds: float, kept: bool) -> None:
     runs = [run(1, 1, 5 + goes_on_seconds, how="CancelledError"), run(2, 4, 6, pid=8), run(1, 6.1, 6.5, pid=8)]
     found = verdict_of(runs, History(pauses={7: [(1.5, 5.0)]})).promises()
-    assert {each.name: each.kept for each in found}[AWAKENED] is kept
+    assert {each.name: each.kept for each in found}[RESUMED] is kept
     assert {each.name: each.kept for each in found}[OVERLAPS] is True
 
 
 def test_an_overlap_is_a_violation_even_after_a_disconnection() -> None:
     runs = [run(1, 1, 6, how="CancelledError"), run(2, 5.9, 6.5, pid=8), run(1, 7, 7.5, pid=8)]
-    cut_off = History(names={7: "worker-0"}, cut_off={"worker-0": [(1.5, 5.9)]})
-    assert set(promises(runs, cut_off)) == {OVERLAPS}
+    disconnected = History(names={7: "worker-0"}, disconnected={"worker-0": [(1.5, 5.9)]})
+    assert set(promises(runs, disconnected)) == {OVERLAPS}
     assert set(promises(runs, outages=[Outage("pause server", 1.5, 5.5, over=5.5)])) == {OVERLAPS}
 
 
@@ -137,20 +137,20 @@ def test_unexpected_dead_letters_keys_and_exits_are_detected() -> None:
         leftover_keys=["k"],
     )
     assert set(broken) == {
-        "dead letters that nobody expected",
+        "unexpected dead letters",
         "Redis keys left over",
-        "processes that ended by themselves or stopped badly",
+        "processes that crashed or failed to stop",
     }
 
 
 @pytest.mark.parametrize(("killed", "kept"), [(4, True), (3, False)])
 def test_a_task_is_poison_after_the_given_number_of_crashes(killed: int, kept: bool) -> None:
-    """The last worker may only have been cut off; and before some of the others the server may have lost data."""
+    """The last worker may only have been disconnected; before some of the others the server may have lost data."""
     runs = [run(1, 10 * n, None if n <= killed else 42, pid=n) for n in range(1, 5)]
     history = History(
         killed={n: 10 * n + 1 for n in range(1, killed + 1)},
         names={4: "worker-3"},
-        cut_off={} if kept else {"worker-3": [(40.5, 45.0)]},
+        disconnected={} if kept else {"worker-3": [(40.5, 45.0)]},
     )
     broken = promises(
         [*runs, run(2, 50, 51)],
@@ -158,7 +158,7 @@ def test_a_task_is_poison_after_the_given_number_of_crashes(killed: int, kept: b
         outages=[Outage("kill server", 19.0, 19.5, 18.0, lost_until=20.5, over=20.5)],
         dead_letters=[{"n": 1, "kind": "Locked", "reason": "poison", "detail": ""}],
     )
-    assert ("dead letters that nobody expected" in broken) is not kept
+    assert ("unexpected dead letters" in broken) is not kept
 
 
 def test_a_failed_run_is_listed_in_the_figures() -> None:
