@@ -101,7 +101,12 @@ class TestLimits:
         limits={
             "ce": {
                 "default": {"concurrency_limit": 5, "rate_limit": 10, "rate_window_seconds": 60},
-                "keys": {"big": {"concurrency_limit": 50}, "big:upload": {"concurrency_limit": 7}, 12: {}},
+                "keys": {
+                    "*:upload": {"concurrency_limit": 6},
+                    "big": {"concurrency_limit": 50},
+                    "big:upload": {"concurrency_limit": 7},
+                    12: {},
+                },
             }
         },
         vo_limits={"lhcb": {"ce": {"default": {"concurrency_limit": 2}, "keys": {"big": {"rate_limit": None}}}}},
@@ -115,6 +120,7 @@ class TestLimits:
         assert self.values("small") == self.values("12") == {"concurrency_limit": 5, **rate}
         assert self.values("big") == self.values("big", "submit") == {"concurrency_limit": 50, **rate}
         assert self.values("big", "upload") == {"concurrency_limit": 7, **rate}
+        assert self.values("small", "upload") == {"concurrency_limit": 6, **rate}
         assert self.GIVEN.get_limits("job", "1") == {}
 
     def test_settings_of_a_vo_override_common_ones_and_null_restores_those_of_the_code(self):
