@@ -470,6 +470,8 @@ def keep(observed: Observed, path: Path) -> None:
                 "killed": observed.history.killed,
                 "pauses": observed.history.pauses,
                 "ended": observed.history.ended,
+                "processes started": observed.history.started,
+                "stopped": observed.history.stopped,
                 "places": observed.history.names,
                 "disconnected": observed.history.disconnected,
                 "outages": [vars(outage) for outage in observed.outages],

@@ -18,6 +18,8 @@ from .records import Records, Run
 SETTLE_SECONDS = 1.0
 AFTER_SECONDS = 1.0
 STOP_SECONDS = 5.0
+#: A process that is younger may still be starting: on a busy machine that takes seconds.
+START_SECONDS = 10.0
 SERIOUS = 0.6
 
 KILLED = "its worker was killed"

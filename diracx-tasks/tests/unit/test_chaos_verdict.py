@@ -107,6 +107,26 @@ def test_a_resumed_process_may_continue_only_briefly(goes_on_seconds: float, kep
     assert {each.name: each.kept for each in found}[OVERLAPS] is True
 
 
+@pytest.mark.parametrize(("paused", "kept"), [(True, True), (False, False)])
+def test_recovery_is_judged_by_the_time_with_a_live_worker(paused: bool, kept: bool) -> None:
+    """One worker is killed, and the other one of its size takes 5 s, in which it is paused or not."""
+
+    def quick(n: int, start: float, end: float | None, pid: int) -> Run:
+        return Run("Quick", n, pid, start, end, "ok" if end is not None else "")
+
+    runs = [quick(0, 0.5, 0.6, 8), *(quick(n, 1, None, 7) for n in range(1, 6))]
+    history = History(
+        killed={7: 1.5},
+        started={7: 0.0, 8: 0.0},
+        names={7: "worker-0", 8: "worker-2"},
+        pauses={8: [(1.4, 6.5)]} if paused else {},
+    )
+    found = verdict_of([*runs, *(quick(n, 6.6, 6.7, 8) for n in range(1, 6))], history).promises()
+    [recovery] = [promise for promise in found if promise.name.startswith("recovery, worker killed")]
+    assert recovery.kept is kept
+    assert (recovery.value.p50, recovery.value.p50_up) == (5.1, 0.1 if paused else 5.1)
+
+
 def test_an_overlap_is_a_violation_even_after_a_disconnection() -> None:
     runs = [run(1, 1, 6, how="CancelledError"), run(2, 5.9, 6.5, pid=8), run(1, 7, 7.5, pid=8)]
     disconnected = History(names={7: "worker-0"}, disconnected={"worker-0": [(1.5, 5.9)]})
