@@ -183,7 +183,7 @@ def _worker_state(worker: Worker) -> str:
 
 
 WORKERS: View[Worker] = View(
-    "no worker runs",
+    "no worker runs; start one with `diracx-task-run worker`",
     (
         Column("worker", "name", whole=True),
         Column("size", "size"),
@@ -372,7 +372,7 @@ def _holders(lock: Lock) -> str:
 
 
 LOCKS: View[Lock] = View(
-    "no locks",
+    "no lock has holders or waiters",
     (
         Column("lock", "key", whole=True, link=lambda lock: _lock_page(lock.key)),
         Column("kind", "kind"),

@@ -47,21 +47,35 @@ class Fact(NamedTuple):
     small: str = ""
 
 
+def cancel_button(task_id: str, about: str) -> Button:
+    """Make the button that cancels a task."""
+    return Button("/tasks/cancel", "Cancel", {"task": task_id, "about": about}, f"cancel-{task_id}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Table of a page."""
+    """A table, with the parts above and below it on its page."""
 
     view: View[Any]
     rows: Sequence[Any]
     caption: str = ""
-    empty: str = ""
-    """Text in place of an empty table; by default that of the view."""
     after: str | None = None
     """Cursor of the next page."""
     actions: Callable[[Any], Sequence[Button]] | None = None
     """Returns the buttons of a row."""
     orders: Mapping[str, str] = field(default_factory=dict)
     """Title of a column -> query parameter `order` that sorts by it."""
+    filters: Sequence[Link] = ()
+    filters_label: str = ""
+    facts: Sequence[Fact] = ()
+    notes: Sequence[str] = ()
+    """Problems; text in backticks is rendered as code."""
+    buttons: Sequence[Button] = ()
+    """Buttons below the table."""
+
+    def values(self, **others: Any) -> dict[str, Any]:
+        """Return the context of the template `_table.html`, with other values."""
+        return {"shown": self, **others}
 
     def meter(self, column: Column[Any], row: Any) -> tuple[float, float]:
         """Return value and maximum of the bar beside a cell."""
@@ -85,23 +99,3 @@ class Table:
             else "nowrap"
         )
         return f"{wide} {style}".strip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TablePage:
-    """Page with one table; `values` returns the context of its template."""
-
-    table: Table
-    filters: Sequence[Link] = ()
-    filters_label: str = ""
-    facts: Sequence[Fact] = ()
-    notes: Sequence[str] = ()
-    """Problems; text in backticks is rendered as code."""
-    buttons: Sequence[Button] = ()
-    """Buttons below the table."""
-    heading: tuple[str, str] | None = None
-    """Path and title of the parent page, for a breadcrumb heading."""
-
-    def values(self) -> dict[str, Any]:
-        """Return the context of the template `_table.html`."""
-        return {"shown": self, "parent": self.heading}

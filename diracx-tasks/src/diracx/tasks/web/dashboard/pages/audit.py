@@ -8,7 +8,7 @@ from urllib.parse import quote
 from ....operations.audit import audit_page
 from ....operations.views import AUDIT
 from ..page import AppContext, Page, Request, viewer_of
-from ..tables import Link, Table, TablePage
+from ..tables import Link, Table
 
 _PAGE = 100
 
@@ -25,15 +25,13 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         if vo
         else "Actions of administrators by dashboard, HTTP or command line"
     )
-    return TablePage(
+    return Table(
         filters=administrators + [Link(name, f"/audit?vo={quote(name, safe='')}", name == vo) for name in vos],
         filters_label="Logs",
-        table=Table(
-            view=AUDIT,
-            rows=page.items,
-            caption=f"{actions}, newest first.",
-            after=page.after,
-        ),
+        view=AUDIT,
+        rows=page.items,
+        caption=f"{actions}, newest first.",
+        after=page.after,
     ).values()
 
 

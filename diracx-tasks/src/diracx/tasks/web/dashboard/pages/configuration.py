@@ -54,13 +54,4 @@ def _lines(entries: list[ActiveConfig]) -> list[tuple[str, str, int]]:
     return [(kind, line, number) for (kind, line), number in found.items()]
 
 
-PAGES = [
-    Page(
-        "/configuration",
-        "configuration",
-        "Configuration",
-        _load,
-        section="Control",
-        live=False,
-    )
-]
+PAGES = [Page("/configuration", "configuration", "Configuration", _load, section="Control", live=False)]

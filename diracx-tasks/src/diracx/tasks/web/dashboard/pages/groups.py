@@ -9,7 +9,7 @@ from ....operations.views import GROUPS
 from ....plumbing.broker.groups import read_group
 from ..page import AppContext, NotFoundError, Page, Request
 from ..rendering import number
-from ..tables import Table, TablePage
+from ..tables import Table
 
 _GROUPS = 200
 _CHILDREN = 200
@@ -21,7 +21,7 @@ async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     caption = "Pending groups."
     if snapshot.groups > len(groups):
         caption = f"{len(groups)} of {number(snapshot.groups)} pending groups, those that expire first."
-    return TablePage(table=Table(view=GROUPS, rows=groups, caption=caption)).values()
+    return Table(view=GROUPS, rows=groups, caption=caption).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:

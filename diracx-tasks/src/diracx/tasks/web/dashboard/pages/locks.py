@@ -7,7 +7,7 @@ from typing import Any
 from .... import operations
 from ....operations.views import LOCKS
 from ..page import Action, AppContext, Form, NotFoundError, NotPossibleError, Operator, Page, Question, Request
-from ..tables import Table, TablePage
+from ..tables import Table
 
 _PAGE = 100
 
@@ -15,10 +15,7 @@ _PAGE = 100
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     page = await operations.locks(context.redis, _PAGE, request.query_params.get("after"))
     caption = "Locks that tasks hold or wait for, and limiters that were used within the last day."
-    table = Table(
-        view=LOCKS, rows=page.items, caption=caption, after=page.after, empty="No lock has holders or waiters."
-    )
-    return TablePage(table=table).values()
+    return Table(view=LOCKS, rows=page.items, caption=caption, after=page.after).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:

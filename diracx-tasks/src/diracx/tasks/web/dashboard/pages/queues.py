@@ -23,7 +23,7 @@ from ..page import (
     viewer_of,
 )
 from ..rendering import number, seconds
-from ..tables import Button, Fact, Table, TablePage
+from ..tables import Button, Fact, Table, cancel_button
 
 _PAGE = 50
 _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
@@ -33,34 +33,24 @@ async def _all(request: Request, context: AppContext) -> dict[str, Any]:
     snapshot = await context.snapshot()
     served = {worker.size for worker in snapshot.workers if worker.alive}
     unserved = {queue.size for queue in snapshot.queues if queue.backlog} - served
-    return TablePage(
-        notes=[
-            f"Tasks wait, and no worker of size {size} runs: `diracx-task-run worker --worker-size {size}`"
-            for size in sorted(unserved)
-        ],
-        table=Table(
-            view=QUEUES,
-            rows=snapshot.queues,
-            caption="By priority; a worker runs tasks of its size.",
-        ),
-    ).values()
+    notes = [
+        f"Tasks wait, and no worker of size {size} runs: `diracx-task-run worker --worker-size {size}`"
+        for size in sorted(unserved)
+    ]
+    caption = "By priority; a worker runs tasks of its size."
+    return Table(view=QUEUES, rows=snapshot.queues, caption=caption, notes=notes).values()
 
 
 async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     name = request.path_params["queue"]
     snapshot = await context.snapshot()
-    found = [queue for queue in snapshot.queues if queue.name == name]
-    if not found:
+    queue = next((queue for queue in snapshot.queues if queue.name == name), None)
+    if queue is None:
         raise NotFoundError(f"No queue {name!r}.")
     read = partial(operations.peek, context.redis, name, registry=context.registry)
-    try:
-        page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
-    except ValueError as error:
-        raise NotFoundError(str(error)) from error
-    [queue] = found
+    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     purge = Button("/queues/purge", "Cancel all waiting tasks…", {"queue": name}, "purge", "danger")
-    shown = TablePage(
-        heading=("/queues", "Queues"),
+    return Table(
         facts=[
             Fact("Waiting", number(queue.backlog)),
             Fact("Running", number(queue.running), "/running"),
@@ -68,24 +58,19 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
             Fact("In", number(queue.in_per_second), small="per second"),
             Fact("Out", number(queue.out_per_second), small="per second"),
         ],
-        table=Table(
-            view=QUEUED,
-            rows=page.items,
-            caption="In the order of delivery.",
-            empty="No tasks wait.",
-            after=page.after,
-            actions=_actions,
-        ),
+        view=QUEUED,
+        rows=page.items,
+        caption="In the order of delivery.",
+        after=page.after,
+        actions=_actions,
         buttons=[purge] if page.items else [],
-    )
-    return shown.values() | {"heading": name}
+    ).values(parent=("/queues", "Queues"), heading=name)
 
 
 def _actions(task: QueuedTask) -> list[Button]:
     if not task.task_id:
         return []
-    fields = {"task": task.task_id, "about": f"{task.task_name}, waiting in {task.queue}"}
-    return [Button("/tasks/cancel", "Cancel", fields, f"cancel-{task.task_id}")]
+    return [cancel_button(task.task_id, f"{task.task_name}, waiting in {task.queue}")]
 
 
 async def _ask_purge(form: Form, context: AppContext) -> Question:

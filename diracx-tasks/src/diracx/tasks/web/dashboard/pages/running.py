@@ -10,7 +10,7 @@ from ....operations import RunningTask
 from ....operations.views import RUNNING
 from ..page import Action, AppContext, Form, NotPossibleError, Operator, Page, Question, Request, viewer_of
 from ..rendering import number
-from ..tables import Button, Table, TablePage
+from ..tables import Button, Table, cancel_button
 
 _PAGE = 100
 
@@ -20,21 +20,17 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     snapshot = await context.snapshot()
     total = sum(queue.running for queue in snapshot.queues)
-    return TablePage(
-        table=Table(
-            view=RUNNING,
-            rows=page.items,
-            caption=f"{number(total)} running tasks, longest first; workers report every 5 s.",
-            empty="No tasks run.",
-            after=page.after,
-            actions=_actions,
-        )
+    return Table(
+        view=RUNNING,
+        rows=page.items,
+        caption=f"{number(total)} running tasks, longest first; workers report every 5 s.",
+        after=page.after,
+        actions=_actions,
     ).values()
 
 
 def _actions(task: RunningTask) -> list[Button]:
-    about = f"{task.task_name}, running at {task.worker.partition(':')[0]}"
-    return [Button("/tasks/cancel", "Cancel", {"task": task.task_id, "about": about}, f"cancel-{task.task_id}")]
+    return [cancel_button(task.task_id, f"{task.task_name}, running at {task.worker.partition(':')[0]}")]
 
 
 async def _ask_cancel(form: Form, context: AppContext) -> Question:

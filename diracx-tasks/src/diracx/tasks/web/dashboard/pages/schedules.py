@@ -22,7 +22,7 @@ from ..page import (
     viewer_of,
 )
 from ..rendering import number
-from ..tables import Button, Link, Table, TablePage
+from ..tables import Button, Link, Table
 
 _PAGE = 100
 
@@ -43,18 +43,15 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     if not await has_leader(context.redis):
         notes.insert(0, "No scheduler leads: nothing is submitted. Start one with `diracx-task-run scheduler`.")
     links = [Link(each, f"/schedules?vo={quote(each, safe='')}", each == vo) for each in vos]
-    return TablePage(
+    return Table(
         filters=[Link("All VOs", "/schedules", not vo), *links] if vos else [],
         filters_label="VO",
         notes=notes,
-        table=Table(
-            view=SCHEDULES,
-            rows=shown,
-            caption="" if len(shown) == len(chosen) else f"{len(shown)} of {number(len(chosen))} schedules",
-            empty="No periodic task is installed.",
-            after=shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
-            actions=_actions,
-        ),
+        view=SCHEDULES,
+        rows=shown,
+        caption="" if len(shown) == len(chosen) else f"{len(shown)} of {number(len(chosen))} schedules",
+        after=shown[-1].id if shown and shown[-1] is not chosen[-1] else None,
+        actions=_actions,
     ).values()
 
 

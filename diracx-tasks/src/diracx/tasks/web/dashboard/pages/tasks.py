@@ -8,7 +8,7 @@ from .... import operations
 from ....operations import TaskStats, Window
 from ....operations.views import STATISTICS
 from ..page import AppContext, Page, Request
-from ..tables import Link, Table, TablePage
+from ..tables import Link, Table
 
 _KEYS = {
     "name": lambda each: each.task_name,
@@ -25,19 +25,16 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     order = request.query_params.get("order", "name")
     order = order if order in _KEYS else "name"
     found: list[TaskStats] = await operations.stats(context.redis, window)
-    return TablePage(
+    return Table(
         filters=[
             Link(text, f"/tasks?window={name}&order={order}", window == name)
             for name, text in (("hour", "Past hour"), ("day", "Past day"))
         ],
         filters_label="Time",
-        table=Table(
-            view=STATISTICS,
-            rows=sorted(found, key=_KEYS[order]),
-            caption="Percentiles are at most 19 % too high.",
-            empty="No task has run within this time.",
-            orders=_ORDERS,
-        ),
+        view=STATISTICS,
+        rows=sorted(found, key=_KEYS[order]),
+        caption="Percentiles are at most 19 % too high.",
+        orders=_ORDERS,
     ).values()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ....operations.views import WORKERS
 from ..page import AppContext, Page, Request, viewer_of
 from ..rendering import number
-from ..tables import Fact, Table, TablePage
+from ..tables import Fact, Table
 
 #: Maximum number of listed workers; dead ones come first.
 _MOST = 150
@@ -20,18 +20,15 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     hosts = len({worker.host for worker in alive})
     slots, used = (sum(getattr(each, name) or 0 for each in alive) for name in ("slots", "slots_used"))
     hidden = max(0, len(workers) - _MOST)
-    return TablePage(
+    return Table(
         facts=[
             Fact("Alive", number(len(alive)), small=f"on {hosts} host{'' if hosts == 1 else 's'}"),
             Fact("Slots used", number(used), "/running", small=f"of {number(slots)}"),
             Fact("Scheduler", "leads" if snapshot.scheduler_leads else "none leads", "/schedules"),
         ],
-        table=Table(
-            view=WORKERS,
-            rows=workers[:_MOST],
-            caption=f"{_MOST} workers; `diracx-task-run workers` lists {number(hidden)} more." if hidden else "",
-            empty="No worker runs. Start one with `diracx-task-run worker`.",
-        ),
+        view=WORKERS,
+        rows=workers[:_MOST],
+        caption=f"{_MOST} workers; `diracx-task-run workers` lists {number(hidden)} more." if hidden else "",
     ).values()
 
 
