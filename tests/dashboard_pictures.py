@@ -15,7 +15,7 @@ from diracx.tasks import operations as monitor
 from diracx.tasks.testing import embedded_redis
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard.app import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from support.dashboard_browser import chromium, expect, tab_of
 from support.dashboard_night import CONFIG, VOS, a_day, a_night, an_hour, loads, steered, system_of
 from support.dashboard_world import WRITER
@@ -88,7 +88,7 @@ async def draw(folder: Path, kind: str) -> None:
                 return context
 
             backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "")
-            app = create_app(this, backend, hosts={"127.0.0.1"}, extensions=[extension()])
+            app = DashboardApp(this, backend, hosts={"127.0.0.1"}, extensions=[extension()])
             pages = PAGES | {f"/pilots/{followed}": "pilot", f"/pilots/{followed}/output": "pilot-output"}
             async with chromium() as browser, tab_of(browser, app, WRITER) as tab:
                 await tab.page.set_viewport_size({"width": WIDTH, "height": 900})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import servers
-from diracx.tasks.web.dashboard.app import DashboardApp
+from diracx.tasks.web.dashboard import DashboardApp
 
 playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.base", reason="pip install axe-playwright-python")

@@ -28,7 +28,7 @@ from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard.app import DashboardApp, create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.page import Extension
 from diracx.tasks.web.sse import StreamSettings
 from redis.asyncio import Redis
@@ -201,7 +201,7 @@ async def _world(
             READER: Principal("rita", Role.READ, None),
         }
         backend = TokenBackend(tokens, "ask wilma")
-        app = create_app(
+        app = DashboardApp(
             this, backend, hosts={"localhost", "127.0.0.1"}, extensions=extensions or [], stream=stream
         )
         world = World(system, app, context)

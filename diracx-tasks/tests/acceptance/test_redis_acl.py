@@ -28,7 +28,7 @@ from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.testing.server import free_port
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis import Redis
 from support.command_line import Background, Cli
@@ -299,7 +299,7 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
     async def this() -> AppContext:
         return AppContext(broker, world.registry, ConfigReader(), db)
 
-    app = create_app(this, TokenBackend({"token": Principal("wilma", Role.WRITE, None)}, ""), extensions=[])
+    app = DashboardApp(this, TokenBackend({"token": Principal("wilma", Role.WRITE, None)}, ""), extensions=[])
     transport = httpx.ASGITransport(app)
     async with db.engine_context(), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "token"})

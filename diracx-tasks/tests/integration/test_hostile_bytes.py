@@ -25,7 +25,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard.app import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
 from support.dashboard_world import WRITER
@@ -224,7 +224,7 @@ async def _dashboard(system: TaskSystem) -> AsyncIterator[Callable[[], Awaitable
         return context
 
     backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "ask wilma")
-    app = create_app(this, backend, hosts={"localhost"}, extensions=[])
+    app = DashboardApp(this, backend, hosts={"localhost"}, extensions=[])
     transport = httpx.ASGITransport(app)
 
     async def read() -> None:

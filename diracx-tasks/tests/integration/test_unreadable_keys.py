@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler.overview import schedules
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from redis.asyncio import Redis
 
 _PAGES = ("/workers", "/running", "/tasks", "/failures", "/schedules", "/configuration")
@@ -109,7 +109,7 @@ async def test_the_overview_is_there_and_pages_name_the_key(
         return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = create_app(context, backend, extensions=[])
+    app = DashboardApp(context, backend, extensions=[])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})
         responses = [await client.get(page) for page in ("/", *_PAGES)]

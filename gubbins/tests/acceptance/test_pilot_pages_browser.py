@@ -14,8 +14,7 @@ from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
-from diracx.tasks.web.dashboard.app import DashboardApp
+from diracx.tasks.web.dashboard import DashboardApp
 from redis.asyncio import Redis
 from support.dashboard_browser import Tab, expect, needs_chromium, tab_of
 
@@ -54,7 +53,7 @@ async def app(
         return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     tokens = {WRITER: Principal("wilma", Role.WRITE, None), READER: Principal("rita", Role.READ, None)}
-    made = create_app(context, TokenBackend(tokens, ""), hosts={"127.0.0.1"}, extensions=[extension()])
+    made = DashboardApp(context, TokenBackend(tokens, ""), hosts={"127.0.0.1"}, extensions=[extension()])
     yield made
     await made.aclose()
     await broker.shutdown()

@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.api.responses import database_errors
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from fastapi import Depends, FastAPI
 from support.broken_databases import PASSWORD, Troubled
 
@@ -41,7 +41,7 @@ async def test_dashboard_and_routes_return_503(troubled_database: Troubled, redi
         return AppContext(broker, TaskRegistry.of({}), ConfigReader(), db)
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = create_app(context, backend, extensions=[])
+    app = DashboardApp(context, backend, extensions=[])
     api = FastAPI(dependencies=[Depends(database_errors)])
 
     @api.get("/dead-letters")

@@ -270,12 +270,12 @@ def test_every_route_of_the_application_is_in_the_table() -> None:
 def test_every_page_and_action_of_the_dashboard_is_in_the_table() -> None:
     from diracx.tasks.web.auth.code_flow import CodeFlow
     from diracx.tasks.web.auth.diracx import DiracxBackend
-    from diracx.tasks.web.dashboard import create_app
+    from diracx.tasks.web.dashboard import DashboardApp
 
     async def none() -> Any:
         raise NotImplementedError
 
-    app: Any = create_app(none, DiracxBackend(CodeFlow(BELOW)), extensions=[])
+    app: Any = DashboardApp(none, DiracxBackend(CodeFlow(BELOW)), extensions=[])
     found, streams = [*PROBES], []
     for route in app._app._app.routes:
         methods = (getattr(route, "methods", None) or {"GET"}) - {"HEAD"}

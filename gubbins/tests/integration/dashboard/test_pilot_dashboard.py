@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from redis.asyncio import Redis
 
 from gubbins.dashboard import extension
@@ -43,7 +43,7 @@ async def client(
         return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = create_app(context, backend, extensions=[extension()])
+    app = DashboardApp(context, backend, extensions=[extension()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
         yield made
@@ -245,7 +245,7 @@ async def test_without_a_database_the_page_reports_it(redis_url: str, monkeypatc
         return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = create_app(context, backend, extensions=[extension()])
+    app = DashboardApp(context, backend, extensions=[extension()])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
         await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
         response = await made.get("/pilots")

@@ -13,7 +13,7 @@ from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from support.broken_databases import PASSWORD, Troubled
 
 from gubbins.dashboard import extension
@@ -46,7 +46,7 @@ async def test_the_dashboard_responds_with_503(
         return AppContext(broker, TaskRegistry.of({}), ConfigReader())
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = create_app(context, backend, extensions=[extension()])
+    app = DashboardApp(context, backend, extensions=[extension()])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await client.post("/sign-in", data={"credential": "the-token-of-wilma"})

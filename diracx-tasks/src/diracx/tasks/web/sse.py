@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
 
@@ -46,7 +44,7 @@ def event(name: str, data: str) -> str:
     return f"event: {name}\n{lines}\n"
 
 
-class _Stream(StreamingResponse):
+class _CountedStream(StreamingResponse):
     """Response of one stream, counted while it is open."""
 
     def __init__(self, events: AsyncIterator[str], name: str, streams: Counter[str]) -> None:
@@ -63,53 +61,47 @@ class _Stream(StreamingResponse):
             self._streams += Counter()  # removes names with a count of 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LivePage:
-    """Event stream of a live page."""
+class EventStreams:
+    """The event streams of a dashboard."""
 
-    fragment: Callable[[], Awaitable[str]]
-    """Renders the live part."""
-    charts: Callable[[], Awaitable[dict[str, Any]]] | None
-    still_allowed: Callable[[], Awaitable[bool]]
-    """Checks the session; if it is invalid, a `gone` event ends the stream."""
-    explained: Callable[[Exception], str]
-    """Formats an error for users."""
-    closing: asyncio.Event
-    """Ends all streams."""
-    settings: StreamSettings
+    def __init__(self, settings: StreamSettings) -> None:
+        self.settings = settings
+        self.closing = asyncio.Event()
+        """Ends all streams."""
+        self._open: Counter[str] = Counter()
 
-    def response(self, request: Request, streams: Counter[str]) -> Response:
-        """Send `fragment` and `charts` events, and `problem` if they fail.
+    def response(
+        self, user: str, render: Callable[[], Awaitable[dict[str, str]]], is_allowed: Callable[[], Awaitable[bool]]
+    ) -> Response:
+        """Send the events of a page when their data have changed.
 
         Args:
-            streams: number of open streams by principal.
+            user: name of the principal, whose number of streams is limited.
+            render: returns names and data of the events.
+            is_allowed: checks the session; if it is invalid, a `gone` event ends the stream.
         """
-        name, most = request.state.principal.name, self.settings.max_streams
-        if streams[name] >= most:
-            text = f"{name} has {most} live pages open, which is the maximum: close one"
+        most = self.settings.max_streams
+        if self._open[user] >= most:
+            text = f"{user} has {most} live pages open, which is the maximum: close one"
             return PlainTextResponse(text, HTTPStatus.TOO_MANY_REQUESTS)
-        return _Stream(self._events(), name, streams)
+        return _CountedStream(self._events(render, is_allowed), user, self._open)
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(
+        self, render: Callable[[], Awaitable[dict[str, str]]], is_allowed: Callable[[], Awaitable[bool]]
+    ) -> AsyncIterator[str]:
         yield "retry: 500\n\n"
-        sent: dict[str, str] = {}
+        sent = {"problem": ""}
         settings = self.settings
         began = checked = last_sent = time.monotonic()
         while not self.closing.is_set() and time.monotonic() - began < settings.max_seconds:
             now = time.monotonic()
             if now - checked > settings.session_check_seconds:
                 checked = now
-                if not await self.still_allowed():
+                if not await is_allowed():
                     yield event("gone", "your session has expired")
                     return
-            try:
-                events = {"fragment": await self.fragment(), "problem": ""}
-                if self.charts is not None:
-                    events["charts"] = json.dumps(await self.charts())
-            except Exception as error:
-                events = {"problem": self.explained(error)}
-            for name, data in events.items():
-                if sent.get(name, "" if name == "problem" else None) != data:
+            for name, data in (await render()).items():
+                if sent.get(name) != data:
                     sent[name] = data
                     last_sent = now
                     yield event(name, data)

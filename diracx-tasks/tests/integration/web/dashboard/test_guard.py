@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.page import Action, Extension, Form, Operator, Page, Question
 from diracx.tasks.web.sse import StreamSettings
 from redis.asyncio import Redis
@@ -59,7 +59,7 @@ async def app(redis_url: str) -> AsyncIterator[Any]:
     }
     stream = StreamSettings(max_seconds=0.2, poll_seconds=0.3)
     backend = TokenBackend(tokens, "ask")
-    made = create_app(context, backend, hosts={"localhost"}, extensions=[EXTENSION], stream=stream)
+    made = DashboardApp(context, backend, hosts={"localhost"}, extensions=[EXTENSION], stream=stream)
     yield made
     await made.aclose()
     await broker.shutdown()

@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard.app import create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from redis.asyncio import Redis
 from support.dashboard_world import WRITER
 
@@ -42,7 +42,7 @@ async def dashboard(redis_url: str, task_db_url: str | None) -> AsyncIterator[ht
             return context
 
         backend = TokenBackend({WRITER: Principal("wilma", Role.WRITE, None)}, "")
-        app = create_app(this, backend, hosts={"localhost"}, extensions=[])
+        app = DashboardApp(this, backend, hosts={"localhost"}, extensions=[])
         stack.push_async_callback(app.aclose)
         transport = httpx.ASGITransport(app)
         client = await stack.enter_async_context(

@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.config.sources import ConfigReader
 from diracx.tasks.web.auth.backends import Principal, Role
 from diracx.tasks.web.context import AppContext
-from diracx.tasks.web.dashboard.app import DashboardApp, create_app
+from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.page import Extension, Page, Request
 from diracx.tasks.web.sse import StreamSettings
 from support.waiting import until
@@ -127,7 +127,7 @@ def dashboard(context: AppContext, load: Any, templates: Path) -> DashboardApp:
 
     extension = Extension(pages=[page], templates=templates)
     # Each stream looks once, and ends.
-    return create_app(this, VoGate(), extensions=[extension], stream=StreamSettings(max_seconds=0.001))
+    return DashboardApp(this, VoGate(), extensions=[extension], stream=StreamSettings(max_seconds=0.001))
 
 
 async def follow(app: DashboardApp, vo: str, query: str = "", path: str = "/live/counted") -> str:
@@ -198,7 +198,7 @@ async def test_a_dashboard_that_failed_to_open_is_opened_once_by_the_next_reques
         finally:
             closed.append(1)
 
-    app = create_app(found, VoGate(), extensions=[Extension(lifespan=lifespan)])
+    app = DashboardApp(found, VoGate(), extensions=[Extension(lifespan=lifespan)])
     waiting = await begun(*(app.open() for _ in range(3)))
     found.go_on.set()
     reported = await asyncio.gather(*waiting, return_exceptions=True)

@@ -101,7 +101,7 @@ def dashboard(
         address = f"http{'s' if tls else ''}://{name}:{found}/"
 
         async def run() -> None:
-            from ...web.dashboard import create_app
+            from ...web.dashboard import DashboardApp
 
             async with AsyncExitStack() as stack:
                 context = await _open(stack, url, server.registry)
@@ -109,7 +109,7 @@ def dashboard(
                 async def get_context() -> AppContext:
                     return context
 
-                app = create_app(get_context, backend, hosts=names.union(public_names))
+                app = DashboardApp(get_context, backend, hosts=names.union(public_names))
                 await app.open()
                 stack.push_async_callback(app.aclose)
                 typer.echo(f"{address}sign-in?token={token}" if loopback else address)

@@ -68,7 +68,7 @@ _of_loop: dict[asyncio.AbstractEventLoop, DashboardApp] = {}
 
 def _app(stream: StreamSettings) -> DashboardApp:
     try:
-        from ..dashboard.app import create_app
+        from ..dashboard.app import DashboardApp
     except ModuleNotFoundError as error:
         if error.name not in ("jinja2", "markupsafe"):
             raise
@@ -79,7 +79,7 @@ def _app(stream: StreamSettings) -> DashboardApp:
 
     loop = asyncio.get_running_loop()
     if (app := _of_loop.get(loop)) is None:
-        app = create_app(context_from_environment, DiracxBackend(CodeFlow(_ROOT_PATH)), stream=stream)
+        app = DashboardApp(context_from_environment, DiracxBackend(CodeFlow(_ROOT_PATH)), stream=stream)
         _of_loop[loop] = app
         at_end_of_loop(_close)
     return app

@@ -61,7 +61,7 @@ class AuthRoutes:
         provider = self._backend.provider
         options = await provider.options(request) if provider is not None else LoginOptions()
         context = {
-            **_frame("Sign in"),
+            "title": "Sign in",
             "next": target,
             "refused": bool(given),
             "choices": options.choices,
@@ -119,17 +119,13 @@ class AuthRoutes:
         An HTTP redirect does not work: `form-action` forbids one to another site as the response to a form, and
         browsers send no `strict` cookies after one from another site.
         """
-        context = {**_frame(title), "problem": "", "address": address, "link": "Continue"}
+        context = {"title": title, "problem": "", "address": address, "link": "Continue"}
         return self._page(request, "redirect.html", context, 200)
 
     def _refused(self, request: Request, error: SignInError, target: str) -> Response:
         again = f"{root_of(request)}/sign-in?next={quote(target, safe='')}"
-        context = {**_frame("Not signed in"), "problem": str(error), "address": again, "link": "Sign in again"}
+        context = {"title": "Not signed in", "problem": str(error), "address": again, "link": "Sign in again"}
         return self._page(request, "redirect.html", context, 403)
-
-
-def _frame(title: str) -> dict[str, Any]:
-    return {"title": title, "nav": "", "label": "", "charts": None}
 
 
 def _state_cookie(request: Request) -> str:

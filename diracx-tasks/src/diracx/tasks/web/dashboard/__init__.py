@@ -1,5 +1,5 @@
-"""The web dashboard. `create_app` makes it, for `diracx-task-run dashboard` and for the DiracX application."""
+"""The web dashboard: `DashboardApp`, for `diracx-task-run dashboard` and for the DiracX application."""
 
-from .app import create_app
+from .app import DashboardApp
 
-__all__ = ["create_app"]
+__all__ = ["DashboardApp"]

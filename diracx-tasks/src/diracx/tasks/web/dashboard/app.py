@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
@@ -32,7 +31,7 @@ from ..auth.middleware import AuthMiddleware, cookie_name
 from ..auth.routes import AuthRoutes, own_path, root_of, set_cookie
 from ..context import AppContext
 from ..operator import NotPossibleError, Operator
-from ..sse import LivePage, StreamSettings
+from ..sse import EventStreams, StreamSettings
 from .health import probe
 from .page import Action, Extension, Form, NotFoundError, Page, Question, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
@@ -40,20 +39,6 @@ from .rendering import STATIC, environment, text_of
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
-
-#: Expected errors of pages, each with its own message.
-_EXPECTED_ERRORS: tuple[type[Exception], ...] = (
-    HTTPException,
-    NotFoundError,
-    NotPossibleError,
-    UnavailableError,
-    UnreadableKeyError,
-    SendTaskError,
-    RedisError,
-    SQLAlchemyError,
-    DBUnavailableError,
-    NotReadyError,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +63,10 @@ def installed_extensions() -> list[Extension]:
     return found
 
 
-def create_app(
-    context: Callable[[], Awaitable[AppContext]],
-    backend: AuthBackend,
-    *,
-    hosts: Collection[str] | None = None,
-    extensions: Sequence[Extension] | None = None,
-    stream: StreamSettings | None = None,
-) -> DashboardApp:
-    """Make the dashboard, for its own server or to be mounted in another application.
+class DashboardApp:
+    """The dashboard, for its own server or to be mounted in another application.
+
+    It opens its resources with its lifespan, or else at its first request.
 
     Args:
         context: opens the data source; called once, before the first page.
@@ -95,33 +75,26 @@ def create_app(
         extensions: additional pages; by default all that are installed.
         stream: settings of event streams.
     """
-    extensions = installed_extensions() if extensions is None else list(extensions)
-    return DashboardApp(context, backend, hosts, extensions, stream or StreamSettings())
-
-
-class DashboardApp:
-    """ASGI application that opens its resources with its lifespan, or else at its first request."""
 
     def __init__(
         self,
         context: Callable[[], Awaitable[AppContext]],
         backend: AuthBackend,
-        hosts: Collection[str] | None,
-        extensions: Sequence[Extension],
-        stream: StreamSettings,
+        *,
+        hosts: Collection[str] | None = None,
+        extensions: Sequence[Extension] | None = None,
+        stream: StreamSettings | None = None,
     ) -> None:
         self._open_context = context
         self._context: AppContext | None = None
         self._backend = backend
-        self._extensions = extensions
-        self._stream = stream
+        self._extensions = installed_extensions() if extensions is None else extensions
+        self._streams = EventStreams(stream or StreamSettings())
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
-        self._closing = asyncio.Event()
-        self._streams: Counter[str] = Counter()
-        self._templates = environment(*(each.templates for each in extensions if each.templates is not None))
-        pages = [*PAGES, *(page for extension in extensions for page in extension.pages)]
-        actions = [*ACTIONS, *(action for extension in extensions for action in extension.actions)]
+        self._templates = environment(*(each.templates for each in self._extensions if each.templates is not None))
+        pages = [*PAGES, *(page for extension in self._extensions for page in extension.pages)]
+        actions = [*ACTIONS, *(action for extension in self._extensions for action in extension.actions)]
         self._navigation = _navigation(pages)
         self._app = AuthMiddleware(self._routes(pages, actions), backend, hosts)
 
@@ -136,7 +109,7 @@ class DashboardApp:
 
     async def _readiness(self) -> tuple[bool, list[str]]:
         """Return whether it is open and its server responds, and the names of the alerts."""
-        if self._closing.is_set():
+        if self._streams.closing.is_set():
             return False, []
         try:
             await self.open()
@@ -167,7 +140,7 @@ class DashboardApp:
 
     def end_streams(self) -> None:
         """End all event streams, so that the server can stop."""
-        self._closing.set()
+        self._streams.closing.set()
 
     async def aclose(self) -> None:
         """Close the resources of extensions and health checks."""
@@ -193,7 +166,8 @@ class DashboardApp:
                 app.add_route("/live" + page.path, self._stream_handler(page), methods=["GET"])
         for action in actions:
             app.add_route(action.path, self._action_handler(action), methods=["POST"])
-        for kind in (*_EXPECTED_ERRORS, Exception):
+        expected: list[type[Exception]] = [HTTPException, *_ERRORS]
+        for kind in (*expected, Exception):
             app.add_exception_handler(kind, self._failed)
         return app
 
@@ -210,7 +184,8 @@ class DashboardApp:
             _check_visible(page, request)
             values = await self._load(page, request)
             # The event stream of the page must not begin with older values.
-            self.context.responses.put(_cache_key(page, request, "page"), values, self._stream.shared_seconds)
+            key, seconds = _cache_key(page, request, "page"), self._streams.settings.shared_seconds
+            self.context.responses.put(key, values, seconds)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
             return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
 
@@ -219,72 +194,61 @@ class DashboardApp:
     def _stream_handler(self, page: Page) -> Callable[[Request], Awaitable[Response]]:
         async def stream(request: Request) -> Response:
             _check_visible(page, request)
-            secret = request.cookies.get(cookie_name(request), "")
 
-            async def fragment() -> str:
-                key = _cache_key(page, request, "page")
-                responses = self.context.responses
-                values = await responses.get(key, lambda: self._load(page, request), self._stream.shared_seconds)
-                return text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
+            async def shared(part: str, load: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+                key, seconds = _cache_key(page, request, part), self._streams.settings.shared_seconds
+                return await self.context.responses.get(key, load, seconds)
 
-            async def charts() -> dict[str, Any]:
-                load, key = page.charts, _cache_key(page, request, "charts")
-                assert load is not None
-                return await self.context.responses.get(
-                    key, lambda: load(request, self.context), self._stream.shared_seconds
-                )
+            async def render() -> dict[str, str]:
+                try:
+                    values = await shared("page", lambda: self._load(page, request))
+                    fragment = text_of(self._templates, request, [f"_{page.name}.html", "_table.html"], values)
+                    events = {"fragment": fragment, "problem": ""}
+                    if (load := page.charts) is not None:
+                        events["charts"] = json.dumps(await shared("charts", lambda: load(request, self.context)))
+                except Exception as error:
+                    events = {"problem": mask(_explained(request, error)[1])}
+                return events
 
-            async def still_allowed() -> bool:
+            async def is_allowed() -> bool:
+                secret = request.cookies.get(cookie_name(request), "")
                 return await self._backend.principal(request, secret) is not None
 
-            def explained(error: Exception) -> str:
-                return mask(_explained(request, error)[1])
-
-            live = LivePage(
-                fragment=fragment,
-                charts=charts if page.charts else None,
-                still_allowed=still_allowed,
-                explained=explained,
-                closing=self._closing,
-                settings=self._stream,
-            )
-            return live.response(request, self._streams)
+            return self._streams.response(request.state.principal.name, render, is_allowed)
 
         return stream
 
     async def _load(self, page: Page, request: Request) -> dict[str, Any]:
         try:
-            return self._base_values(page) | await page.load(request, self.context)
+            values = await page.load(request, self.context)
         except ValueError as error:
             if not request.query_params:  # not caused by the request
                 raise
             raise NotFoundError(str(error)) from error
-
-    def _base_values(self, page: Page) -> dict[str, Any]:
         return {
             "title": page.title,
             "page_name": page.name,
             "parent": None,
             "nav": page.nav or page.path,
             "live": page.live,
-            "charts": None,
             "label": self.context.label,
+            **values,
         }
 
     def _page(
         self, request: Request, template: str | list[str], values: dict[str, Any], status: int = 200
     ) -> Response:
         flash = _flash(request)
-        common = {"navigation": self._navigation, "flash": flash, "live": False}
-        response = HTMLResponse(text_of(self._templates, request, template, {**common, **values}), status)
+        defaults = {"nav": "", "label": "", "charts": None, "live": False}
+        context = {**defaults, "navigation": self._navigation, "flash": flash, **values}
+        response = HTMLResponse(text_of(self._templates, request, template, context), status)
         if flash is not None:
             response.delete_cookie(_FLASH, path=root_of(request) or "/")
         return response
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         status, text = _explained(request, error)
-        values = {"title": HTTPStatus(status).phrase, "nav": "", "text": text, "label": "", "charts": None}
-        return self._page(request, "error.html", values, status)
+        return self._page(request, "error.html", {"title": HTTPStatus(status).phrase, "text": text}, status)
 
     # --- actions ----------------------------------------------------------------------------------------
 
@@ -329,8 +293,7 @@ class DashboardApp:
         if "hx-request" in request.headers:
             return HTMLResponse(text_of(self._templates, request, "_question.html", values))
         title = question.title if question else "Not possible"
-        page = {"title": title, "nav": "", "label": self.context.label, "charts": None, **values}
-        return self._page(request, "question.html", page)
+        return self._page(request, "question.html", {"title": title, "label": self.context.label, **values})
 
 
 def _check_visible(route: Page | Action, request: Request) -> None:
@@ -352,30 +315,37 @@ class _ImmutableFiles(StaticFiles):
         return response
 
 
+def _of_database(error: SQLAlchemyError | DBUnavailableError) -> str:
+    return f"The database does not respond: {getattr(error, 'orig', None) or error}"
+
+
+#: Expected errors of pages: status, and text for users.
+_ERRORS: dict[type[Exception], tuple[int, Callable[[Any], str]]] = {
+    NotFoundError: (404, str),
+    NotPossibleError: (409, str),
+    UnavailableError: (503, str),
+    UnreadableKeyError: (503, str),
+    SendTaskError: (503, str),
+    RedisError: (503, "The Redis server of the tasks does not respond: {}".format),
+    NotReadyError: (503, "The configuration of DiracX is being read; reload this page in some seconds.".format),
+    DatabaseError: (503, lambda error: f"{str(error)[0].upper()}{str(error)[1:]}."),
+    SQLAlchemyError: (503, _of_database),
+    DBUnavailableError: (503, _of_database),
+}
+
+
 def _explained(request: Request, error: Exception) -> tuple[int, str]:
     """Return status and text of an error, for users."""
-    match error:
-        case HTTPException():
-            found = error.status_code, str(error.detail)
-        case NotFoundError():
-            found = 404, str(error)
-        case NotPossibleError():
-            found = 409, str(error)
-        case UnavailableError() | UnreadableKeyError() | SendTaskError():
-            found = 503, str(error)
-        case RedisError():
-            found = 503, f"The Redis server of the tasks does not respond: {error}"
-        case NotReadyError():
-            found = 503, "The configuration of DiracX is being read; reload this page in some seconds."
-        case DatabaseError():
-            logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
-            found = 503, f"{str(error)[0].upper()}{str(error)[1:]}."
-        case SQLAlchemyError() | DBUnavailableError():
-            found = 503, f"The database does not respond: {getattr(error, 'orig', None) or error}"
-        case _:
-            logger.error("%s %s", request.method, request.url.path, exc_info=error)
-            found = 500, "Internal error; the log of the dashboard has the details."
-    return found
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail)
+    for kind in type(error).__mro__:
+        if kind in _ERRORS:
+            if isinstance(error, DatabaseError):
+                logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
+            status, text = _ERRORS[kind]
+            return status, text(error)
+    logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    return 500, "Internal error; the log of the dashboard has the details."
 
 
 def _cache_key(page: Page, request: Request, part: str) -> Hashable:
