@@ -20,6 +20,8 @@ AFTER_SECONDS = 1.0
 STOP_SECONDS = 5.0
 #: A process that is younger may still be starting: on a busy machine that takes seconds.
 START_SECONDS = 10.0
+#: The same for one that has begun no task: it takes longest where the machine does too much at once.
+START_UNSEEN_SECONDS = 30.0
 SERIOUS = 0.6
 
 KILLED = "its worker was killed"

@@ -11,7 +11,7 @@ from itertools import pairwise
 from . import executions as by
 from . import tasks
 from .drive import Observed
-from .executions import START_SECONDS, Executions
+from .executions import START_UNSEEN_SECONDS, Executions
 from .records import Run
 
 #: Kinds that wait for nothing but a worker.
@@ -78,8 +78,8 @@ def _size(run: Run) -> str:
 
 
 def _up(executions: Executions, observed: Observed, runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
-    """Size -> times in which one of its workers was up: it had begun its first execution, or had `START_SECONDS`
-    for that; it was neither paused nor told to stop.
+    """Size -> times in which one of its workers was up: it had begun its first execution, or had had
+    `START_UNSEEN_SECONDS` for that, and was neither paused nor told to stop.
     """
     history = observed.history
     first: dict[int, float] = {}
@@ -91,7 +91,7 @@ def _up(executions: Executions, observed: Observed, runs: list[Run]) -> dict[str
     for pid, started in history.started.items():
         place = history.names.get(pid, "")
         if place in sizes:
-            begin = min(first.get(pid, math.inf), started + START_SECONDS)
+            begin = min(first.get(pid, math.inf), started + START_UNSEEN_SECONDS)
             end = min(history.stopped.get(pid, math.inf), executions.process_ends.get(pid, math.inf))
             up[sizes[place]] += [span[:2] for span in executions.active(Run("", 0, pid, begin, end))]
     return up

@@ -30,14 +30,12 @@ from . import executions as by
 from . import tasks
 from .drive import MAX_DELIVERIES, Observed
 from .exclusion import RESUMED_SECONDS, overlaps
-from .executions import START_SECONDS, Executions
+from .executions import START_SECONDS, START_UNSEEN_SECONDS, Executions
 from .plan import Plan
 from .records import Records, Run
 from .recovery import BESIDE_POISON, recovery
 
 RATE_SLACK_SECONDS = 1.0
-#: Like `START_SECONDS`, for one that has begun no task: it takes longest where the machine does too much at once.
-_START_UNSEEN_SECONDS = 30.0
 #: A median of fewer waits says nothing.
 _FEW_WAITS = 5
 #: Clocks of the server and of the records differ by less.
@@ -338,7 +336,7 @@ class ChaosResult:
         outages += self._executions.disconnected(pid)
         meanwhile = sum(max(0.0, min(over, at) - max(begin, started)) for begin, over in outages)
         seen = any(run.pid == pid for run in self._runs)
-        return at - started < (START_SECONDS if seen else _START_UNSEEN_SECONDS) + meanwhile
+        return at - started < (START_SECONDS if seen else START_UNSEEN_SECONDS) + meanwhile
 
     def _recovery(self) -> Iterable[Promise]:
         found = recovery(self._executions, self._observed, self._by_task.values(), self._runs)
