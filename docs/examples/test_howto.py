@@ -17,8 +17,8 @@ import retries
 import schedules
 import yaml
 from bare_locks import work_on
-from diracx.tasks.plumbing import MutexLock, TasksConfig
-from diracx.tasks.plumbing.config import load_tasks_config, problems
+from diracx.tasks.plumbing import MutexLock
+from diracx.tasks.plumbing.config import checked_tasks_config
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.registry import TaskRegistry, load_task_registry, tasks_of_module
 from diracx.tasks.testing import TaskSystem, embedded_redis
@@ -159,18 +159,17 @@ async def test_a_route_submits() -> None:
 
 
 def test_the_configuration_is_valid_and_names_tasks_that_exist() -> None:
-    config = load_tasks_config(HERE / "tasks.yaml")
     registry = TaskRegistry()
     for module in (accounts, downloads, limits, my_tasks, schedules):
         registry = registry.merged_with(tasks_of_module(module))
-    assert problems(config, registry, ["lhcb"]) == []
-    assert isinstance(config, TasksConfig)
+    config, warnings = checked_tasks_config(registry, ["lhcb"], path=HERE / "tasks.yaml")
+    assert warnings == []
     assert config.get_override("schedules:Quota", "lhcb").periodic.rrule.startswith("FREQ=HOURLY")
 
 
 def test_the_documented_configuration_of_pilots_is_valid_and_works() -> None:
-    config = load_tasks_config(HERE / "pilots.yaml")
-    assert problems(config, load_task_registry(), ["lhcb", "gridpp"]) == []
+    config, warnings = checked_tasks_config(load_task_registry(), ["lhcb", "gridpp"], path=HERE / "pilots.yaml")
+    assert warnings == []
     lhcb, gridpp = (config.get_override("my_pilots:MySubmitPilotsTask", vo).instances for vo in ("lhcb", "gridpp"))
     assert lhcb["fast-sites"].periodic.schedule == "0 */2 * * *"
     assert lhcb["the-rest"].args == {"all_but": lhcb["fast-sites"].args["compute_elements"]}

@@ -392,8 +392,8 @@ async def test_a_submission_does_not_wait_for_a_read_that_hangs(
     later = datetime.now(UTC) + timedelta(hours=1)
     release = threading.Event()
     async with task_broker(redis_url, {"test:Child": Child}):
-        original = ConfigReader.read
-        monkeypatch.setattr(ConfigReader, "read", lambda self: (release.wait(), original(self))[1])
+        original = ConfigReader.read_tasks
+        monkeypatch.setattr(ConfigReader, "read_tasks", lambda self: (release.wait(), original(self))[1])
         assert await stream_of(redis, await Child().schedule(later)) == "diracx:tasks:background:medium"
         assert await stream_of(redis, await Child().schedule(later)) == "diracx:tasks:background:medium"
         release.set()
@@ -471,7 +471,7 @@ async def test_a_submitter_reads_the_configuration_at_most_once_in_five_seconds(
         looks += 1
 
     async with task_broker(redis_url, {"test:Child": Child}):
-        monkeypatch.setattr(ConfigReader, "read", count)
+        monkeypatch.setattr(ConfigReader, "read_tasks", count)
         for _ in range(20):
             await stream_of(redis, await Child().schedule(later))
         assert looks == 0

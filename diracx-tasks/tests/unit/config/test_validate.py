@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +18,7 @@ from diracx.tasks.plumbing import (
     PeriodicVoAwareBaseTask,
     TaskScheduleBase,
 )
-from diracx.tasks.plumbing.config import TasksConfig, check_config, checked_tasks_config, problems
+from diracx.tasks.plumbing.config import check_config, checked_tasks_config
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.plumbing.registry import TaskRegistry
 from pydantic import BaseModel, field_validator
@@ -75,8 +77,12 @@ class ByHand(BaseTask):
 REGISTRY = TaskRegistry({f"test:{cls.__name__}": cls for cls in (Submit, Report, Model, Bare, Once, OfVo, ByHand)})
 
 
-def found(common: dict[str, Any] | None = None, /, **sections: Any) -> list[str]:
-    return problems(TasksConfig.model_validate({"common": common or {}, **sections}), REGISTRY, VOS)
+def found(
+    common: dict[str, Any] | None = None, /, vos: Collection[str] | None = VOS, **sections: Any
+) -> list[str]:
+    config = SimpleNamespace(systems={"Tasks": {"common": common or {}, **sections}})
+    _, problems, source = check_config(REGISTRY, vos, config=config)
+    return [line.removeprefix("Systems.Tasks: ") for line in source.report(problems)]
 
 
 def test_a_valid_configuration_has_no_problems():
@@ -133,7 +139,7 @@ def test_P46_unknown_names_are_reported_with_the_nearest_known_ones():
 
 
 def test_vos_are_not_validated_if_they_are_unknown():
-    assert problems(TasksConfig(vo_overrides={"anybody": {}}), REGISTRY, None) == []
+    assert found(vos=None, vo_overrides={"anybody": {}}) == []
 
 
 def test_arguments_that_the_class_does_not_accept_are_all_reported():

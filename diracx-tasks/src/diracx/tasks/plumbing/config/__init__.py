@@ -45,7 +45,7 @@ from .schema import (
     owner,
 )
 from .source import Problem, Source
-from .validate import check_config, checked_tasks_config, problems, unknown_names
+from .validate import check_config, checked_tasks_config, unknown_names
 
 __all__ = [
     "CONFIG_PATH_VARIABLE",
@@ -65,7 +65,6 @@ __all__ = [
     "load_tasks_config",
     "object_settings",
     "owner",
-    "problems",
     "schedule_settings",
     "task_settings",
     "unknown_names",

@@ -144,13 +144,14 @@ def merge_problems(raw: Any) -> Iterator[tuple[Path, str]]:
     """Yield problems of the merged layers: a window without a rate limit, or a time zone that cannot apply."""
     for path, merged in _merged_tasks(raw):
         yield from _only_window(path, merged)
-        yield from _clashes((*path, "periodic"), merged.get("periodic"))
-        instances = mapping(with_instances(merged).get("instances"))
+        if clash := _timezone_clash(mapping(merged.get("periodic"))):
+            yield (*path, "periodic", "timezone"), clash
         own = mapping(section_at(raw, path).get("instances"))
-        for name, instance in instances.items():
-            its_own = mapping(mapping(own.get(name)).get("periodic"))
-            if not _clashes_anywhere(merged) or not its_own.keys().isdisjoint((*KINDS, "timezone")):
-                yield from _clashes((*path, "instances", str(name), "periodic"), mapping(instance).get("periodic"))
+        for name, instance in mapping(with_instances(merged).get("instances")).items():
+            inherited = mapping(mapping(own.get(name)).get("periodic")).keys().isdisjoint((*KINDS, "timezone"))
+            found = _timezone_clash(mapping(mapping(instance).get("periodic")))
+            if found and not (clash and inherited):
+                yield (*path, "instances", str(name), "periodic", "timezone"), found
     for path, merged in _merged_limits(raw):
         yield from _only_window(path, merged)
 
@@ -161,11 +162,7 @@ def _only_window(path: Path, merged: Layer) -> Iterator[tuple[Path, str]]:
         yield (*path, "rate_window_seconds"), "needs rate_limit"
 
 
-class TimezoneClashError(ValueError):
-    """A time zone is set for a schedule that cannot have one."""
-
-
-def timezone_clash(periodic: Layer) -> str | None:
+def _timezone_clash(periodic: Layer) -> str | None:
     """Return why the time zone cannot apply to the schedule; None if it can, or one of them is invalid."""
     timezone, rule = periodic.get("timezone"), periodic.get("rrule")
     if timezone is None:
@@ -184,15 +181,6 @@ def timezone_clash(periodic: Layer) -> str | None:
     except ValueError as error:
         return f"does not apply to the rrule: {error}"
     return None
-
-
-def _clashes(path: Path, periodic: Any) -> Iterator[tuple[Path, str]]:
-    if clash := timezone_clash(mapping(periodic)):
-        yield (*path, "timezone"), clash
-
-
-def _clashes_anywhere(merged: Layer) -> bool:
-    return any(True for _ in _clashes((), merged.get("periodic")))
 
 
 def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
-from .merge import Path, TimezoneClashError, mapping, merge_problems
+from .merge import Path, mapping, merge_problems
 from .schema import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
@@ -26,8 +26,6 @@ def load_tasks_config(path: FilePath | None = None, config: object | None = None
     of a DiracX configuration, else empty. Raises `TaskConfigError` with one line per problem.
     """
     raw, source = read_raw_config(path, config)
-    if isinstance(raw, TasksConfig):
-        return raw
     found, problems = parsed(raw, source)
     if found is None or problems:
         raise TaskConfigError("\n".join(source.report(problems)))
@@ -82,19 +80,12 @@ def parsed(raw: Any, source: Source) -> tuple[TasksConfig | None, list[Problem]]
     try:
         found = TasksConfig.model_validate({} if raw is None else raw)
     except ValidationError as exc:
-        # Errors without a path, and those of time zones, come from the check of the merged layers, whose problems
-        # are added one by one.
+        # An error without a path comes from the check of the merged layers, whose problems are added one by one.
         errors = [error for error in exc.errors() if error["loc"] or error["type"] != "value_error"]
-        errors = [error for error in errors if not isinstance(_cause(error), TimezoneClashError)]
         merged = [Problem(*problem) for problem in merge_problems(raw)]
         return None, [*problems, *map(_problem, errors), *merged]
     found._source = source
     return found, problems
-
-
-def _cause(error: Any) -> Any:
-    """Return the exception that a validator of the schema has raised."""
-    return error.get("ctx", {}).get("error")
 
 
 #: Messages for users by type of pydantic's error.

@@ -26,13 +26,11 @@ from .merge import (
     KINDS,
     RATE_WINDOW_SECONDS,
     Path,
-    TimezoneClashError,
     limit_layers,
     merge,
     merge_problems,
     provenance,
     task_layers,
-    timezone_clash,
     with_instances,
     with_window,
 )
@@ -136,8 +134,6 @@ class PeriodicTaskConfig(BaseModel):
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: keep one")
-        if clash := timezone_clash(dict(self)):
-            raise TimezoneClashError(f"timezone: {clash}")
         return self
 
     def as_schedule(self) -> TaskScheduleBase | None:

@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 
 BACKEND_URL_VARIABLE = "DIRACX_CONFIG_BACKEND_URL"
 
-#: A changed file is read when it has not changed for this time, as it may still be written.
+#: A changed file is parsed when it has not changed for this time, as it may still be written.
 _SETTLED_SECONDS = 0.5
 _SETTLING_ROUNDS = 4
-#: Resolution of time stamps: a file that is younger may change without a new time stamp.
-_TIME_STAMP_SECONDS = 2.0
 
 _Value = TypeVar("_Value")
 
@@ -118,7 +116,7 @@ class ConfigReader:
         try:
             config = self.read_config()
         except Exception as error:
-            problems += [f"the DiracX configuration cannot be read: {line}" for line in explain(error)]
+            problems += problems_of(error)
         else:
             vos = None if config is None else tuple(sorted(config.registry))
         tasks = None
@@ -126,7 +124,7 @@ class ConfigReader:
             try:
                 tasks = self.read_tasks(config)
             except TaskConfigError as error:
-                problems += str(error).splitlines()
+                problems += problems_of(error)
         reading = ConfigSnapshot(tasks, vos, tuple(problems))
         if self._last is None or not _same(reading, self._last):
             self._last = reading
@@ -156,12 +154,11 @@ def _value_of(outcome: TasksConfig | TaskConfigError) -> TasksConfig:
 
 
 class _File:
-    """A YAML file, read again when it was changed, replaced or removed."""
+    """A YAML file, parsed again when its content has changed."""
 
     def __init__(self, path: Path, load: Callable[..., TasksConfig]) -> None:
         self.path = path
         self._load = load
-        self._stamp: object = None
         self._content: bytes | None = None
         self._outcome: TasksConfig | TaskConfigError | None = None
 
@@ -171,49 +168,30 @@ class _File:
         Raises:
             TaskConfigError: it is wrong, or does not exist.
         """
-        stamp = self._settled_stamp()
-        if self._outcome is None or stamp != self._stamp:
-            self._stamp = self._read(stamp)
-        assert self._outcome is not None
-        return _value_of(self._outcome)
-
-    def _settled_stamp(self) -> object:
-        """Return the stamp of the file once it has settled, or after some seconds."""
-        stamp = _stamp(self.path)
-        if self._outcome is None:
-            return stamp
-        for _ in range(_SETTLING_ROUNDS):
-            if stamp == self._stamp:
-                break
-            before = stamp
-            time.sleep(_SETTLED_SECONDS)
-            stamp = _stamp(self.path)
-            if stamp == before:
-                break
-        return stamp
-
-    def _read(self, stamp: object) -> object:
-        """Read the file. Returns its stamp; None to read it again: it failed, or the stamp may miss a change."""
-        content: bytes | None = None
-        with contextlib.suppress(OSError):
-            content = self.path.read_bytes()
-        read_at = time.time()
-        # A file that was rewritten with the same text has not changed.
+        content = self._settled_content()
         if self._outcome is None or content is None or content != self._content:
             self._outcome = _outcome(lambda: self._load(path=self.path))
             self._content = content
-        written_at = stamp[-1] / 1e9 if isinstance(stamp, tuple) else 0.0
-        is_old = _stamp(self.path) == stamp and read_at - written_at > _TIME_STAMP_SECONDS
-        return stamp if is_old and content is not None else None
+        return _value_of(self._outcome)
+
+    def _settled_content(self) -> bytes | None:
+        """Return the content once it has settled, or after some seconds; None if it cannot be read."""
+        content = _content_of(self.path)
+        for _ in range(_SETTLING_ROUNDS if self._outcome is not None else 0):
+            if content == self._content:
+                break
+            time.sleep(_SETTLED_SECONDS)
+            before, content = content, _content_of(self.path)
+            if content == before:
+                break
+        return content
 
 
-def _stamp(path: Path) -> object:
-    """Return a stamp that changes with the file; an error number if it cannot be read."""
+def _content_of(path: Path) -> bytes | None:
     try:
-        found = path.stat()
-    except OSError as error:
-        return error.errno
-    return (found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns, found.st_mtime_ns)
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 class _Diracx:
@@ -249,7 +227,14 @@ class _Diracx:
         return self._outcome
 
 
-def explain(error: Exception) -> list[str]:
+def problems_of(error: BaseException) -> list[str]:
+    """Return the lines of an error of `ConfigReader`."""
+    if isinstance(error, TaskConfigError):
+        return str(error).splitlines()
+    return [f"the DiracX configuration cannot be read: {line}" for line in explain(error)]
+
+
+def explain(error: BaseException) -> list[str]:
     """Explain why the DiracX configuration cannot be read: a line per mistake, or the error of git."""
     if isinstance(error, ValidationError):
         return [f"{'.'.join(map(str, item['loc'])) or 'the top level'}: {item['msg']}" for item in error.errors()]

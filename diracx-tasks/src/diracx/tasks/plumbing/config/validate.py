@@ -22,11 +22,6 @@ Registry = Mapping[str, type[BaseTask]]
 _OF_PERIODIC_TASKS = ("enabled", "periodic", "instances")
 
 
-def problems(config: TasksConfig, registry: Registry, vos: Collection[str] | None) -> list[str]:
-    """List the problems of a configuration in this installation, one line each; VOs are checked if known."""
-    return config.source.report(_all(config.configured(), registry, vos))
-
-
 def unknown_names(config: TasksConfig, registry_names: Collection[str], vos: Collection[str] | None) -> list[str]:
     """List unknown names, which may be known on hosts with other extensions."""
     return config.source.report(_unknown(config.configured(), registry_names, vos))
@@ -48,10 +43,8 @@ def check_config(
         TaskConfigError: it cannot be read.
     """
     raw, source = read_raw_config(path, config)
-    if isinstance(raw, TasksConfig):
-        return raw, _all(raw.configured(), registry, vos), source
     found, wrong = parsed(raw, source)
-    return found, [*wrong, *_all(raw, registry, vos)], source
+    return found, [*wrong, *_unknown(raw, registry, vos), *_misused(raw, registry)], source
 
 
 def checked_tasks_config(
@@ -71,10 +64,6 @@ def checked_tasks_config(
     if found is None or fatal:
         raise TaskConfigError("\n".join(source.report(wrong)))
     return found, source.report(wrong)
-
-
-def _all(raw: Any, registry: Registry, vos: Collection[str] | None) -> list[Problem]:
-    return [*_unknown(raw, registry, vos), *_misused(raw, registry)]
 
 
 # Both checks work on a configuration that need not be well formed, and skip malformed parts.

@@ -1,6 +1,6 @@
 """Watches the configuration of a running process: changes come into force within 10 s.
 
-A poll every 5 s takes a `stat`, or two calls of git. If the configuration is wrong, the last valid one stays in
+A poll every 5 s reads the file, or calls git twice. If the configuration is wrong, the last valid one stays in
 force, and the problem is reported in the log, in metrics and in Redis.
 """
 
@@ -22,7 +22,7 @@ from .._util.telemetry import count_reload_failure, set_config_is_current
 from ..exceptions import TaskConfigError
 from . import TasksConfig
 from .active import ActiveConfig, ActiveConfigPublisher, digest
-from .sources import ConfigReader, ConfigSnapshot, in_thread
+from .sources import ConfigReader, ConfigSnapshot, in_thread, problems_of
 
 logger = logging.getLogger(__name__)
 
@@ -203,10 +203,9 @@ class CachedConfig:
         self._reader = reader
         self._tasks: TasksConfig | None = None
         self._poll_at = 0.0
-        self._reading: asyncio.Future[ConfigSnapshot] | None = None
+        self._reading: asyncio.Future[TasksConfig] | None = None
         self._wait_until = 0.0
-        self._first_reading: asyncio.Future[TasksConfig] | None = None
-        self._problems: tuple[str, ...] = ()
+        self._problems: list[str] = []
 
     async def tasks(self) -> TasksConfig:
         """Return the current settings, the last valid ones while the configuration is wrong.
@@ -214,48 +213,32 @@ class CachedConfig:
         Raises:
             TaskConfigError: it is wrong, or cannot be read in time, and there are no valid ones.
         """
-        if self._tasks is None:
-            return await self._read_first()
-        if self._reader.can_change and time.monotonic() >= self._poll_at:
-            await self._poll()
+        now = time.monotonic()
+        if self._reading is None and (self._tasks is None or (self._reader.can_change and now >= self._poll_at)):
+            self._reading = in_thread(self._reader.read_tasks, "diracx-configuration")
+            self._reading.add_done_callback(self._on_read)
+            self._wait_until = now + (READING_SECONDS if self._tasks is None else SUBMITTER_SECONDS)
+        if (reading := self._reading) is not None:
+            await asyncio.wait({reading}, timeout=max(0.0, self._wait_until - time.monotonic()))
+            if self._tasks is None:
+                if not reading.done():
+                    raise TaskConfigError(
+                        f"{self._reader.source}: reading takes longer than {READING_SECONDS:g} s"
+                    )
+                return reading.result()
+        assert self._tasks is not None
         return self._tasks
 
-    async def _read_first(self) -> TasksConfig:
-        if self._first_reading is None:
-            self._first_reading = in_thread(self._reader.read_tasks, "diracx-configuration")
-            self._first_reading.add_done_callback(self._on_first_read)
-            self._wait_until = time.monotonic() + READING_SECONDS
-        reading = self._first_reading
-        await asyncio.wait({reading}, timeout=max(0.0, self._wait_until - time.monotonic()))
-        if not reading.done():
-            raise TaskConfigError(f"{self._reader.source}: reading takes longer than {READING_SECONDS:g} s")
-        return reading.result()
-
-    def _on_first_read(self, reading: asyncio.Future[TasksConfig]) -> None:
-        self._first_reading, self._poll_at = None, time.monotonic() + POLL_SECONDS
-        self._tasks = None if reading.exception() else reading.result()
-
-    async def _poll(self) -> None:
-        if self._reading is None:
-            self._reading = in_thread(self._reader.read, "diracx-configuration")
-            self._reading.add_done_callback(self._on_read)
-            self._wait_until = time.monotonic() + SUBMITTER_SECONDS
-        left = self._wait_until - time.monotonic()
-        if left > 0:
-            await asyncio.wait({self._reading}, timeout=left)
-
-    def _on_read(self, reading: asyncio.Future[ConfigSnapshot]) -> None:
-        self._reading = None
-        self._poll_at = time.monotonic() + POLL_SECONDS
-        if (error := reading.exception()) is not None:
-            logger.error("the configuration of tasks cannot be read", exc_info=error)
-            return
-        found = reading.result()
-        for line in found.problems:
-            if line not in self._problems:
-                logger.error("configuration of tasks: %s; the last valid one stays in force", line)
-        if self._problems and not found.problems:
-            logger.warning("the configuration of tasks is valid again")
-        self._problems = found.problems
-        if found.tasks is not None:
-            self._tasks = found.tasks
+    def _on_read(self, reading: asyncio.Future[TasksConfig]) -> None:
+        self._reading, self._poll_at = None, time.monotonic() + POLL_SECONDS
+        error = reading.exception()
+        problems = [] if error is None else problems_of(error)
+        if self._tasks is not None:
+            for line in problems:
+                if line not in self._problems:
+                    logger.error("configuration of tasks: %s; the last valid one stays in force", line)
+            if self._problems and not problems:
+                logger.warning("the configuration of tasks is valid again")
+            self._problems = problems
+        if not problems:
+            self._tasks = reading.result()
