@@ -97,7 +97,7 @@ class Migrations:
             MigrationError: its tables do not match any revision, or it is newer than the software.
             DatabaseError: it is unavailable.
         """
-        async with self._connection(url) as connection:
+        async with _connection(url, self.database) as connection:
             return await connection.run_sync(self._state)
 
     async def upgrade(self, url: str, to: str = HEAD) -> Move:
@@ -139,46 +139,33 @@ class Migrations:
 
     def _create(self, connection: Connection) -> bool:
         _check_encoding(connection)
+        missing = bool(Tables(connection).lacking(self.metadata, indexes=True))
         if not _installed():
-            empty = Tables(connection).none_of(self.metadata.tables)
             self.metadata.create_all(connection)
-            return empty
-        from alembic import command
-
+            return missing
         state = self._state(connection)
-        if state.revision is None:
-            command.ensure_version(self._config(connection))  # the mark of a creation
-        elif state.pending:
+        if state.revision is not None and state.pending:
             raise MigrationError(
                 f"the database {self.database} is at revision {state.revision}, and {state.head} is needed: "
                 f"`{self.command} upgrade`"
             )
-        created = self._complete(connection)
-        if not state.stamped:
-            self._stamp(connection, HEAD)
-        return created
+        self._run(connection, HEAD, forward=True)
+        return missing
 
-    def _complete(self, connection: Connection) -> bool:
-        """Create missing tables and indexes, unless columns are missing, too; False: there are none."""
+    def _complete(self, connection: Connection) -> None:
+        """Create missing tables and indexes, unless columns are missing, too."""
         lacking = Tables(connection).lacking(self.metadata, indexes=True)
-        if columns_of(lacking):
-            return False
-        for each in lacking:
-            each.create(connection)
-        return bool(lacking)
+        if not columns_of(lacking):
+            for each in lacking:
+                each.create(connection)
 
     def _state(self, connection: Connection) -> State:
         scripts = self._scripts()
         stamped = self._stamped(connection, scripts)
         revision = stamped if stamped is not None else self._recognised(connection, scripts)
         head = _only_head(scripts)
-        passed = False
-        pending = []
-        for script in _from_oldest(scripts):
-            if passed or revision is None:
-                pending.append(_step(script))
-            passed = passed or script.revision == revision
-        return State(revision, head, tuple(pending), stamped is not None)
+        pending = reversed(list(scripts.iterate_revisions(head, revision or BASE)))
+        return State(revision, head, tuple(map(_step, pending)), stamped is not None)
 
     def _stamped(self, connection: Connection, scripts: ScriptDirectory) -> str | None:
         from alembic.runtime.migration import MigrationContext
@@ -208,16 +195,8 @@ class Migrations:
             )
         return None if lacking else _only_head(scripts)
 
-    @contextlib.asynccontextmanager
-    async def _connection(self, url: str) -> AsyncIterator[AsyncConnection]:
-        from .errors import explained
-
-        with explained(self.database):
-            async with _connection(url, self.database) as connection:
-                yield connection
-
     async def _move(self, url: str, to: str, *, forward: bool) -> Move:
-        async with self._connection(url) as connection, exclusive(connection, self.version_table):
+        async with _connection(url, self.database) as connection, exclusive(connection, self.version_table):
             return await connection.run_sync(lambda sync: self._run(sync, to, forward))
 
     def _run(self, connection: Connection, to: str, forward: bool) -> Move:
@@ -228,8 +207,8 @@ class Migrations:
         order = [script.revision for script in _from_oldest(scripts)]
         target = order[-1] if to == HEAD else to
         before = self._state(connection)
-        begun = not Tables(connection).none_of(self.metadata.tables)
-        if begun and forward and target == order[-1] and before.revision in (None, target):
+        begun = before.revision is None and not Tables(connection).none_of(self.metadata.tables)
+        if forward and target == order[-1] and (begun or before.revision == target):
             self._complete(connection)
             before = self._state(connection)
         if target not in (*order, BASE):
@@ -380,13 +359,14 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
     from sqlalchemy.ext.asyncio import create_async_engine
     from sqlalchemy.pool import NullPool
 
-    from .errors import connecting, unusable_url
+    from .errors import connecting, explained, unusable_url
 
     try:
         engine = create_async_engine(url, poolclass=NullPool)
     except Exception:
         raise unusable_url(database) from None  # the error may have parts of the URL
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(explained(database))
         stack.push_async_callback(engine.dispose)
         with connecting(database):
             async with asyncio.timeout(_CONNECT_SECONDS):
