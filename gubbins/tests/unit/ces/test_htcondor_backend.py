@@ -61,7 +61,7 @@ def row(**attributes: Any) -> list[Any]:
 def test_a_job_state_maps_to_a_pilot_state(
     attributes: dict[str, Any], state: Observed, reason: str | None
 ) -> None:
-    ((job,),) = parse_jobs([row(**attributes)]).values()
+    (job,) = parse_jobs([row(**attributes)])
     assert judge(PILOT, job) == (state, reason, "12.0")
 
 
@@ -74,7 +74,7 @@ def test_a_job_state_maps_to_a_pilot_state(
 )
 def test_a_pilot_removed_by_its_own_rule_has_the_reason(attributes: dict[str, Any], reason: str) -> None:
     rule = "The job attribute PeriodicRemove expression '…' evaluated to TRUE"
-    ((job,),) = parse_jobs([row(JobStatus=3, RemoveReason=rule, **attributes)]).values()
+    (job,) = parse_jobs([row(JobStatus=3, RemoveReason=rule, **attributes)])
     assert judge(PILOT, job).reason == reason
     assert judge(PILOT._replace(cancel_requested=True), job).reason == "cancelled"
 
@@ -82,14 +82,11 @@ def test_a_pilot_removed_by_its_own_rule_has_the_reason(attributes: dict[str, An
 def test_a_job_whose_files_are_not_spooled_is_abandoned_after_a_while() -> None:
     waiting = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1600)
     abandoned = row(JobStatus=5, HoldReasonCode=16, EnteredCurrentStatus=1000, ServerTime=1601)
-    assert [job.abandoned(600) for each in (waiting, abandoned) for job in parse_jobs([each])["stamp"]] == [
-        False,
-        True,
-    ]
+    assert [job.abandoned(600) for each in (waiting, abandoned) for job in parse_jobs([each])] == [False, True]
 
 
 def test_of_two_jobs_the_recorded_one_is_the_pilot_or_else_the_first() -> None:
-    jobs = parse_jobs([row(ClusterId=12), row(ClusterId=9, ProcId=1)])["stamp"]
+    jobs = parse_jobs([row(ClusterId=12), row(ClusterId=9, ProcId=1)])
     assert [pilots_own(PILOT._replace(reference=known), jobs) for known in ("12.0", None)] == jobs[::-1]
 
 
@@ -99,10 +96,9 @@ _rows = st.lists(_values, min_size=len(ATTRIBUTES), max_size=len(ATTRIBUTES)) | 
 
 @given(st.lists(_rows) | _values)
 def test_any_response_gives_an_observation_or_an_error(rows: object) -> None:
-    for jobs in parse_jobs(rows).values():
-        for job in jobs:
-            seen = judge(PILOT, job)
-            assert seen.reason is None or seen.reason.isprintable()
+    for job in parse_jobs(rows):
+        seen = judge(PILOT, job)
+        assert seen.reason is None or seen.reason.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import submission
-from .jobs import ABANDONED, ATTRIBUTES, Job, judge, parse_jobs, pilots_own, unused_carriers
+from .jobs import ABANDONED, ATTRIBUTES, Job, by_stamp, judge, parse_jobs, pilots_own, unused_carriers
 from .process import Bindings, BindingsRefusal
 from .settings import HTCondorSettings
 
@@ -62,8 +62,8 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         new = {pilot.stamp: pilot for pilot in pilots if not pilot.reference}
         if not new:
             return outcomes
-        key = (id(asyncio.get_running_loop()), f"{self.settings.collector} {self._name}")
-        async with _submitting.setdefault(key, asyncio.Lock()):
+        place = f"{self.settings.collector} {self.settings.schedd} {self.settings.address}"
+        async with _submitting.setdefault((id(asyncio.get_running_loop()), place), asyncio.Lock()):
             found, silent = await self._find([pilot for pilot in new.values() if pilot.maybe_submitted])
             if silent:
                 raise CEUnavailableError(str(self.warning))
@@ -82,7 +82,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             self._note_denied(await self._bindings.call("remove", stamps=[pilot.stamp for pilot in pilots]))
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
-        job = pilots_own(pilot, parse_jobs(await self._queue()).get(pilot.stamp, ()))
+        job = pilots_own(pilot, by_stamp(await self._queue()).get(pilot.stamp, ()))
         if job is None:
             raise OutputUnavailableError(
                 pilot.stamp, f"the queue of {self.ce.name} has it no longer, or never had it"
@@ -103,10 +103,6 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
     async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
         if stamps := [pilot.stamp for pilot in pilots if not self.settings.keeps(pilot.status)]:
             await self._bindings.call("release", stamps=stamps)
-
-    @property
-    def _name(self) -> str:
-        return self.settings.schedd or self.settings.address or ""
 
     async def _submit(
         self, pilots: Sequence[PilotAtCE], known: Mapping[str, SubmitOutcome]
@@ -140,8 +136,8 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         """
         if not pilots:
             return {}, ()
-        rows = await self._queue()
-        jobs = parse_jobs(rows)
+        queue = await self._queue()
+        jobs = by_stamp(queue)
         gone = {pilot.stamp: pilot.reference for pilot in pilots if pilot.stamp not in jobs}
         history = await self.secondary_source(self._history(gone)) if gone else {}
         jobs |= history or {}
@@ -154,20 +150,20 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
         twins = [job for stamp, own in found.items() for job in jobs[stamp] if job is not own and not job.ended]
         abandoned = [job for job in found.values() if job.abandoned(seconds)]
         await asyncio.gather(
-            self._remove("another job is this pilot", [job.reference for job in twins]),
-            self._remove(ABANDONED, [job.reference for job in abandoned]),
-            self._remove("its pilots are gone", unused_carriers(rows, seconds)),
+            self._remove("another job is this pilot", twins),
+            self._remove(ABANDONED, abandoned),
+            self._remove("its pilots are gone", unused_carriers(queue, seconds)),
         )
         return found, gone if history is None else ()
 
-    async def _remove(self, reason: str, jobs: Sequence[str]) -> None:
-        if jobs:
-            logger.info("%s: removing %s: %s", self.ce.name, ", ".join(jobs), reason)
-            removal = self._bindings.call("remove_jobs", jobs=jobs, reason=reason)
+    async def _remove(self, reason: str, jobs: Sequence[Job]) -> None:
+        if references := [job.reference for job in jobs]:
+            logger.info("%s: removing %s: %s", self.ce.name, ", ".join(references), reason)
+            removal = self._bindings.call("remove_jobs", jobs=references, reason=reason)
             self._note_denied(await self.secondary_source(removal))
 
-    async def _queue(self) -> object:
-        return await self._bindings.call("queue", attributes=ATTRIBUTES)
+    async def _queue(self) -> list[Job]:
+        return parse_jobs(await self._bindings.call("queue", attributes=ATTRIBUTES))
 
     async def _history(self, references: Mapping[str, str | None]) -> dict[str, list[Job]]:
         """Find jobs that have left the queue in the history; none if we may not read it.
@@ -184,13 +180,11 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             return {}
         # The history has jobs of all users, who can set any stamp. Jobs that were removed by force keep the name
         # of their node.
-        known = {
-            stamp: [
-                job._replace(remote_host=None) for job in jobs if references.get(stamp) in (None, job.reference)
-            ]
-            for stamp, jobs in parse_jobs(rows).items()
-        }
-        return {stamp: jobs for stamp, jobs in known.items() if jobs}
+        return by_stamp(
+            job._replace(remote_host=None)
+            for job in parse_jobs(rows)
+            if job.stamp is not None and references.get(job.stamp) in (None, job.reference)
+        )
 
     def _note_denied(self, denied: object) -> None:
         if denied:

@@ -196,8 +196,7 @@ def _materialize(schedd: htcondor2.Schedd, commands: dict[str, str], rows: Rows,
 def queue(schedd: htcondor2.Schedd, attributes: list[str]) -> list[list[Any]]:
     """List all our pilots in the queue, and the carriers of their files."""
     wanted = "GubbinsStamp =!= undefined || GubbinsCarrier =!= undefined"
-    found = schedd.query(wanted, attributes, opts=htcondor2.QueryOpt.DefaultMyJobsOnly)
-    return [_row(ad, attributes) for ad in found]
+    return _rows(schedd.query(wanted, attributes, opts=htcondor2.QueryOpt.DefaultMyJobsOnly), attributes)
 
 
 def history(schedd: htcondor2.Schedd, attributes: list[str], stamps: list[str]) -> list[list[Any]]:
@@ -205,7 +204,7 @@ def history(schedd: htcondor2.Schedd, attributes: list[str], stamps: list[str]) 
     found = []
     for some in _members(stamps):
         found += schedd.history(some, attributes, match=2 * min(len(stamps), _AT_ONCE))
-    return [_row(ad, attributes) for ad in found]
+    return _rows(found, attributes)
 
 
 def remove(schedd: htcondor2.Schedd, stamps: list[str]) -> int:
@@ -250,8 +249,8 @@ def _members(stamps: list[str]) -> Iterator[str]:
         yield f"member(GubbinsStamp, {{{some}}})"
 
 
-def _row(ad: classad2.ClassAd, attributes: Iterable[str]) -> list[Any]:
-    return [_plain(ad, name) for name in attributes]
+def _rows(ads: Iterable[classad2.ClassAd], attributes: list[str]) -> list[list[Any]]:
+    return [[_plain(ad, name) for name in attributes] for ad in ads]
 
 
 def _plain(ad: classad2.ClassAd, name: str) -> str | int | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gubbins.ces.protocol import Observation, Observed, PilotAtCE
 from gubbins.domain.text import one_line
 
-ATTRIBUTES = (
-    "GubbinsStamp", "ClusterId", "ProcId", "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal",
-    "HoldReason", "HoldReasonCode", "LastHoldReason", "LastHoldReasonCode", "RemoveReason",
-    "EnteredCurrentStatus", "ServerTime", "RemoteHost", "GubbinsCarrier",
-)  # fmt: skip
+_KINDS: dict[str, type] = {
+    "GubbinsStamp": str, "ClusterId": int, "ProcId": int, "GubbinsCarrier": int, "JobStatus": int,
+    "ExitBySignal": bool, "ExitCode": int, "ExitSignal": int, "HoldReason": str, "HoldReasonCode": int,
+    "LastHoldReason": str, "LastHoldReasonCode": int, "RemoveReason": str, "EnteredCurrentStatus": int,
+    "ServerTime": int, "RemoteHost": str,
+}  # fmt: skip
+ATTRIBUTES = tuple(_KINDS)
 """Attributes of a job, in the order of a row."""
 
 ABANDONED = "its files have never come to the schedd"
@@ -25,12 +27,14 @@ _SPOOLING = 16
 
 
 class Job(NamedTuple):
-    """A job; None: an attribute that is missing or invalid."""
+    """A job, with its attributes in the order of a row; None: an attribute that is missing or invalid."""
 
+    stamp: str | None
     cluster: int
     proc: int
+    carrier: int | None
     status: int | None
-    by_signal: bool
+    by_signal: bool | None
     exit_code: int | None
     exit_signal: int | None
     hold_reason: str | None
@@ -38,7 +42,8 @@ class Job(NamedTuple):
     last_hold_reason: str | None
     last_hold_code: int | None
     remove_reason: str | None
-    seconds: int | None  # since it is in this state
+    entered: int | None  # time since which it is in this state
+    seen: int | None  # time of the schedd
     remote_host: str | None  # its node, also during its removal
 
     @property
@@ -51,9 +56,13 @@ class Job(NamedTuple):
         """True if the job has ended; a removed job may still be running."""
         return self.status == _COMPLETED or (self.status == _REMOVED and self.remote_host is None)
 
+    def lasts(self, seconds: float) -> bool:
+        """True if it has been in this state for longer than this."""
+        return self.entered is not None and self.seen is not None and self.seen - self.entered > seconds
+
     def abandoned(self, spool_seconds: float) -> bool:
         """True if the files of the job were not spooled within this time: it would wait forever."""
-        return self.status == _HELD and self.hold_code == _SPOOLING and (self.seconds or 0) > spool_seconds
+        return self.status == _HELD and self.hold_code == _SPOOLING and self.lasts(spool_seconds)
 
     @property
     def completed(self) -> bool:
@@ -61,46 +70,31 @@ class Job(NamedTuple):
         return self.status == _COMPLETED
 
 
-def parse_jobs(rows: object) -> dict[str, list[Job]]:
-    """Parse rows to jobs by stamp, sorted by id; rows without a job are skipped."""
-    jobs: dict[str, list[Job]] = defaultdict(list)
-    for row in _rows(rows):
-        numbers = {name: _number(value) for name, value in row.items()}
-        texts = {name: _text(value) for name, value in row.items()}
-        stamp, cluster, proc = texts["GubbinsStamp"], numbers["ClusterId"], numbers["ProcId"]
-        if stamp is None or cluster is None or proc is None:
-            continue
-        since, now = numbers["EnteredCurrentStatus"], numbers["ServerTime"]
-        jobs[stamp].append(
-            Job(
-                cluster,
-                proc,
-                status=numbers["JobStatus"],
-                by_signal=row["ExitBySignal"] is True,
-                exit_code=numbers["ExitCode"],
-                exit_signal=numbers["ExitSignal"],
-                hold_reason=texts["HoldReason"],
-                hold_code=numbers["HoldReasonCode"],
-                last_hold_reason=texts["LastHoldReason"],
-                last_hold_code=numbers["LastHoldReasonCode"],
-                remove_reason=texts["RemoveReason"],
-                seconds=None if since is None or now is None else now - since,
-                remote_host=texts["RemoteHost"],
-            )
-        )
-    return {stamp: sorted(each, key=lambda job: (job.cluster, job.proc)) for stamp, each in jobs.items()}
+def parse_jobs(rows: object) -> list[Job]:
+    """Parse rows to jobs, sorted by id; rows without a job are skipped."""
+    valid = [row for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
+    jobs = [Job(*map(_parse, row, _KINDS.values())) for row in valid if len(row) == len(_KINDS)]
+    known = [job for job in jobs if job.cluster is not None and job.proc is not None]
+    return sorted(known, key=lambda job: (job.cluster, job.proc))
 
 
-def unused_carriers(rows: object, seconds: float) -> list[str]:
+def _parse(value: object, kind: type) -> Any:
+    return value if type(value) is kind and str(value).strip() else None
+
+
+def by_stamp(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    """Group jobs by their stamps, without those that have none."""
+    found: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        if job.stamp is not None:
+            found[job.stamp].append(job)
+    return dict(found)
+
+
+def unused_carriers(jobs: Collection[Job], seconds: float) -> list[Job]:
     """Find carriers that have had no pilot in the queue for longer than this."""
-    names = ("GubbinsCarrier", "ClusterId", "EnteredCurrentStatus", "ServerTime")
-    carried = [[_number(row[name]) for name in names] for row in _rows(rows)]
-    used = {carrier for carrier, cluster, *_ in carried if carrier != cluster}
-    return [
-        f"{cluster}.0"
-        for carrier, cluster, since, now in carried
-        if carrier == cluster and carrier not in used and since is not None and (now or 0) - since > seconds
-    ]
+    used = {job.carrier for job in jobs if job.carrier != job.cluster}
+    return [job for job in jobs if job.carrier == job.cluster and job.carrier not in used and job.lasts(seconds)]
 
 
 def pilots_own(pilot: PilotAtCE, jobs: Sequence[Job]) -> Job | None:
@@ -121,12 +115,10 @@ def _judge(pilot: PilotAtCE, job: Job) -> tuple[Observed, str | None]:
     match job.status:
         case 1:
             seen = Observed.WAITING, None
-        case 2 | 6 | 7:  # 6: ended, transferring its output
-            seen = Observed.RUNNING, None
-        case 3 if not job.ended:
-            seen = Observed.RUNNING, None
-        case 3:
+        case 3 if job.ended:
             seen = Observed.FAILED, "cancelled" if pilot.cancel_requested else _why_removed(job)
+        case 2 | 3 | 6 | 7:  # 6: ended, transferring its output
+            seen = Observed.RUNNING, None
         case 4:
             seen = _of_completed(job)
         case 5 if job.hold_code == _SPOOLING:
@@ -160,19 +152,5 @@ def _why_removed(job: Job) -> str:
     return f"put on hold (code {code}): {words}"
 
 
-def _rows(rows: object) -> Iterator[dict[str, Any]]:
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, list) and len(row) == len(ATTRIBUTES):
-            yield dict(zip(ATTRIBUTES, row, strict=True))
-
-
 def _known(value: object) -> Any:
     return "unknown" if value is None else value
-
-
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
