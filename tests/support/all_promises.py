@@ -6,7 +6,6 @@ __all__ = ["AllPromises"]
 
 import asyncio
 import inspect
-import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +14,7 @@ from gubbins.testing.ce_conformance import CERemoteConformance
 
 
 class AllPromises(CERemoteConformance):
-    """Not collected: its tests are all run by `broken`, and not one by one.
+    """Not collected: its tests are all run by `check`, and not one by one.
 
     Args:
         witness: a directory in which each start of a pilot leaves a line, in the file named by its stamp.
@@ -32,25 +31,28 @@ class AllPromises(CERemoteConformance):
     def starts(self, stamp: str) -> int:
         return len((self._witness / stamp).read_text().splitlines())
 
-    async def broken(self) -> str:
-        """Run all promises and return the tracebacks of the broken ones."""
+    async def check(self) -> None:
+        """Check all promises.
+
+        Raises:
+            ExceptionGroup: errors of the broken ones.
+        """
         promises = [getattr(self, name) for name in dir(self) if name.startswith("test_")]
         wanted = {promise: inspect.signature(promise).parameters.keys() - {"make"} for promise in promises}
         assert self._disturbance.keys() <= set().union(*wanted.values())
-        broken = await asyncio.gather(*(self._broken(promise) for promise, names in wanted.items() if not names))
+        errors = await asyncio.gather(*(self._error(promise) for promise, names in wanted.items() if not names))
         for promise, names in wanted.items():
             for name in names:
-                broken.append(await self._broken(promise, **{name: self._disturbance.get(name, lambda: None)()}))
-        return "\n".join(broken).strip()
+                errors.append(await self._error(promise, **{name: self._disturbance.get(name, lambda: None)()}))
+        if broken := [error for error in errors if error is not None]:
+            raise ExceptionGroup("broken promises", broken)
 
-    async def _broken(
+    async def _error(
         self, promise: Callable[..., Awaitable[None]], **disturbance: AbstractContextManager[object] | None
-    ) -> str:
+    ) -> Exception | None:
+        make = {"make": self.make_backend} if "make" in inspect.signature(promise).parameters else {}
         try:
-            if "make" in inspect.signature(promise).parameters:
-                await promise(make=self.make_backend, **disturbance)
-            else:
-                await promise(**disturbance)
-        except Exception:
-            return f"{promise}:\n{traceback.format_exc()}"
-        return ""
+            await promise(**make, **disturbance)
+        except Exception as error:
+            return error
+        return None

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from support.all_promises import AllPromises
 from support.htcondor_pilots import (
+    changed,
     cleanup,
     leave_carrier,
     make_backend,
     new_pilot,
     submit,
+    submit_all,
     until_ended,
     until_gone,
     until_seen,
@@ -71,8 +73,7 @@ async def test_all_conformance_tests_ran(htcondor_site: HTCondorSite) -> None:
     witness = htcondor_site.directory / "witness"
     witness.mkdir()
     witness.chmod(0o1777)
-    promises = _Promises(htcondor_site, witness)
-    assert await promises.broken() == ""
+    await _Promises(htcondor_site, witness).check()
 
 
 async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondor_site: HTCondorSite) -> None:
@@ -99,7 +100,7 @@ async def test_hostile_values_arrive_as_they_are_and_nothing_else_is_run(htcondo
 
 
 async def test_long_output_is_truncated_to_its_end_and_the_end_is_known_after_removal_from_the_queue(
-    htcondor_site: HTCondorSite,
+    htcondor_site: HTCondorSite, tmp_path: Path
 ) -> None:
     scripts = {"good": "seq 0 200000", "bad": "echo no luck >&2; exit 3", "killed": "kill -9 $$"}
     backend = make_backend(htcondor_site, scripts=scripts)
@@ -110,8 +111,12 @@ async def test_long_output_is_truncated_to_its_end_and_the_end_is_known_after_re
     assert (await backend.output(good)).stdout == written[-OUTPUT_LIMIT_BYTES:]
     assert (await backend.output(bad)).stderr == "no luck\n"
 
-    await cleanup(backend, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
-    await until(lambda: good.reference not in htcondor_site.run("condor_q", "-all", "-af:j", "Owner").split())
+    # Another process cleans up at the same time, and they leave the queue in between.
+    edit = "schedd.edit(wanted, name,"
+    left = f"{edit} value)\n        while schedd.query(wanted): pass"
+    leaving = changed(backend, tmp_path, edit, f"{left}\n        {edit}")
+    await cleanup(leaving, {good: MyPilotStatus.DONE, bad: MyPilotStatus.FAILED, killed: MyPilotStatus.FAILED})
+    assert good.reference not in htcondor_site.run("condor_q", "-all", "-af:j", "Owner").split()
     assert await until_ended(backend, pilots) == ends
     assert (await backend.output(bad)).stderr == "no luck\n"  # failed ones stay, unless the settings say otherwise
     with pytest.raises(OutputUnavailableError, match="no longer"):
@@ -285,11 +290,16 @@ async def test_jobs_of_other_users_are_ignored(htcondor_site: HTCondorSite, tmp_
     (tmp_path / "token").write_text(htcondor_site.make_token("nobody"))
     stranger = make_backend(htcondor_site, token=tmp_path / "token", default_script="sleep 600")
     (pilot,) = await submit(stranger, "vo")
-    ours = make_backend(htcondor_site)
+    ours = make_backend(htcondor_site, default_script="sleep 600", keep="none")
     assert await ours.poll([pilot]) == {}
+    (own,) = await submit_all(ours, [pilot._replace(reference=None)])
     await ours.cancel([pilot])
     assert "does not let us remove 1 of the jobs" in str(ours.warning)
     await stranger.cancel([pilot])
+    await cleanup(ours, {own: MyPilotStatus.FAILED})
+    queue = "condor_q", "-all", "-af:j", "Owner"
+    await until(lambda: own.reference not in htcondor_site.run(*queue).split(), "our own has left", pause=0.5)
+    assert pilot.reference in htcondor_site.run(*queue).split()
 
 
 async def test_a_schedd_is_found_by_its_collector_or_its_address(htcondor_site: HTCondorSite) -> None:

@@ -37,7 +37,8 @@ _MAX_FILE_BYTES = 64 << 20
 _FEW = 5  # number of pilots for which spooling one by one is as fast as spooling once
 _MATERIALIZE_SECONDS = 60  # time limit of the schedd for making the jobs
 _NO_MORE_ITEMS = "2"
-_CLUSTER_TOO = htcondor2.TransactionFlag(1 << 7)  # as in condor_qedit: edit the cluster ad
+# As in condor_qedit: edit only our own jobs, and also the ads of their clusters.
+_OWN_ONLY, _CLUSTERS_TOO = map(htcondor2.TransactionFlag, (1 << 4, 1 << 7))
 
 _ERRORS = (htcondor2.HTCondorException, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -186,7 +187,7 @@ def _materialize(schedd: htcondor2.Schedd, commands: dict[str, str], rows: Rows,
     wanted, attributes = f"ClusterId == {result.cluster()}", ["GubbinsStamp", "ProcId"]
     made = schedd.query(wanted, attributes)
     if len(made) < len(rows):
-        schedd.edit(wanted, "JobMaterializePaused", _NO_MORE_ITEMS, flags=_CLUSTER_TOO)
+        _edit(schedd, wanted, "JobMaterializePaused", _NO_MORE_ITEMS)
         made = schedd.query(wanted, attributes)
         if not made:
             _remove(schedd, wanted, "no pilot was submitted")
@@ -228,10 +229,18 @@ def _remove(schedd: htcondor2.Schedd, constraint: str, reason: str = "by the pil
 def release(schedd: htcondor2.Schedd, stamps: list[str]) -> None:
     """Let ended pilots leave the queue."""
     for some in _members(stamps):
-        wanted = f"{some} && (JobStatus == 3 || JobStatus == 4)"
-        # An edit without a matching job is an error.
-        if schedd.query(wanted, ["ClusterId"], limit=1, opts=htcondor2.QueryOpt.DefaultMyJobsOnly):
-            schedd.edit(wanted, "LeaveJobInQueue", "false")
+        _edit(schedd, f"{some} && (JobStatus == 3 || JobStatus == 4)", "LeaveJobInQueue", "false")
+
+
+def _edit(schedd: htcondor2.Schedd, wanted: str, name: str, value: str) -> None:
+    """Edit our jobs and clusters that match; there may be none."""
+    try:
+        schedd.edit(wanted, name, value, flags=_OWN_ONLY | _CLUSTERS_TOO)
+    except htcondor2.HTCondorException:
+        # No match is an error, too, and matching jobs leave the queue at any time.
+        own = htcondor2.QueryOpt.DefaultMyJobsOnly | htcondor2.QueryOpt.IncludeClusterAd
+        if schedd.query(wanted, ["ClusterId"], limit=1, opts=own):
+            raise
 
 
 def output(schedd: htcondor2.Schedd, job: str, names: list[str], limit_bytes: int) -> list[str | None]:
