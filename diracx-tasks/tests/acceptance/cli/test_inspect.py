@@ -198,7 +198,7 @@ def test_running_waiting_and_locked_tasks_are_listed_and_a_lock_is_released(
 
     wait_until(counted, "the failure is counted")
     report = holding("tasks", "stats", "--failures", "5")
-    assert "100.0%" in report.stdout
+    assert "100%" in report.stdout
     assert first in report.stdout
     assert "sesame" not in report.stdout
     worker.process.terminate()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -15,6 +16,7 @@ from ..plumbing.config.active import ActiveConfig
 from ..plumbing.scheduler import ScheduleState
 from .audit import AuditEntry
 from .cursors import HEAD_BYTES
+from .formats import NONE, duration, number, percent, plain, remaining, since, size
 from .models import DelayedTask, Holder, Lock, Queue, QueuedTask, RunningTask, TaskStats, WaitingDeadLetter, Worker
 
 _Row = TypeVar("_Row")
@@ -24,81 +26,13 @@ Kind: TypeAlias = Literal[
     "id",
     "age",
     "clock",
-    "seconds",
-    "number",
-    "percent",
-    "bytes",
     "arguments",
     "worker",
     "holders",
     "locks",
 ]
-#: Text of a cell without a value.
-NONE = "-"
 _LONGEST_ARGUMENTS = 60
 _LONGEST_TEXT = 80
-
-
-# --- formats ------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> str:
-    """Format a value of a table by its type."""
-    if value is None or value in ("", [], ()):
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    return ", ".join(value) if isinstance(value, list | tuple) else str(value)
-
-
-def count(number: int | None) -> str:
-    """Format a number with thousands separators: `12,345`."""
-    return NONE if number is None else f"{number:,}"
-
-
-def age(seconds: float | None) -> str:
-    """Format a duration: `0.4 s`, `12 s`, `3 min`, `5.1 h`, `2.0 d`."""
-    if seconds is None:
-        return NONE
-    seconds = max(0.0, seconds)
-    for length, unit in ((86400, "d"), (3600, "h")):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    if seconds >= 120:
-        return f"{seconds / 60:.0f} min"
-    if seconds >= 10:
-        return f"{seconds:.0f} s"
-    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"
-
-
-def since(moment: datetime | None) -> str:
-    """Format the time since a moment."""
-    return NONE if moment is None else age((datetime.now(UTC) - moment).total_seconds())
-
-
-def remaining(moment: datetime | None) -> str:
-    """Format the time until a moment."""
-    return NONE if moment is None else f"in {age((moment - datetime.now(UTC)).total_seconds())}"
-
-
-def mebibytes(number: int | None) -> str:
-    """Format an amount of memory: `120 MiB`."""
-    return NONE if number is None else f"{number / (1 << 20):,.0f} MiB"
-
-
-def rate(per_second: float | None) -> str:
-    """Format a rate: `0.25`, `1,200`."""
-    return NONE if per_second is None else f"{per_second:,.2f}" if per_second < 10 else f"{per_second:,.0f}"
-
-
-def percent(share: float | None) -> str:
-    """Format a share between 0 and 1: `12.5%`."""
-    return NONE if share is None else f"{share:.1%}"
-
-
-# --- columns and views --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -131,7 +65,7 @@ class Column(Generic[_Row]):
         """Return the value of a row."""
         if callable(self.value):
             return self.value(row)
-        return row[self.value] if isinstance(row, Mapping) else getattr(row, self.value)
+        return row[self.value] if isinstance(row, Mapping) else attrgetter(self.value)(row)
 
     def text(self, row: _Row) -> str:
         """Return the text of a row for the terminal."""
@@ -148,8 +82,7 @@ class View(Generic[_Row]):
 
 def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingDeadLetter) -> str:
     if row.arguments is None:
-        size = row.message_bytes
-        return NONE if size is None or size <= HEAD_BYTES else f"({size / 1e6:.1f} MB)"
+        return f"({size(row.message_bytes)})" if (row.message_bytes or 0) > HEAD_BYTES else NONE
     return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in row.arguments.items())
 
 
@@ -164,11 +97,11 @@ QUEUES: View[Queue] = View(
     "no queues",
     (
         Column("queue", "name", whole=True, link=lambda queue: f"/queues/{_quoted(queue.name)}"),
-        Column("waiting", "backlog", count, right=True, kind="number", meter=lambda queue: (queue.backlog, None)),
-        Column("oldest", "oldest_waiting_seconds", age, right=True, kind="seconds"),
-        Column("running", "running", count, right=True, kind="number"),
-        Column("in/s", "in_per_second", rate, right=True),
-        Column("out/s", "out_per_second", rate, right=True),
+        Column("waiting", "backlog", number, right=True, meter=lambda queue: (queue.backlog, None)),
+        Column("oldest", "oldest_waiting_seconds", duration, right=True),
+        Column("running", "running", number, right=True),
+        Column("in/s", "in_per_second", number, right=True),
+        Column("out/s", "out_per_second", number, right=True),
     ),
 )
 
@@ -201,7 +134,7 @@ WORKERS: View[Worker] = View(
         ),
         Column("last report", "seen", since, right=True, kind="age"),
         Column("up for", "started", since, right=True),
-        Column("memory", "memory_bytes", mebibytes, right=True, kind="bytes"),
+        Column("memory", "memory_bytes", size, right=True),
         Column("version", "version"),
     ),
 )
@@ -273,13 +206,12 @@ STATISTICS: View[TaskStats] = View(
     "nothing has ended in this time",
     (
         Column("task", "task_name", whole=True, kind="task"),
-        Column("done", "done", count, right=True, kind="number"),
+        Column("done", "done", number, right=True),
         Column(
             "failed",
             "failed",
-            count,
+            number,
             right=True,
-            kind="number",
             link=lambda each: f"/failures?task={_quoted(each.task_name)}" if each.failed else None,
         ),
         Column(
@@ -287,17 +219,15 @@ STATISTICS: View[TaskStats] = View(
             "failure_rate",
             percent,
             right=True,
-            kind="percent",
             style=lambda each: _failure_style(each.failure_rate or 0.0),
         ),
-        Column("retried", "retried", count, right=True, kind="number"),
-        Column("dead", "dead", count, right=True, kind="number", style=lambda each: "red" if each.dead else ""),
-        Column("run p50", lambda each: each.run.p50_seconds, age, right=True, kind="seconds"),
-        Column("run p95", lambda each: each.run.p95_seconds, age, right=True, kind="seconds"),
-        Column("run p99", lambda each: each.run.p99_seconds, age, right=True, kind="seconds"),
-        Column("queue p50", lambda each: each.queue.p50_seconds, age, right=True, kind="seconds"),
-        Column("queue p95", lambda each: each.queue.p95_seconds, age, right=True, kind="seconds"),
-        Column("queue p99", lambda each: each.queue.p99_seconds, age, right=True, kind="seconds"),
+        Column("retried", "retried", number, right=True),
+        Column("dead", "dead", number, right=True, style=lambda each: "red" if each.dead else ""),
+        *(
+            Column[Any](f"{part} {percentile}", f"{part}.{percentile}_seconds", duration, right=True)
+            for part in ("run", "queue")
+            for percentile in ("p50", "p95", "p99")
+        ),
     ),
 )
 
@@ -315,10 +245,6 @@ WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
 )
 
 
-def _message_size(dead_letter: Mapping[str, Any]) -> str:
-    return f"{size / 1e6:,.1f} MB" if (size := dead_letter["message_bytes"]) >= 50_000 else " "
-
-
 DEAD_LETTERS: View[Mapping[str, Any]] = View(
     "no dead letters",
     (
@@ -329,7 +255,7 @@ DEAD_LETTERS: View[Mapping[str, Any]] = View(
         Column("reason", "reason"),
         Column("status", lambda dead_letter: str(dead_letter["status"]).lower()),
         Column("attempts", "failed_attempts"),
-        Column("size", _message_size),
+        Column("size", "message_bytes", size),
         Column("detail", "detail", longest=_LONGEST_TEXT),
     ),
 )
@@ -355,7 +281,7 @@ AUDIT: View[AuditEntry] = View(
 def quota(lock: Lock) -> str:
     """Format the use of a lock or limiter: `3 of 10 in 60 s`."""
     limit = "" if lock.limit is None else f" of {lock.limit}"
-    window = "" if lock.window_seconds is None else f" in {age(lock.window_seconds)}"
+    window = "" if lock.window_seconds is None else f" in {duration(lock.window_seconds)}"
     return f"{lock.held}{limit}{window}"
 
 
@@ -382,9 +308,7 @@ LOCKS: View[Lock] = View(
             right=True,
             meter=lambda lock: (lock.held if lock.limit else 0, lock.limit or 1),
         ),
-        Column(
-            "waiting", "waiters", right=True, kind="number", style=lambda lock: "yellow" if lock.waiters else ""
-        ),
+        Column("waiting", "waiters", right=True, style=lambda lock: "yellow" if lock.waiters else ""),
         Column("expires, unless renewed", "expires", remaining, kind="age"),
         Column("held by", _holders, kind="holders"),
     ),

@@ -10,7 +10,8 @@ import typer
 from ... import operations
 from ...operations import Holder, Lock
 from ...operations.audited_actions import AuditedActions
-from ...operations.views import LOCKS, holder, quota, remaining
+from ...operations.formats import remaining
+from ...operations.views import LOCKS, holder, quota
 from ..errors import CliError, one_line
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
 from ..output import confirm, echo, print_json, show, show_fields

@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from ...operations import Snapshot
+from ...operations.formats import duration, size
 from ...operations.health import Health, health_checks
-from ...operations.views import QUEUES, age, mebibytes
+from ...operations.views import QUEUES
 from ...plumbing.broker import RedisStreamBroker
 from ..errors import one_line
 from ..options import JsonOption
@@ -126,7 +127,7 @@ def _page(health: Health) -> RenderableType:
     lines: list[RenderableType] = [Text(f"{now:%Y-%m-%d %H:%M:%S} UTC", style="bold")]
     for alert in health.alerts:
         seconds = 0.0 if alert.since is None else (now - alert.since).total_seconds()
-        lasts = f" for {age(seconds)}" if seconds >= 1 else ""
+        lasts = f" for {duration(seconds)}" if seconds >= 1 else ""
         lines.append(styled(f"! {alert.summary}", _STYLES[alert.severity]))
         lines.append(Text(f"  {alert.severity}{lasts}: {one_line(alert.remedy)}"))
     if not health.alerts:
@@ -141,7 +142,7 @@ def _figures(seen: Snapshot) -> list[RenderableType]:
     alive = [worker for worker in seen.workers if worker.alive]
     slots = sum(worker.slots or 0 for worker in alive)
     used = sum(worker.slots_used or 0 for worker in alive)
-    limit = "" if seen.memory_limit_bytes is None else f" of {mebibytes(seen.memory_limit_bytes)}"
+    limit = "" if seen.memory_limit_bytes is None else f" of {size(seen.memory_limit_bytes)}"
     delayed = ", ".join(f"{number} {_DELAY_REASONS[reason]}" for reason, number in seen.delayed.items() if number)
     return [
         table(QUEUES, seen.queues),
@@ -150,5 +151,5 @@ def _figures(seen: Snapshot) -> list[RenderableType]:
         Text(f"delayed      {delayed or 'nothing'}"),
         Text(f"schedules    {seen.schedules}, {'a' if seen.scheduler_leads else 'no'} scheduler leads"),
         Text(f"groups       {seen.groups} pending"),
-        Text(f"Redis        {mebibytes(seen.memory_bytes)}{limit}"),
+        Text(f"Redis        {size(seen.memory_bytes)}{limit}"),
     ]

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from ...plumbing.broker.server_check import SAFE_POLICY, eviction_problem, obstacle, risks
 from ...plumbing.broker.stored import moment_of
+from ..formats import duration
 from ..models import Worker
 from .alerts import Alert, Severity, counted
 from .facts import Facts
@@ -145,7 +146,7 @@ def schedules_late(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         yield Alert(
             severity=Severity.CRITICAL,
             summary=f"{counted(seen.schedules_late, 'schedule is', 'schedules are')} late, "
-            f"the worst by {_time(seen.schedule_lateness_seconds)}",
+            f"the worst by {duration(seen.schedule_lateness_seconds)}",
             remedy="see `diracx-task-run schedule list` and the log of the scheduler",
             count=max(1, seen.schedules_late),
             since=seen.at - timedelta(seconds=seen.schedule_lateness_seconds),
@@ -229,7 +230,7 @@ def worker_silent(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         if silent > limits.silent_seconds:
             yield Alert(
                 severity=Severity.CRITICAL,
-                summary=f"worker {worker.name} is alive, but has not reported for {_time(silent)}",
+                summary=f"worker {worker.name} is alive, but has not reported for {duration(silent)}",
                 remedy="see its log: a task blocks it, or its Redis user may not write",
                 subject=worker.name,
                 since=worker.seen,
@@ -300,7 +301,7 @@ def backlog(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         growth = f"; the backlog grows by {rate_in - rate_out:.1f} tasks per second" if growing else ""
         yield Alert(
             severity=Severity.WARNING,
-            summary=f"{queue.name}: {tasks}, the first for {_time(waits)}{growth}",
+            summary=f"{queue.name}: {tasks}, the first for {duration(waits)}{growth}",
             remedy="all slots are in use, see `diracx-task-run running`; add workers, or `--processes`",
             count=queue.backlog,
             subject=queue.name,
@@ -369,7 +370,7 @@ def locks_held(facts: Facts, limits: HealthThresholds) -> Iterator[Alert]:
         if held > limits.lock_held_seconds:
             yield Alert(
                 severity=Severity.WARNING,
-                summary=f"{lock.key}: {lock.task_name} {lock.task_id} has held it for {_time(held)}, and "
+                summary=f"{lock.key}: {lock.task_name} {lock.task_id} has held it for {duration(held)}, and "
                 f"{counted(lock.waiters, 'task waits', 'tasks wait')} for it",
                 remedy=f"`diracx-task-run cancel {lock.task_id}` if it is not needed; give its class a time limit",
                 count=lock.waiters,
@@ -466,10 +467,3 @@ def _waiting_since(facts: Facts, seconds: float | None) -> datetime | None:
 
 def _earliest(moments: list[datetime | None]) -> datetime | None:
     return min((each for each in moments if each is not None), default=None)
-
-
-def _time(seconds: float) -> str:
-    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

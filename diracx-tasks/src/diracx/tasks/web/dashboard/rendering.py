@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from ...operations import as_json
+from ...operations import as_json, formats
+from ...operations.formats import duration
 from ...plumbing._util.passwords import last_lines, mask
 from ..auth.middleware import FORM_FIELD
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
-#: Text in place of a missing value.
-NONE = "\u2013"
 #: Maximum length of an argument or message in a table.
 _LONGEST = 160
 
@@ -38,19 +37,19 @@ def environment(*templates: Path) -> Environment:
         loader=ChoiceLoader([FileSystemLoader(path) for path in (HERE / "templates", *templates)]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_without_passwords,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     made.filters |= {
         "age": age,
-        "bytes": size,
+        "bytes": formats.size,
         "clock": clock,
-        "compact": compact,
-        "json": pretty,
-        "number": number,
-        "percent": percent,
-        "seconds": seconds,
+        "compact": lambda value: short(json.dumps(as_json(value), ensure_ascii=False)),
+        "json": lambda value: json.dumps(as_json(value), indent=2, ensure_ascii=False),
+        "number": formats.number,
+        "percent": formats.percent,
+        "seconds": formats.duration,
         "short": short,
         "tail": tail,
         "quoted": lambda text: quote(str(text), safe=""),
@@ -59,9 +58,11 @@ def environment(*templates: Path) -> Environment:
     return made
 
 
-def _without_passwords(value: Any) -> Any:
+def _finalize(value: Any) -> Any:
     # Markup was masked before it was escaped.
-    return mask(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\u2013" if value == formats.NONE else mask(value)
 
 
 @cache
@@ -98,53 +99,10 @@ def text_of(templates: Environment, request: Request, template: str | list[str],
 # --- filters ------------------------------------------------------------------------------------------------
 
 
-def number(value: float | None) -> str:
-    """Format a number: `12 345`, `0.4`."""
-    if value is None:
-        return NONE
-    if isinstance(value, float) and abs(value) < 100 and value != int(value):
-        return f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"
-    return f"{value:,.0f}".replace(",", "\u202f")
-
-
-def percent(value: float | None) -> str:
-    """Format a share between 0 and 1."""
-    if value is None:
-        return NONE
-    return f"{value:.0%}" if value in (0, 1) or value >= 0.1 else f"{value:.1%}"
-
-
-def seconds(value: float | None) -> str:
-    """Format a duration: `12 ms`, `3.4 s`, `5 min`, `2 h`, `3 d`."""
-    if value is None:
-        return NONE
-    if value < 0.0995:
-        return f"{value * 1000:.0f} ms" if value >= 0.001 or value == 0 else "<1 ms"
-    if value < 59.5:
-        return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if value >= length * 0.992:
-            whole = value / length
-            return f"{whole:.1f} {unit}" if whole < 9.95 and unit != "min" else f"{whole:.0f} {unit}"
-    return f"{value:.0f} s"
-
-
-def size(value: float | None) -> str:
-    """Format a number of bytes: `12 MB`."""
-    if value is None:
-        return NONE
-    amount = float(value)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 9.95 else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
-
-
 def clock(moment: datetime | float | None) -> Markup:
     """Render a time in UTC, with the date unless it is today."""
     if moment is None:
-        return escape(NONE)
+        return Markup("\u2013")
     at = _aware(moment)
     form = "%H:%M:%S" if at.date() == datetime.now(UTC).date() else "%Y-%m-%d %H:%M"
     return _time(at, at.strftime(form))
@@ -153,12 +111,12 @@ def clock(moment: datetime | float | None) -> Markup:
 def age(moment: datetime | float | None) -> Markup:
     """Render the time since a moment, or `in` and the time until it."""
     if moment is None:
-        return escape(NONE)
+        return Markup("\u2013")
     at = _aware(moment)
     past = (datetime.now(UTC) - at).total_seconds()
     if abs(past) < 1:
         return _time(at, "now")
-    return _time(at, seconds(float(round(past))) + " ago" if past > 0 else f"in {seconds(float(round(-past)))}")
+    return _time(at, f"{duration(round(past))} ago" if past > 0 else f"in {duration(round(-past))}")
 
 
 def _time(at: datetime, text: str) -> Markup:
@@ -170,24 +128,6 @@ def _aware(moment: datetime | float) -> datetime:
     if isinstance(moment, int | float):
         return datetime.fromtimestamp(moment, UTC)
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def compact(value: Any) -> str:
-    """Format arguments on one line: `vo="lhcb", n=3`."""
-    if isinstance(value, dict):
-        text = ", ".join(f"{name}={_literal(each)}" for name, each in value.items())
-    else:
-        text = _literal(value)
-    return short(text)
-
-
-def _literal(value: Any) -> str:
-    return json.dumps(as_json(value), ensure_ascii=False)
-
-
-def pretty(value: Any) -> str:
-    """Format a value as indented JSON."""
-    return json.dumps(as_json(value), indent=2, ensure_ascii=False)
 
 
 def tail(text: Any, longest: int = 4000) -> str:

@@ -89,8 +89,7 @@ class Table:
         """Return the CSS classes of a cell."""
         style = _CLASSES.get(column.style(row), "") if column.style is not None else ""
         if column.right:
-            zero = column.kind == "number" and not column.raw(row)
-            return f"n {style or ('zero' if zero else '')}".strip()
+            return f"n {style or ('zero' if column.raw(row) == 0 else '')}".strip()
         wide = (
             "wide"
             if column.longest is not None and len(column.text(row)) > _NARROW_CHARS

@@ -7,9 +7,9 @@ from typing import Any
 
 from .... import operations
 from ....operations import DelayedTask
+from ....operations.formats import number
 from ....operations.views import DELAYED
 from ..page import AppContext, Page, Request, viewer_of
-from ..rendering import number
 from ..tables import Button, Link, Table, cancel_button
 
 _PAGE = 50

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .... import operations
+from ....operations.formats import number
 from ....operations.views import GROUPS
 from ....plumbing.broker.groups import read_group
 from ..page import AppContext, NotFoundError, Page, Request
-from ..rendering import number
 from ..tables import Table
 
 _GROUPS = 200

@@ -8,6 +8,7 @@ from typing import Any
 from .... import operations
 from ....operations import QueuedTask
 from ....operations.cursors import queue_of
+from ....operations.formats import duration, number
 from ....operations.views import QUEUED, QUEUES
 from ....plumbing.broker.streams import ALL_STREAM_NAMES
 from ..page import (
@@ -22,7 +23,6 @@ from ..page import (
     Request,
     viewer_of,
 )
-from ..rendering import number, seconds
 from ..tables import Button, Fact, Table, cancel_button
 
 _PAGE = 50
@@ -54,7 +54,7 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
         facts=[
             Fact("Waiting", number(queue.backlog)),
             Fact("Running", number(queue.running), "/running"),
-            Fact("Oldest waiting", seconds(queue.oldest_waiting_seconds)),
+            Fact("Oldest waiting", duration(queue.oldest_waiting_seconds)),
             Fact("In", number(queue.in_per_second), small="per second"),
             Fact("Out", number(queue.out_per_second), small="per second"),
         ],

@@ -7,9 +7,9 @@ from typing import Any
 
 from .... import operations
 from ....operations import RunningTask
+from ....operations.formats import number
 from ....operations.views import RUNNING
 from ..page import Action, AppContext, Form, NotPossibleError, Operator, Page, Question, Request, viewer_of
-from ..rendering import number
 from ..tables import Button, Table, cancel_button
 
 _PAGE = 100

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
+from ....operations.formats import number
 from ....operations.views import SCHEDULES
 from ....plumbing.broker.scheduling import has_leader
 from ....plumbing.scheduler import ScheduleState, schedules
@@ -21,7 +22,6 @@ from ..page import (
     Request,
     viewer_of,
 )
-from ..rendering import number
 from ..tables import Button, Link, Table
 
 _PAGE = 100

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....operations.formats import number
 from ....operations.views import WORKERS
 from ..page import AppContext, Page, Request, viewer_of
-from ..rendering import number
 from ..tables import Fact, Table
 
 #: Maximum number of listed workers; dead ones come first.
