@@ -156,14 +156,14 @@ async def test_live_pages_per_user_are_limited_and_closing_one_frees_a_place(red
         def follow(client: httpx.AsyncClient) -> asyncio.Task[httpx.Response]:
             return asyncio.create_task(client.get("/live/queues"))
 
-        streams: Callable[[], int] = lambda: world.app._streams["wilma"]  # noqa: E731
+        streams: Callable[[], int] = lambda: world.app.streams.open["wilma"]  # noqa: E731
         open_ = [follow(writer), follow(writer)]
         async with asyncio.timeout(20):
             while streams() < 2:
                 await asyncio.sleep(0.01)
             assert (await writer.get("/live/queues")).status_code == 429
             other = follow(reader)
-            while world.app._streams["rita"] < 1:
+            while world.app.streams.open["rita"] < 1:
                 await asyncio.sleep(0.01)
             open_[0].cancel()
             while streams() == 2:
@@ -174,4 +174,4 @@ async def test_live_pages_per_user_are_limited_and_closing_one_frees_a_place(red
         world.app.end_streams()
         for task in (open_[1], other, again):
             assert (await task).status_code == 200
-    assert not +world.app._streams
+    assert not +world.app.streams.open

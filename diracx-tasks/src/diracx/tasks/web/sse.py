@@ -68,7 +68,8 @@ class EventStreams:
         self.settings = settings
         self.closing = asyncio.Event()
         """Ends all streams."""
-        self._open: Counter[str] = Counter()
+        self.open: Counter[str] = Counter()
+        """Number of open streams by user."""
 
     def response(
         self, user: str, render: Callable[[], Awaitable[dict[str, str]]], is_allowed: Callable[[], Awaitable[bool]]
@@ -81,10 +82,10 @@ class EventStreams:
             is_allowed: checks the session; if it is invalid, a `gone` event ends the stream.
         """
         most = self.settings.max_streams
-        if self._open[user] >= most:
+        if self.open[user] >= most:
             text = f"{user} has {most} live pages open, which is the maximum: close one"
             return PlainTextResponse(text, HTTPStatus.TOO_MANY_REQUESTS)
-        return _CountedStream(self._events(render, is_allowed), user, self._open)
+        return _CountedStream(self._events(render, is_allowed), user, self.open)
 
     async def _events(
         self, render: Callable[[], Awaitable[dict[str, str]]], is_allowed: Callable[[], Awaitable[bool]]

@@ -89,7 +89,7 @@ class DashboardApp:
         self._context: AppContext | None = None
         self._backend = backend
         self._extensions = installed_extensions() if extensions is None else extensions
-        self._streams = EventStreams(stream or StreamSettings())
+        self.streams = EventStreams(stream or StreamSettings())
         self._opening = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._templates = environment(*(each.templates for each in self._extensions if each.templates is not None))
@@ -109,7 +109,7 @@ class DashboardApp:
 
     async def _readiness(self) -> tuple[bool, list[str]]:
         """Return whether it is open and its server responds, and the names of the alerts."""
-        if self._streams.closing.is_set():
+        if self.streams.closing.is_set():
             return False, []
         try:
             await self.open()
@@ -140,7 +140,7 @@ class DashboardApp:
 
     def end_streams(self) -> None:
         """End all event streams, so that the server can stop."""
-        self._streams.closing.set()
+        self.streams.closing.set()
 
     async def aclose(self) -> None:
         """Close the resources of extensions and health checks."""
@@ -184,7 +184,7 @@ class DashboardApp:
             _check_visible(page, request)
             values = await self._load(page, request)
             # The event stream of the page must not begin with older values.
-            key, seconds = _cache_key(page, request, "page"), self._streams.settings.shared_seconds
+            key, seconds = _cache_key(page, request, "page"), self.streams.settings.shared_seconds
             self.context.responses.put(key, values, seconds)
             charts = None if page.charts is None else json.dumps(await page.charts(request, self.context))
             return self._page(request, [f"{page.name}.html", "live.html"], {**values, "charts": charts})
@@ -196,7 +196,7 @@ class DashboardApp:
             _check_visible(page, request)
 
             async def shared(part: str, load: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-                key, seconds = _cache_key(page, request, part), self._streams.settings.shared_seconds
+                key, seconds = _cache_key(page, request, part), self.streams.settings.shared_seconds
                 return await self.context.responses.get(key, load, seconds)
 
             async def render() -> dict[str, str]:
@@ -214,7 +214,7 @@ class DashboardApp:
                 secret = request.cookies.get(cookie_name(request), "")
                 return await self._backend.principal(request, secret) is not None
 
-            return self._streams.response(request.state.principal.name, render, is_allowed)
+            return self.streams.response(request.state.principal.name, render, is_allowed)
 
         return stream
 
