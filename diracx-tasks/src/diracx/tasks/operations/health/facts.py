@@ -19,6 +19,7 @@ from ..models import Failure, Snapshot, TaskStats
 from ..processes import reported_running
 from ..queued import snapshot
 from ..statistics import failures, stats
+from .thresholds import HealthThresholds
 
 #: Maximum number of checked locks, those of the longest running tasks.
 _LOCKS = 200
@@ -46,6 +47,7 @@ class Facts:
     stats: list[TaskStats]
     """Statistics of the past hour."""
     configurations: list[ActiveConfig]
+    limits: HealthThresholds
     running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Running tasks: name of the worker and its report about the task."""
     contended: list[Contended] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Facts:
     server: Server = field(default_factory=Server)
 
 
-async def read_facts(redis: Redis) -> Facts:
+async def read_facts(redis: Redis, limits: HealthThresholds) -> Facts:
     """Read all facts."""
     seen = await snapshot(redis)
     problems = await schedule_problems(redis)
@@ -68,6 +70,7 @@ async def read_facts(redis: Redis) -> Facts:
         seen=seen,
         stats=[each for each in counted if each.task_name != REJECTED],
         configurations=await active_configs(redis),
+        limits=limits,
         running=running,
         contended=await _contended(redis, running),
         rejected=await _rejected(redis, seen) if rejected else [],

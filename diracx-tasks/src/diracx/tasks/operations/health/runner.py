@@ -70,7 +70,7 @@ class HealthChecks:
         error: Exception | None = None
         try:
             async with asyncio.timeout(_SERVER_SECONDS):
-                facts = await read_facts(self._redis)
+                facts = await read_facts(self._redis, self._limits)
         except (RedisError, OSError, TimeoutError) as raised:
             error = raised
             alerts.append(await self._server_alert(raised))
@@ -78,7 +78,7 @@ class HealthChecks:
             error = raised
             alerts.append(unreadable(raised))
         if facts is not None:
-            alerts = await self._since(find_alerts(facts, self._limits) + alerts)
+            alerts = await self._since(find_alerts(facts) + alerts)
         alerts.sort(key=lambda alert: -alert.severity.rank)
         return Health(
             severity=worst(alerts),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,14 +45,13 @@ class HealthThresholds(BaseModel):
     """Processes use different configurations for longer."""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+    def from_environment(cls) -> Self:
         """Read the thresholds from the environment.
 
         Raises:
             TaskConfigError: names the variable, its value and the problem.
         """
-        environment = os.environ if environment is None else environment
-        given = {name: text for name in cls.model_fields if (text := environment.get(PREFIX + name.upper()))}
+        given = {name: text for name in cls.model_fields if (text := os.environ.get(PREFIX + name.upper()))}
         try:
             return cls.model_validate(given)
         except ValidationError as error:
