@@ -116,21 +116,12 @@ def _message(data: Any) -> TaskMessage | None:
 
 def dead_letter_summary(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a dead letter of `TaskDB.summaries` to a record without message and tracebacks."""
-    return {
-        **_about(dead_letter),
-        "failed_attempts": dead_letter["failed_attempts"],
-        "earlier_burials": dead_letter["earlier_burials"],
-        "message_bytes": dead_letter["message_bytes"],
-    }
+    return _about(dead_letter, "failed_attempts", "earlier_burials", "message_bytes")
 
 
-def _about(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
+def _about(dead_letter: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {
-        "id": dead_letter["id"],
-        "task_id": dead_letter["task_id"],
-        "task_name": dead_letter["task_name"],
-        "vo": dead_letter["vo"],
-        "reason": dead_letter["reason"],
+        **{name: dead_letter[name] for name in ("id", "task_id", "task_name", "vo", "reason", *more)},
         "detail": mask(dead_letter["detail"]),
         "status": str(dead_letter["status"]),
         "buried_at": dead_letter["buried_at"].isoformat(),
@@ -141,10 +132,8 @@ def _about(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
 def dead_letter_record(dead_letter: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a dead letter to a record. `message` is None if it cannot be decoded, `raw` if it has secrets."""
     return {
-        **_about(dead_letter),
+        **_about(dead_letter, "attempts", "history"),
         "burial": dead_letter["delivery_id"],
-        "attempts": dead_letter["attempts"],
-        "history": dead_letter["history"],
         **_message_record(dead_letter["message"]),
     }
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 _Value = TypeVar("_Value")
-
-
-@dataclass(slots=True)
-class _Entry:
-    future: asyncio.Future[Any]
-    ttl_seconds: float
-    done_at: float | None = None
-    """By the monotonic clock; None: it is being computed."""
-
-    def is_expired(self) -> bool:
-        return self.done_at is not None and time.monotonic() - self.done_at > self.ttl_seconds
 
 
 class SingleFlightCache:
     """Caches values by key; computes each key once at a time, and different keys concurrently."""
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Hashable, asyncio.Future[Any]] = {}
 
     async def get(self, key: Hashable, compute: Callable[[], Awaitable[_Value]], ttl_seconds: float) -> _Value:
         """Return the cached value, or wait for the running computation, else compute it.
@@ -35,9 +22,9 @@ class SingleFlightCache:
         callers are cancelled.
         """
         entry = self._entries.get(key)
-        if entry is None or entry.is_expired():
+        if entry is None:
             entry = self._add(key, asyncio.ensure_future(compute()), ttl_seconds)
-        return cast("_Value", await asyncio.shield(entry.future))
+        return cast("_Value", await asyncio.shield(entry))
 
     def put(self, key: Hashable, value: object, ttl_seconds: float) -> None:
         """Set a value."""
@@ -45,14 +32,17 @@ class SingleFlightCache:
         future.set_result(value)
         self._add(key, future, ttl_seconds)
 
-    def _add(self, key: Hashable, future: asyncio.Future[Any], ttl_seconds: float) -> _Entry:
-        self._entries = {other: entry for other, entry in self._entries.items() if not entry.is_expired()}
-        added = self._entries[key] = _Entry(future, ttl_seconds)
-
-        def on_done(_: object) -> None:
-            added.done_at = time.monotonic()
-            if (future.cancelled() or future.exception() is not None) and self._entries.get(key) is added:
+    def _add(self, key: Hashable, entry: asyncio.Future[Any], ttl_seconds: float) -> asyncio.Future[Any]:
+        def drop() -> None:
+            if self._entries.get(key) is entry:
                 del self._entries[key]
 
-        future.add_done_callback(on_done)
-        return added
+        def on_done(_: object) -> None:
+            if entry.cancelled() or entry.exception() is not None:
+                drop()
+            else:
+                entry.get_loop().call_later(ttl_seconds, drop)
+
+        self._entries[key] = entry
+        entry.add_done_callback(on_done)
+        return entry
