@@ -12,7 +12,7 @@ from fastapi import Body, Depends, Path, Query
 from pydantic import TypeAdapter
 
 from ... import operations
-from ...operations import DelayReason, Window
+from ...operations import DelayReason, Page, Window
 from ...operations.audit import AuditEntry, read_audit
 from ...operations.dead_letters import (
     Decided,
@@ -25,7 +25,7 @@ from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
 from ...plumbing.config.active import active_configs
-from ...plumbing.persistence import OPEN, DeadLetterReason, DeadLetterStatus
+from ...plumbing.persistence import OPEN, DeadLetterStatus
 from ...plumbing.persistence.db import DeadLetterFilter
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.task_names import resolve_task_name
@@ -39,7 +39,6 @@ _ENABLED = TypeAdapter(bool).validate_python(os.environ.get("DIRACX_SERVICE_TASK
 router = DiracxRouter(dependencies=[Depends(database_errors)], include_in_schema=_ENABLED)
 router.route_class = BoundedRoute
 
-_MOST = 1_000
 _WRONG = "the configuration has mistakes, which administrators see; the last valid settings are in force"
 
 
@@ -57,7 +56,7 @@ def _route(method: str, path: str, model: Any, *codes: int) -> Callable[[Callabl
 _get = partial(_route, "GET")
 _post = partial(_route, "POST")
 
-Limit = Annotated[int, Query(ge=1, le=_MOST, description="Maximum number of items.")]
+Limit = Annotated[int, Query(ge=1, le=models.MOST, description="Maximum number of items.")]
 After = Annotated[str | None, Query(max_length=400, description="`after` of the previous page.")]
 QueueName = Annotated[str, Path(max_length=40, description="`{priority}:{size}`.", examples=["normal:medium"])]
 TaskName = models.TaskName
@@ -85,21 +84,21 @@ async def get_queues(reader: Reader) -> Any:
     return await operations.queues(reader.system.redis)
 
 
-@_get("/queues/{queue}", models.QueuedTaskPage, 404)
+@_get("/queues/{queue}", Page[operations.QueuedTask], 404)
 async def get_queued_tasks(reader: Reader, queue: QueueName, limit: Limit = 100, after: After = None) -> Any:
     """Tasks that wait in a queue, in the order of delivery."""
     read = partial(operations.peek, reader.system.redis, queue, registry=reader.system.registry)
     return await reader.viewer.page(read, limit, after)
 
 
-@_get("/running", models.RunningTaskPage)
+@_get("/running", Page[operations.RunningTask])
 async def get_running_tasks(reader: Reader, limit: Limit = 100, after: After = None) -> Any:
     """Running tasks, longest first, as of the last reports of the workers."""
     read = partial(operations.running, reader.system.redis, registry=reader.system.registry)
     return await reader.viewer.page(read, limit, after)
 
 
-@_get("/delayed", models.DelayedTaskPage)
+@_get("/delayed", Page[operations.DelayedTask])
 async def get_delayed_tasks(
     reader: Reader,
     reason: Annotated[DelayReason | None, Query(description="Only tasks delayed for this reason.")] = None,
@@ -131,7 +130,7 @@ async def get_history(reader: Reader) -> Any:
     return await operations.history(reader.system.redis)
 
 
-@_get("/failures", models.FailurePage)
+@_get("/failures", Page[operations.Failure])
 async def get_failures(
     reader: Reader,
     task_name: Annotated[
@@ -145,7 +144,7 @@ async def get_failures(
     return await reader.viewer.page(read, limit, after)
 
 
-@_get("/locks", models.LockPage)
+@_get("/locks", Page[operations.Lock])
 async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = None) -> Any:
     """Locks that tasks hold or wait for, and limiters that were used within the last day."""
     return await operations.locks(reader.system.redis, limit, after)
@@ -245,46 +244,21 @@ async def get_audit_log(
 # --- dead letters -------------------------------------------------------------------------------------------
 
 
-class _Filter:
-    """Filter of dead letters."""
-
-    def __init__(
-        self,
-        task_name: Annotated[TaskName | None, Query(description="category:ClassName, or ClassName alone.")] = None,
-        reason: Annotated[DeadLetterReason | None, Query(description="Only with this reason.")] = None,
-        status: Annotated[DeadLetterStatus | None, Query(description="Default: open dead letters.")] = None,
-        since: Annotated[models.Moment | None, Query(description="Only stored since this time.")] = None,
-        before: Annotated[models.Moment | None, Query(description="Only stored before this time.")] = None,
-    ) -> None:
-        self.where: DeadLetterFilter = {
-            "task_name": task_name,
-            "reason": reason,
-            "status": status or OPEN,
-            "since": since,
-            "before": before,
-        }
-
-
 @_get("/dead-letters", models.DeadLetterPage, 409)
-async def get_dead_letters(
-    reader: Reader,
-    chosen: Annotated[_Filter, Depends(_Filter)],
-    limit: Limit = 100,
-    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="`after` of the previous page.")] = 0,
-) -> Any:
+async def get_dead_letters(reader: Reader, query: Annotated[models.DeadLetterQuery, Query()]) -> Any:
     """Dead letters, oldest first, without their messages and tracebacks."""
     db = task_db_of(reader.system)
-    where: DeadLetterFilter = {**chosen.where, "vo": reader.viewer.vo}
-    dead_letters = await db.summaries(**where, limit=limit, after_id=after)
+    where: DeadLetterFilter = {**query.where(query.status or OPEN), "vo": reader.viewer.vo}
+    dead_letters = await db.summaries(**where, limit=query.limit, after_id=query.after)
     total = sum((await db.count(**where)).values())
     return {
         "items": [dead_letter_summary(dead_letter) for dead_letter in dead_letters],
         "total": total,
-        "after": dead_letters[-1]["id"] if len(dead_letters) == limit else None,
+        "after": dead_letters[-1]["id"] if len(dead_letters) == query.limit else None,
     }
 
 
-@_get("/waiting-dead-letters", models.WaitingDeadLetterPage)
+@_get("/waiting-dead-letters", Page[operations.WaitingDeadLetter])
 async def get_waiting_dead_letters(reader: Reader, limit: Limit = 100, after: After = None) -> Any:
     """Dead letters in Redis that no worker has stored in the database yet, oldest first."""
     read = partial(operations.waiting_dead_letters, reader.system.redis, registry=reader.system.registry)
@@ -308,16 +282,16 @@ Choice = Annotated[models.DeadLetterChoice, Body()]
 
 
 @_post("/dead-letters/retry", models.Decision, 409)
-async def retry_dead_letters(writer: Writer, choice: Choice) -> Any:
+async def retry_dead_letters(operator: Writer, choice: Choice) -> Any:
     """Submit dead letters again, with their task ids; each once, even if repeated."""
-    return _decision(await writer.operator.retry(choice.ids, choice.where(OPEN), choice.limit))
+    return _decision(await operator.retry(choice.ids, choice.where(OPEN), choice.limit))
 
 
 @_post("/dead-letters/discard", models.Decision, 409)
-async def discard_dead_letters(writer: Writer, choice: Choice) -> Any:
+async def discard_dead_letters(operator: Writer, choice: Choice) -> Any:
     """Mark dead letters as discarded. Their rows stay."""
     where = choice.where(DeadLetterStatus.PENDING)
-    return _decision(await writer.operator.discard(choice.ids, where, choice.limit))
+    return _decision(await operator.discard(choice.ids, where, choice.limit))
 
 
 def _decision(decided: Decided) -> dict[str, Any]:
@@ -333,24 +307,24 @@ def _decision(decided: Decided) -> dict[str, Any]:
 
 @_post("/cancel", dict[str, str])
 async def cancel_tasks(
-    writer: Writer,
+    operator: Writer,
     task_ids: Annotated[
         list[models.TaskId], Body(embed=True, min_length=1, max_length=1000, description="Task ids.")
     ],
 ) -> Any:
     """Cancel tasks in any state. Returns the state of each; `unknown`: it has ended or does not exist."""
-    return await writer.operator.cancel_tasks(task_ids)
+    return await operator.cancel_tasks(task_ids)
 
 
 @_post("/queues/{queue}/purge", models.Purged, 404)
-async def purge_queue(writer: Writer, queue: QueueName) -> Any:
+async def purge_queue(operator: Writer, queue: QueueName) -> Any:
     """Cancel all tasks that wait in a queue, not those that run."""
-    return {"cancelled": await writer.operator.purge(queue)}
+    return {"cancelled": await operator.purge(queue)}
 
 
 @_post("/locks/release", operations.Released, 404)
 async def release_lock(
-    writer: Writer,
+    operator: Writer,
     key: Annotated[models.LockKey, Body(description="The Redis key of the lock.")],
     owners: Annotated[
         list[models.Owner] | None,
@@ -361,7 +335,7 @@ async def release_lock(
     ] = None,
 ) -> Any:
     """Take a lock from its holders. A task that loses its lock is cancelled and counts as failed."""
-    return await writer.operator.release_lock(key, owners)
+    return await operator.release_lock(key, owners)
 
 
 ScheduleIds = Annotated[
@@ -371,20 +345,21 @@ ScheduleIds = Annotated[
 
 
 @_post("/schedules/pause", models.Changed, 409)
-async def pause_schedules(writer: Writer, ids: ScheduleIds) -> Any:
+async def pause_schedules(operator: Writer, ids: ScheduleIds) -> Any:
     """Pause schedules: no occurrences are submitted until they are resumed."""
-    return {"changed": await writer.operator.pause(ids)}
+    return {"changed": await operator.pause(ids)}
 
 
 @_post("/schedules/resume", models.Changed, 409)
-async def resume_schedules(writer: Writer, ids: ScheduleIds) -> Any:
+async def resume_schedules(operator: Writer, ids: ScheduleIds) -> Any:
     """Resume paused schedules."""
-    return {"changed": await writer.operator.resume(ids)}
+    return {"changed": await operator.resume(ids)}
 
 
 @_post("/schedules/run-now", models.Submitted, 409)
 async def run_schedule_now(
-    writer: Writer, schedule_id: Annotated[models.ScheduleId, Body(embed=True, description="Id of the schedule.")]
+    operator: Writer,
+    schedule_id: Annotated[models.ScheduleId, Body(embed=True, description="Id of the schedule.")],
 ) -> Any:
     """Submit the task of a schedule now. Does not change the next run."""
-    return {"task_id": await writer.operator.run_schedule(schedule_id)}
+    return {"task_id": await operator.run_schedule(schedule_id)}

@@ -39,13 +39,6 @@ class _Reader:
     """Visibility of tasks for the user."""
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """Context of a route that changes something."""
-
-    operator: Operator
-
-
 async def _reader(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
     await check(action=ActionType.READ, config=config)
     try:
@@ -62,16 +55,16 @@ async def _all_vos_reader(check: CheckTasksPolicyCallable, config: ConfigReader)
     return _Reader(await context_from_environment(), Viewer(None))
 
 
-async def _writer(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Writer:
+async def _operator(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> Operator:
     await check(action=ActionType.WRITE, config=config)
-    return _Writer(Operator(await context_from_environment(), name_of(user), "api"))
+    return Operator(await context_from_environment(), name_of(user), "api")
 
 
 Reader = Annotated[_Reader, Depends(_reader)]
 """For data of VOs, of which the route shows what `viewer` sees, and for numbers of the installation."""
 AllVOsReader = Annotated[_Reader, Depends(_all_vos_reader)]
 """For data of no VO, whose existence other users must not learn either."""
-Writer = Annotated[_Writer, Depends(_writer)]
+Writer = Annotated[Operator, Depends(_operator)]
 
 
 def json_endpoint(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[JSONResponse]]:

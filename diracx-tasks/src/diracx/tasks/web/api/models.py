@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-from ...operations import DelayedTask, Failure, Lock, QueuedTask, RunningTask, WaitingDeadLetter
 from ...operations.health import Alert, Severity
-from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus
-from ...plumbing.persistence.db import DeadLetterFilter
+from ...plumbing.persistence import DeadLetterReason, DeadLetterStatus, db
 from ..operator import NotPossibleError
 
+#: Maximum number of items of a page.
+MOST = 1_000
 # Values of requests go into databases, keys, logs and terminals: bounded, without control characters.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 TaskId = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_PRINTABLE)]
@@ -31,38 +31,6 @@ def _usable(moment: datetime) -> datetime:
 
 
 Moment = Annotated[datetime, AfterValidator(_usable)]
-
-_Item = TypeVar("_Item")
-_AFTER = Field(default=None, description="Cursor of the next page; null: this is the last one.")
-
-
-class _Page(BaseModel, Generic[_Item]):
-    items: list[_Item]
-    after: str | None = _AFTER
-
-
-class QueuedTaskPage(_Page[QueuedTask]):
-    """A page of queued tasks."""
-
-
-class WaitingDeadLetterPage(_Page[WaitingDeadLetter]):
-    """A page of dead letters in Redis."""
-
-
-class RunningTaskPage(_Page[RunningTask]):
-    """A page of running tasks."""
-
-
-class DelayedTaskPage(_Page[DelayedTask]):
-    """A page of delayed tasks."""
-
-
-class FailurePage(_Page[Failure]):
-    """A page of failed attempts."""
-
-
-class LockPage(_Page[Lock]):
-    """A page of locks."""
 
 
 class ConfigurationInForce(BaseModel):
@@ -150,7 +118,7 @@ class DeadLetterPage(BaseModel):
 
     items: list[DeadLetterSummary]
     total: int
-    after: int | None = _AFTER
+    after: int | None = Field(default=None, description="Cursor of the next page; null: this is the last one.")
 
 
 class DeadLetterWithAttempts(_DeadLetter):
@@ -162,23 +130,16 @@ class DeadLetterWithAttempts(_DeadLetter):
     arguments: dict[str, Any] | None = Field(description="Secrets masked; null if the message cannot be decoded.")
 
 
-class DeadLetterChoice(BaseModel):
-    """Selection of dead letters by numbers or by a filter."""
+class DeadLetterFilter(BaseModel):
+    """Filter of dead letters."""
 
-    ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
-        default=None, min_length=1, max_length=1000, description="Numbers of dead letters."
-    )
-    all: bool = Field(default=False, description="All that match the filter, instead of `ids`.")
-    task_name: TaskName | None = None
-    reason: DeadLetterReason | None = None
-    since: Moment | None = None
-    before: Moment | None = None
-    limit: int = Field(default=1000, ge=1, le=10_000, description="Maximum number selected by the filter.")
+    task_name: TaskName | None = Field(default=None, description="category:ClassName, or ClassName alone.")
+    reason: DeadLetterReason | None = Field(default=None, description="Only with this reason.")
+    since: Moment | None = Field(default=None, description="Only stored since this time.")
+    before: Moment | None = Field(default=None, description="Only stored before this time.")
 
-    def where(self, status: Any) -> DeadLetterFilter:
+    def where(self, status: Any) -> db.DeadLetterFilter:
         """Convert it to a filter of the database."""
-        if (self.ids is None) != self.all:
-            raise NotPossibleError("give either `ids`, or `all` with filters")
         return {
             "task_name": self.task_name,
             "reason": self.reason,
@@ -186,6 +147,30 @@ class DeadLetterChoice(BaseModel):
             "since": self.since,
             "before": self.before,
         }
+
+
+class DeadLetterQuery(DeadLetterFilter):
+    """Query of a page of dead letters."""
+
+    status: DeadLetterStatus | None = Field(default=None, description="Default: open dead letters.")
+    limit: int = Field(default=100, ge=1, le=MOST, description="Maximum number of items.")
+    after: int = Field(default=0, ge=0, le=2**31 - 1, description="`after` of the previous page.")
+
+
+class DeadLetterChoice(DeadLetterFilter):
+    """Selection of dead letters by numbers or by a filter."""
+
+    ids: list[Annotated[int, Field(ge=1, le=2**31 - 1)]] | None = Field(
+        default=None, min_length=1, max_length=1000, description="Numbers of dead letters."
+    )
+    all: bool = Field(default=False, description="All that match the filter, instead of `ids`.")
+    limit: int = Field(default=1000, ge=1, le=10_000, description="Maximum number selected by the filter.")
+
+    def where(self, status: Any) -> db.DeadLetterFilter:
+        """Convert it to a filter of the database."""
+        if (self.ids is None) != self.all:
+            raise NotPossibleError("give either `ids`, or `all` with filters")
+        return super().where(status)
 
 
 class Refusal(BaseModel):

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from starlette.requests import Request
 
-from ...operations import MASK, masked_arguments
 from ...operations.visibility import Viewer
-from ...plumbing.broker.models import TaskMessage
 from ..context import AppContext
 from ..forms import Form, integer
 from ..operator import NotPossibleError, Operator
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 __all__ = [
-    "MASK",
     "Action",
     "AppContext",
     "Extension",
@@ -32,10 +29,8 @@ __all__ = [
     "Page",
     "Question",
     "Request",
-    "TaskMessage",
     "UnavailableError",
     "integer",
-    "masked_arguments",
     "viewer_of",
 ]
 
