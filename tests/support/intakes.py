@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NORMAL", "REALTIME", "SaysOnce", "in_hand", "intake_of", "name_of", "submission", "waits"]
+__all__ = ["NORMAL", "REALTIME", "SaysOnce", "in_hand", "intake_of", "name_of", "submission"]
 
 import asyncio
 from typing import Any
@@ -35,12 +35,6 @@ def intake_of(
 
 def submission(task_id: str, stream: str = NORMAL) -> Submission:
     return Submission(TaskMessage(task_id=task_id, task_name="test:Task"), stream)
-
-
-async def waits(redis: Redis) -> None:
-    """Until a worker waits for news."""
-    while not any(client["cmd"] == "xreadgroup" for client in await redis.client_list()):
-        await asyncio.sleep(0.002)
 
 
 async def in_hand(redis: Redis) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["eventually", "until"]
+__all__ = ["clients_wait", "eventually", "until"]
 
 import asyncio
 import time
@@ -10,16 +10,23 @@ from collections.abc import Callable
 from inspect import isawaitable
 from typing import Any
 
+from redis.asyncio import Redis
+
 SECONDS = 100.0
 """Time after which a waiting test fails, before pytest ends it."""
 
 
 async def until(
-    condition: Callable[[], Any], what: str = "it", seconds: float = SECONDS, pause: float = 0.005
+    condition: Callable[[], Any],
+    what: str = "it",
+    seconds: float = SECONDS,
+    pause: float = 0.005,
+    when: Callable[[Any], bool] = bool,
 ) -> Any:
     """Wait until a condition holds, asynchronous or not; returns what the condition returned.
 
     Args:
+        when: tells whether it holds from what it returned, awaited.
         pause: seconds between two looks, at least: more for a condition that starts a program.
     """
     began = time.monotonic()
@@ -27,11 +34,20 @@ async def until(
         found = condition()
         if isawaitable(found):
             found = await found
-        if found:
+        if when(found):
             return found
         waited = time.monotonic() - began
         assert waited < seconds, f"not within {seconds:g} s: {what}"
         await asyncio.sleep(max(pause, min(waited / 20, 0.2)))  # many conditions ask a server
+
+
+async def clients_wait(redis: Redis, number: int = 1, command: str = "xreadgroup") -> None:
+    """Wait until the last command of so many clients is this one: workers wait for messages by XREADGROUP."""
+
+    def enough(clients: list[dict[str, str]]) -> bool:
+        return sum(client["cmd"] == command for client in clients) >= number
+
+    await until(redis.client_list, f"{number} clients in {command}", when=enough)
 
 
 def eventually(condition: Callable[[], object], what: str = "it", seconds: float = SECONDS) -> None:

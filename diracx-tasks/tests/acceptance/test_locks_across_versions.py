@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from support.waiting import until
 
 from benchmarks.peers.environments import is_ready, prepare
 
@@ -151,9 +152,7 @@ async def test_renewed_locks_are_kept_and_locks_of_dead_workers_expire(
         assert not await other("acquire", "b", kind, **options)
         await asyncio.sleep(0.1)
     one.kill()
-    async with asyncio.timeout(10):
-        while not await other("acquire", "b"):
-            await asyncio.sleep(0.02)
+    await until(lambda: other("acquire", "b"), seconds=10)
     assert loop.time() > kept + 1
     await other("release", "b")
 
@@ -168,9 +167,8 @@ async def test_a_slot_of_a_limiter_lasts_though_that_of_the_other_version_ends_s
     assert await holders[longer]("acquire", "a", kind, ttl_ms=60_000, **_TWO)
     await holders[shorter]("release", "b")
     assert await holders[shorter]("acquire", "b")
-    async with asyncio.timeout(10):
-        while not await holders[shorter]("acquire", "c", kind, **_TWO):  # the slot of "b" has ended
-            await asyncio.sleep(0.02)
+    # The slot of "b" has ended.
+    await until(lambda: holders[shorter]("acquire", "c", kind, **_TWO), seconds=10)
     assert not await holders[shorter]("acquire", "d", kind, **_TWO)
     await redis.delete("limiter:conc:job:one")
 

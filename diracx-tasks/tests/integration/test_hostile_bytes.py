@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -29,6 +28,7 @@ from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
 from support.dashboard_world import WRITER
+from support.waiting import until
 
 STREAMS = ["diracx:tasks:normal:medium", "diracx:tasks:realtime:medium", "diracx:tasks:normal:medium:handover"]
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
@@ -275,9 +275,7 @@ async def test_any_bytes_are_settled_and_end_no_process(redis_url: str, redis: R
             honest = await schedule_many([Echo(number) for number in range(5)])
             for task_id in honest:
                 assert not (await system.result(task_id)).is_err
-            async with asyncio.timeout(60):
-                while not await _ended(redis):
-                    await system.unless_dead(asyncio.sleep(0.05))
+            await system.unless_dead(until(lambda: _ended(redis)))
             await read()
             assert (await system.result(await Locked("after").schedule())).return_value is None
         assert not [key async for key in redis.scan_iter("lock:*")]
@@ -362,9 +360,7 @@ async def test_an_invalid_delayed_entry_of_the_same_id_does_not_prevent_a_wait(
         await redis.hset(keys.DELAYED_DATA, "mine", stored)
         message = TaskMessage(task_id="mine", task_name="test:Locked", task_args=["free soon"])
         await redis.xadd(STREAMS[0], {"data": message.dumpb()})
-        async with asyncio.timeout(30):
-            while await redis.zcard(keys.DELAYED) == 0:
-                await system.unless_dead(asyncio.sleep(0.02))
+        await system.unless_dead(until(lambda: redis.zcard(keys.DELAYED), when=lambda found: found != 0))
         await lock.release(redis)
         assert not (await system.result("mine")).is_err
         await redis.delete(keys.DELAYED_DATA)

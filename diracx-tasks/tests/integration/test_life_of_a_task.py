@@ -24,6 +24,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN, Background, Broken, Echo
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -88,8 +89,7 @@ async def test_P4_a_worker_reserves_no_more_than_it_can_run(redis_url: str, redi
 
     async with TaskSystem([Waits], redis_url=redis_url, workers=1, concurrency=3) as system:
         await schedule_many([Waits() for _ in range(10)])
-        while len(SEEN) < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(SEEN) >= 3)
         [group] = await redis.xinfo_groups("diracx:tasks:normal:medium")
         assert group["pending"] == 3
         gate.set()

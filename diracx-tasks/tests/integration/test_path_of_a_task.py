@@ -20,6 +20,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from sqlalchemy import MetaData, text
+from support.waiting import until
 
 PLUMBING = str(Path(diracx.tasks.plumbing.__file__).parent)
 STREAM = "diracx:tasks:normal:medium"
@@ -60,8 +61,7 @@ class FilesPassed:
 
 
 async def settled(redis: Redis) -> None:
-    while await redis.xlen(STREAM):
-        await asyncio.sleep(0.002)
+    await until(lambda: redis.xlen(STREAM), when=lambda found: not found)
     await asyncio.sleep(0.05)  # until the reply is read, and what was noted of the task is forgotten
 
 

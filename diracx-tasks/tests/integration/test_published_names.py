@@ -25,6 +25,7 @@ from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
 
@@ -55,12 +56,6 @@ def diracx_config() -> Config:
     return Config.model_validate({"DIRAC": {}, "Operations": {}, "Registry": {"lhcb": {**vo, "Users": {}}}})
 
 
-async def until(*texts: str) -> None:
-    async with asyncio.timeout(20):
-        while not set(texts) <= set(SEEN):  # tasks note it in a list
-            await asyncio.sleep(0.01)
-
-
 async def test_program_in_the_published_form_runs_its_tasks(redis_url: str) -> None:
     SEEN.clear()
     broker = RedisStreamBroker(url=redis_url)
@@ -86,7 +81,7 @@ async def test_program_in_the_published_form_runs_its_tasks(redis_url: str) -> N
         running.create_task(scheduler.run_forever(stop))
         await Note("outer").schedule()
         await bindings[Note].submit("by its binding")
-        await until("outer", "inner", "by its binding", "lhcb")
+        await until(lambda: {"outer", "inner", "by its binding", "lhcb"} <= set(SEEN))
         stop.set()
     await scheduler.shutdown()
     await broker.shutdown()

@@ -40,8 +40,7 @@ class Reads(BaseTask):
 
     async def execute(self) -> None:
         BEGUN.append("reads")
-        while not MAY_END:
-            await asyncio.sleep(0.01)
+        await until(lambda: MAY_END)
 
 
 @dataclass
@@ -93,8 +92,7 @@ class Works(BaseTask):
     async def execute(self) -> str:
         BEGUN.append("works")
         try:
-            while not MAY_END:
-                await asyncio.sleep(0.01)
+            await until(lambda: MAY_END)
         except asyncio.CancelledError:
             BEGUN.append("cancelled")
             raise

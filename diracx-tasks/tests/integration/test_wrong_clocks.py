@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
@@ -138,9 +137,7 @@ async def planned_as_it_should_be(redis: Redis) -> bool:
 
 
 async def until_planned(redis: Redis) -> None:
-    async with asyncio.timeout(30):
-        while not await planned_as_it_should_be(redis):
-            await asyncio.sleep(0.05)
+    await until(lambda: planned_as_it_should_be(redis), seconds=30)
 
 
 @pytest.mark.parametrize("ahead_ms", [DAY_MS, 3 * DAY_MS, 400 * DAY_MS])

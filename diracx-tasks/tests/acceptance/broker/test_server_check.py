@@ -22,7 +22,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.sentinel import Sentinel
 from support.command_line import Cli
-from support.waiting import eventually
+from support.waiting import eventually, until
 
 AOF = ("--appendonly", "yes")
 PERSISTENCE = "keeps no append-only file: its restart loses accepted tasks; set `appendonly yes`"
@@ -154,9 +154,7 @@ async def test_a_replaced_server_is_checked_again(directory: Path, caplog: pytes
         options = ("--availability-zone", "", "--appendonly", "no")
         process = ValkeyProcess(directory.parent, port=process.port, options=options)
         process.start()
-        async with asyncio.timeout(30):
-            while PERSISTENCE not in caplog.text:
-                await asyncio.sleep(0.01)
+        await until(lambda: PERSISTENCE in caplog.text)
         await asyncio.sleep(0.5)  # ten more looks
         assert caplog.text.count(PERSISTENCE) == 1
         following.cancel()

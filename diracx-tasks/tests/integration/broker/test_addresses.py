@@ -11,6 +11,7 @@ from diracx.tasks.plumbing import BaseTask, IntervalSeconds, PeriodicBaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.testing import TaskSystem, embedded_redis
 from redis import Redis
+from support.waiting import until
 
 
 class Echo(BaseTask):
@@ -60,9 +61,7 @@ async def test_worker_and_scheduler_work_through_every_form_of_address(
         ids = await asyncio.gather(*(Echo().schedule() for _ in range(8)))
         results = await asyncio.gather(*(system.result(task_id) for task_id in ids))
         assert {result.return_value for result in results} == {42}
-        async with asyncio.timeout(30):
-            while len(TICKS) < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(TICKS) >= 3)
 
 
 @pytest.mark.parametrize("connections", [2, 6])

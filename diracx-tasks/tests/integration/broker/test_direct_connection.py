@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from support.waiting import clients_wait
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -34,8 +35,7 @@ async def test_a_refusal_is_one_of_the_replies(direct: DirectConnection) -> None
 
 async def test_a_caller_after_a_cancelled_one_gets_its_own_reply(direct: DirectConnection, redis: Redis) -> None:
     asking = asyncio.create_task(direct.execute(("BLPOP", "nothing", 60)))
-    while not any(client["cmd"] == "blpop" for client in await redis.client_list()):
-        await asyncio.sleep(0.002)
+    await clients_wait(redis, command="blpop")
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking

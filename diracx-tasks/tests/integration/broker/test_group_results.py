@@ -23,6 +23,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.grouped_tasks import Callback, Child, Fails, Sum
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 # --- results of the children -----------------------------------------------------------------------------
 
@@ -47,8 +48,7 @@ async def test_the_callback_gets_the_results_in_the_order_of_the_children_at_eac
 ) -> None:
     async with TaskSystem([Squares, Collects], redis_url=redis_url, workers=2, scheduler=True) as system:
         await spawn_with_callback([Squares(number) for number in range(25)], Collects())
-        while len(SEEN) < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(SEEN) >= 3)
         await system.drain()
     assert [[number**2 for number in range(25)]] * 3 == SEEN
     assert await redis.keys("diracx:groups*") == [], "they are kept no longer than the callback"
@@ -84,8 +84,7 @@ async def test_a_cancelled_callback_releases_the_results_of_its_children(redis_u
     assert await busy.acquire(redis)
     async with TaskSystem([Child, Waits], redis_url=redis_url) as system:
         await spawn_with_callback([Child(1)], Waits())
-        while not (waiting := await redis.hkeys(keys.DELAYED_DATA)):
-            await asyncio.sleep(0.005)
+        waiting = await until(lambda: redis.hkeys(keys.DELAYED_DATA))
         assert await redis.keys("diracx:groups:*"), "the results"
         [callback] = [task.decode() for task in waiting]
         assert await cancel_tasks([callback]) == {callback: TaskPlace.WAITING}
@@ -103,8 +102,7 @@ async def test_results_are_stored_only_for_callbacks_that_request_them(redis_url
 
     async with TaskSystem([Child, Waits, Callback], redis_url=redis_url) as system:
         group = await spawn_with_callback([Child(1), Waits()], Callback())
-        while not SEEN:
-            await asyncio.sleep(0.005)
+        await until(lambda: SEEN)
         assert sorted(await redis.keys("diracx:groups:*")) == [
             f"diracx:groups:{group}".encode(),
             f"diracx:groups:{group}:pending".encode(),

@@ -24,6 +24,7 @@ from support.crashing_tasks import TASKS as CRASHING_TASKS
 from support.grouped_tasks import GROUP_TASKS, Callback, Child, Fails, Locked, Sum, brokers, ended
 from support.paths import SUPPORT
 from support.standard_tasks import SEEN
+from support.waiting import until
 from support.warm_commands import WarmCommands
 
 
@@ -146,8 +147,7 @@ async def test_P33_on_failure_comes_once_when_all_have_ended(redis_url: str, red
         children = [Fails(), *(Locked(number) for number in range(10)), Fails()]
         await spawn_with_callback(children, Callback(), on_failure=Callback("failure"))
         await system.drain()
-        while "failure" not in SEEN:  # retries are of the future, which drain() does not wait for
-            await asyncio.sleep(0.005)
+        await until(lambda: "failure" in SEEN)  # retries are of the future, which drain() does not wait for
         await system.drain()
     assert SEEN[-1] == "failure"
     assert SEEN.count("failure") == 1

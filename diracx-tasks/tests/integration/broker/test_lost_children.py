@@ -18,6 +18,7 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from support.waiting import until
 
 QUEUE = "diracx:tasks:normal:medium"
 ENDED: list[str] = []
@@ -87,10 +88,9 @@ async def test_a_child_that_waits_runs_or_has_ended_is_not_counted_as_lost(redis
         children = [Child(what) for what in ("retrying", "parked", "running", "done")]
         await spawn_with_callback(children, Succeeded())
         [group] = await redis.zrange(keys.GROUPS, 0, -1)
-        while await redis.scard(f"{keys.GROUPS_PREFIX}{group.decode()}:pending") > 3:
-            await asyncio.sleep(0.01)
-        while await redis.hlen(keys.DELAYED_DATA) < 2:
-            await asyncio.sleep(0.01)
+        pending = f"{keys.GROUPS_PREFIX}{group.decode()}:pending"
+        await until(lambda: redis.scard(pending), when=lambda found: found <= 3)
+        await until(lambda: redis.hlen(keys.DELAYED_DATA), when=lambda found: found >= 2)
         assert await fail_lost_children(redis) == 0
         await held.release(redis)
         await redis.flushall()
@@ -165,8 +165,7 @@ async def test_a_message_of_a_later_version_is_redelivered_and_no_dead_letter(
     )
     async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False) as system:
         await redis.xadd(QUEUE, {"data": newer})
-        while not await redis.hexists(keys.DELAYED_DATA, "new"):
-            await asyncio.sleep(0.01)
+        await until(lambda: redis.hexists(keys.DELAYED_DATA, "new"))
         assert (await redis.hget(keys.DELAYED_DATA, "new")).endswith(newer)
         assert system.task_db is not None
         async with system.task_db as db:
@@ -178,8 +177,7 @@ async def test_messages_of_a_later_version_are_redelivered_at_varying_times(redi
     async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False):
         for number in range(20):
             await redis.xadd(QUEUE, {"data": msgpack.packb({"task_id": f"new {number}", "format": 2})})
-        while await redis.zcard(keys.DELAYED) < 20:
-            await asyncio.sleep(0.01)
+        await until(lambda: redis.zcard(keys.DELAYED), when=lambda found: found >= 20)
         due_ms = [due for _, due in await redis.zrange(keys.DELAYED, 0, -1, withscores=True)]
         assert max(due_ms) - min(due_ms) > 2000
         await redis.delete(keys.DELAYED, keys.DELAYED_DATA)
@@ -226,8 +224,7 @@ async def test_fields_of_a_later_version_are_kept_when_a_task_is_restarted(
     fields = {"task_id": "t", "task_name": "test:Child", "task_args": [what], "deadline": 5}
     await redis.xadd(QUEUE, {"data": msgpack.packb(fields)})
     async with TaskSystem(TASKS, redis_url=redis_url, scheduler=False, settings={"grace_seconds": 0.1}):
-        while not (ENDED or await redis.hexists(keys.DELAYED_DATA, "t")):
-            await asyncio.sleep(0.01)
+        await until(lambda: redis.hexists(keys.DELAYED_DATA, "t"), when=lambda stored: bool(ENDED or stored))
     if what == "retrying":
         stored = (await redis.hget(keys.DELAYED_DATA, "t")).split(b"\n", 1)[1]
     else:

@@ -21,6 +21,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from support.resetting_proxy import ResettingProxy
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -112,8 +113,7 @@ async def test_reset_connections_stop_neither_workers_nor_running_tasks(
     proxy, url = proxy_and_url
     async with TaskSystem([Waits], redis_url=url, settings={"lease_seconds": 30.0}) as system:
         ids = [await Waits(name).schedule() for name in "abc"]
-        while len(BEGUN) < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(BEGUN) >= 3)
         for _ in range(20):  # while they run: leases are renewed, announcements followed
             proxy.reset()
             await asyncio.sleep(0.05)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import time
 from collections import Counter
@@ -40,8 +39,7 @@ class Waits(BaseTask):
 
     async def execute(self) -> str:
         BEGUN[self.name] += 1
-        while not FAILED_OVER:
-            await asyncio.sleep(0.01)
+        await until(lambda: FAILED_OVER)
         return self.name
 
 

@@ -46,6 +46,7 @@ from support.paths import ROOT
 from support.sites import redis_versions
 from support.sites.debian_root import ForbiddenError, ObstacleError
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 ACL_FILES = ROOT / "deploy" / "redis" / "acl"
 QUEUE = "diracx:tasks:normal:medium"
@@ -245,9 +246,7 @@ async def test_tasks_are_cancelled_while_they_wait_and_while_they_run(url: str) 
     async with TaskSystem([Echo, Slow], redis_url=url) as system:
         delayed = await Echo("never").schedule(at_time=datetime.now(UTC) + timedelta(hours=1))
         running = await Slow().schedule()
-        async with asyncio.timeout(30):
-            while SEEN != ["begun"]:
-                await asyncio.sleep(0.01)
+        await until(lambda: SEEN == ["begun"])
         for task_id in (delayed, running):
             await system.cancel(task_id)
             assert (await system.result(task_id)).is_err
@@ -262,9 +261,7 @@ async def test_a_group_fires_its_callback_once_with_all_results(url: str) -> Non
 
 async def test_a_schedule_runs_repeatedly(url: str) -> None:
     async with TaskSystem([Tick], redis_url=url) as system:
-        async with asyncio.timeout(30):
-            while SEEN.count("tick") < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: SEEN.count("tick") >= 3)
         assert await snapshot(system.broker.redis)
 
 
@@ -309,9 +306,10 @@ async def test_a_server_that_refuses_undeclared_keys_is_refused_at_the_start(
             assert "is in cluster mode" in str(obstacle(await read_server(redis, settings=False)))
             if slots == "all":
                 await redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-                async with asyncio.timeout(30):
-                    while "cluster_state:ok" not in str(await redis.execute_command("CLUSTER", "INFO")):
-                        await asyncio.sleep(0.01)
+                await until(
+                    lambda: redis.execute_command("CLUSTER", "INFO"),
+                    when=lambda found: "cluster_state:ok" in str(found),
+                )
             hidden = replace(await read_server(redis, Role.WORKER, settings=False), hello={})
             assert "refuses scripts that touch keys which they do not declare" in str(obstacle(hidden))
             broker = RedisStreamBroker(process.url, consumer_name="one")

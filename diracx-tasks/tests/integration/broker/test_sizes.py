@@ -26,6 +26,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 MIB = 1024 * 1024
@@ -135,8 +136,7 @@ async def test_an_interrupted_task_is_restarted_although_a_long_list_of_attempts
 
     async with TaskSystem([LosesItsLockOnce], redis_url=redis_url, workers=1) as system:
         task_id = await LosesItsLockOnce(b"x" * (MIB - 1_500)).schedule()
-        while not SEEN:
-            await system.unless_dead(asyncio.sleep(0.01))
+        await system.unless_dead(until(lambda: SEEN))
         await redis.delete("lock:mutex:job:lost")
         assert (await system.result(task_id)).return_value == "done"
 
@@ -149,9 +149,7 @@ async def test_a_message_for_a_later_version_that_the_server_does_not_defer_ends
     fields = {"task_id": "newer", "task_name": "test:Takes", "format": 2, "task_args": [b"x" * (MIB - 100)]}
     async with TaskSystem([Takes], redis_url=redis_url, workers=1) as system:
         await redis.xadd("diracx:tasks:normal:medium", {"data": msgpack.packb(fields)})
-        async with asyncio.timeout(30):
-            while "is not settled" not in caplog.text:
-                await system.unless_dead(asyncio.sleep(0.02))
+        await system.unless_dead(until(lambda: "is not settled" in caplog.text))
         await system.result(await Takes(b"x").schedule())
     await redis.delete("diracx:tasks:normal:medium", keys.ALIVE, keys.LEASES)
 

@@ -16,6 +16,7 @@ from diracx.tasks.plumbing.exceptions import DuplicateTaskIdError
 from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
+from support.waiting import until
 
 STREAM = stream_name_for("normal", "medium")
 LATER = datetime.now(UTC) + timedelta(hours=1)
@@ -108,15 +109,12 @@ async def test_tasks_that_were_given_one_id_all_run_though_they_wait_at_once(
     async with TaskSystem([task_class], redis_url=redis_url, workers=1) as system:
         for text in ("a", "b", "c"):
             await submit_task(system.broker, f"test:{task_class.__name__}", [text], task_id="one")
-        async with asyncio.timeout(40):
-            while len(await waiting(system.broker)) < (3 if task_class is Flaky else 2):
-                await asyncio.sleep(0.02)
+        wanted_waiting = 3 if task_class is Flaky else 2
+        await until(lambda: waiting(system.broker), when=lambda found: len(found) >= wanted_waiting)
         _go_on.set()
         wanted = ["a", "b", "c"]
         if task_class is Flaky:
             wanted += [f"{text} again" for text in wanted]
-        async with asyncio.timeout(40):
-            while len(_ran) < len(wanted):
-                await asyncio.sleep(0.02)
+        await until(lambda: len(_ran) >= len(wanted))
         await system.drain()
     assert sorted(_ran) == sorted(wanted)

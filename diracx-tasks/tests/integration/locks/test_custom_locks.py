@@ -22,6 +22,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 OPEN: set[str] = set()
 SOON = {"lock_retry_seconds": 0.05}
@@ -112,9 +113,7 @@ class Long(Locked):
 
 
 async def seen(what: str, times: int) -> None:
-    async with asyncio.timeout(20):
-        while SEEN.count(what) < times:  # the task notes it in a list
-            await asyncio.sleep(0.005)
+    await until(lambda: SEEN.count(what) >= times, seconds=20)  # the task notes it in a list
 
 
 async def test_lock_class_of_an_extension_excludes_between_workers(redis_url: str, redis: Redis) -> None:

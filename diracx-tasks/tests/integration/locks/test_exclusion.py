@@ -6,7 +6,6 @@ of this machine. Two holders may overlap by no more than it takes to cancel an e
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import time
@@ -160,12 +159,9 @@ async def test_a_short_lease_survives_an_outage_although_a_long_one_has_not_expi
 
     for network in workers.networks:
         network.hold()
-    while await left_seconds() > -0.5:
-        await asyncio.sleep(0.01)
+    await until(left_seconds, when=lambda found: found <= -0.5)
     workers.networks[long].release()
-    async with asyncio.timeout(20):
-        while await left_seconds() < 0:  # the first to be back looks for dead workers
-            await asyncio.sleep(0.01)
+    await until(left_seconds, when=lambda found: found >= 0)  # the first to be back looks for dead workers
     workers.networks[short].release()
     await until(lambda: spent_seconds(workers, pid) > 4.9, "the task ends where it began")
     assert list(workers.notes()) == [pid], "it has run once"
@@ -185,9 +181,7 @@ async def test_P9_a_lost_worker_is_detected_by_its_own_lease_and_not_by_that_of_
         workers.start(LONG_SECONDS)
         # It takes no task, nor hears of anything, before the other one has the task.
         workers.processes[0].send_signal(signal.SIGSTOP)
-        async with asyncio.timeout(20):
-            while (await redis.info("clients"))["blocked_clients"]:
-                await asyncio.sleep(0.01)
+        await until(lambda: redis.info("clients"), when=lambda found: not found["blocked_clients"])
     short = workers.processes[workers.start(SHORT_SECONDS)]
     await submit(redis_url, WorksUnderLock("mutex", 30.0))
     await until(workers.notes, "the task works")

@@ -33,6 +33,7 @@ from support.lines import (
     slot,
     writes,
 )
+from support.waiting import until
 
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:*", "limiter:*")
 
@@ -130,14 +131,11 @@ async def test_a_worker_acquires_a_granted_lock_for_a_task_that_needs_it_no_long
     async with TaskSystem([Needs], redis_url=redis_url, settings={"lock_retry_seconds": 600.0}) as system:
         for number in range(5):
             await Needs(number).schedule()
-        while await redis.zcard(keys.DELAYED) < 5:
-            await asyncio.sleep(0.005)
+        await until(lambda: redis.zcard(keys.DELAYED), when=lambda found: found >= 5)
         needed.clear()
         before = await redis.info("commandstats")
         await holder.release(redis)
-        async with asyncio.timeout(30):
-            while len(begun) < 5:
-                await asyncio.sleep(0.005)
+        await until(lambda: len(begun) >= 5, seconds=30)
         expired_grants = (await redis.info("commandstats"))["cmdstat_pttl"]["calls"] - before.get(
             "cmdstat_pttl", {"calls": 0}
         )["calls"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +29,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from support.lines import Quota, Slots, Worker, grant_key, line_of, mutex, quota, reads, slot, writes
+from support.waiting import until
 
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:*", "limiter:*")
 
@@ -154,9 +154,7 @@ async def test_the_quota_is_available_after_a_window_though_the_clock_was_set_ba
     assert await Brief(JOB, 1, n_items=2).acquire(redis)
     await set_back(redis, HOUR_MS)
     assert not await Brief(JOB, 1).acquire(redis), "it may have been granted just now"
-    async with asyncio.timeout(20):
-        while not await Brief(JOB, 1).acquire(redis):
-            await asyncio.sleep(0.01)
+    await until(lambda: Brief(JOB, 1).acquire(redis))
 
 
 # --- a full server ------------------------------------------------------------------------------------------
@@ -201,9 +199,7 @@ async def test_queued_tasks_end_on_a_full_server_and_new_ones_are_refused(redis_
     async with TaskSystem([Locked, SmallLocked], redis_url=redis_url, scheduler=False) as system:
         await schedule_many(made)
         await spawn_with_callback([Locked(f"child{n}", ["slot"]) for n in range(5)], Locked("callback", ["mutex"]))
-        async with asyncio.timeout(60):
-            while await redis.hlen(keys.DELAYED_DATA) < 40:  # these wait in lines
-                await asyncio.sleep(0.01)
+        await until(lambda: redis.hlen(keys.DELAYED_DATA), when=lambda found: found >= 40)  # these wait in lines
         await redis.config_set("maxmemory", "1")
         try:
             for holder in holders:
@@ -211,9 +207,7 @@ async def test_queued_tasks_end_on_a_full_server_and_new_ones_are_refused(redis_
             with pytest.raises(SendTaskError, match="maxmemory"):
                 await Locked("refused", []).schedule()
             await system.drain()
-            async with asyncio.timeout(60):
-                while "callback" not in RAN:
-                    await asyncio.sleep(0.01)
+            await until(lambda: "callback" in RAN)
             await system.drain()
         finally:
             await redis.config_set("maxmemory", "0")

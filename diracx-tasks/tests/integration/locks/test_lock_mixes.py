@@ -21,6 +21,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.mixed_lock_tasks import KINDS, REGISTRY, SLOTS, Mixed, SmallMixed, UrgentMixed
 from support.paths import SUPPORT
+from support.waiting import until
 from support.warm_commands import Running, WarmCommands
 
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
@@ -139,17 +140,23 @@ async def test_any_mixes_of_locks_on_processes_that_are_killed_exclude_each_othe
         for number in range(TASKS)
     ]
     tasks = {task.name: task for task in made}
+
+    async def ended(number: float) -> None:
+        await until(lambda: len({name for _, _, what, name in processes.notes() if what == "ends"}) >= number)
+
+    async def nothing_is_left() -> bool:
+        lengths = [await redis.xlen(stream) for stream in keys.EVERY_STREAM]
+        return not any(lengths) and not await redis.exists(keys.DELAYED)
+
     async with TaskSystem(
         list(REGISTRY.values()), redis_url=redis_url, workers=0, scheduler=False, task_db_url=None
     ):
         await schedule_many(made)
         async with asyncio.timeout(100):  # on a quiet machine: 10 s
             for kill in range(1, KILLS + 1):
-                while len({name for _, _, what, name in processes.notes() if what == "ends"}) < kill * TASKS / 8:
-                    await asyncio.sleep(0.01)
+                await ended(kill * TASKS / 8)
                 processes.kill(chance.randrange(len(SIZES)))
-            while len({name for _, _, what, name in processes.notes() if what == "ends"}) < TASKS:
-                await asyncio.sleep(0.05)
+            await ended(TASKS)
             # Nothing is killed any more. One key for all shows how many hold it at a time; those who want all of a
             # quota, whether newcomers that want little of it pass them.
             crowd = [Mixed(f"crowd{number}", [("slot", 9)]) for number in range(CROWD)]
@@ -157,19 +164,14 @@ async def test_any_mixes_of_locks_on_processes_that_are_killed_exclude_each_othe
             tasks |= {task.name: task for task in (*crowd, *line)}
             await schedule_many([*crowd, *line])
             key = line[0].execution_locks[0].spec()["key"]
-            while not await redis.exists(f"{keys.WAITING_PREFIX}medium:{key}"):
-                await asyncio.sleep(0.001)
+            await until(lambda: redis.exists(f"{keys.WAITING_PREFIX}medium:{key}"))
             newcomers = [Mixed(f"new{number}", [("rate", 9)]) for number in range(CROWD)]
             tasks |= {task.name: task for task in newcomers}
             for task in newcomers:
                 await task.schedule()
                 await asyncio.sleep(0.02)
-            while len({name for _, _, what, name in processes.notes() if what == "ends"}) < len(tasks):
-                await asyncio.sleep(0.05)
-            while any([await redis.xlen(stream) for stream in keys.EVERY_STREAM]) or await redis.exists(
-                keys.DELAYED
-            ):
-                await asyncio.sleep(0.05)
+            await ended(len(tasks))
+            await until(nothing_is_left)
             processes.stop()
     judge(processes.notes(), processes.killed, tasks)
     passed = overtaken(processes.notes(), [task.name for task in line], [task.name for task in newcomers])

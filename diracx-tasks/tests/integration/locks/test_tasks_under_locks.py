@@ -22,6 +22,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -113,8 +114,7 @@ async def test_P23_refused_lock_spends_no_quota(redis_url: str, redis: Redis) ->
     assert await held.acquire(redis)
     async with TaskSystem([Both], redis_url=redis_url) as system:
         await Both().schedule()
-        while not await redis.exists(keys.DELAYED):
-            await asyncio.sleep(0.005)
+        await until(lambda: redis.exists(keys.DELAYED))
         assert not await redis.exists("limiter:rate:job:quota")
         await held.release(redis)
         await system.drain()
@@ -138,8 +138,7 @@ async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, 
 
     async with TaskSystem([Holder], redis_url=redis_url) as system:
         task_id = await Holder().schedule()
-        while not SEEN:
-            await asyncio.sleep(0.005)
+        await until(lambda: SEEN)
         renewed, left = 0, 1500
         while renewed < 4:  # a third of its time to live passes before each
             before, left = left, await redis.pttl(kept.redis_key)
@@ -220,8 +219,7 @@ async def test_a_granted_lock_that_its_task_does_not_take_passes_to_the_next_tas
             SEEN.append(self.name)
 
     async def parked(number: int) -> None:
-        while await redis.zcard(keys.DELAYED) < number:
-            await asyncio.sleep(0.005)
+        await until(lambda: redis.zcard(keys.DELAYED), when=lambda found: found >= number)
 
     holders = {name: MutexLock(JOB, name) for name in ("a", "b")}
     slot = One(JOB, "slot")
@@ -239,8 +237,7 @@ async def test_a_granted_lock_that_its_task_does_not_take_passes_to_the_next_tas
         await parked(4)
         await slot.release(redis)  # wakes the first, which is refused by b
         await holders["a"].release(redis)  # wakes the third, which is refused by b
-        while not {"second", "fourth"} <= set(SEEN):
-            await asyncio.sleep(0.005)
+        await until(lambda: {"second", "fourth"} <= set(SEEN))
         assert set(SEEN) == {"second", "fourth"}
         await holders["b"].release(redis)
         await system.drain()

@@ -29,6 +29,7 @@ from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.worker.reporter import REJECTED
 from redis.asyncio import Redis
 from support.paths import ROOT
+from support.waiting import until
 
 pytestmark = pytest.mark.leaves_keys("diracx:*")
 WORKER = "wn1.example.org:7:aa"
@@ -207,9 +208,7 @@ async def replicated(redis: Redis) -> None:
     _, writer = await asyncio.open_connection(at["host"], at["port"])
     writer.write(b"SYNC\r\n")
     REPLICAS.append(writer)
-    async with asyncio.timeout(30):
-        while (await redis.info("replication"))["connected_slaves"] != 1:
-            await asyncio.sleep(0.01)
+    await until(lambda: redis.info("replication"), when=lambda found: found["connected_slaves"] == 1)
 
 
 async def demoted(redis: Redis) -> None:

@@ -13,6 +13,7 @@ from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.persistence.schema import DeadLetters
 from diracx.tasks.plumbing.sql.errors import DatabaseError, ErrorKind
 from sqlalchemy import select, text, update
+from support.waiting import until
 
 SERVERS = ["mariadb", "postgresql"]
 
@@ -104,8 +105,7 @@ async def test_a_transaction_that_waited_too_long_for_a_row_lock_is_retried(
     async def holder() -> None:
         await note(task_db, "one", "b")
         held.set()
-        while tries < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: tries >= 2)
 
     async def work() -> None:
         nonlocal tries

@@ -18,6 +18,7 @@ from support.config_repository import ConfigRepository
 from support.dashboard_world import READER, WRITER, World, small_world
 from support.diracx_application import HOME, make_application, set_environment, token_maker
 from support.hostile_requests import HOSTILE, hostile_addresses, hostile_bodies, quoted, unbounded_in
+from support.waiting import until
 
 
 @pytest.fixture
@@ -159,18 +160,14 @@ async def test_live_pages_per_user_are_limited_and_closing_one_frees_a_place(red
         streams: Callable[[], int] = lambda: world.app.streams.open["wilma"]  # noqa: E731
         open_ = [follow(writer), follow(writer)]
         async with asyncio.timeout(20):
-            while streams() < 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: streams() >= 2)
             assert (await writer.get("/live/queues")).status_code == 429
             other = follow(reader)
-            while world.app.streams.open["rita"] < 1:
-                await asyncio.sleep(0.01)
+            await until(lambda: world.app.streams.open["rita"] >= 1)
             open_[0].cancel()
-            while streams() == 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: streams() != 2)
             again = follow(writer)
-            while streams() < 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: streams() >= 2)
         world.app.end_streams()
         for task in (open_[1], other, again):
             assert (await task).status_code == 200

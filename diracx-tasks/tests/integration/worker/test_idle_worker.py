@@ -21,6 +21,7 @@ from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from support.waiting import clients_wait, until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -113,10 +114,6 @@ class Takes(Rings):
         await asyncio.sleep(0.05)
 
 
-async def waiting(redis: Redis) -> int:
-    return sum(client["cmd"] == "xreadgroup" for client in await redis.client_list())
-
-
 @pytest.mark.parametrize(("task", "most"), [(Rings, 8.5), (Takes, 12)])
 async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, task: type[Rings], most: float
@@ -132,8 +129,8 @@ async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it
                 Rings.rung = asyncio.Event()
                 await task().schedule()
                 await Rings.rung.wait()
-                while await redis.xlen("diracx:tasks:normal:medium") or await waiting(redis) < 8:
-                    await asyncio.sleep(0.005)
+                await until(lambda: redis.xlen("diracx:tasks:normal:medium"), when=lambda length: not length)
+                await clients_wait(redis, 8)
 
         await runs(9)  # the server knows all scripts from here on
         before = await new_calls(redis)
@@ -169,9 +166,8 @@ async def test_a_worker_has_three_connections_however_many_it_has_needed(
         await redis.xadd("diracx:tasks:normal:medium", {"data": message.dumpb()})
         await Held.begun.wait()
     await asyncio.gather(*(broker.redis.ping() for _ in range(20)))
-    async with asyncio.timeout(60):
-        while len(await redis.client_list()) - before != 3 or not await waiting(redis):
-            await asyncio.sleep(0.01)
+    await until(redis.client_list, when=lambda clients: len(clients) - before == 3)
+    await clients_wait(redis)
     Held.over.set()
     stop.set()
     await running

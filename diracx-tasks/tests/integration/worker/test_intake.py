@@ -20,8 +20,9 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
-from support.intakes import NORMAL, REALTIME, SaysOnce, in_hand, intake_of, name_of, submission, waits
+from support.intakes import NORMAL, REALTIME, SaysOnce, in_hand, intake_of, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
+from support.waiting import clients_wait, eventually
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -81,13 +82,13 @@ async def test_deliveries_of_dead_workers_are_recovered_regardless_of_renewals(
 async def test_an_idle_worker_receives_new_tasks_without_polling(broker: RedisStreamBroker, redis: Redis) -> None:
     intake = intake_of(broker)
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     before = await evaluations(redis)
     await broker.submit([submission("one")])
     [delivery] = await fetching
     assert await broker.settle([Settlement(delivery)]) == [ACCEPTED]
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     await broker.submit([submission("two")])
     assert len(await fetching) == 1
     # No step hands a message out; one settles the first.
@@ -96,7 +97,7 @@ async def test_an_idle_worker_receives_new_tasks_without_polling(broker: RedisSt
 
 async def test_an_idle_worker_receives_the_most_urgent_new_task(broker: RedisStreamBroker, redis: Redis) -> None:
     fetching = asyncio.create_task(intake_of(broker).next(1))
-    await waits(redis)
+    await clients_wait(redis)
     async with redis.pipeline(transaction=True) as pipe:
         for each in (submission("later"), submission("now", REALTIME)):
             pipe.xadd(each.stream, {"data": each.message.dumpb()})
@@ -113,7 +114,7 @@ async def test_tasks_beyond_the_slots_of_a_waiting_worker_stay_in_the_queue(
     for free in (1, 2, 3, 10):
         await redis.flushall()
         fetching = asyncio.create_task(intake_of(broker).next(free))
-        await waits(redis)
+        await clients_wait(redis)
         async with redis.pipeline(transaction=True) as pipe:
             for each in streams[::-1]:
                 pipe.xadd(each, {"data": submission(each).message.dumpb()})
@@ -131,8 +132,7 @@ async def test_waiting_workers_get_one_message_each_in_turn(redis_url: str, redi
     fetches = []
     for number, each in enumerate(brokers):
         fetches.append(asyncio.create_task(intake_of(each).next(10)))
-        while sum(client["cmd"] == "xreadgroup" for client in await redis.client_list()) <= number:
-            await asyncio.sleep(0.002)
+        await clients_wait(redis, number + 1)
     for waiting in fetches:
         # As the published package submits: it calls nobody.
         await redis.xadd(NORMAL, {"data": submission("one").message.dumpb()})
@@ -144,7 +144,7 @@ async def test_waiting_workers_get_one_message_each_in_turn(redis_url: str, redi
 
 async def test_a_waiting_worker_recognises_a_cancelled_task(broker: RedisStreamBroker, redis: Redis) -> None:
     fetching = asyncio.create_task(intake_of(broker).next(10))
-    await waits(redis)
+    await clients_wait(redis)
     await redis.zadd(keys.CANCELLED, {"one": (time.time() + 60) * 1000})
     async with redis.pipeline(transaction=True) as pipe:
         for each in (submission("one"), submission("other", REALTIME)):
@@ -161,7 +161,7 @@ async def test_streams_deleted_while_a_worker_waits_are_created_again(
 ) -> None:
     intake = intake_of(broker, idle=idle)
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     await redis.execute_command(*command.split())
     await broker.submit([submission("one")])
     deliveries = await fetching
@@ -175,7 +175,7 @@ async def test_many_short_tasks_that_come_together_are_fetched_together(
 ) -> None:
     intake = intake_of(broker)
     fetching = asyncio.create_task(intake.next(100))
-    await waits(redis)
+    await clients_wait(redis)
     await broker.submit([submission(str(number)) for number in range(200)])
     taken, calls = await fetching, 1
     while len(taken) < 200:
@@ -202,7 +202,7 @@ async def test_a_busy_worker_receives_new_tasks(
     at_once = 0
     for number in range(20):
         fetching = asyncio.create_task(intake.next(10))
-        await waits(redis)
+        await clients_wait(redis)
         before = await evaluations(redis)
         await broker.submit([submission(str(number))])
         deliveries = await fetching
@@ -228,12 +228,12 @@ async def test_tasks_received_while_a_task_blocks_the_event_loop_are_returned(
     message.task_kwargs = {"value": "x" * (3_000_000 if large else 3)}
     sync.zadd(keys.CANCELLED, {"another": 2**52})
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     occurrence = {"since": "17", "occurrence": "61"}
     sync.xadd(REALTIME, {"data": message.dumpb(), **occurrence})
     sync.xadd(NORMAL, {"data": submission("two").message.dumpb()})
-    while not (moved := sync.xrange(REALTIME + keys.RESUMED_SUFFIX)):  # the event loop is blocked all the time
-        time.sleep(0.01)
+    eventually(lambda: sync.xlen(REALTIME + keys.RESUMED_SUFFIX))  # the event loop is blocked all the time
+    moved = sync.xrange(REALTIME + keys.RESUMED_SUFFIX)
     assert sync.xlen(REALTIME) == 0
     assert {name.decode(): value.decode() for name, value in moved[0][1].items() if name != b"data"} == occurrence
     assert await fetching == []
@@ -244,7 +244,7 @@ async def test_tasks_received_while_a_task_blocks_the_event_loop_are_returned(
     assert await other.settle([Settlement(first), Settlement(second)]) == [ACCEPTED, ACCEPTED]
     await other.shutdown()
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     await broker.submit([submission("three")])
     assert [name_of(each) for each in await fetching] == ["three"], "it is given what comes as before"
     sync.delete(keys.CANCELLED)
@@ -262,10 +262,9 @@ async def test_tasks_that_cannot_be_returned_are_recovered_when_the_event_loop_c
     guard = UnreadGuard(asyncio.get_running_loop(), fails)
     intake = Intake(broker, WorkerSettings(), asyncio.Event(), LeasedDeliveries(), ("a task",), guard)
     fetching = asyncio.create_task(intake.next(10))
-    await waits(redis)
+    await clients_wait(redis)
     sync.xadd(NORMAL, {"data": submission("one").message.dumpb()})
-    while not tried:
-        time.sleep(0.01)
+    eventually(lambda: tried)
     [delivery] = await fetching
     assert (name_of(delivery), delivery.deliveries) == ("one", 1)
     await asyncio.to_thread(guard.close)
@@ -280,7 +279,7 @@ async def test_tasks_received_while_a_worker_stops_are_delivered_or_stay_in_the_
         stop = asyncio.Event()
         intake = intake_of(broker, stop, idle=idle)
         fetching = asyncio.create_task(intake.next(10))
-        await waits(redis)
+        await clients_wait(redis)
         submitting = asyncio.create_task(broker.submit([submission(str(number))]))
         for _ in range(number % 10):
             await asyncio.sleep(0)
@@ -298,7 +297,7 @@ async def test_an_ended_wait_and_one_that_arrives_later_get_no_task(
     assert (await broker.fetch(10))[0] == []
     for _ in range(20):
         fetching = asyncio.create_task(broker.reserve_next(10, timeout=60))
-        await waits(redis)
+        await clients_wait(redis)
         await broker.end_wait()
         await broker.submit([submission("one")])
         for late in (fetching, broker.reserve_next(10, timeout=60)):
@@ -314,7 +313,7 @@ async def test_flushed_scripts_are_loaded_again_while_a_worker_waits(
     broker: RedisStreamBroker, redis: Redis
 ) -> None:
     fetching = asyncio.create_task(intake_of(broker).next(10))
-    await waits(redis)
+    await clients_wait(redis)
     await redis.script_flush()
     await broker.submit([submission("one")])
     assert len(await fetching) == 1

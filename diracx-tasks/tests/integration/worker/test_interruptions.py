@@ -18,6 +18,7 @@ from diracx.tasks.testing import TaskSystem
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -37,11 +38,9 @@ async def test_P24_an_execution_that_loses_its_lock_is_cancelled_and_started_aga
 
     async with TaskSystem([Holder], redis_url=redis_url) as system:
         task_id = await Holder().schedule()
-        while not SEEN:
-            await asyncio.sleep(0.005)
+        await until(lambda: SEEN)
         await redis.set("lock:mutex:job:lost", "another", px=1_000)
-        while not await redis.exists(keys.DELAYED):
-            await asyncio.sleep(0.005)
+        await until(lambda: redis.exists(keys.DELAYED))
         assert SEEN == [1], "it waits for its turn, as anybody does"
         assert not (await system.result(task_id)).is_err
         assert SEEN == [1, 1]
@@ -87,8 +86,7 @@ async def test_a_task_that_must_not_begin_twice_fails_when_it_is_interrupted(red
 
     async with TaskSystem([Once], redis_url=redis_url) as system:
         task_id = await Once().schedule()
-        while not SEEN:
-            await asyncio.sleep(0.005)
+        await until(lambda: SEEN)
         await redis.set("lock:mutex:job:once", "another", px=100)
         result = await system.result(task_id)
         assert result.error is not None

@@ -23,6 +23,7 @@ from diracx.tasks.plumbing.worker.worker import Worker
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from support.silent_worker import stays_silent
+from support.waiting import until
 
 BEGUN: list[int] = []
 
@@ -249,8 +250,7 @@ async def test_a_task_with_locks_starts_after_a_late_renewal(
     await worker.ready.wait()
     [keeper] = kept
     with keeper._renewing:  # no renewal comes through
-        while not keeper.overdue:
-            await asyncio.sleep(0.01)
+        await until(lambda: keeper.overdue)
         await broker.submit(
             [Submission(TaskMessage(task_id="late", task_name="test:Locked", task_args=[1]), QUEUE)]
         )

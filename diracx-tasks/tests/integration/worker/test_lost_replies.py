@@ -22,6 +22,7 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.lossy_proxy import LossyProxy
 from support.standard_tasks import SEEN
+from support.waiting import clients_wait, until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -63,8 +64,7 @@ async def behind_a_lossy_proxy(
 async def test_P6_a_message_that_was_reserved_without_a_reply_is_executed_once(redis_url: str) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
-        while not any(client["cmd"] == "xreadgroup" for client in await system.broker.redis.client_list()):
-            await asyncio.sleep(0.005)
+        await clients_wait(system.broker.redis)
         # The worker waits now, and the reply that wakes it hands the message over.
         proxy.lose(1, b"once-and-only-once")
         task_id = await Marked("once-and-only-once").schedule()
@@ -79,15 +79,10 @@ async def test_P6_a_message_that_was_reserved_without_a_reply_is_executed_once(r
 async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str, redis: Redis) -> None:
     SEEN.clear()
     async with behind_a_lossy_proxy(Marked, redis_url, lease_seconds=3) as (proxy, system):
-
-        async def waits(number: int) -> None:
-            while sum(client["cmd"] == "xreadgroup" for client in await redis.client_list()) < number:
-                await asyncio.sleep(0.01)
-
         async with asyncio.timeout(20):
-            await waits(1)
+            await clients_wait(redis)
             proxy.forget()
-            await waits(2)
+            await clients_wait(redis, 2)
             submitted = [await Marked(text).schedule() for text in ("a", "b")]
             for task_id in submitted:
                 await system.result(task_id)
@@ -199,8 +194,8 @@ async def test_nothing_is_delivered_to_a_worker_that_requeues_its_deliveries(
         await worker.ready.wait()
         for number in range(running):
             await direct.submit([endless(f"running {number}")])
-        while len(worker._running) < running or not await waiting(redis):
-            await asyncio.sleep(0.005)
+        await until(lambda: len(worker._running) >= running)
+        await clients_wait(redis)
         proxy.keep_open()
         stop.set()
         await working
@@ -211,7 +206,3 @@ async def test_nothing_is_delivered_to_a_worker_that_requeues_its_deliveries(
     assert broker.added >= 1 + bool(running), "a task came at every step"
     assert await redis.zcard(keys.ALIVE) == 0
     await direct.shutdown()
-
-
-async def waiting(redis: Redis) -> bool:
-    return any(client["cmd"] == "xreadgroup" for client in await redis.client_list())

@@ -30,6 +30,7 @@ from diracx.tasks.testing import TaskSystem
 from fastapi import Depends
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 RUNS: list[str] = []
@@ -237,9 +238,8 @@ async def test_any_exception_of_a_task_is_reported_and_leaves_no_state(
             task = object.__new__(task_class)
             vars(task).update(what=what, where=place)
             await spawn_with_callback([task], Note(f"{what}: succeeded"), on_failure=Note(f"{what}: failed"))
-        async with asyncio.timeout(60):
-            while len(SEEN) < len(RAISED):  # a retry that is not due yet does not keep `drain` waiting
-                await system.unless_dead(asyncio.sleep(0.02))
+        # A retry that is not due yet does not keep `drain` waiting.
+        await system.unless_dead(until(lambda: len(SEEN) >= len(RAISED)))
         await system.drain()
         assert sorted(SEEN) == sorted(f"{what}: {expected}" for what in RAISED)
     assert not [key async for key in redis.scan_iter("lock:*")]
@@ -380,9 +380,7 @@ class CleansUpBadly(BaseTask):
 async def test_a_cancelled_task_is_not_retried_for_an_error_of_its_clean_up(redis_url: str) -> None:
     async with TaskSystem([CleansUpBadly], redis_url=redis_url, workers=1) as system:
         task_id = await CleansUpBadly().schedule()
-        async with asyncio.timeout(30):
-            while not SEEN:
-                await asyncio.sleep(0.01)
+        await until(lambda: SEEN)
         await system.cancel(task_id)
         result = await system.result(task_id)
         await system.drain()

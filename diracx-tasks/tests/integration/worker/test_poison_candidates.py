@@ -15,6 +15,7 @@ from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
 from support.intakes import SaysOnce, in_hand, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
+from support.waiting import until
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -96,8 +97,7 @@ async def test_P9_a_busy_worker_drains_for_a_poison_candidate(
     patient.intake.reclaim_at = 0.0  # the lease of the dead one has ended
     await patient.broker.submit([submission("fresh")])
     fetching = asyncio.create_task(patient.take())
-    while not await redis.exists(keys.DRAINING_PREFIX + patient.broker.streams[0]):
-        await asyncio.sleep(0.002)
+    await until(lambda: redis.exists(keys.DRAINING_PREFIX + patient.broker.streams[0]))
     for _ in range(20):
         await redis.ping()
     assert not fetching.done()

@@ -14,9 +14,10 @@ from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settler import Settler
 from redis.asyncio import Redis
-from support.intakes import NORMAL, in_hand, intake_of, name_of, submission, waits
+from support.intakes import NORMAL, in_hand, intake_of, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
 from support.lossy_proxy import LossyProxy
+from support.waiting import clients_wait, until
 
 pytestmark = [pytest.mark.event_loops("asyncio", "uvloop"), pytest.mark.leaves_keys("diracx:tasks:*")]
 
@@ -100,7 +101,7 @@ async def test_a_settlement_that_is_refused_before_a_read_is_repeated_in_a_call_
     delivery = await parts.fetch("first")
     await redis.script_flush()
     waiting = parts.settle_with_the_next_wait(delivery)
-    await waits(redis)
+    await clients_wait(redis)
     assert await in_hand(redis) == 1
     await parts.settle_alone()
     assert await in_hand(redis) == 0
@@ -115,9 +116,7 @@ async def test_a_settlement_before_a_read_is_refused_to_a_worker_that_has_lost_t
     await redis.xclaim(NORMAL, keys.GROUP, "another", 0, [lost.entry])
     parts.settler.add(Settlement(kept))
     waiting = parts.settle_with_the_next_wait(lost)
-    async with asyncio.timeout(30):
-        while len(parts.keeper.held()) == 2:
-            await asyncio.sleep(0.002)
+    await until(lambda: len(parts.keeper.held()) != 2)
     await parts.settle_alone()
     refused = [each.entry for each in (kept, lost) if f"{each.entry} cannot be settled" in caplog.text]
     assert refused == [lost.entry]

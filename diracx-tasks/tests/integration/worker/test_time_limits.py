@@ -18,6 +18,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN, Echo
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -73,9 +74,7 @@ async def test_a_task_that_ignores_its_time_limit_is_reported_once(
         def reports() -> list[str]:
             return [line for line in caplog.messages if "ignores its cancellation" in line]
 
-        async with asyncio.timeout(20):
-            while not reports():
-                await asyncio.sleep(0.01)
+        await until(reports)
         for _ in range(5):  # the watchdog looks again meanwhile
             await system.result(await Echo().schedule(at_time=datetime.now(UTC) + timedelta(seconds=0.05)))
         enough.set()
@@ -120,7 +119,6 @@ async def test_P24_a_task_that_swallows_its_cancellation_has_not_succeeded(redis
 
     async with TaskSystem([Stubborn], redis_url=redis_url) as system:
         task_id = await Stubborn().schedule()
-        while not SEEN:
-            await asyncio.sleep(0.005)
+        await until(lambda: SEEN)
         await redis.set("lock:mutex:job:stubborn", "another", px=1_000)
         assert (await system.result(task_id)).return_value == "the second time"

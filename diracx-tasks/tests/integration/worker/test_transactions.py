@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, func, insert, select, text
+from support.waiting import until
 
 metadata = MetaData()
 # The references are checked at the commit, so that a commit can fail.
@@ -131,8 +131,7 @@ async def test_P36_a_task_that_waits_for_a_lock_has_opened_no_connection(
     assert await held.acquire(redis)
     async with TaskSystem([Insert], redis_url=redis_url, overrides=sql_overrides(db)) as system:
         task_id = await Insert(1).schedule()
-        while not await redis.exists(keys.DELAYED):
-            await asyncio.sleep(0.005)
+        await until(lambda: redis.exists(keys.DELAYED))
         assert checked_out == 0
         await held.release(redis)
         assert not (await system.result(task_id)).is_err

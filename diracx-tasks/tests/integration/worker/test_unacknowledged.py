@@ -7,8 +7,9 @@ import asyncio
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from redis.asyncio import Redis
-from support.intakes import intake_of, name_of, submission, waits
+from support.intakes import intake_of, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
+from support.waiting import clients_wait
 
 # What is in hand, or still queued, when the test ends.
 pytestmark = [pytest.mark.leaves_keys("diracx:tasks:*"), pytest.mark.event_loops("asyncio", "uvloop")]
@@ -27,7 +28,7 @@ async def test_an_unacknowledged_task_is_recovered_when_a_failover_ends_the_wait
 ) -> None:
     await forgotten(broker)
     fetching = asyncio.create_task(intake_of(broker).next(10))
-    await waits(redis)
+    await clients_wait(redis)
     [waiting] = [client["id"] for client in await redis.client_list() if client["cmd"] == "xreadgroup"]
     await redis.execute_command("CLIENT", "UNBLOCK", waiting, "ERROR")  # as a primary does that becomes a replica
     assert [name_of(each) for each in await fetching] == ["settled and lost"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 from support.pilot_requests import request_pilots
+from support.waiting import until
 
 from gubbins.ces import Observation, Observed, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -92,9 +93,7 @@ async def test_during_a_probe_other_submissions_wait(db: MyPilotDB, scripted: An
     time.passes(60)
     scripted.submissions["ce"] = asyncio.Event()
     probe = asyncio.create_task(logic.submit_pilot(db, "ce", "lhcb"))
-    async with asyncio.timeout(20):
-        while len(scripted.calls) < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(scripted.calls) >= 2)
     assert "probes" in await paused(db)
     # A worker that died while it was trying is not waited for for ever.
     time.passes(181)

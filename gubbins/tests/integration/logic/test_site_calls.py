@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from support.waiting import until
 
 from gubbins import dashboard, routers
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
@@ -46,9 +47,7 @@ async def site(scripted: Any, install_backend: Any, sqlite_db: MyPilotDB) -> Asy
 
 
 async def outputs_asked(site: Any, count: int) -> None:
-    async with asyncio.timeout(20):
-        while site.calls.count(("one", "output")) < count:
-            await asyncio.sleep(0.01)
+    await until(lambda: site.calls.count(("one", "output")) >= count)
 
 
 async def test_concurrent_requests_for_one_output_share_one_call_and_its_failure(
