@@ -77,9 +77,9 @@ async def _fill(db: MyPilotDB) -> None:
     pilots = [
         (await db.submit_pilot(ce, vo), number)
         for ce, vo, how_many in (
-            ("ce01.example.org", "lhcb", 14),
-            ("ce01.example.org", "gridpp", 9),
-            ("ce02.example.org", "lhcb", 11),
+            ("ce01.example.org", "lhcb", 5),
+            ("ce01.example.org", "gridpp", 4),
+            ("ce02.example.org", "lhcb", 4),
             (HOSTILE, "lhcb", 1),
         )
         for number in range(how_many)
@@ -99,7 +99,7 @@ async def test_every_page_about_pilots_is_safe_small_and_accessible(tab: Tab) ->
         "/pilots/list",
         "/pilots/list?status=FAILED",
         "/pilots/7",
-        "/pilots/35",
+        "/pilots/14",
         "/pilots/7/output",
     ):
         await tab.check(address)
