@@ -1,7 +1,8 @@
 """The program that `warm_commands` starts: it imports what commands need, and forks one for each request.
 
-A request is a JSON object in one message on the socket that the argument names, with four files: the command's
-standard input, output and error, and where to tell its process id and, when it has ended, its exit code.
+A request is a JSON object in one message on the socket that the first argument names, with four files: the
+command's standard input, output and error, and where to tell its process id and, when it has ended, its exit code.
+Further arguments are modules to import instead.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ def _tell(news: int, number: int) -> None:
 def _import_all() -> None:
     """Import what commands need, when the first is wanted."""
     importlib.metadata.entry_points = lambda **chosen: _installed().select(**chosen)
-    for module in _IMPORTED:
+    for module in sys.argv[2:] or _IMPORTED:
         with suppress(ImportError):  # a driver that is not installed
             import_module(module)
-    import_module("diracx.tasks.cli").application()  # imports every command
+    if not sys.argv[2:]:
+        import_module("diracx.tasks.cli").application()  # imports every command
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from support.sites.htcondor import HTCondorSite
 from support.waiting import until
+from support.warm_bindings import WarmShell
 
 _PAUSE_SECONDS = 0.7
 """Between two polls, each of which is a new Python."""
@@ -25,7 +27,9 @@ _PAUSE_SECONDS = 0.7
 def make_backend(site: HTCondorSite, **settings: Any) -> HTCondorBackend:
     where = {"collector": site.collector, "schedd": site.schedd, "token": site.token}
     defaults = {"timeout_seconds": 60, "default_script": "true"}
-    return HTCondorBackend(CEDescription("ce", 100, 1.0), HTCondorSettings(**(where | defaults | settings)))
+    given = HTCondorSettings(**(where | defaults | settings))
+    bindings = Bindings(given, shell=partial(WarmShell, site.bindings))
+    return HTCondorBackend(CEDescription("ce", 100, 1.0), given, bindings)
 
 
 def with_seconds(seconds: int, backend: HTCondorBackend, directory: Path) -> HTCondorBackend:

@@ -83,15 +83,19 @@ Running = ForkedCommand | subprocess.Popen[bytes]
 
 
 class WarmCommands:
-    """Starts the commands that the project installs."""
+    """Starts the commands that the project installs.
 
-    def __init__(self) -> None:
+    Args:
+        modules: are imported, in place of those that the commands need.
+    """
+
+    def __init__(self, *modules: str) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._python = _pythons_own(os.environ)
         unwanted = ("DIRACX_", "FORCE_COLOR")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("forking.py")), str(theirs.fileno())],
+                [sys.executable, str(Path(__file__).with_name("forking.py")), str(theirs.fileno()), *modules],
                 env={name: value for name, value in os.environ.items() if not name.startswith(unwanted)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from diracx.tasks.testing.server import free_port
 from support.machine import not_for_this_machine
+from support.warm_commands import WarmCommands
 
 from .debian_root import ForbiddenError, ObstacleError
 from .htcondor_root import ROOT, check
@@ -112,7 +113,10 @@ MAIL =
 
 
 class HTCondorSite:
-    """A pool with one schedd and one node, in a directory: `collector`, `schedd`, and the file of a `token`."""
+    """A pool with one schedd and one node, in a directory: `collector`, `schedd`, and the file of a `token`.
+
+    `bindings` calls it with HTCondor's bindings.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -121,6 +125,7 @@ class HTCondorSite:
         self._port = free_port()
         self.collector = f"127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self.bindings = WarmCommands("htcondor2")
         for name in ("log", "spool", "execute", "run"):
             (directory / name).mkdir(mode=0o755)
             os.chown(directory / name, _CONDOR, _CONDOR)
@@ -162,6 +167,7 @@ class HTCondorSite:
 
     def stop(self) -> None:
         """End all of it, and its jobs: they go with the first process of their namespace."""
+        self.bindings.close()
         if self._process is None:
             return
         for pid in _children(self._process.pid):

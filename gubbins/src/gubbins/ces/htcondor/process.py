@@ -66,7 +66,7 @@ class Bindings:
             directory = Path(name)
             await asyncio.to_thread(_prepare, directory, token)
             request = {"where": self._where, "call": call, "arguments": arguments}
-            argv = ["/bin/sh", "-c", 'cd "$1" && exec "$2" -P "$3"', "sh", str(directory / "work")]
+            argv = ["/bin/sh", "-c", 'cd "$1" && exec "$2" -S -P "$3"', "sh", str(directory / "work")]
             try:
                 done = await self._shell(self._environment(directory)).run(
                     [*argv, sys.executable, str(self._program)],
