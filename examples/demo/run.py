@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diracx.tasks.cli.runtime.supervisor import Child, RestartPolicy, Supervisor
+from diracx.tasks.cli.runtime.supervisor import Child, Supervisor
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 
 from .api import PORT_VARIABLE
@@ -97,8 +97,8 @@ async def _watch(site: DemoSite, *, seconds: float | None, as_json: bool) -> Non
         await stack.enter_async_context(db.engine_context())
         supervisor = Supervisor(
             [processes],
-            RestartPolicy(every_child_must_start=True),
             lambda line: print(line, file=sys.stderr),
+            every_child_must_start=True,
             output=stack.enter_context(_log_files(site.directory, processes)),
             kill_after_seconds=_STOP_SECONDS,
         )

@@ -6,10 +6,9 @@ import asyncio
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +20,14 @@ from ...plumbing._util.printable import printable
 from ...plumbing.enums import Size
 from ..errors import CliError, UsageProblem
 from ..options import LogLevel, LogLevelOption, ModuleOption
-from ..runtime import orphan_reaper
 from ..runtime.registry import load_registry
-from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor
+from ..runtime.supervisor import Child, ChildFailedError, Supervisor
 
 #: Time for components to stop after the grace period of running tasks.
 _STOP_SECONDS = 15.0
 _GRACE_SECONDS = 30.0
+#: Waits until the process that can write to its input has ended.
+_REAPER = 'read -r _; kill -9 "$(cat "$0/pid")"; rm -rf "$0"'
 _COLOURS = {"dev": "bold", "scheduler": "magenta", "small": "green", "medium": "cyan", "large": "yellow"}
 
 
@@ -82,8 +82,8 @@ async def _run(
     """Run until a signal, or until a component cannot start."""
     supervisor = Supervisor(
         components,
-        RestartPolicy(every_child_must_start=True),
         lambda line: terminal.print("dev", line),
+        every_child_must_start=True,
         output=terminal.print,
         kill_after_seconds=_GRACE_SECONDS + _STOP_SECONDS,
     )
@@ -104,35 +104,26 @@ async def _run(
 @contextmanager
 def _embedded_server(port: int | None) -> Iterator[str]:
     """Run an empty server and yield its URL; stop it and remove its directory, even if this process is killed."""
-    from ...testing.server import ValkeyProcess
+    from ...testing.server import EmbeddedServerError, ValkeyProcess
 
-    directory = tempfile.mkdtemp(prefix="diracx-dev-")
-    reaper = subprocess.Popen(
-        [sys.executable, "-I", "-S", orphan_reaper.__file__, directory],
-        stdin=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-        start_new_session=True,
-    )
-    assert reaper.stdin is not None
     try:
-        try:
-            server = ValkeyProcess(Path(directory), port=port)
-            server.start()
-        except RuntimeError as error:
-            raise CliError(str(error)) from error
-        try:
-            with suppress(BrokenPipeError):  # the reaper was killed
-                reaper.stdin.write(f"{server.pid}\n")
-            yield server.url
-        finally:
-            server.stop()
-            with suppress(BrokenPipeError):
-                reaper.stdin.write("\n")
-    finally:
-        with suppress(BrokenPipeError):
-            reaper.stdin.close()
-        reaper.wait()
+        with tempfile.TemporaryDirectory(prefix="diracx-dev-") as directory:
+            server = ValkeyProcess(Path(directory), port=port, options=("--pidfile", f"{directory}/pid"))
+            reaper = subprocess.Popen(
+                ["sh", "-c", _REAPER, directory],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # not stopped by Ctrl-C in a terminal
+            )
+            with reaper:
+                try:
+                    server.start()
+                    yield server.url
+                finally:
+                    server.stop()
+                    reaper.kill()
+    except EmbeddedServerError as error:
+        raise CliError(str(error)) from error
 
 
 class _Terminal:

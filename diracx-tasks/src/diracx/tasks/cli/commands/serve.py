@@ -13,26 +13,27 @@ from typing import Annotated
 import typer
 from prometheus_client import Metric
 
+from ...operations.collectors import open_collectors
+from ...operations.health import health_checks
 from ...operations.metrics import scheduler_metrics, worker_metrics
 from ...plumbing._util.passwords import mask
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.base_task import PeriodicVoAwareBaseTask
 from ...plumbing.broker.server_check import Role
 from ...plumbing.broker.sizes import MAX_BYTES
-from ...plumbing.config import TasksConfig
+from ...plumbing.broker.telemetry import is_collected
 from ...plumbing.enums import Size
 from ...plumbing.persistence.resubmission import Resubmitter
 from ...plumbing.scheduler import TaskScheduler
 from ...plumbing.worker import Worker
 from ...plumbing.worker.settings import WorkerSettings
 from ..errors import CliError, one_line
-from ..runtime.broker import explained_redis
-from ..runtime.configuration import CONFIG_VARIABLE, watch_configuration
-from ..runtime.databases import check_databases, open_task_db, required_task_db
+from ..runtime.configuration import CONFIG_VARIABLE
+from ..runtime.databases import check_databases, open_task_db, required_task_db, unchecked_task_db
 from ..runtime.logs import set_up_logging
-from ..runtime.metrics_server import open_collectors, serve_metrics, set_up_telemetry
+from ..runtime.metrics_server import set_up_telemetry
 from ..runtime.service import Service, ServiceOptions
-from ..runtime.supervisor import Child, ChildFailedError, RestartPolicy, Supervisor, is_supervised
+from ..runtime.supervisor import Child, ChildFailedError, Supervisor, is_supervised
 
 logger = logging.getLogger(__package__)
 
@@ -94,7 +95,6 @@ def worker(
         max_result_bytes=max_result_bytes,
     )
     service = Service(options)
-    address = options.metrics_host, options.metrics_port
     set_up_telemetry("tasks-worker")
 
     async def serve(stack: AsyncExitStack) -> None:
@@ -107,21 +107,21 @@ def worker(
         except (TypeError, NameError) as error:
             raise CliError(f"a task class cannot be executed: {error}") from error
         service.on_second_signal = serving.cancel_running
-        where = f"{worker_size} tasks, {max_concurrent_tasks} at a time, from {mask(service.url)}"
-        service.announce(stack, serving.ready, where)
 
         async def collect() -> list[Metric]:
             size, slots = str(worker_size), max_concurrent_tasks
             return worker_metrics(serving.reporter, broker.counts, size, slots, registry)
 
-        await stack.enter_async_context(serve_metrics(*address, service.is_ready, collect, serving.reporter))
-        await stack.enter_async_context(
-            watch_configuration(
-                config, registry, broker, f"worker {worker_size}", lambda tasks, _: serving.reconfigure(tasks)
-            )
+        await service.serve(
+            stack,
+            serving,
+            broker,
+            config,
+            role=f"worker {worker_size}",
+            line=f"{worker_size} tasks, {max_concurrent_tasks} at a time, from {mask(service.url)}",
+            collect=collect,
+            reconfigure=lambda tasks, _: serving.reconfigure(tasks),
         )
-        with explained_redis(service.url):
-            await serving.run(service.stop)
 
     service.run(serve)
 
@@ -129,7 +129,7 @@ def worker(
 async def _supervise(arguments: list[str], processes: int) -> int:
     """Run this command in several processes. Returns the exit code."""
     children = [Child(f"process {number}", arguments, number) for number in range(1, processes + 1)]
-    supervisor = Supervisor([children], RestartPolicy(every_child_must_start=False), logger.warning)
+    supervisor = Supervisor([children], logger.warning)
     supervisor.handle_signals(signal.SIGINT, signal.SIGTERM)
     try:
         return await supervisor.run()
@@ -158,7 +158,6 @@ def scheduler(
     """
     set_up_logging(options.log_level)
     service = Service(options)
-    address = options.metrics_host, options.metrics_port
     set_up_telemetry("tasks-scheduler")
 
     async def serve(stack: AsyncExitStack) -> None:
@@ -178,26 +177,31 @@ def scheduler(
             resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
             # It may be cancelled at any time: an interrupted resubmission can be repeated.
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(_resubmit(resubmitter)))
-        service.announce(stack, serving.ready, f"schedules on {mask(service.url)}")
-        found = await stack.enter_async_context(open_collectors(options.metrics_port, broker.redis))
+        if options.metrics_port is not None or is_collected():  # else `collect` is not called
+            database = await stack.enter_async_context(unchecked_task_db())
+            collectors = await stack.enter_async_context(open_collectors(database))
+            checks = await stack.enter_async_context(health_checks(broker.redis, database))
         alerts: list[str] = []  # of the last collection
 
         async def collect() -> list[Metric]:
-            if found is None or not serving.leads.is_set():
+            if not serving.leads.is_set():
                 alerts.clear()
                 return scheduler_metrics(None, broker.counts)
-            collectors, checks = found
             health = await checks.run()
             alerts[:] = health.names()
             return scheduler_metrics(health, broker.counts) + await collectors.metrics()
 
-        def reconfigure(tasks: TasksConfig, vos: tuple[str, ...] | None) -> None:
-            serving.reconfigure(tasks, vos or ())
-
-        await stack.enter_async_context(serve_metrics(*address, service.is_ready, collect, alerts=lambda: alerts))
-        await stack.enter_async_context(watch_configuration(config, registry, broker, "scheduler", reconfigure))
-        with explained_redis(service.url):
-            await serving.run(service.stop)
+        await service.serve(
+            stack,
+            serving,
+            broker,
+            config,
+            role="scheduler",
+            line=f"schedules on {mask(service.url)}",
+            collect=collect,
+            reconfigure=lambda tasks, vos: serving.reconfigure(tasks, vos or ()),
+            alerts=lambda: alerts,
+        )
 
     service.run(serve)
 

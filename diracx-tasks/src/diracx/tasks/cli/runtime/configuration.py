@@ -1,18 +1,16 @@
-"""Reads the settings of tasks and the DiracX configuration, and watches them for changes."""
+"""Reads the settings of tasks and the DiracX configuration."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...plumbing.broker import RedisStreamBroker
-from ...plumbing.config import TasksConfig, checked_tasks_config, unknown_names
+from ...plumbing.config import TasksConfig, checked_tasks_config
 from ...plumbing.config.sources import ConfigReader, explain
-from ...plumbing.config.watcher import ConfigWatcher
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError
@@ -46,28 +44,6 @@ def read_configuration(registry: TaskRegistry) -> Configuration:
     for line in warnings:
         logger.warning("configuration of tasks: %s", line)
     return Configuration(tasks, vos, reader)
-
-
-@asynccontextmanager
-async def watch_configuration(
-    config: Configuration,
-    registry: TaskRegistry,
-    broker: RedisStreamBroker,
-    role: str,
-    on_change: Callable[[TasksConfig, tuple[str, ...] | None], None],
-) -> AsyncIterator[None]:
-    """Watch the configuration for changes inside the block."""
-    async with ConfigWatcher(
-        config.reader,
-        config.tasks,
-        config.vos,
-        on_change,
-        role=role,
-        redis=broker.redis,
-        process=broker.consumer_name,
-        warn=lambda tasks, vos: unknown_names(tasks, registry.keys(), vos),
-    ):
-        yield
 
 
 def tasks_config() -> TasksConfig:

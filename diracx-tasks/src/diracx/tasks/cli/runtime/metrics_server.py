@@ -1,4 +1,4 @@
-"""Serves metrics and probes of a worker or scheduler at `--metrics-port`, and exports them through OpenTelemetry.
+"""Serves metrics and probes of a worker or scheduler at `--metrics-port`, and sets up OpenTelemetry.
 
 The HTTP server runs in a thread; its responses are computed in the event loop that runs the tasks, so that
 `/healthz` fails while a task blocks it.
@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from socketserver import TCPServer
 from typing import Any, TypeAlias
@@ -21,15 +21,9 @@ from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import Metric
 from prometheus_client.exposition import ThreadingWSGIServer
-from redis.asyncio import Redis
 
-from ...operations import collectors
 from ...operations.exposition import CONTENT_TYPE, as_text
-from ...operations.health import HealthChecks, health_checks
-from ...plumbing.broker.telemetry import is_collected
-from ...plumbing.worker.reporter import Reporter
 from ..errors import CliError
-from .databases import unchecked_task_db
 from .supervisor import own_number
 
 logger = logging.getLogger(__package__)
@@ -65,49 +59,10 @@ def set_up_telemetry(component: str) -> None:
 @asynccontextmanager
 async def serve_metrics(
     host: str,
-    port: int | None,
-    ready: Callable[[], bool],
-    collect: Collect,
-    reporter: Reporter | None = None,
-    alerts: Callable[[], Sequence[str]] = tuple,
-) -> AsyncIterator[None]:
-    """Serve metrics at the port, and export them through OpenTelemetry, if configured."""
-    async with AsyncExitStack() as stack:
-        if port is not None:
-            await stack.enter_async_context(_probes(host, port, ready, collect, alerts))
-        if is_collected():
-            from ...operations.otel import exported
-
-            await stack.enter_async_context(exported(collect, reporter))
-        yield
-
-
-@asynccontextmanager
-async def open_collectors(
-    port: int | None, redis: Redis
-) -> AsyncIterator[tuple[collectors.Collectors, HealthChecks] | None]:
-    """Open collectors of databases, and the health checks.
-
-    None if metrics are neither served at a port nor exported through OpenTelemetry.
-    """
-    if port is None and not is_collected():
-        yield None
-        return
-
-    async with AsyncExitStack() as stack:
-        task_db = await stack.enter_async_context(unchecked_task_db())
-        found = await stack.enter_async_context(collectors.open_collectors(task_db))
-        checks = await stack.enter_async_context(health_checks(redis, task_db))
-        yield found, checks
-
-
-@asynccontextmanager
-async def _probes(
-    host: str,
     port: int,
     ready: Callable[[], bool],
     collect: Collect,
-    alerts: Callable[[], Sequence[str]],
+    alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
     """Serve `/metrics`, `/healthz` and `/readyz` inside the block. `/readyz` lists alerts, with status 200."""
     port += (own_number() or 1) - 1

@@ -1,4 +1,4 @@
-"""Runs a worker or a scheduler until a signal: event loop, signal handlers, readiness, configuration."""
+"""Runs a worker or a scheduler until a signal: event loop, signal handlers, readiness, metrics, configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -16,11 +16,17 @@ import typer
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.server_check import Role
+from ...plumbing.broker.telemetry import is_collected
+from ...plumbing.config import TasksConfig, unknown_names
+from ...plumbing.config.watcher import ConfigWatcher
 from ...plumbing.enums import Size
+from ...plumbing.scheduler import TaskScheduler
+from ...plumbing.worker import Worker
 from ..options import LogLevelOption
-from .broker import open_broker
+from .broker import explained_redis, open_broker
 from .configuration import Configuration, read_configuration
 from .logs import set_task_log_level
+from .metrics_server import Collect, serve_metrics
 from .server import ServerAndTasks
 from .supervisor import report_to_supervisor
 
@@ -55,12 +61,7 @@ class Service:
         self.options = options
         self.url = options.url
         self.stop = asyncio.Event()
-        self._ready: asyncio.Event | None = None
         self.on_second_signal: Callable[[], None] = lambda: None
-
-    def is_ready(self) -> bool:
-        """True if it is ready and not stopping."""
-        return self._ready is not None and self._ready.is_set() and not self.stop.is_set()
 
     async def open(
         self, stack: AsyncExitStack, role: Role, size: Size | None = None
@@ -73,7 +74,56 @@ class Service:
             logger.warning("%s", line)
         return broker, read_configuration(registry)
 
-    def announce(self, stack: AsyncExitStack, ready: asyncio.Event, line: str) -> None:
+    async def serve(
+        self,
+        stack: AsyncExitStack,
+        serving: Worker | TaskScheduler,
+        broker: RedisStreamBroker,
+        config: Configuration,
+        *,
+        role: str,
+        line: str,
+        collect: Collect,
+        reconfigure: Callable[[TasksConfig, tuple[str, ...] | None], None],
+        alerts: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """Run a worker or scheduler until a signal.
+
+        Args:
+            role: its role, for `config in-force`.
+            line: logged when it is ready.
+            collect: returns its metrics.
+            reconfigure: called with settings and VOs when they have changed.
+            alerts: returns the names of the alerts that `/readyz` lists.
+        """
+        self._announce(stack, serving.ready, line)
+        if (port := self.options.metrics_port) is not None:
+
+            def is_ready() -> bool:
+                return serving.ready.is_set() and not self.stop.is_set()
+
+            probes = serve_metrics(self.options.metrics_host, port, is_ready, collect, alerts)
+            await stack.enter_async_context(probes)
+        if is_collected():
+            from ...operations.otel import exported
+
+            reporter = serving.reporter if isinstance(serving, Worker) else None
+            await stack.enter_async_context(exported(collect, reporter))
+        watcher = ConfigWatcher(
+            config.reader,
+            config.tasks,
+            config.vos,
+            reconfigure,
+            role=role,
+            redis=broker.redis,
+            process=broker.consumer_name,
+            warn=lambda tasks, vos: unknown_names(tasks, self.options.registry.keys(), vos),
+        )
+        await stack.enter_async_context(watcher)
+        with explained_redis(self.url):
+            await serving.run(self.stop)
+
+    def _announce(self, stack: AsyncExitStack, ready: asyncio.Event, line: str) -> None:
         """Log the line, and report to the supervisor, once `ready` is set."""
 
         async def announce() -> None:
@@ -86,7 +136,6 @@ class Service:
             logger.warning("the supervisor has ended: stopping")
             self.stop.set()
 
-        self._ready = ready
         for coroutine in (announce(), report_to_supervisor(ready, stop_alone)):
             stack.push_async_callback(cancel_and_wait, asyncio.create_task(coroutine))
 

@@ -26,6 +26,10 @@ _READY = b"r"
 _LONGEST_LINE = 2**20
 #: How long to read the output of a child that has ended, if another process keeps its pipe open.
 _LAST_OUTPUT_SECONDS = 1.0
+#: Pauses before restarts: the pause doubles each time a child ends within `_YOUNG_SECONDS`.
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+_YOUNG_SECONDS = 10.0
 
 
 # --- in a child ---------------------------------------------------------------------------------------------
@@ -92,18 +96,6 @@ class Child:
                 self.process.send_signal(number)
 
 
-@dataclass(frozen=True)
-class RestartPolicy:
-    """Backoff of restarts, and when the supervisor stops all children because one cannot start."""
-
-    every_child_must_start: bool
-    """Stop when a child ends before it was ready; else only while none has ever been ready."""
-    first_pause_seconds: float = 0.5
-    longest_pause_seconds: float = 30.0
-    """The pause doubles each time a child ends within `young_seconds`."""
-    young_seconds: float = 10.0
-
-
 class ChildFailedError(Exception):
     """A child cannot start, and all were stopped. The cause is in the log of the child."""
 
@@ -118,6 +110,7 @@ class Supervisor:
     Args:
         stages: the children; those of a stage are stopped when those of the previous stage have ended.
         report: logs a line.
+        every_child_must_start: stop when a child ends before it was ready; else only while none has been ready.
         output: called with name and line for each line of a child's output; None: children inherit our output.
         kill_after_seconds: children of a stage that have not ended this long after SIGTERM are killed.
     """
@@ -125,15 +118,15 @@ class Supervisor:
     def __init__(
         self,
         stages: Sequence[Sequence[Child]],
-        policy: RestartPolicy,
         report: Callable[[str], None],
         *,
+        every_child_must_start: bool = False,
         output: Callable[[str, str], None] | None = None,
         kill_after_seconds: float | None = None,
     ) -> None:
         self._stages = stages
         self._children = [child for stage in stages for child in stage]
-        self._policy = policy
+        self._every_child_must_start = every_child_must_start
         self._report = report
         self._output = output
         self._kill_after_seconds = kill_after_seconds
@@ -167,7 +160,7 @@ class Supervisor:
             environment: variables to add to the environment of the children.
 
         Raises:
-            ChildFailedError: a child cannot start; see `RestartPolicy`.
+            ChildFailedError: a child cannot start; see `every_child_must_start`.
         """
         variables = {**os.environ, **(environment or {})}
         running = {child: asyncio.create_task(self._keep_running(child, variables)) for child in self._children}
@@ -187,8 +180,7 @@ class Supervisor:
 
     async def _keep_running(self, child: Child, environment: Mapping[str, str]) -> None:
         """Run a child, and restart it when it ends."""
-        policy = self._policy
-        pause = policy.first_pause_seconds
+        pause = _FIRST_PAUSE_SECONDS
         while not self._stopping.is_set():
             began = time.monotonic()
             code = await self._run_once(child, environment)
@@ -201,15 +193,15 @@ class Supervisor:
                 self._failure = ChildFailedError(child.name, code)
                 self.stop()
                 return
-            if time.monotonic() - began > policy.young_seconds:
-                pause = policy.first_pause_seconds
+            if time.monotonic() - began > _YOUNG_SECONDS:
+                pause = _FIRST_PAUSE_SECONDS
             self._report(f"{child.name} has ended ({_cause(code)}): restarting in {pause:g} s")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
-            pause = min(2 * pause, policy.longest_pause_seconds)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _must_give_up(self, child: Child, code: int) -> bool:
-        if self._policy.every_child_must_start:
+        if self._every_child_must_start:
             return not child.is_ready
         return not self._any_was_ready and code > 0
 
