@@ -66,6 +66,22 @@ def test_quitting_the_debugger_releases_the_locks(served, one_line):
     one_line(quits, 1, "stopped in the debugger")  # the fixture looks for what is left on the server
 
 
+def test_a_task_keeps_its_locks_while_the_debugger_waits_at_its_prompt(served):
+    served.add_tasks("""
+class Briefly(BaseTask):
+    @property
+    def execution_locks(self):
+        return [MutexLock(LockedObjectType("task"), "k", ttl_ms=600)]
+
+    async def execute(self) -> str:
+        return "ran"
+""")
+    waits = "import time\ntime.sleep(2)\nc\n"
+    result = served.mine("call", "my_tasks:Briefly", "--debugger", "before", typed=waits)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("Result: ran\n")
+
+
 def test_the_debugger_opens_where_the_task_raised(served):
     result = served.mine("call", "my_tasks:Fail", "--debugger", "exception", typed="p type(self).__name__\nq\n")
     assert result.returncode == 1

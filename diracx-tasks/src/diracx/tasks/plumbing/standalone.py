@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None]:
+async def holding(locks: Iterable[BaseLock], redis: Redis, *, renew: bool = True) -> AsyncIterator[None]:
     """Hold and renew locks inside the block, for code outside a worker.
+
+    Args:
+        renew: False if the caller renews them.
 
     Raises:
         UnableToAcquireLockError: one of them is held by another owner; none is acquired.
@@ -49,7 +52,7 @@ async def holding(locks: Iterable[BaseLock], redis: Redis) -> AsyncIterator[None
     before = current_locks.get()
     current_locks.set(enabled)
     try:
-        async with _keep_renewed(redis, specs, reserved_after), AsyncExitStack() as stack:
+        async with _keep_renewed(redis, specs if renew else (), reserved_after), AsyncExitStack() as stack:
             if custom and (refused := await acquire_custom(stack, custom, redis, logger.error)):
                 raise UnableToAcquireLockError(refused)
             yield

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import sys
 import threading
+import time
 import traceback
 from bdb import BdbQuit
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,14 @@ from ...plumbing.broker.connection import sync_client
 from ...plumbing.broker.locking import extend_now
 from ...plumbing.broker.requests import LockSpec
 from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
-from ...plumbing.injection.plan import compile_plan, find_missing_overrides, resolve, setup_dependency_overrides
+from ...plumbing.injection.placeholders import Call
+from ...plumbing.injection.plan import (
+    Plan,
+    compile_plan,
+    find_missing_overrides,
+    resolve,
+    setup_dependency_overrides,
+)
 from ...plumbing.locks import BaseLimiter, lock_specs
 from ...plumbing.messages.secrets import without_secrets
 from ...plumbing.standalone import holding
@@ -33,6 +41,9 @@ from ..runtime.broker import explained_redis
 from ..runtime.databases import check_databases
 from ..runtime.logs import set_task_log_level, set_up_logging
 from ..runtime.task_arguments import CheckedTask, TaskOptions
+
+#: Method of a database -> prefix of the environment variable of the database.
+_VARIABLES = {"transaction": "DIRACX_DB_URL_", "no_transaction": "DIRACX_DB_URL_", "session": "DIRACX_OS_DB_"}
 
 
 def call(
@@ -53,112 +64,92 @@ def call(
     set_up_logging(log_level)
     checked = options.checked()
     set_task_log_level(checked.registry)
-    run = _Run(checked, debugger)
     # With --json, only the value goes to stdout; pdb needs stdout.
     redirect = as_json and debugger == "none"
     try:
         with contextlib.redirect_stdout(sys.stderr) if redirect else contextlib.nullcontext():
-            value = asyncio.run(run.run())
-    except CliError:
-        if run.failure is not None and debugger == "exception":
+            value = asyncio.run(_run(checked, debugger))
+    except _TaskFailedError as error:
+        if debugger == "exception" and error.__cause__ is not None:
             import pdb
 
-            pdb.post_mortem(run.failure.__traceback__)
+            pdb.post_mortem(error.__cause__.__traceback__)
         raise
     print_value(value, as_json=as_json)
 
 
-class _Run:
-    """One execution of a task. `failure` is the exception that it raised."""
+class _TaskFailedError(CliError):
+    """The task failed, or the commit of its transaction. Has its traceback, without frames of this module."""
 
-    def __init__(self, checked: CheckedTask, debugger: str) -> None:
-        self._checked = checked
-        self._task, self._name = checked.task, checked.name
-        self._debugger = debugger
-        self._began = False
-        self.failure: BaseException | None = None
-
-    async def run(self) -> Any:
-        """Acquire locks, resolve dependencies, execute, commit, release locks."""
-        try:
-            return await self._run()
-        except CliError:
-            raise
-        except UnableToAcquireLockError as error:
-            if self.failure is not None:
-                raise self._failed(self.failure) from error
-            raise CliError(f"{self._name} cannot run now: {error}; try again when it has been released") from error
-        except BdbQuit as error:
-            raise CliError(f"{self._name} was stopped in the debugger") from error
-        except LockLostError as error:
-            raise CliError(f"{self._name} was cancelled because it lost a lock: {error}") from error
-        except Exception as error:
-            if self.failure is None and isinstance(error, RedisError):
-                with explained_redis(self._checked.url):
-                    raise
-            if self._began:
-                # Exception of the task, or of the commit of its transaction.
-                raise self._failed(self.failure or error) from error
-            problem = without_secrets(f"{type(error).__name__}: {error}", self._task)
-            raise CliError(f"{self._name} cannot start: {problem}") from error
-
-    async def _run(self) -> Any:
-        plan = compile_plan(type(self._task).execute, skip_first=True)
-        async with self._checked.broker() as broker, AsyncExitStack() as outer:
-            overrides = {}
-            if plan.parameters:
-                await check_databases([plan])
-                overrides = await outer.enter_async_context(setup_dependency_overrides([plan]))
-                if missing := find_missing_overrides(plan, overrides):
-                    raise CliError(f"{self._name} needs {', '.join(missing)}: set {_variables(missing)}")
-            locks = [lock for lock in self._task.execution_locks if not isinstance(lock, BaseLimiter)]
-            async with holding(locks, broker.redis), AsyncExitStack() as inner:
-                dependencies = await resolve(plan, overrides, inner)
-                with self._renewed_in_thread(lock_specs(locks)):
-                    return await self._execute(dependencies)
-
-    async def _execute(self, dependencies: dict[str, Any]) -> Any:
-        task = self._task
-        self._began = True
-        try:
-            if self._debugger == "before":
-                breakpoint_before(task)
-            return await task.execute(**dependencies)
-        except Exception as error:
-            self.failure = error
-            raise
-
-    @contextlib.contextmanager
-    def _renewed_in_thread(self, specs: Sequence[LockSpec]) -> Iterator[None]:
-        """Renew the locks from a thread while pdb blocks the event loop."""
-        expiring = [spec for spec in specs if "ttl_ms" in spec]
-        if self._debugger != "before" or not expiring:
-            yield
-            return
-
-        stop = threading.Event()
-
-        def renew() -> None:
-            with sync_client(self._checked.url) as redis:
-                while not stop.wait(min(spec["ttl_ms"] for spec in expiring) / 3000):
-                    extend_now(redis, expiring)
-
-        renewing = threading.Thread(target=renew, name="diracx-debugger-locks", daemon=True)
-        renewing.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            renewing.join()
-
-    def _failed(self, error: BaseException) -> CliError:
-        """Make an error with the traceback of the task, without frames of this module."""
+    def __init__(self, checked: CheckedTask, error: Exception) -> None:
         frames = error.__traceback__
         while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
-        detail = without_secrets("".join(traceback.format_exception(type(error), error, frames)), self._task)
-        problem = without_secrets(f"{type(error).__name__}: {error}", self._task)
-        return CliError(f"{self._name} failed: {problem}", detail=detail)
+        problem = without_secrets(f"{type(error).__name__}: {error}", checked.task)
+        detail = without_secrets("".join(traceback.format_exception(type(error), error, frames)), checked.task)
+        super().__init__(f"{checked.name} failed: {problem}", detail=detail)
+
+
+async def _run(checked: CheckedTask, debugger: str) -> Any:
+    """Acquire locks, resolve dependencies, execute, commit, release locks."""
+    task, name = checked.task, checked.name
+    try:
+        plan = compile_plan(type(task).execute, skip_first=True)
+        async with checked.broker() as broker, AsyncExitStack() as stack:
+            overrides = {}
+            if plan.parameters:
+                await check_databases([plan])
+                overrides = await stack.enter_async_context(setup_dependency_overrides([plan]))
+                if missing := find_missing_overrides(plan, overrides):
+                    raise CliError(f"{name} needs {', '.join(missing)}: set {_variables(missing)}")
+            locks = [lock for lock in task.execution_locks if not isinstance(lock, BaseLimiter)]
+            at_prompt = debugger == "before"
+            async with holding(locks, broker.redis, renew=not at_prompt):
+                if at_prompt:
+                    _renew_in_thread(lock_specs(locks), checked.url)
+                return await _execute(checked, plan, overrides, at_prompt)
+    except CliError:
+        raise
+    except UnableToAcquireLockError as error:
+        raise CliError(f"{name} cannot run now: {error}; try again when it has been released") from error
+    except LockLostError as error:
+        raise CliError(f"{name} was cancelled because it lost a lock: {error}") from error
+    except Exception as error:
+        with explained_redis(checked.url):
+            if isinstance(error, RedisError):
+                raise
+        problem = without_secrets(f"{type(error).__name__}: {error}", task)
+        raise CliError(f"{name} cannot start: {problem}") from error
+
+
+async def _execute(checked: CheckedTask, plan: Plan, overrides: dict[Call, Call], at_prompt: bool) -> Any:
+    task, began = checked.task, False  # `task` can be inspected at the prompt
+    try:
+        async with AsyncExitStack() as stack:
+            dependencies = await resolve(plan, overrides, stack)
+            began = True
+            if at_prompt:
+                breakpoint_before(task)
+            return await task.execute(**dependencies)
+    except BdbQuit as error:
+        raise CliError(f"{checked.name} was stopped in the debugger") from error
+    except Exception as error:
+        if not began:
+            raise
+        raise _TaskFailedError(checked, error) from error
+
+
+def _renew_in_thread(specs: Sequence[LockSpec], url: str) -> None:
+    """Renew the locks from a thread until the process ends, also while pdb blocks the event loop."""
+    expiring = [spec for spec in specs if "ttl_ms" in spec]
+
+    def renew() -> None:
+        with sync_client(url) as redis:
+            while expiring:
+                time.sleep(min(spec["ttl_ms"] for spec in expiring) / 3000)
+                extend_now(redis, expiring)
+
+    threading.Thread(target=renew, name="diracx-debugger-locks", daemon=True).start()
 
 
 def breakpoint_before(task: BaseTask) -> None:
@@ -178,18 +169,13 @@ def breakpoint_before(task: BaseTask) -> None:
 
 def _variables(missing: Sequence[str]) -> str:
     """Return the environment variables that configure missing dependencies, such as `JobDB.transaction`."""
-    variables = {
-        "transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
-        "no_transaction": lambda owner: f"DIRACX_DB_URL_{owner.upper()}",
-        "session": lambda owner: f"DIRACX_OS_DB_{owner.upper()}",
-    }
     found = []
     for name in missing:
         owner, _, method = name.rpartition(".")
         if owner == "ConfigSource":
             found.append("DIRACX_CONFIG_BACKEND_URL")
-        elif method in variables:
-            found.append(variables[method](owner))
+        elif method in _VARIABLES:
+            found.append(f"{_VARIABLES[method]}{owner.upper()}")
         else:
             found.append(f"the variables of {owner}")
     return ", ".join(dict.fromkeys(found))
