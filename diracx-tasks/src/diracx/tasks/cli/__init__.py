@@ -51,10 +51,11 @@ def application(only: str | None = None) -> Commands:
         add_completion=False,
         # Typer's tracebacks show local variables, which may hold passwords.
         pretty_exceptions_enable=False,
+        no_args_is_help=True,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(invoke_without_command=True)(_root)
+    app.callback()(_root)
     for name, (path, summary) in _COMMANDS.items():
         module, _, attribute = path.partition(":")
         if only not in (None, name):
@@ -75,14 +76,11 @@ def _version(show: bool) -> None:
 
 
 def _root(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
+    pass
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import typer
 
 from ..plumbing.sql.migrations import Migrations, Move
 from .options import Commands, JsonOption, YesOption
-from .output import confirm, echo, echo_json
+from .output import confirm, report
 from .runtime.databases import database_classes, database_url, explained_database
 
 _Result = TypeVar("_Result")
@@ -36,15 +36,12 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         with explained_database(database):
             return asyncio.run(migrate())
 
-    def report(move: Move, as_json: bool) -> None:
-        if as_json:
-            echo_json({"database": database, **asdict(move)}, indent=2)
-            return
+    def report_move(move: Move, as_json: bool) -> None:
+        lines = [f"  done: {step.revision} {step.what}" for step in move.steps]
         if move.recognised:
-            echo(f"{database} had no revision; its tables are those of {move.before}")
-        for step in move.steps:
-            echo(f"  done: {step.revision} {step.what}")
-        echo(f"{database} is at {move.after or 'base: it has no tables'}")
+            lines.insert(0, f"{database} had no revision; its tables are those of {move.before}")
+        lines.append(f"{database} is at {move.after or 'base: it has no tables'}")
+        report({"database": database, **asdict(move)}, lines, as_json, indent=2)
 
     def current(
         check: Annotated[bool, typer.Option("--check", help="Exit with 1 when an upgrade is needed.")] = False,
@@ -52,13 +49,11 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
     ) -> None:
         """Show the revision of the database and the pending migrations. Changes nothing."""
         state = run(lambda migrations, url: migrations.current(url))
-        if as_json:
-            echo_json({"database": database, **asdict(state)}, indent=2)
-        else:
-            unstamped = " (recognised by its tables)" if state.revision and not state.stamped else ""
-            echo(f"{database} is at {state.revision or 'base: it has no tables'}{unstamped}, needed: {state.head}")
-            for step in state.pending:
-                echo(f"  to do: {step.revision} {step.what}")
+        unstamped = " (recognised by its tables)" if state.revision and not state.stamped else ""
+        revision = f"{state.revision or 'base: it has no tables'}{unstamped}"
+        lines = [f"  to do: {step.revision} {step.what}" for step in state.pending]
+        lines.insert(0, f"{database} is at {revision}, needed: {state.head}")
+        report({"database": database, **asdict(state)}, lines, as_json, indent=2)
         if check and state.pending:
             raise typer.Exit(1)
 
@@ -72,7 +67,7 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         init-sql`, is detected from its tables. Concurrent upgrades wait for each other. Stop workers and API
         first: they would wait for locks, or lack the columns that are being added.
         """
-        report(run(lambda migrations, url: migrations.upgrade(url, revision)), as_json)
+        report_move(run(lambda migrations, url: migrations.upgrade(url, revision)), as_json)
 
     def downgrade(
         revision: Annotated[str, typer.Argument(metavar="REVISION", help="Down to this one; base: no tables.")],
@@ -86,7 +81,7 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         """
         what = "drop its tables with all rows" if revision == "base" else f"drop what {revision} does not have"
         confirm(f"Downgrade {database} to {revision}, and {what}?", yes)
-        report(run(lambda migrations, url: migrations.downgrade(url, revision)), as_json)
+        report_move(run(lambda migrations, url: migrations.downgrade(url, revision)), as_json)
 
     for command, example in (
         (current, "current --check"),

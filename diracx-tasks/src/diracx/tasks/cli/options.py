@@ -49,14 +49,8 @@ class Commands(typer.Typer):
 
 def command_group(name: str, help_text: str, **settings: Any) -> Commands:
     """Make a command group. Without a command it prints its help and exits with 2."""
-    group = Commands(name=name, help=help_text, **{"rich_markup_mode": "rich", **settings})
-
-    @group.callback(invoke_without_command=True)
-    def show_help(context: typer.Context) -> None:
-        if context.invoked_subcommand is None:
-            typer.echo(context.get_help())
-            raise typer.Exit(2)
-
+    group = Commands(name=name, help=help_text, no_args_is_help=True, **{"rich_markup_mode": "rich", **settings})
+    group.callback()(lambda: None)  # else a single command would have no name
     return group
 
 

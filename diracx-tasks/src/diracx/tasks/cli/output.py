@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -87,10 +87,25 @@ def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
     return made
 
 
-def show_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print one record: a line per field, `name value`."""
-    for name, value in fields:
-        echo(f"{name:<{_LABEL_WIDTH}} {one_line(value)}")
+def report(value: Any, lines: Iterable[str], as_json: bool, *, indent: int | None = None) -> None:
+    """Print a result, as JSON or as lines of text."""
+    if as_json:
+        print_json(value, indent=indent)
+    else:
+        for line in lines:
+            echo(line)
+
+
+def field_lines(fields: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Format one record: a line per field, `name value`."""
+    return (f"{name:<{_LABEL_WIDTH}} {one_line(value)}" for name, value in fields)
+
+
+def echo_traceback(title: str, traceback: object) -> None:
+    """Print a title and a traceback, after an empty line."""
+    echo(f"\n{one_line(title)}")
+    for line in str(traceback).splitlines():
+        echo(f"  {line}")
 
 
 def confirm(question: str, yes: bool) -> None:

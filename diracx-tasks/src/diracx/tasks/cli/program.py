@@ -32,9 +32,11 @@ def run_program(app: Commands, prefix: str = "error") -> None:
     except AmbiguousTaskNameError as error:
         code = _report(UsageProblem(str(error)), prefix)
     except _UsageError as error:
-        code = 2
-        if problem := _usage_problem(error):
-            typer.secho(f"{prefix}: {one_line(problem)}", fg="red", err=True)
+        if type(error).__name__ == "NoArgsIsHelpError":  # raised by a command group without a command
+            typer.echo(str(error))
+            code = 2
+        else:
+            code = _report(UsageProblem(_usage_problem(error)), prefix)
     except (BrokenPipeError, typer.Abort):  # as in `… | head`; Ctrl-C
         code = 1
     except Exception:
@@ -63,13 +65,8 @@ def _report_unless_late(error: threading.ExceptHookArgs) -> None:
 
 
 def _usage_problem(error: Any) -> str:
-    """Format a usage error of Typer with the value, which Typer does not always name, and a hint to --help.
-
-    Empty if a command group was called without a command: Typer has printed its help.
-    """
+    """Format a usage error of Typer with the value, which Typer does not always name, and a hint to --help."""
     problem = error.format_message().replace("Value error, ", "").rstrip(".?")
-    if not problem:
-        return ""
     found: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, from which it made its message
     value = repr(found[0]["input"]) if found else ""
     if value not in problem:

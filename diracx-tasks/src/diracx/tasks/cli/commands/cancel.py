@@ -9,7 +9,7 @@ import typer
 from ...operations.audited_actions import AuditedActions
 from ..errors import CliError, one_line
 from ..options import JsonOption
-from ..output import echo, echo_json
+from ..output import report
 from ..runtime.server import Server
 
 
@@ -31,11 +31,8 @@ def cancel(
     """
     ids = list(dict.fromkeys(task_ids))
     found = server.run(lambda broker: AuditedActions.for_command_line(broker.redis).cancel(broker, ids))
-    if as_json:
-        echo_json([{"task_id": task, "found": str(place)} for task, place in found.items()])
-    else:
-        for task, place in found.items():
-            echo(f"{one_line(task)}  {place}")
+    records = [{"task_id": task, "found": str(place)} for task, place in found.items()]
+    report(records, (f"{one_line(task)}  {place}" for task, place in found.items()), as_json)
     unknown = [task for task, place in found.items() if place == "unknown"]
     if unknown:
         raise CliError(

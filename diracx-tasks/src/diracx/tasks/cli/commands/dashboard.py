@@ -8,8 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,6 @@ import typer
 from ...plumbing._util.passwords import mask
 from ...plumbing.broker.server_check import Role as ServerRole
 from ...plumbing.config.sources import ConfigReader
-from ...plumbing.registry import TaskRegistry
 from ...web.auth.backends import Principal, Role, TokenBackend, new_token
 from ...web.auth.hosts import host_name, is_loopback
 from ...web.context import AppContext
@@ -104,7 +102,10 @@ def dashboard(
             from ...web.dashboard import DashboardApp
 
             async with AsyncExitStack() as stack:
-                context = await _open(stack, url, server.registry)
+                broker = await stack.enter_async_context(open_broker(url, role=ServerRole.DASHBOARD))
+                task_db = await stack.enter_async_context(unchecked_task_db())
+                reader = ConfigReader.from_environment(server.registry)
+                context = AppContext(broker, server.registry, reader, task_db, mask(url))
 
                 async def get_context() -> AppContext:
                     return context
@@ -164,31 +165,8 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-async def _open(stack: AsyncExitStack, url: str, registry: TaskRegistry) -> AppContext:
-    broker = await stack.enter_async_context(open_broker(url, role=ServerRole.DASHBOARD))
-    task_db = await stack.enter_async_context(unchecked_task_db())
-    return AppContext(broker, registry, ConfigReader.from_environment(registry), task_db, mask(url))
-
-
 async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: dict[str, Any]) -> None:
     import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            # Uvicorn's own raises the signal again after a graceful shutdown.
-            loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-            for number in signals:
-                loop.add_signal_handler(number, self._on_signal, number)
-            try:
-                yield
-            finally:
-                for number in signals:
-                    loop.remove_signal_handler(number)
-
-        def _on_signal(self, number: int) -> None:
-            app.end_streams()
-            self.handle_exit(number, None)
 
     config = uvicorn.Config(
         app,
@@ -201,4 +179,14 @@ async def _serve(app: DashboardApp, listening: socket.socket, level: int, tls: d
         timeout_graceful_shutdown=_STOP_SECONDS,
         **tls,
     )
-    await Server(config).serve(sockets=[listening])
+    server = uvicorn.Server(config)
+    # Uvicorn's own handlers raise the signal again after a graceful shutdown.
+    server.capture_signals = nullcontext  # type: ignore[assignment]  # called without arguments
+
+    def stop(number: int) -> None:
+        app.end_streams()
+        server.handle_exit(number, None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    await server.serve(sockets=[listening])

@@ -19,17 +19,19 @@ from ...plumbing.persistence.resubmission import Resubmitter
 from ..errors import CliError, one_line
 from ..options import AfterOption, JsonOption, command_group
 from ..options import LimitOption as PageOption
-from ..output import confirm, echo, echo_json, print_json, show, show_fields
+from ..output import confirm, echo, echo_json, echo_traceback, field_lines, print_json, report, show
 from ..runtime.configuration import tasks_config
-from ..runtime.databases import required_task_db
+from ..runtime.databases import NO_TASK_DB, open_database
 from ..runtime.server import Server, ServerAndTasks
 from .dlq_filters import Choice, Filters, LimitOption, Status
 
 if TYPE_CHECKING:
+    from ...plumbing.broker import RedisStreamBroker
     from ...plumbing.persistence import TaskDB
     from ...plumbing.persistence.db import DeadLetterFilter
 
     DeadLetter = Mapping[str, Any]
+    DeadLetters = Sequence[DeadLetter]
 
 #: Refusals that are shown one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
@@ -98,10 +100,9 @@ def show_dead_letter(*, dead_letter_id: IdArgument, as_json: JsonOption = False)
     Example: diracx-task-run dlq show 17
     """
     shown = dead_letter_record(_in_database(lambda db: _find(db, dead_letter_id)))
+    report(shown, field_lines(_fields(shown)), as_json, indent=2)
     if as_json:
-        print_json(shown)
         return
-    show_fields(_fields(shown))
     for number, failure in enumerate(shown["history"], 1):
         why = f"{failure['reason']}: {one_line(failure['detail'])}"
         echo(f"\nearlier failure {number}, {failure['buried_at']}: {why}")
@@ -132,10 +133,7 @@ def _print_attempts(attempts: Sequence[DeadLetter]) -> None:
     for number, attempt in enumerate(attempts, 1):
         where = f"{attempt.get('started', '?')} on {attempt.get('host', '?')}"
         failure = f"{attempt.get('type', '?')}: {attempt.get('message', '')}"
-        echo("")
-        echo(one_line(f"attempt {number}, {where}: {failure}"))
-        for line in str(attempt.get("traceback", "")).splitlines():
-            echo(f"  {line}")
+        echo_traceback(f"attempt {number}, {where}: {failure}", attempt.get("traceback", ""))
 
 
 @app.command()
@@ -178,7 +176,7 @@ def init() -> None:
     async def create() -> int:
         from ...plumbing.persistence.published import import_published
 
-        async with required_task_db(tables=False) as db:
+        async with open_database("TaskDB", NO_TASK_DB, tables=False) as db:
             await db.migrations.create(db.engine)
             return await import_published(db)
 
@@ -198,24 +196,16 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
     Example: diracx-task-run dlq retry --task my_tasks:Download --since 24h --yes
     """
     where = choice.dead_letters("open")
+    registry, config = server.registry, tasks_config()
 
-    async def submit(db: TaskDB) -> Decided:
-        chosen = [await _find(db, dead_letter_id, summary=True) for dead_letter_id in choice.ids]
-        registry, config = server.registry, tasks_config()
-        async with server.connected() as broker:
-            resubmitter = Resubmitter(db, broker, registry, config)
-            if not chosen:
-                await _confirmed(db, where, choice, "Submit {} dead letters again?")
-            actions = AuditedActions.for_command_line(broker.redis)
-            return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
+    async def submit(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters) -> Decided:
+        resubmitter = Resubmitter(db, broker, registry, config)
+        actions = AuditedActions.for_command_line(broker.redis)
+        return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
 
-    decided = _in_database(submit)
-    if as_json:
-        _print_report(decided.refused, resubmitted=decided.done, already=decided.already)
-    elif decided.done or decided.already:
-        already = f", {len(decided.already)} had been already" if decided.already else ""
-        echo(f"{len(decided.done)} submitted again{already}")
-    _report_refusals(decided.refused, "submitted again", as_json or decided.done or decided.already)
+    decided = _decide(choice, where, server, "Submit {} dead letters again?", submit)
+    done = {"resubmitted": decided.done, "already": decided.already}
+    _report(decided, done, "submitted again", as_json)
 
 
 @app.command()
@@ -228,54 +218,65 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
     """
     where = choice.dead_letters("pending")
 
+    async def mark(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters) -> Decided:
+        found = chosen or [each async for each in dead_letter_summaries(db, where, choice.limit)]
+        actions = AuditedActions.for_command_line(broker.redis)
+        return await actions.discard_dead_letters(db, found, None if chosen else where)
+
+    decided = _decide(choice, where, server, "Discard {} dead letters?", mark)
+    _report(decided, {"discarded": decided.done}, "discarded", as_json)
+
+
+def _decide(
+    choice: Choice,
+    where: DeadLetterFilter,
+    server: Server,
+    question: str,
+    act: Callable[[RedisStreamBroker, TaskDB, DeadLetters], Awaitable[Decided]],
+) -> Decided:
+    """Call `act` with the dead letters that have the ids; with none, after confirmation, if the filter selects."""
+
     async def decide(db: TaskDB) -> Decided:
         chosen = [await _find(db, dead_letter_id, summary=True) for dead_letter_id in choice.ids]
         if not chosen:
-            await _confirmed(db, where, choice, "Discard {} dead letters?")
-            chosen = [dead_letter async for dead_letter in dead_letter_summaries(db, where, choice.limit)]
-        if not chosen:
-            return Decided([], [], [])
+            total = sum((await db.count(**where)).values())
+            total = total if choice.limit is None else min(total, choice.limit)
+            if not total:
+                return Decided([], [], [])
+            await asyncio.to_thread(confirm, question.format(total), choice.yes)
         async with server.connected() as broker:
-            actions = AuditedActions.for_command_line(broker.redis)
-            return await actions.discard_dead_letters(db, chosen, None if choice.ids else where)
+            return await act(broker, db, chosen)
 
-    decided = _in_database(decide)
-    if as_json:
-        _print_report(decided.refused, discarded=decided.done)
-    elif decided.done:
-        echo(f"{len(decided.done)} discarded")
-    _report_refusals(decided.refused, "discarded", as_json or decided.done)
+    return _in_database(decide)
 
 
-def _print_report(refused: Sequence[tuple[DeadLetter, str]], **done: Sequence[DeadLetter]) -> None:
+def _report(decided: Decided, done: Mapping[str, DeadLetters], what: str, as_json: bool) -> None:
+    """Print what was done. Raise a CliError if some were refused, after the reasons if there are several."""
+
     def ids(dead_letter: DeadLetter) -> dict[str, Any]:
         return {"id": dead_letter["id"], "task_id": dead_letter["task_id"]}
 
-    report = {name: list(map(ids, dead_letters)) for name, dead_letters in done.items()}
-    print_json(report | {"refused": [ids(each) | {"why": why} for each, why in refused]}, indent=None)
-
-
-def _report_refusals(refused: Sequence[tuple[DeadLetter, str]], what: str, reported: object) -> None:
-    """Raise a CliError if dead letters were refused; print the reasons before it if there are several.
-
-    Args:
-        reported: whether a result was printed; else an empty selection is reported here.
-    """
-    if not refused:
-        if not reported:
-            echo("no dead letters", err=True)
-        return
-    if len(refused) == 1:
-        [(dead_letter, why)] = refused
+    if as_json:
+        records = {name: list(map(ids, dead_letters)) for name, dead_letters in done.items()}
+        refused = [ids(dead_letter) | {"why": why} for dead_letter, why in decided.refused]
+        print_json({**records, "refused": refused}, indent=None)
+    elif decided.done or decided.already:
+        already = f", {len(decided.already)} had been already" if decided.already else ""
+        echo(f"{len(decided.done)} {what}{already}")
+    elif not decided.refused:
+        echo("no dead letters", err=True)
+    if len(decided.refused) == 1:
+        [(dead_letter, why)] = decided.refused
         raise CliError(f"dead letter {dead_letter['id']} ({dead_letter['task_id']}) was not {what}: {why}")
-    for dead_letter, why in refused[:_REFUSALS_SHOWN]:
-        echo(one_line(f"dead letter {dead_letter['id']} ({dead_letter['task_id']}): {why}"), err=True)
-    raise CliError(f"{len(refused)} dead letters were not {what}")
+    if decided.refused:
+        for dead_letter, why in decided.refused[:_REFUSALS_SHOWN]:
+            echo(one_line(f"dead letter {dead_letter['id']} ({dead_letter['task_id']}): {why}"), err=True)
+        raise CliError(f"{len(decided.refused)} dead letters were not {what}")
 
 
 def _in_database(use: Callable[[TaskDB], Awaitable[_Result]]) -> _Result:
     async def run() -> _Result:
-        async with required_task_db() as db:
+        async with open_database("TaskDB", NO_TASK_DB) as db:
             return await use(db)
 
     return asyncio.run(run())
@@ -286,11 +287,3 @@ async def _find(db: TaskDB, dead_letter_id: str, *, summary: bool = False) -> di
     if dead_letter is None:
         raise CliError(f"no dead letter {dead_letter_id!r}; `diracx-task-run dlq list --status any` lists all")
     return dead_letter
-
-
-async def _confirmed(db: TaskDB, where: DeadLetterFilter, choice: Choice, question: str) -> None:
-    """Ask for confirmation with the number of dead letters that a filter selects; errors as of `confirm`."""
-    total = sum((await db.count(**where)).values())
-    total = total if choice.limit is None else min(total, choice.limit)
-    if total:
-        await asyncio.to_thread(confirm, question.format(total), choice.yes)

@@ -13,7 +13,7 @@ from ...operations.views import GROUPS
 from ...plumbing.broker.groups import GroupStatus, read_group
 from ..errors import CliError
 from ..options import JsonOption, command_group
-from ..output import print_json, show, show_fields
+from ..output import field_lines, print_json, report, show
 from ..runtime.server import Server
 
 #: Maximum number of listed children.
@@ -41,10 +41,7 @@ def show_group(
             f"no group {group_id!r}: its callback was submitted, it has expired, or it never existed; "
             "see `diracx-task-run group list`"
         )
-    if as_json:
-        print_json(status)
-    else:
-        show_fields(_fields(status))
+    report(status, field_lines(_fields(status)), as_json, indent=2)
 
 
 @app.command("list")

@@ -17,7 +17,7 @@ from ...plumbing.registry import unselected_tasks
 from ...plumbing.task_names import resolve_task_name
 from ..errors import one_line
 from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, command_group
-from ..output import echo, print_json, show
+from ..output import echo, echo_traceback, print_json, show
 from ..runtime.registry import find_task, load_registry
 from ..runtime.server import Server, ServerAndTasks
 
@@ -127,7 +127,5 @@ def _print_failures(failures: Sequence[Failure]) -> None:
     """Print failures with their tracebacks, the newest last."""
     for failure in reversed(failures):
         where = f"{failure.at:%Y-%m-%d %H:%M:%S} on {failure.worker}, attempt {failure.attempt}, {failure.outcome}"
-        echo("")
-        echo(one_line(f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"))
-        for line in (failure.traceback or f"{failure.type}: {failure.message}").splitlines():
-            echo(f"  {line}")
+        title = f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"
+        echo_traceback(title, failure.traceback or f"{failure.type}: {failure.message}")

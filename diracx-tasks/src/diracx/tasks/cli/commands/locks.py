@@ -14,7 +14,7 @@ from ...operations.formats import remaining
 from ...operations.views import LOCKS, holder, quota
 from ..errors import CliError, one_line
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
-from ..output import confirm, echo, print_json, show, show_fields
+from ..output import confirm, echo, field_lines, report, show
 from ..runtime.server import Server
 
 app = command_group("locks", "Inspect locks and limiters; release a lock.")
@@ -48,10 +48,7 @@ def show_lock(*, key: KeyArgument, as_json: JsonOption = False, server: Server) 
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None:
         raise CliError(f"{key} has neither holders nor waiting tasks; see `diracx-task-run locks list`")
-    if as_json:
-        print_json(found)
-    else:
-        show_fields(_fields(found))
+    report(found, field_lines(_fields(found)), as_json, indent=2)
 
 
 def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
@@ -88,12 +85,9 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
     confirm(question, yes)
     owners = None if is_quota else [holder.owner for holder in found.holders]
     done = server.query(lambda redis: AuditedActions.for_command_line(redis).release_lock(key, owners))
-    if as_json:
-        print_json(done)
-    elif not done.released:
+    if not done.released and not as_json:
         raise CliError(f"{key} was released meanwhile: nothing was changed")
-    else:
-        echo(f"{done.released} {'units of quota' if is_quota else 'released'}")
+    report(done, [f"{done.released} {'units of quota' if is_quota else 'released'}"], as_json, indent=2)
 
 
 def _consequence(holder: Holder) -> str:

@@ -15,7 +15,7 @@ from ...operations.views import DELAYED, QUEUED, QUEUES
 from ...plumbing.broker import published
 from ..errors import CliError
 from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
-from ..output import confirm, echo, echo_json, show
+from ..output import confirm, report, show
 from ..runtime.server import Server, ServerAndTasks
 
 app = command_group("queue", "Inspect the nine queues and the delayed tasks; purge a queue.")
@@ -91,10 +91,7 @@ def purge(*, queue: QueueArgument, yes: YesOption = False, as_json: JsonOption =
     if waiting := server.query(waiting_tasks):
         confirm(f"Cancel {waiting} tasks that wait in {queue}?", yes)
         number = server.query(lambda redis: AuditedActions.for_command_line(redis).purge(queue))
-    if as_json:
-        echo_json({"queue": queue, "cancelled": number})
-    else:
-        echo(f"{number} cancelled")
+    report({"queue": queue, "cancelled": number}, [f"{number} cancelled"], as_json)
 
 
 @app.command("downgrade")
@@ -109,9 +106,6 @@ def downgrade(*, as_json: JsonOption = False, server: Server) -> None:
         done = server.query(published.downgrade)
     except published.StillRunningError as error:
         raise CliError(f"{error}: stop it and repeat the command") from error
-    if as_json:
-        echo_json(done)
-    else:
-        echo(", ".join(f"{number} {what}" for what, number in done.items()))
+    report(done, [", ".join(f"{number} {what}" for what, number in done.items())], as_json)
     if done["kept"]:
         raise CliError(f"{done['kept']} delayed tasks have arguments that 0.7 would lose: they were not converted")

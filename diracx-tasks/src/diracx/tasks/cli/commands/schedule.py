@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from difflib import get_close_matches
 from typing import Annotated
 
 import typer
-from redis.asyncio import Redis
 
 from ...operations.audited_actions import AuditedActions
 from ...operations.views import SCHEDULES
@@ -15,6 +13,7 @@ from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.scheduling import has_leader
 from ...plumbing.config import TasksConfig
 from ...plumbing.exceptions import TaskArgumentsError
+from ...plumbing.registry import TaskRegistry
 from ...plumbing.scheduler import ScheduleState, schedules
 from ...plumbing.scheduler.admin import AlreadyQueuedError
 from ...plumbing.scheduler.occurrences import iter_schedules
@@ -23,8 +22,9 @@ from ...plumbing.submission.client import Binding
 from ...plumbing.task_names import resolve_task_name
 from ..errors import CliError, UsageProblem, one_line, shortened
 from ..options import JsonOption, command_group
-from ..output import echo, echo_json, show
-from ..runtime.configuration import Configuration, read_configuration
+from ..output import echo, echo_json, report, show
+from ..runtime.configuration import read_configuration
+from ..runtime.registry import nearest
 from ..runtime.server import ServerAndTasks
 
 app = command_group(
@@ -49,10 +49,10 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
 
     Example: diracx-task-run schedule list '*/lhcb' --json
     """
-    config = _configuration(server)
+    configured = _configured(server)
 
     async def read(broker: RedisStreamBroker) -> tuple[list[ScheduleState], bool]:
-        return await _states(broker.redis, server, config), await has_leader(broker.redis)
+        return await schedules(broker.redis, *configured), await has_leader(broker.redis)
 
     states, led = server.run(read)
     if ids:
@@ -78,12 +78,13 @@ def run_now(
     Example: diracx-task-run schedule run-now jobs:CleanSandboxStoreTask
     """
     config = read_configuration(server.registry)
-    instances = {found.id: found for found in iter_schedules(server.registry, config.tasks, config.vos or ())}
+    configured = server.registry, config.tasks, config.vos or ()
+    instances = {found.id: found for found in iter_schedules(*configured)}
     named = resolve_task_name(id_, instances)
 
     async def submit(broker: RedisStreamBroker) -> str:
         if named is None:
-            _chosen([id_], False, await _states(broker.redis, server, config))
+            _chosen([id_], False, await schedules(broker.redis, *configured))
             raise CliError(
                 f"{id_} cannot be submitted: it is in neither code nor configuration of this process; load its "
                 "--module, or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
@@ -102,10 +103,7 @@ def run_now(
         raise CliError(
             f"{id_} was not submitted: its last occurrence, task {error.task_id}, still waits for a worker"
         ) from error
-    if as_json:
-        echo_json({"id": named, "task_id": task_id, "submitted": True})
-    else:
-        echo(task_id)
+    report({"id": named, "task_id": task_id, "submitted": True}, [task_id], as_json)
 
 
 @app.command("pause")
@@ -116,7 +114,7 @@ def pause(
 
     Example: diracx-task-run schedule pause '*/lhcb'
     """
-    _switch(ids, every, lambda actions, chosen: actions.pause(chosen), "paused", as_json, server)
+    _switch(ids, every, AuditedActions.pause, "paused", as_json, server)
 
 
 @app.command("resume")
@@ -127,7 +125,7 @@ def resume(
 
     Example: diracx-task-run schedule resume --all
     """
-    _switch(ids, every, lambda actions, chosen: actions.resume(chosen), "resumed", as_json, server)
+    _switch(ids, every, AuditedActions.resume, "resumed", as_json, server)
 
 
 def _switch(
@@ -140,19 +138,16 @@ def _switch(
 ) -> None:
     if bool(ids) == every:
         raise UsageProblem("give ids or patterns of schedules, or --all; see `diracx-task-run schedule list`")
-    config = _configuration(server)
+    configured = _configured(server)
 
     async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        chosen = _chosen(ids or (), every, await _states(broker.redis, server, config))
+        chosen = _chosen(ids or (), every, await schedules(broker.redis, *configured))
         return chosen, await switch(AuditedActions.for_command_line(broker.redis), chosen) if chosen else []
 
     chosen, changed = server.run(change)
-    if as_json:
-        echo_json([{"id": id_, "changed": id_ in changed} for id_ in chosen])
-        return
-    for id_ in chosen:
-        echo(f"{one_line(id_)}  {done if id_ in changed else 'no change'}")
-    if not chosen:
+    records = [{"id": id_, "changed": id_ in changed} for id_ in chosen]
+    report(records, (f"{one_line(id_)}  {done if id_ in changed else 'no change'}" for id_ in chosen), as_json)
+    if not chosen and not as_json:
         echo("no schedules", err=True)
 
 
@@ -163,33 +158,26 @@ def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState
         return known
     found, unknown = matching(patterns, known)
     for pattern in unknown:
-        names = {id_.partition(":")[2]: id_ for id_ in known} | {id_: id_ for id_ in known}
-        near = get_close_matches(pattern, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {names[near[0]]!r}?" if near else "; see `diracx-task-run schedule list`"
+        near = nearest(pattern, known)
+        hint = f"; did you mean {near[0]!r}?" if near else "; see `diracx-task-run schedule list`"
         raise UsageProblem(f"no schedule {shortened(pattern, 120)}{hint}")
     return found
 
 
-def _configuration(server: ServerAndTasks) -> Configuration | None:
-    """Read the configuration; print a warning and return None if it is wrong.
+def _configured(server: ServerAndTasks) -> tuple[TaskRegistry, TasksConfig, tuple[str, ...]]:
+    """Return tasks, their settings and the VOs; if the configuration is wrong, nothing after a warning.
 
     Schedulers keep the last valid configuration, and operators must be able to inspect and pause the schedules
     that those have planned in Redis.
     """
     registry = server.registry
     try:
-        return read_configuration(registry)
+        config = read_configuration(registry)
     except CliError as error:
         echo(
             f"{one_line(str(error))}; using the schedules that the scheduler has planned; "
             "`diracx-task-run config check` lists every mistake",
             err=True,
         )
-        return None
-
-
-async def _states(redis: Redis, server: ServerAndTasks, config: Configuration | None) -> list[ScheduleState]:
-    """Return all schedules; without a configuration, those planned in Redis."""
-    if config is None:
-        return await schedules(redis, {}, TasksConfig(), ())
-    return await schedules(redis, server.registry, config.tasks, config.vos or ())
+        return TaskRegistry(), TasksConfig(), ()
+    return registry, config.tasks, config.vos or ()

@@ -29,7 +29,7 @@ from ...plumbing.worker import Worker
 from ...plumbing.worker.settings import WorkerSettings
 from ..errors import CliError, one_line
 from ..runtime.configuration import CONFIG_VARIABLE
-from ..runtime.databases import check_databases, open_task_db, required_task_db, unchecked_task_db
+from ..runtime.databases import NO_TASK_DB, check_databases, open_database, open_task_db, unchecked_task_db
 from ..runtime.logs import set_up_logging
 from ..runtime.metrics_server import set_up_telemetry
 from ..runtime.service import Service, ServiceOptions
@@ -161,7 +161,9 @@ def scheduler(
     set_up_telemetry("tasks-scheduler")
 
     async def serve(stack: AsyncExitStack) -> None:
-        task_db = await stack.enter_async_context(required_task_db()) if resubmit_dead_letters else None
+        task_db = None
+        if resubmit_dead_letters:
+            task_db = await stack.enter_async_context(open_database("TaskDB", NO_TASK_DB))
         broker, config = await service.open(stack, Role.SCHEDULER)
         registry = options.registry
         if config.vos is None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ...plumbing.exceptions import TaskConfigError
@@ -51,8 +51,8 @@ async def check_databases(plans: Iterable[Plan]) -> None:
         classes = database_classes(name)
         if needed.intersection(classes):
             try:
-                async with _checked(name, classes[0], url):
-                    pass
+                async with _opened(name, url) as database:
+                    await _check(database, name)
             except CliError as error:
                 if required.intersection(classes):
                     raise
@@ -68,7 +68,7 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
         )
         yield None
         return
-    async with required_task_db() as database:
+    async with open_database("TaskDB", NO_TASK_DB) as database:
         yield database
 
 
@@ -76,14 +76,7 @@ async def open_task_db() -> AsyncIterator[TaskDB | None]:
 async def unchecked_task_db() -> AsyncIterator[TaskDB | None]:
     """Open the database of dead letters without connecting to it; None if it is not configured."""
     url = _database_urls("TaskDB").get("TaskDB")
-    async with AsyncExitStack() as stack:
-        yield await _opened(stack, "TaskDB", database_classes("TaskDB")[0], url) if url else None
-
-
-@asynccontextmanager
-async def required_task_db(*, tables: bool = True) -> AsyncIterator[TaskDB]:
-    """Open the database of dead letters as `open_database` does."""
-    async with open_database("TaskDB", NO_TASK_DB, tables=tables) as database:
+    async with _opened("TaskDB", url) if url else nullcontext() as database:
         yield database
 
 
@@ -96,8 +89,8 @@ async def open_database(name: str, missing: str, *, tables: bool = True) -> Asyn
         missing: error message if it is not configured.
         tables: check that it has its tables, too.
     """
-    url = database_url(name, missing)
-    async with _checked(name, database_classes(name)[0], url, tables=tables) as database:
+    async with _opened(name, database_url(name, missing)) as database:
+        await _check(database, name, tables=tables)
         with explained_database(name):
             yield database
 
@@ -128,42 +121,43 @@ def _database_urls(only: str | None = None) -> dict[str, str]:
         raise CliError(str(error)) from error
 
 
-@asynccontextmanager
-async def _checked(name: str, cls: type[BaseSQLDB], url: str, *, tables: bool = True) -> AsyncIterator[Any]:
-    """Open a database, after checking that it responds and has its tables."""
+async def _check(database: BaseSQLDB, name: str, *, tables: bool = True) -> None:
+    """Check that a database responds and has its tables."""
     from ...plumbing.sql.errors import connecting, explained
     from ...plumbing.sql.session import not_ready
 
-    async with AsyncExitStack() as stack:
-        database = await _opened(stack, name, cls, url)
-        before = set(threading.enumerate())
-        try:
-            with explained_database(name), explained(name):
-                with connecting(name):
-                    async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.connect():
-                        pass
-                if tables:
-                    async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.begin() as connection:
-                        lacks = await connection.run_sync(not_ready, cls, name)
-                    if lacks is not None:
-                        raise lacks
-        except CliError:
-            await join_threads(before)
-            raise
-        yield database
-
-
-async def _opened(stack: AsyncExitStack, name: str, cls: type[Any], url: str) -> Any:
+    before = set(threading.enumerate())
     try:
-        database = cls(db_url=url)
-        await stack.enter_async_context(database.engine_context())
-    except Exception as error:
-        # Without the text of the error, which may have the URL with its password.
-        raise CliError(
-            f"DIRACX_DB_URL_{name.upper()} cannot be used ({type(error).__name__}); check its dialect, driver and "
-            "address"
-        ) from error
-    return database
+        with explained_database(name), explained(name):
+            with connecting(name):
+                async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.connect():
+                    pass
+            if tables:
+                async with asyncio.timeout(_RESPONSE_SECONDS), database.engine.begin() as connection:
+                    lacks = await connection.run_sync(not_ready, type(database), name)
+                if lacks is not None:
+                    raise lacks
+    except CliError:
+        await join_threads(before)
+        raise
+
+
+@asynccontextmanager
+async def _opened(name: str, url: str) -> AsyncIterator[Any]:
+    """Open a database without connecting to it."""
+    async with AsyncExitStack() as stack:
+        try:
+            database = database_classes(name)[0](db_url=url)
+            await stack.enter_async_context(database.engine_context())
+        except CliError:
+            raise
+        except Exception as error:
+            # Without the text of the error, which may have the URL with its password.
+            raise CliError(
+                f"DIRACX_DB_URL_{name.upper()} cannot be used ({type(error).__name__}); "
+                "check its dialect, driver and address"
+            ) from error
+        yield database
 
 
 @contextmanager

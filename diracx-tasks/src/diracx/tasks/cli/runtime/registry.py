@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -116,22 +116,22 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
     """Return the registry name of a task, given that or its class name."""
     if (found := resolve_task_name(name, registry)) is not None:
         return found
-    known = "\n".join(["known tasks:", *(f"  {each}" for each in sorted(registry))])
-    if suggestions := _nearest(registry, name):
-        raise CliError(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?", detail=known)
-    raise CliError(f"unknown task {name!r}; --module loads a file's tasks", detail=known)
+    names = "\n".join(["known tasks:", *(f"  {each}" for each in sorted(registry))])
+    if suggestions := nearest(name, registry):
+        raise CliError(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?", detail=names)
+    raise CliError(f"unknown task {name!r}; --module loads a file's tasks", detail=names)
 
 
-def _nearest(registry: Mapping[str, type[BaseTask]], name: str) -> list[str]:
-    """Return up to three names of the same class name, else a similar name."""
-    class_name = name.rpartition(":")[2].lower()
-    same = [known for known in registry if known.partition(":")[2].lower() == class_name]
-    if same:
-        return same[:3]
-    if similar := get_close_matches(name, registry, n=1, cutoff=0.6):
-        return similar
-    by_class = {known.partition(":")[2].lower(): known for known in registry}
-    return [by_class[found] for found in get_close_matches(class_name, by_class, n=1, cutoff=0.6)]
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three names (`category:ClassName`) of the most similar class name, else a similar name."""
+    by_text: dict[str, list[str]] = {}
+    for each in known:
+        for text in (each, each.partition(":")[2]):
+            by_text.setdefault(text.lower(), []).append(each)
+    for text in (name.rpartition(":")[2].lower(), name.lower()):
+        for similar in get_close_matches(text, by_text, n=1, cutoff=0.6):
+            return by_text[similar][:3]
+    return []
 
 
 def make_task(registry: TaskRegistry, name: str, args: str, kwargs: str) -> tuple[str, BaseTask]:

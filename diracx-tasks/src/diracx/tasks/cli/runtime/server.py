@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import typer
 from redis.asyncio import Redis
 
 from ...plumbing.broker import RedisStreamBroker
-from ...plumbing.broker.address import DEFAULT_REDIS_URL, REDIS_URL_FILE_VARIABLE, REDIS_URL_VARIABLE
+from ...plumbing.broker.address import DEFAULT_REDIS_URL, redis_url_from_environment
 from ...plumbing.broker.connection import AddressError, check_url, read_url_file
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError, UsageProblem
@@ -49,8 +48,18 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The URL, which may have a password; errors as of `resolve_redis_url`."""
-        return resolve_redis_url(self.redis_url, self.redis_url_file)
+        """The URL, which may have a password: of an option, else of the environment, else `redis://localhost`."""
+        given = self.redis_url is not None or self.redis_url_file is not None
+        try:
+            if self.redis_url is not None and self.redis_url_file is not None:
+                raise AddressError("--redis-url and --redis-url-file exclude each other; give one of them")
+            if self.redis_url is not None:
+                return check_url(self.redis_url, "--redis-url")
+            if self.redis_url_file is not None:
+                return read_url_file(self.redis_url_file, "--redis-url-file")
+            return redis_url_from_environment() or DEFAULT_REDIS_URL
+        except AddressError as error:
+            raise (UsageProblem if given else CliError)(str(error)) from error
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[RedisStreamBroker]:
@@ -87,20 +96,3 @@ class ServerAndTasks(Server):
     def registry(self) -> TaskRegistry:
         """The tasks; errors as of `load_registry`."""
         return load_registry(self.module)
-
-
-def resolve_redis_url(option: str | None, file: str | None = None) -> str:
-    """Resolve the server's URL: from the option, else the file, else the environment, else `redis://localhost`."""
-    if option is not None and file is not None:
-        raise UsageProblem("--redis-url and --redis-url-file exclude each other; give one of them")
-    given = option is not None or file is not None
-    in_environment = os.environ.get(REDIS_URL_VARIABLE)
-    path = file if given else None if in_environment else os.environ.get(REDIS_URL_FILE_VARIABLE)
-    origin = "--redis-url" if option is not None else REDIS_URL_VARIABLE
-    url = option if option is not None else in_environment or DEFAULT_REDIS_URL
-    try:
-        if path:
-            return read_url_file(path, "--redis-url-file" if given else REDIS_URL_FILE_VARIABLE)
-        return check_url(url, origin)
-    except AddressError as error:
-        raise (UsageProblem if given else CliError)(str(error)) from error
