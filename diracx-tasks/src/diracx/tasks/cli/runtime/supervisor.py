@@ -26,7 +26,7 @@ _READY = b"r"
 _LONGEST_LINE = 2**20
 #: How long to read the output of a child that has ended, if another process keeps its pipe open.
 _LAST_OUTPUT_SECONDS = 1.0
-#: Pauses before restarts: the pause doubles each time a child ends within `_YOUNG_SECONDS`.
+#: Backoff of restarts: the pause doubles each time a child ends within `_YOUNG_SECONDS`.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _YOUNG_SECONDS = 10.0
