@@ -182,15 +182,17 @@ class DirectConnection:
     """A connection outside the pool that sends commands together and reads their replies, like a pipeline.
 
     Args:
-        redis: client of the same server; its `socket_timeout` limits each call as a whole.
+        redis: client of the same server; its `socket_timeout` limits each `send` and `replies` as a whole.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._pool: Any = redis.connection_pool
+        self._timeout: float | None = self._pool.connection_kwargs.get("socket_timeout")
         self._connection: Any = None
+        self._unread = 0
         self.in_use = False
-        """True if a caller waits for a reply."""
+        """True if commands are sent whose replies are not read."""
 
     async def execute(
         self,
@@ -208,42 +210,51 @@ class DirectConnection:
             redis.exceptions.RedisError: when the server does not reply. Some commands may have been executed
                 then, as they may when this is cancelled.
         """
+        await self.send(*commands)
+        if sent is not None:
+            sent(self._descriptor())
+        return await self.replies(first)
+
+    async def send(self, *commands: Sequence[Any]) -> None:
+        """Send commands, without waiting for their replies: `replies` has to follow. Raises as `execute`."""
         self.in_use = True
         if self._connection is None:
             self._connection = self._pool.make_connection()
             # One timeout for the whole call; redis-py's own takes an asyncio task for each send.
             self._connection.socket_timeout = None
         try:
-            async with asyncio.timeout(self._pool.connection_kwargs.get("socket_timeout")):
+            async with asyncio.timeout(self._timeout):
                 await self._pool.ensure_connection(self._connection)
-                return await self._execute(commands, sent, first)
-        except TimeoutError:
-            raise RedisTimeoutError("no reply in time") from None
-        finally:
-            self.in_use = False
+                await self._connection.send_packed_command(self._connection.pack_commands(commands))
+        except BaseException as error:
+            await self._give_up(error)
+            raise
+        self._unread = len(commands)
 
-    async def _execute(
-        self,
-        commands: Sequence[Sequence[Any]],
-        sent: Callable[[int], None] | None,
-        first: Callable[[Any], None] | None,
-    ) -> list[Any]:
+    async def replies(self, first: Callable[[Any], None] | None = None) -> list[Any]:
+        """Return the replies to the commands of `send`. See `execute`."""
         replies: list[Any] = []
         try:
-            await self._connection.send_packed_command(self._connection.pack_commands(commands))
-            if sent is not None:
-                sent(self._descriptor())
-            for _ in commands:
-                try:
-                    replies.append(await self._connection.read_response())
-                except ResponseError as refusal:
-                    replies.append(refusal)
-                if first is not None and len(replies) == 1:
-                    first(replies[0])
-        except BaseException:
-            await self.close()  # or the next call would read the remaining replies
+            async with asyncio.timeout(self._timeout):
+                for _ in range(self._unread):
+                    try:
+                        replies.append(await self._connection.read_response())
+                    except ResponseError as refusal:
+                        replies.append(refusal)
+                    if first is not None and len(replies) == 1:
+                        first(replies[0])
+        except BaseException as error:
+            await self._give_up(error)
             raise
+        self.in_use = False
         return replies
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Close the connection after an error, or the next call would read the remaining replies."""
+        self.in_use = False
+        await self.close()
+        if isinstance(error, TimeoutError):
+            raise RedisTimeoutError("no reply in time") from None
 
     async def execute_command(self, *command: Any) -> Any:
         """Return the reply to one command; uses the pool while this connection is in use.

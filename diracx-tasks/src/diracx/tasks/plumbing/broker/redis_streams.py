@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,10 @@ SETTLE_BATCH = 200
 #: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
 #: be repeated.
 RESUBMITTED_TTL_SECONDS = 30 * 86400
+
+
+#: Awaits the deliveries of a fetch; without any, the last id of each stream.
+FetchReply = Callable[[], Awaitable[tuple[list[Delivery], list[str]]]]
 
 
 def new_worker_id() -> str:
@@ -230,34 +234,50 @@ class RedisStreamBroker(ResultReader):
     # --- fetching ---------------------------------------------------------------------------------------
 
     async def fetch(
-        self,
-        free: int,
-        *,
-        lease_seconds: float = 0,
-        last_ids: Sequence[str] = (),
-        settling: SettlingCall | None = None,
+        self, free: int, *, lease_seconds: float = 0, last_ids: Sequence[str] = ()
     ) -> tuple[list[Delivery], list[str]]:
         """Reserve up to `free` messages, most urgent first.
 
         Args:
             lease_seconds: lease of the worker; a new one starts with this call if it has ended.
             last_ids: for each stream, an id up to which all is delivered.
-            settling: settlements to send in the same write, before the fetch.
 
         Returns:
             The deliveries; without any, the last id of each stream, from which to wait.
         """
+        return await (await self.send_fetch(free, lease_seconds=lease_seconds, last_ids=last_ids))()
+
+    async def send_fetch(
+        self,
+        free: int,
+        *,
+        lease_seconds: float = 0,
+        last_ids: Sequence[str] = (),
+        settling: SettlingCall | None = None,
+    ) -> FetchReply:
+        """Send a `fetch`. Returns a function that awaits its result; call it before any other method that fetches.
+
+        Args:
+            settling: settlements to send in the same write, before the fetch.
+        """
         args = [self.consumer_name, self._call_limit(free), int(lease_seconds * 1000), *last_ids]
+        fetch = ("EVALSHA", script("fetch").sha, len(self.streams), *self.streams, *args)
         if settling is None:
-            messages, new_ids = await script("fetch")(self._waiting, self.streams, args)
+            await self._waiting.send(fetch)
         else:
-            command = ("EVALSHA", script("fetch").sha, len(self.streams), *self.streams, *args)
-            [reply] = await self._execute_after(settling, command)
-            if isinstance(reply, NoScriptError):
-                reply = await script("fetch")(self._waiting, self.streams, args)
-            if isinstance(reply, Exception):
-                raise reply
-            messages, new_ids = reply
+            await self._waiting.send(scripts.settle_command(self.consumer_name, settling), fetch)
+        return partial(self._read_fetch, args, last_ids, settling)
+
+    async def _read_fetch(
+        self, args: Sequence[Any], last_ids: Sequence[str], settling: SettlingCall | None
+    ) -> tuple[list[Delivery], list[str]]:
+        note = None if settling is None else partial(scripts.note_settled, settling)
+        *_, reply = await self._waiting.replies(note)
+        if isinstance(reply, NoScriptError):
+            reply = await script("fetch")(self._waiting, self.streams, args)
+        if isinstance(reply, Exception):
+            raise reply
+        messages, new_ids = reply
         if messages:
             return self._deliveries(messages), []
         now_last = [text_of(last_id) for last_id in new_ids] or list(last_ids)
@@ -291,11 +311,12 @@ class RedisStreamBroker(ResultReader):
         streams = (*self.streams, keys.WAIT_PREFIX + self.consumer_name)
         wait = (*group, "BLOCK", max(1, int(timeout * 1000)), "STREAMS", *streams, *[">"] * len(streams))
         marked = ("EXISTS", keys.CANCELLED)
-        replies = await (
-            self._waiting.execute(wait, marked, sent=sent)
-            if settling is None
-            else self._execute_after(settling, wait, marked, sent=sent)
-        )
+        if settling is None:
+            replies = await self._waiting.execute(wait, marked, sent=sent)
+        else:
+            settle = scripts.settle_command(self.consumer_name, settling)
+            note = partial(scripts.note_settled, settling)
+            _, *replies = await self._waiting.execute(settle, wait, marked, sent=sent, first=note)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
@@ -306,18 +327,6 @@ class RedisStreamBroker(ResultReader):
                 data = fields[1] if len(fields) == 2 and fields[0] == b"data" else fields
                 messages += (self.streams.index(stream.decode()) + 1, entry, data, 1, 0)
         return self._deliveries(messages), bool(marks and messages)
-
-    async def _execute_after(
-        self,
-        settling: SettlingCall,
-        *commands: Sequence[Any],
-        sent: Callable[[int], None] | None = None,
-    ) -> list[Any]:
-        """Return the replies to commands that are sent in one write after settlements."""
-        settle = scripts.settle_command(self.consumer_name, settling)
-        note = partial(scripts.note_settled, settling)
-        _, *replies = await self._waiting.execute(settle, *commands, sent=sent, first=note)
-        return replies
 
     async def end_wait(self) -> None:
         """End `reserve_next` on the server. Later calls reserve nothing before the next `fetch`."""
@@ -471,8 +480,8 @@ class RedisStreamBroker(ResultReader):
 
     async def start(self, requests: Sequence[StartRequest], *, lease_seconds: float = 0) -> list[StartReply]:
         """Take the locks of each delivery, or park it."""
-        # Between two waits, and so by the connection that waits.
-        return await scripts.start(self._waiting, self.consumer_name, requests, int(lease_seconds * 1000))
+        # Not by the connection that waits: the next batch may be fetched meanwhile.
+        return await scripts.start(self._submitting, self.consumer_name, requests, int(lease_seconds * 1000))
 
     async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[SettleReply]:
         """Settle deliveries.

@@ -7,10 +7,10 @@ Names of spans, attributes and log fields are those of the published package, so
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from math import ceil, log2
 from typing import TYPE_CHECKING, Any
 
 from .._util.telemetry import METER, TASKS_SUBMITTED
@@ -26,7 +26,6 @@ TRACER = "diracx.tasks"
 BUCKETS = 150
 _PER_DOUBLING = 4
 _FIRST_SECONDS = 0.001
-_OFFSET = -_PER_DOUBLING * log2(_FIRST_SECONDS)
 
 
 def is_traced() -> bool:
@@ -157,14 +156,14 @@ def _submissions() -> Any:
     return meter.create_counter(TASKS_SUBMITTED, description="Tasks that were submitted.")
 
 
-def bucket_of(seconds: float) -> int:
-    """Return the bucket of a duration; the first one ends with 1 ms."""
-    if seconds <= _FIRST_SECONDS:
-        return 0
-    bucket = ceil(_PER_DOUBLING * log2(seconds) + _OFFSET)
-    return bucket if bucket < BUCKETS else BUCKETS - 1
-
-
 def end_of_bucket(bucket: int) -> float:
     """Return the longest duration (s) of a bucket."""
     return float(_FIRST_SECONDS * 2 ** (bucket / _PER_DOUBLING))
+
+
+_ENDS = [end_of_bucket(bucket) for bucket in range(BUCKETS - 1)]
+
+
+def bucket_of(seconds: float) -> int:
+    """Return the bucket of a duration; the first one ends with 1 ms."""
+    return bisect_left(_ENDS, seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -88,7 +87,7 @@ class Executor:
     async def fetch_loop(self, intake: Intake) -> None:
         """Take as many deliveries from the intake as there are free slots, until the worker is to stop."""
         while free := await self._free_slots():
-            called_at = time.monotonic()
+            called_at = intake.reserves_since()
             try:
                 deliveries = await retry_until_available(
                     partial(intake.next, free, self._settler), "fetch tasks", stop=self._stop, passing=may_pass
@@ -99,6 +98,8 @@ class Executor:
                 break  # stopped while the server is unavailable
             if not self._stop.is_set():
                 await self.start(deliveries, intake.reserved_after, called_at)
+                if intake.fetches_ahead:
+                    await asyncio.sleep(0)  # short tasks end now, and free their slots for the next fetch
 
     async def close_intake(self, intake: Intake) -> None:
         """End the intake, then requeue reserved deliveries that have not started.

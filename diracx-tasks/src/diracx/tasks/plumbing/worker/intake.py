@@ -7,10 +7,10 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from .._util.retrying import reason, retry_until_available
 from ..broker.lease_audit import AUDIT_LEASES
@@ -20,6 +20,7 @@ from .settlement import requeue
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
     from ..broker.models import Delivery, SettlingCall
+    from ..broker.redis_streams import FetchReply
     from ..broker.requests import LockSpec
     from .settings import WorkerSettings
     from .unread import UnreadGuard
@@ -70,6 +71,17 @@ class UnsentSettlements(Protocol):
         """Send those that were taken and have no reply."""
 
 
+class _SentFetch(NamedTuple):
+    """A fetch whose reply is not read."""
+
+    at_most: int
+    at: float
+    """Time (`time.monotonic`) before it was sent."""
+    reply: FetchReply
+    unsent: UnsentSettlements | None
+    """Source of the settlements that were sent with it."""
+
+
 class Intake:
     """Fetches deliveries from the broker, and reclaims those of dead workers.
 
@@ -101,6 +113,8 @@ class Intake:
         self._fetched = asyncio.Event()
         self._fetched.set()
         self._settings = settings
+        self._sent: _SentFetch | None = None
+        """The fetch whose reply is not read."""
         self._stops: asyncio.Task[Literal[True]] | None = None
         self._wait: asyncio.Timeout | None = None
         self._candidates: set[tuple[str, str]] = set()
@@ -130,28 +144,56 @@ class Intake:
         A call that fails may have reserved deliveries; the next call fetches them again. When the worker stops,
         ignore the returned deliveries: `fetch_unacknowledged` returns them again.
         """
-        self.reserved_after = time.monotonic()
+        self.reserved_after = self.reserves_since()
+        ahead = [] if self._sent is None else await self._read_fetch()
         if self._candidates:
             self._remove_candidates(self._candidates.difference(self._held.held()))  # it may have been parked
         if self._refetch_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may lack settlements that the old one has confirmed.
             self._refetch_at, self._reconnects, self._reply_lost = math.inf, self._broker.reconnects, True
-        if self._reply_lost and (deliveries := await self.fetch_unacknowledged()):
-            return await self._limit_to(free, deliveries)
+        if self._reply_lost:
+            if deliveries := await self.fetch_unacknowledged():  # those fetched ahead are among them
+                return await self._limit_to(free, deliveries)
+            ahead = []
         self._reply_lost = True
         try:
-            deliveries = await self._limit_to(free, await self._poll(free, unsent))
+            deliveries = await self._limit_to(free, ahead or await self._poll(free, unsent))
         except BaseException:
             self._last_ids = None  # another server may reply to the next call
             self._abandon_wait()
             raise
         self._reply_lost = False
+        await self._fetch_ahead(free - len(deliveries), unsent)
         return deliveries
+
+    def reserves_since(self) -> float:
+        """Time (`time.monotonic`) before the deliveries that `next` would return now are reserved."""
+        return time.monotonic() if self._sent is None else self._sent.at
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """True if the next fetch is sent already."""
+        return self._sent is not None
+
+    async def _fetch_ahead(self, free: int, unsent: UnsentSettlements | None) -> None:
+        """With a backlog and free slots, send the next fetch: the server replies while the worker starts what it
+        has.
+        """
+        if free <= 0 or self._all_seen or self._candidates or self._draining or self._stop.is_set():
+            return
+        if time.monotonic() < self.reclaim_at:
+            try:
+                await self._send_fetch(min(free, _BATCH), unsent)
+            except RedisError:
+                self._reply_lost, self._last_ids = True, None  # for the next call, which meets the same error
 
     async def close(self) -> None:
         """End the blocking read on the server, so that it reserves nothing more; give up after a timeout."""
         try:
             async with asyncio.timeout(_END_WAIT_SECONDS):
+                if self._sent is not None:
+                    with suppress(RedisError):
+                        await self._read_fetch()  # `fetch_unacknowledged` will return its deliveries
                 await retry_until_available(self._broker.end_wait, "end the wait for tasks")
         except Exception as error:
             logger.warning("stopping with a wait for tasks that may go on: %s", reason(error))
@@ -220,8 +262,8 @@ class Intake:
             await self._unless_stopped(asyncio.sleep(self._timeout()))
             return []
         if self._last_ids is None or not self._all_seen:
-            deliveries = await self._fetch(min(free, _BATCH), unsent)
-            if deliveries:
+            await self._send_fetch(min(free, _BATCH), unsent)
+            if deliveries := await self._read_fetch():
                 return deliveries
         assert self._last_ids is not None
         await asyncio.sleep(0)  # an execution that has just started may end in this round of the event loop
@@ -235,23 +277,44 @@ class Intake:
             requeued = await self._unread.read()
         return await self.fetch_unacknowledged() if requeued else deliveries
 
-    async def _fetch(self, at_most: int, unsent: UnsentSettlements | None) -> list[Delivery]:
-        with self._take_unsent(unsent) as settling:
-            self._fetched.clear()
-            try:
-                deliveries, last_ids = await self._broker.fetch(
-                    at_most,
-                    lease_seconds=self._settings.lease_seconds,
-                    last_ids=self._last_ids or (),
-                    settling=settling,
-                )
-            finally:
-                self._fetched.set()
+    async def _send_fetch(self, at_most: int, unsent: UnsentSettlements | None) -> None:
+        """Send a fetch, whose deliveries `_read_fetch` returns."""
+        if self._stop.is_set():
+            unsent = None  # a worker that stops has to send them alone
+        at = time.monotonic()
+        self._fetched.clear()
+        try:
+            reply = await self._broker.send_fetch(
+                at_most,
+                lease_seconds=self._settings.lease_seconds,
+                last_ids=self._last_ids or (),
+                settling=None if unsent is None else unsent.take(),
+            )
+        except BaseException:
+            self._end_fetch(unsent)
+            raise
+        self._sent = _SentFetch(at_most, at, reply, unsent)
+
+    async def _read_fetch(self) -> list[Delivery]:
+        sent, self._sent = self._sent, None
+        assert sent is not None
+        try:
+            deliveries, last_ids = await sent.reply()
+        except BaseException:
+            self._reply_lost, self._last_ids = True, None
+            raise
+        finally:
+            self._end_fetch(sent.unsent)
         self._note_delivered(deliveries)
-        self._all_seen = len(deliveries) < at_most
+        self._all_seen = len(deliveries) < sent.at_most
         if not deliveries:
             self._last_ids = last_ids
         return deliveries
+
+    def _end_fetch(self, unsent: UnsentSettlements | None) -> None:
+        self._fetched.set()
+        if unsent is not None:
+            unsent.return_unsent()
 
     async def _reserve_next(
         self,
