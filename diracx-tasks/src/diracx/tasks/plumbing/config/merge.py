@@ -78,16 +78,12 @@ def with_window(merged: dict[str, Any]) -> dict[str, Any]:
 
 def with_instances(merged: Layer) -> dict[str, Any]:
     """Merge `periodic` of the task into that of each instance."""
-    instances = merged.get("instances")
-    if not isinstance(instances, Mapping) or not instances:
-        return dict(merged)
-    common = merged.get("periodic")
-    resolved = {}
-    for name, instance in instances.items():
+    common, instances = merged.get("periodic"), {}
+    for name, instance in mapping(merged.get("instances")).items():
         own = mapping(instance).get("periodic")
         periodic = merge_schedule(mapping(common), mapping(own)) if common or own else own
-        resolved[name] = {**mapping(instance), "periodic": periodic}
-    return {**merged, "instances": resolved}
+        instances[name] = {**mapping(instance), "periodic": periodic}
+    return {**merged, "instances": instances} if instances else dict(merged)
 
 
 def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path, Layer]]:
@@ -183,28 +179,26 @@ def _timezone_clash(periodic: Layer) -> str | None:
     return None
 
 
+def sections(raw: Any, common: str, by_vo: str) -> Iterator[tuple[Path, str | None, Mapping[Any, Any]]]:
+    """Yield path, VO and content of the general section (VO: None) and of that of each VO."""
+    yield (common,), None, section_at(raw, (common,))
+    for vo, section in section_at(raw, (by_vo,)).items():
+        yield (by_vo, str(vo)), vo, mapping(section)
+
+
 def _merged_tasks(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield path and merged fields of each task in `common` and of each VO."""
-    for name in section_at(raw, ("common",)):
-        yield ("common", str(name)), merge(layer for _, layer in task_layers(raw, str(name), None))
-    for vo, section in section_at(raw, ("vo_overrides",)).items():
-        for name in mapping(section):
-            yield (
-                ("vo_overrides", str(vo), str(name)),
-                merge(layer for _, layer in task_layers(raw, str(name), vo)),
-            )
+    for path, vo, section in sections(raw, "common", "vo_overrides"):
+        for name in section:
+            yield (*path, str(name)), merge(layer for _, layer in task_layers(raw, str(name), vo))
 
 
 def _merged_limits(raw: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield path and merged limits of each default and key, in general and of each VO."""
-    sections: list[tuple[Path, str, str | None]] = [
-        (("limits", str(obj)), obj, None) for obj in section_at(raw, ("limits",))
-    ]
-    for vo, by_type in section_at(raw, ("vo_limits",)).items():
-        sections += [(("vo_limits", str(vo), str(obj)), obj, vo) for obj in mapping(by_type)]
-    for path, obj, vo in sections:
-        section = section_at(raw, path)
-        if "default" in section:
-            yield (*path, "default"), merge(layer for _, layer in limit_layers(raw, obj, [""], vo))
-        for key in mapping(section.get("keys")):
-            yield (*path, "keys", str(key)), merge(layer for _, layer in limit_layers(raw, obj, [str(key)], vo))
+    for path, vo, section in sections(raw, "limits", "vo_limits"):
+        for obj, limits in section.items():
+            if "default" in mapping(limits):
+                yield (*path, str(obj), "default"), merge(each for _, each in limit_layers(raw, obj, [""], vo))
+            for key in mapping(mapping(limits).get("keys")):
+                merged = merge(each for _, each in limit_layers(raw, obj, [str(key)], vo))
+                yield (*path, str(obj), "keys", str(key)), merged

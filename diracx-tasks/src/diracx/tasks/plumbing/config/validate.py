@@ -12,7 +12,7 @@ from ..lock_registry import TASK, locked_object_types
 from ..messages.arguments import may_have_vo
 from ..messages.typed_arguments import argument_problems
 from ..retry_policies import ExponentialBackoff
-from .merge import KINDS, Layer, Path, mapping, merge, section_at, task_layers, with_instances
+from .merge import KINDS, Layer, Path, mapping, merge, section_at, sections, task_layers, with_instances
 from .reading import parsed, read_raw_config
 from .schema import TasksConfig
 from .source import Problem, Source, nearest
@@ -73,12 +73,12 @@ def _unknown(raw: Any, names: Collection[str], vos: Collection[str] | None) -> I
     """Find unknown tasks, VOs and object types."""
     class_names = {name.rpartition(":")[2] for name in names}
     known = locked_object_types()
-    for place, section in _sections(raw, "common", "vo_overrides"):
+    for place, _, section in sections(raw, "common", "vo_overrides"):
         for name in _texts(section):
             if name not in names and name not in class_names:
                 message = f"unknown task{nearest(name, names if ':' in name else class_names)}"
                 yield Problem((*place, name), message, maybe_elsewhere=True)
-    for place, section in _sections(raw, "limits", "vo_limits"):
+    for place, _, section in sections(raw, "limits", "vo_limits"):
         for obj in _texts(section):
             if obj not in known:
                 message = f"unknown object type{nearest(obj, known)}"
@@ -95,19 +95,12 @@ def _texts(section: Iterable[Any]) -> Iterator[str]:
     return (key for key in section if isinstance(key, str))
 
 
-def _sections(raw: Any, common: str, by_vo: str) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
-    """Yield the general section and that of each VO, with their paths."""
-    yield (common,), section_at(raw, (common,))
-    for vo, section in section_at(raw, (by_vo,)).items():
-        yield (by_vo, str(vo)), mapping(section)
-
-
 def _misused(raw: Any, registry: Registry) -> Iterator[Problem]:
     """Find settings without effect, and invalid arguments."""
-    for place, section in _sections(raw, "common", "vo_overrides"):
+    for place, _, section in sections(raw, "common", "vo_overrides"):
         for name, entry in section.items():
             yield from _of_task(raw, (*place, str(name)), mapping(entry), registry)
-    for place, section in _sections(raw, "limits", "vo_limits"):
+    for place, _, section in sections(raw, "limits", "vo_limits"):
         for key in mapping(mapping(section.get(TASK)).get("keys")):
             if key in registry:
                 message = f"has no effect: keys of tasks are class names; write {_class_name(key)!r}"
