@@ -9,8 +9,8 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from typing import Any, ClassVar
 from zoneinfo import ZoneInfo
 
 from ._util.local_time import next_in_zone
@@ -91,39 +91,19 @@ class IntervalSeconds(TaskScheduleBase):
         return f"IntervalSeconds({self.seconds!r})"
 
 
-#: Maximum number of years to the next occurrence.
-_CRON_YEARS = 130
+class _RuleSchedule(TaskScheduleBase):
+    """Base class of schedules with the text of a rule, in UTC or in an IANA time zone."""
 
+    _kind: ClassVar[str]
+    _rhythm_hours: Collection[int] = ()
+    """Hours in which it continues when clocks are set back; none if it has fixed times."""
+    lacks_dtstart = False
+    """It has a COUNT, but no DTSTART to count from."""
 
-class CronSchedule(TaskScheduleBase):
-    """Cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
-
-    If both day of month and day of week are given, one of them must match, as in Vixie cron.
-
-    It is in UTC, or in the IANA zone `timezone`. In a repeated hour at the end of daylight-saving time, an
-    expression with a rhythm continues: one with a `*`, a range or a step as hours, or a `*` as minutes. One with
-    fixed hours runs once. A skipped time runs later by the length of the change.
-    """
-
-    def __init__(self, expression: str, *, timezone: str | None = None) -> None:
-        """Raise `ValueError` naming the expression or the zone if it is invalid or never fires."""
-        from croniter import croniter
-
-        if not isinstance(expression, str):
-            raise ValueError(f"bad cron expression {expression!r}: it must be a string")
-        if re.search(r"(^|\s)[RrHh]\b", expression):
-            # Random fields of croniter would have another value after each restart.
-            raise ValueError(f"bad cron expression {expression!r}: random or hashed fields are not supported")
-        self.expression = expression
+    def __init__(self, text: str, timezone: str | None) -> None:
+        self._text = text
         self.timezone = timezone
-        self._zone = None if timezone is None else _zone(timezone)
-        try:
-            # From the first year of croniter: an expression for past years is exhausted, not invalid.
-            fields = croniter(expression, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
-            fields.get_next(datetime)
-        except Exception as exc:
-            raise ValueError(f"bad cron expression {expression!r}: {exc}") from exc
-        self._rhythm_hours = _hours_of_rhythm(fields.expressions, fields.expanded[1])
+        self._zone: tzinfo | None = None if timezone is None else _zone(timezone)
 
     def next_occurrence(self) -> datetime:
         """Return the first occurrence after now; `ValueError` if there is none."""
@@ -137,8 +117,59 @@ class CronSchedule(TaskScheduleBase):
         else:
             found = next_in_zone(self._after, self._zone, moment, self._rhythm_hours)
         if found is None:
-            raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}")
+            hint = ": COUNT counts from DTSTART, and the rule has none" if self.lacks_dtstart else ""
+            raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}{hint}")
         return found
+
+    @abstractmethod
+    def _after(self, moment: datetime, offset: timedelta) -> datetime | None:
+        """Return the first occurrence (UTC) strictly after a moment (UTC), for a constant UTC offset."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the kind and the rule on one line, with the zone if given."""
+        zone = f"@{self.timezone}" if self.timezone is not None else ""
+        return f"{self._kind}{zone}:{' '.join(self._text.split())}"
+
+    def __repr__(self) -> str:
+        zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""
+        return f"{type(self).__name__}({self._text!r}{zone})"
+
+
+#: Maximum number of years to the next occurrence.
+_CRON_YEARS = 130
+
+
+class CronSchedule(_RuleSchedule):
+    """Cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
+
+    If both day of month and day of week are given, one of them must match, as in Vixie cron.
+
+    It is in UTC, or in the IANA zone `timezone`. In a repeated hour at the end of daylight-saving time, an
+    expression with a rhythm continues: one with a `*`, a range or a step as hours, or a `*` as minutes. One with
+    fixed hours runs once. A skipped time runs later by the length of the change.
+    """
+
+    _kind = "cron"
+
+    def __init__(self, expression: str, *, timezone: str | None = None) -> None:
+        """Raise `ValueError` naming the expression or the zone if it is invalid or never fires."""
+        from croniter import croniter
+
+        if not isinstance(expression, str):
+            raise ValueError(f"bad cron expression {expression!r}: it must be a string")
+        if re.search(r"(^|\s)[RrHh]\b", expression):
+            # Random fields of croniter would have another value after each restart.
+            raise ValueError(f"bad cron expression {expression!r}: random or hashed fields are not supported")
+        super().__init__(expression, timezone)
+        self.expression = expression
+        try:
+            # From the first year of croniter: an expression for past years is exhausted, not invalid.
+            fields = croniter(expression, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
+            fields.get_next(datetime)
+        except Exception as exc:
+            raise ValueError(f"bad cron expression {expression!r}: {exc}") from exc
+        self._rhythm_hours = _hours_of_rhythm(fields.expressions, fields.expanded[1])
 
     def _after(self, moment: datetime, offset: timedelta) -> datetime | None:
         from croniter import CroniterError, croniter
@@ -152,19 +183,9 @@ class CronSchedule(TaskScheduleBase):
             return None
         return found.replace(tzinfo=UTC) - offset
 
-    @property
-    def fingerprint(self) -> str:
-        """Return `cron:` and the expression, with the zone if given."""
-        zone = f"@{self.timezone}" if self.timezone is not None else ""
-        return f"cron{zone}:{' '.join(self.expression.split())}"
-
-    def __repr__(self) -> str:
-        zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""
-        return f"CronSchedule({self.expression!r}{zone})"
-
 
 def _hours_of_rhythm(fields: list[str], hours: list[Any]) -> Collection[int]:
-    """Return the hours in which it continues when clocks are set back; none if it has fixed hours."""
+    """Return the hours of rhythm of a cron expression; none if it has fixed hours."""
     minute_field, hour_field = fields[:2]
     if not (minute_field.startswith("*") or {"*", "-", "/"} & set(hour_field)):
         return ()
@@ -195,7 +216,7 @@ _TIMES_OF_DAY = {"BYHOUR": "HOURLY", "BYMINUTE": "MINUTELY", "BYSECOND": "SECOND
 _DTSTART = re.compile(r"(?:^|\s)DTSTART((?:;[^:;\s]+)*):(\S+)", re.IGNORECASE)
 
 
-class RRuleSchedule(TaskScheduleBase):
+class RRuleSchedule(_RuleSchedule):
     """Recurrence rule of RFC 5545 (formerly RFC 2445), optionally with DTSTART, EXDATE and RDATE lines.
 
     A rule without DTSTART starts at `RRULE_ANCHOR`, so that `INTERVAL=2` means the same days in every process.
@@ -206,20 +227,26 @@ class RRuleSchedule(TaskScheduleBase):
     change.
     """
 
+    _kind = "rrule"
+
     def __init__(self, rule: str, *, timezone: str | None = None) -> None:
         """Raise `ValueError` naming the rule or the zone if it is invalid or never fires."""
         if not isinstance(rule, str):
             raise ValueError(f"bad recurrence rule {rule!r}: it must be a string")
+        super().__init__(rule, timezone)
         self.rule = rule
-        self.timezone = timezone
-        zone = None if timezone is None else _zone(timezone)
         try:
-            self._start, self._body = _split_dtstart(rule, zone)
+            self._start, self._body = _split_dtstart(rule, self._zone)
+            self._zone = self._start.tzinfo
             self._parameters = _parameters(self._body)
+            self.lacks_dtstart = "COUNT" in self._parameters and not _DTSTART.search(rule)
             lines = self._body.split()
             self._rules = [(line, _parameters(line)) for line in lines if "FREQ=" in line.upper()]
             self._dates = " ".join(line for line in lines if "FREQ=" not in line.upper())
             self._check_rules()
+            if self._parameters.get("FREQ") in _TIMES_OF_DAY.values():
+                hours = self._parameters.get("BYHOUR")
+                self._rhythm_hours = range(24) if hours is None else [int(hour) for hour in hours.split(",")]
             first = next(iter(self._parse(self._start)), None)
         except Exception as exc:
             reason = str(exc)
@@ -229,11 +256,6 @@ class RRuleSchedule(TaskScheduleBase):
             raise ValueError(f"bad recurrence rule {rule!r}: {reason}") from exc
         if first is None and "UNTIL" not in self._parameters and "EXDATE" not in rule.upper():
             raise ValueError(f"bad recurrence rule {rule!r}: no date matches it")
-
-    @property
-    def lacks_dtstart(self) -> bool:
-        """Return whether the rule has a COUNT, but no DTSTART to count from."""
-        return "COUNT" in self._parameters and not _DTSTART.search(self.rule)
 
     def _check_rules(self) -> None:
         """Raise `ValueError` for an invalid rule, and for one that would occupy dateutil for minutes."""
@@ -272,55 +294,20 @@ class RRuleSchedule(TaskScheduleBase):
             add(_rrulestr(line.rpartition(":")[2], near))
         return found
 
-    def next_occurrence(self) -> datetime:
-        """Return the first occurrence after now; `ValueError` if there is none."""
-        return self.next_after(datetime.now(UTC))
-
-    def next_after(self, moment: datetime) -> datetime:
-        """Return the first occurrence strictly after `moment`; `ValueError` if there is none."""
-        moment = _utc(moment)
-        if self._start.tzinfo is None:
-            found = self._after(moment.replace(tzinfo=None), self._start)
+    def _after(self, moment: datetime, offset: timedelta) -> datetime | None:
+        if self._zone is None:
+            start, local = self._start, moment.replace(tzinfo=None)
         else:
-            found = next_in_zone(self._after_at_offset, self._start.tzinfo, moment, self._rhythm_hours)
-        if found is None:
-            hint = ": COUNT counts from DTSTART, and the rule has none" if self.lacks_dtstart else ""
-            raise ValueError(f"{self!r} has no occurrence after {moment.isoformat()}{hint}")
-        return found.replace(tzinfo=UTC)
-
-    def _after_at_offset(self, moment: datetime, offset: timedelta) -> datetime | None:
-        zone = timezone(offset)
-        # A rule without times of day is the same series at each offset; others have the same wall times.
-        real_time = self._rhythm_hours and not any(name in self._parameters for name in _TIMES_OF_DAY)
-        start = self._start.astimezone(zone) if real_time else self._start.replace(tzinfo=zone)
-        found = self._after(moment.astimezone(zone), start)
-        return None if found is None else found.astimezone(UTC)
-
-    def _after(self, moment: datetime, start: datetime) -> datetime | None:
-        """Return the first occurrence after a time, both with the UTC offset of the start."""
-        found: datetime | None = self._parse(start, moment).after(moment)
-        return found
-
-    @property
-    def _rhythm_hours(self) -> Collection[int]:
-        """Return the hours in which it continues when clocks are set back; none if it has fixed times."""
-        if self._parameters.get("FREQ") not in _TIMES_OF_DAY.values():
-            return ()
-        hours = self._parameters.get("BYHOUR")
-        return range(24) if hours is None else [int(hour) for hour in hours.split(",")]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return `rrule:` and the rule on one line, with the zone if given."""
-        zone = f"@{self.timezone}" if self.timezone is not None else ""
-        return f"rrule{zone}:{' '.join(self.rule.split())}"
-
-    def __repr__(self) -> str:
-        zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""
-        return f"RRuleSchedule({self.rule!r}{zone})"
+            zone = timezone(offset)
+            # A rule without times of day is the same series at each offset; others have the same wall times.
+            real_time = self._rhythm_hours and not any(name in self._parameters for name in _TIMES_OF_DAY)
+            start = self._start.astimezone(zone) if real_time else self._start.replace(tzinfo=zone)
+            local = moment.astimezone(zone)
+        found: datetime | None = self._parse(start, local).after(local)
+        return None if found is None else _utc(found.replace(tzinfo=found.tzinfo or UTC))
 
 
-def _split_dtstart(rule: str, zone: ZoneInfo | None) -> tuple[datetime, str]:
+def _split_dtstart(rule: str, zone: tzinfo | None) -> tuple[datetime, str]:
     """Return the start (naive: UTC) and the rule without its DTSTART; `zone` is that of a start without one."""
     found = _DTSTART.search(rule)
     if found is None:

@@ -194,46 +194,34 @@ async def _transaction(database: BaseSQLDB) -> AsyncIterator[BaseSQLDB]:
     await database.__aenter__()
     try:
         yield database
-    except BaseException as failure:
-        await _roll_back(database, failure)
-        raise
-    try:
         await database.__aexit__(None, None, None)  # type: ignore[no-untyped-call]  # untyped in diracx-db
     except BaseException as failure:
-        # BaseSQLDB 0.7 does not close the connection when its commit fails.
-        await _abandon_commit(database)
         await _roll_back(database, failure)
         raise
 
 
-async def _abandon_commit(database: BaseSQLDB) -> None:
-    """End the transaction of a failed commit.
+async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
+    """Roll back and close, also after a failed commit, where BaseSQLDB 0.7 does neither.
 
-    SQLAlchemy considers such a transaction ended, and returns its connection to the pool without a rollback. In
-    SQLite it is still open (after a violated deferred constraint), and its rows would be committed with those of
-    the next execution.
+    SQLAlchemy considers the transaction of a failed commit ended, and returns its connection to the pool without a
+    rollback. In SQLite it is still open (after a violated deferred constraint), and its rows would be committed
+    with those of the next execution: the connection of the driver is rolled back, too.
     """
     try:
         connection = database.conn
     except RuntimeError:  # closed already: the failure came after the commit
         return
+    name = type(database).__name__
     try:
         if not connection.invalidated:
             await connection.run_sync(lambda sync_connection: sync_connection.connection.rollback())
     except Exception:
-        logger.warning("A connection of %s is discarded", type(database).__name__, exc_info=True)
+        logger.warning("A connection of %s is discarded", name, exc_info=True)
         await connection.invalidate()
-
-
-async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
-    try:
-        database.conn  # noqa: B018  # raises when it is closed already
-    except RuntimeError:
-        return
     try:
         await database.__aexit__(type(failure), failure, failure.__traceback__)  # type: ignore[no-untyped-call]  # same
     except Exception:  # log only: `failure` is raised, not this error
-        logger.exception("A connection of %s could not be closed", type(database).__name__)
+        logger.exception("A connection of %s could not be closed", name)
 
 
 async def _open_opensearch(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
