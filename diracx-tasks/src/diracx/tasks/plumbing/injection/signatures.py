@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_args, get_origin
 
@@ -93,32 +94,24 @@ def resolved_signature(func: Callable[..., Any]) -> Signature:
     Raises:
         NameError: a parameter's annotation uses a name that does not exist at run time.
     """
-    try:
-        return inspect.signature(func, eval_str=True)
-    except (NameError, AttributeError, TypeError, SyntaxError):
-        signature = inspect.signature(func)  # resolve one by one below, to name the wrong annotation
-    inner = innermost(func)
+    signature, inner = inspect.signature(func), innermost(func)
     names = getattr(inner, "__globals__", None) or vars(sys.modules[inner.__module__])
     params = []
     for param in signature.parameters.values():
         annotation = param.annotation
-        if isinstance(annotation, str):
-            try:
-                annotation = _evaluate(annotation, names)
-            except Exception as error:
-                if param.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
-                    raise NameError(
-                        f"{getattr(inner, '__qualname__', inner)}: the annotation {annotation!r} of "
-                        f"parameter {param.name!r} cannot be resolved ({error}); import its names at run "
-                        "time, not only under TYPE_CHECKING"
-                    ) from error
+        try:
+            annotation = _evaluated(annotation, names)
+        except Exception as error:
+            if param.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+                raise NameError(
+                    f"{getattr(inner, '__qualname__', inner)}: the annotation {annotation!r} of parameter "
+                    f"{param.name!r} cannot be resolved ({error}); import its names at run time, not only under "
+                    "TYPE_CHECKING"
+                ) from error
         params.append(param.replace(annotation=annotation))
     returned = signature.return_annotation
-    if isinstance(returned, str):
-        try:
-            returned = _evaluate(returned, names)
-        except Exception:  # FastAPI reports it if it uses the return type
-            returned = signature.return_annotation
+    with suppress(Exception):  # FastAPI reports it if it uses the return type
+        returned = _evaluated(returned, names)
     return signature.replace(parameters=params, return_annotation=returned)
 
 
@@ -135,5 +128,7 @@ def loads_at_first_use(func: Callable[..., Any]) -> bool:
     return False
 
 
-def _evaluate(annotation: str, names: dict[str, Any]) -> Any:
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
     return eval(annotation, LazyScope(names))  # noqa: S307  # source code of this program; `inspect` does the same
