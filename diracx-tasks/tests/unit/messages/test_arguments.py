@@ -466,8 +466,6 @@ TYPED = "Typed(n: int, when: datetime | None = None, leaf: Leaf | None = None, "
         (MyTask, ["a"], {"v0": "c"}, MY_TASK, "unknown argument 'v0' (did you mean 'vo'?)"),
         (MyTask, ["a", 5], {}, MY_TASK, "argument 'vo': input should be a valid string, given 5"),
         (MyTask, ["a", None], {}, MY_TASK, "argument 'vo'"),
-        (MyTask, "ab", {}, MY_TASK, "positional arguments must be a list, not 'ab'"),
-        (MyTask, [], ["a"], MY_TASK, "keyword arguments must be a mapping, not ['a']"),
         (Typed, ["abc"], {}, TYPED, "argument 'n': input should be a valid integer, given 'abc'"),
         (Typed, [True], {}, TYPED, "argument 'n'"),
         (Typed, [1.5], {}, TYPED, "argument 'n'"),

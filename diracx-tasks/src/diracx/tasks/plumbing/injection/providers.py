@@ -49,8 +49,8 @@ async def setup_dependency_overrides(
 
     Databases come from ``DIRACX_DB_URL_<NAME>`` and ``DIRACX_OS_DB_<NAME>``, settings from their own
     variables, the configuration from ``DIRACX_CONFIG_BACKEND_URL`` (read once before this yields). Without
-    plans, all available dependencies are opened. The overrides lack dependencies that are not configured (see
-    `find_missing_overrides`) and those in `provided`, which are not opened again.
+    plans, all databases and the configuration are opened. The overrides lack dependencies that are not configured
+    (see `find_missing_overrides`) and those in `provided`, which are not opened again.
 
     Raises:
         TaskConfigError: a database URL is malformed.
@@ -59,47 +59,35 @@ async def setup_dependency_overrides(
     dependants = list(task_dependants)
     known = provided or {}
     needed = {call for dependant in dependants for call in calls_below(dependant, known)} - known.keys()
-    needs = _Needs(needed if dependants else None)
+    sources = _source_classes(needed) if _owners(needed, SOURCE) else []
     overrides: dict[Call, Call] = {}
     async with AsyncExitStack() as stack:
-        if needs.any_of(SETTINGS):
-            await _open_settings(needs, overrides, stack)
-        if needs.any_of(CONFIG):
+        if settings := _owners(needed, SETTINGS):
+            await _open_settings(settings, overrides, stack)
+        if not dependants or _owners(needed, CONFIG):
             await _open_config(overrides)
-        sources = _source_classes(needs) if needs.any_of(SOURCE) else []
         databases: dict[type, BaseSQLDB] = {}
-        if needs.any_of(SQL):
-            databases = await _open_sql(needs, overrides, stack)
+        if not dependants or _owners(needed, SQL):
+            databases = await _open_sql(needed if dependants else None, overrides, stack)
         for classes in sources:
             _add_source(classes, databases, overrides)
-        if needs.any_of(OPENSEARCH):
-            await _open_opensearch(needs, overrides, stack)
+        if not dependants or _owners(needed, OPENSEARCH):
+            await _open_opensearch(needed if dependants else None, overrides, stack)
         yield overrides
 
 
-class _Needs:
-    """Set of needed placeholders; all of them when constructed with None."""
-
-    def __init__(self, calls: set[Call] | None) -> None:
-        self.calls = calls
-
-    def __contains__(self, call: Call) -> bool:
-        return self.calls is None or call in self.calls
-
-    def any_of(self, family: Family) -> bool:
-        return self.calls is None or any(family_of(call) == family for call in self.calls)
-
-    def owners(self, family: Family) -> list[Any]:
-        """Classes whose placeholders are needed, by name; empty when all are needed."""
-        owners = {call.__self__: None for call in self.calls or () if family_of(call) == family}  # type: ignore[attr-defined]  # bound classmethods
-        return sorted(owners, key=lambda owner: str(owner.__qualname__))
+def _owners(needed: Iterable[Call], family: Family) -> list[Any]:
+    """Return the classes of a family whose placeholders are needed, by name."""
+    owners = {call.__self__ for call in needed if family_of(call) == family}  # type: ignore[attr-defined]  # bound classmethods
+    return sorted(owners, key=lambda owner: str(owner.__qualname__))
 
 
-async def _open_settings(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
-    from diracx.core.settings import ServiceSettingsBase
+async def _open_settings(
+    classes: Iterable[type[ServiceSettingsBase]], overrides: dict[Call, Call], stack: AsyncExitStack
+) -> None:
     from pydantic import ValidationError
 
-    for cls in needs.owners(SETTINGS) or _subclasses(ServiceSettingsBase):
+    for cls in classes:
         try:
             settings = cls()
         except Exception as error:  # also of a list that is not JSON, or of a file that a variable names
@@ -109,21 +97,10 @@ async def _open_settings(needs: _Needs, overrides: dict[Call, Call], stack: Asyn
                     f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
                     for item in error.errors(include_input=False, include_context=False, include_url=False)
                 )
-            level = logging.DEBUG if needs.calls is None else logging.WARNING
-            logger.log(level, "%s cannot be read from the environment: %s", cls.__name__, problems)
+            logger.warning("%s cannot be read from the environment: %s", cls.__name__, problems)
             continue
-        try:
-            await stack.enter_async_context(settings.lifetime_function())
-        except Exception:
-            if needs.calls is not None:
-                raise
-            logger.warning("%s is left out, it could not be started", cls.__name__, exc_info=True)
-            continue
+        await stack.enter_async_context(settings.lifetime_function())
         overrides[cls.create] = functools.partial(_same, settings)
-
-
-def _subclasses(cls: type[ServiceSettingsBase]) -> list[type[ServiceSettingsBase]]:
-    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 
 
 def _same(value: Any) -> Any:
@@ -159,13 +136,15 @@ def _loaded(what: str, load: Callable[[], _Loaded]) -> _Loaded | None:
         return None
 
 
-async def _open_sql(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> dict[type, BaseSQLDB]:
+async def _open_sql(
+    needed: set[Call] | None, overrides: dict[Call, Call], stack: AsyncExitStack
+) -> dict[type, BaseSQLDB]:
     from diracx.db.sql.utils import BaseSQLDB
 
     databases: dict[type, BaseSQLDB] = {}
     for name, url in database_urls().items():
         classes = _loaded(f"database {name}", functools.partial(BaseSQLDB.available_implementations, name)) or []
-        if not any(cls.transaction in needs or cls.no_transaction in needs for cls in classes):
+        if needed is not None and not any(needed & {cls.transaction, cls.no_transaction} for cls in classes):
             continue
         database = classes[0](db_url=url)
         await stack.enter_async_context(database.engine_context())
@@ -224,13 +203,13 @@ async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
         logger.exception("A connection of %s could not be closed", name)
 
 
-async def _open_opensearch(needs: _Needs, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
+async def _open_opensearch(needed: set[Call] | None, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
     from diracx.core.settings import FactorySettings
     from diracx.db.os.utils import BaseOSDB
 
     for name, connection in BaseOSDB.available_urls().items():
         classes = _loaded(f"database {name}", functools.partial(BaseOSDB.available_implementations, name)) or []
-        if not any(cls.session in needs for cls in classes):
+        if needed is not None and not any(cls.session in needed for cls in classes):
             continue
         database = classes[0](connection_kwargs=connection, global_prefix=FactorySettings().os_global_prefix)
         await stack.enter_async_context(database.client_context())
@@ -243,8 +222,8 @@ async def _session(database: Any) -> AsyncIterator[Any]:
         yield database
 
 
-def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]]:
-    """Group the needed sources by name, best implementation first, and add their databases to `needs`."""
+def _source_classes(needed: set[Call]) -> list[list[type[AsyncCacheableSource[Any]]]]:
+    """Group the needed sources by name, best implementation first, and add their databases to `needed`."""
     from diracx.core.extensions import DiracEntryPoint, select_from_extension
 
     by_name: dict[str, list[Any]] = {}
@@ -252,12 +231,11 @@ def _source_classes(needs: _Needs) -> list[list[type[AsyncCacheableSource[Any]]]
         by_name.setdefault(entry_point.name, []).append(_loaded(f"source {entry_point.name}", entry_point.load))
     groups = list(by_name.values())
     registered = {cls for classes in groups for cls in classes}
-    groups += [[cls] for cls in needs.owners(SOURCE) if cls not in registered]
+    groups += [[cls] for cls in _owners(needed, SOURCE) if cls not in registered]
     # The other classes of a name are no replacement for one that could not be loaded.
-    needed = [classes for classes in groups if None not in classes and any(cls.create in needs for cls in classes)]
-    if needs.calls is not None:
-        needs.calls.update(classes[0].db_class.transaction for classes in needed)
-    return needed
+    found = [classes for classes in groups if None not in classes and any(cls.create in needed for cls in classes)]
+    needed.update(classes[0].db_class.transaction for classes in found)
+    return found
 
 
 def _add_source(

@@ -25,7 +25,7 @@ from zlib import crc32
 from .._util.secrets import hide
 from ..exceptions import TaskArgumentsError
 from .annotations import layouts, nested_dataclass
-from .argument_texts import REQUIRED, one_line, reason, shown
+from .argument_texts import REQUIRED, one_line, reason
 from .parameters import (
     Parameter,
     classes_in,
@@ -178,16 +178,10 @@ class TaskSignature:
 
     def has_signature(self, sig: int, count: int) -> bool:
         """Return whether `sig` matches the first `count` fields, now or before named tuples got more fields."""
-        if sig == self._signature and count == len(self.names):  # the usual case
-            return True
         if sig == self.signature(count):
             return True
         earlier = islice(product(*self._layouts[:count]), _MOST_LAYOUTS)
         return any(sig == _hash(each) for each in earlier)
-
-    def shown(self, value: Any) -> str:
-        """Format a value for an error message; only its type if the class has secrets."""
-        return f"a value of type {type(value).__name__}" if self.secret else shown(value)
 
     def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the secret arguments; all positional ones if the class overrides `serialize`."""

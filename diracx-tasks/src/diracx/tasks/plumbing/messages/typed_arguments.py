@@ -20,11 +20,6 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
     values that would not arrive equal.
     """
     signature = signature_of(cls)
-    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
-        raise TaskArgumentsError(f"{signature}: positional arguments must be a list, not {signature.shown(args)}")
-    if not isinstance(kwargs, Mapping):
-        shown = signature.shown(kwargs)
-        raise TaskArgumentsError(f"{signature}: keyword arguments must be a mapping, not {shown}")
     try:
         bound, rest = signature.bind(args, kwargs)
         signature.check_complete(bound)
