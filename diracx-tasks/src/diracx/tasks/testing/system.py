@@ -251,11 +251,7 @@ class TaskSystem:
             TimeoutError: after `timeout` seconds; has the number of unfinished tasks by state.
         """
         deadline = time.monotonic() + timeout
-        while left := await self._left():
+        while left := await unfinished(self.broker.redis):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not drained after {timeout} s: {left}")
             await self.unless_dead(asyncio.sleep(_POLL_SECONDS))
-
-    async def _left(self) -> dict[str, int]:
-        """Count unfinished tasks by state, at one instant."""
-        return await unfinished(self.broker.redis)

@@ -26,18 +26,6 @@ def mapping(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def task_keys(task_name: str) -> tuple[str, ...]:
-    """Return the names under which a task may be configured, the most specific last."""
-    _, colon, class_name = task_name.rpartition(":")
-    return (class_name, task_name) if colon else (task_name,)
-
-
-def limit_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """Return the names under which a limiter may be configured, the most specific last; `*`: any first key."""
-    names = tuple(keys)
-    return names if len(names) < 2 else (":".join(["*", *names[1:]]), names[0], ":".join(names))
-
-
 def merge(layers: Iterable[Layer]) -> dict[str, Any]:
     """Merge layers of fields; later ones override.
 
@@ -93,7 +81,7 @@ def task_layers(raw: Any, task_name: str, vo: str | None) -> Iterator[tuple[Path
         sections.append(("vo_overrides", vo))
     for path in sections:
         section = section_at(raw, path)
-        for key in task_keys(task_name):
+        for key in dict.fromkeys([task_name.rpartition(":")[2], task_name]):
             if key in section:
                 yield (*path, key), mapping(section[key])
 
@@ -103,7 +91,9 @@ def limit_layers(raw: Any, obj: str, keys: Iterable[str], vo: str | None) -> Ite
     sections: list[Path] = [("limits", obj)]
     if vo is not None:
         sections.append(("vo_limits", vo, obj))
-    names = limit_keys(keys)
+    names = list(keys)
+    if len(names) > 1:  # the most specific last; `*`: any first key
+        names = [":".join(["*", *names[1:]]), names[0], ":".join(names)]
     for path in sections:
         section = section_at(raw, path)
         if "default" in section:

@@ -58,12 +58,8 @@ def _none_is_empty_below(value: Any) -> Any:
     return {key: _empty_if_none(below) for key, below in value.items()}
 
 
-def _true_if_none(value: Any) -> Any:
-    """Read null as True: as in the code, where a task that is disabled stays disabled."""
-    return True if value is None else value
-
-
-_Switch = Annotated[bool, BeforeValidator(_true_if_none)]
+#: Null is read as True: as in the code, where a task that is disabled stays disabled.
+_Switch = Annotated[bool, BeforeValidator(lambda value: True if value is None else value)]
 
 
 def _field(

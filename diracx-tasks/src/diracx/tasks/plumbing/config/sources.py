@@ -6,14 +6,13 @@ All functions block (files, git, YAML): coroutines call them through `in_thread`
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,7 +59,9 @@ class ConfigReader:
     def __init__(
         self, path: Path | None = None, backend_url: str | None = None, registry: Registry | None = None
     ) -> None:
-        self._load = load_tasks_config if registry is None else partial(_load_and_check, registry)
+        self._load: Callable[..., TasksConfig] = load_tasks_config
+        if registry is not None:
+            self._load = lambda **source: checked_tasks_config(registry, None, **source)[0]
         self._file = None if path is None else _File(path, self._load)
         self._diracx = _Diracx(backend_url) if backend_url else None
         self._of_config: tuple[Config, TasksConfig | TaskConfigError] | None = None
@@ -129,10 +130,6 @@ class ConfigReader:
         if self._last is None or not _same(reading, self._last):
             self._last = reading
         return self._last
-
-
-def _load_and_check(registry: Registry, path: Path | None = None, config: Config | None = None) -> TasksConfig:
-    return checked_tasks_config(registry, None, path=path, config=config)[0]
 
 
 def _same(one: ConfigSnapshot, other: ConfigSnapshot) -> bool:
@@ -255,25 +252,16 @@ def in_thread(call: Callable[[], _Value], name: str) -> asyncio.Future[_Value]:
 
     Git may hang on an unavailable file system; a thread of the pool of the event loop would then block the exit.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Value] = loop.create_future()
-
-    def set_outcome(value: _Value | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(value)  # type: ignore[arg-type]  # not None without an error
-        else:
-            future.set_exception(error)
+    outcome: Future[_Value] = Future()
+    outcome.set_running_or_notify_cancel()
 
     def work() -> None:
-        value, failure = None, None
         try:
             value = call()
         except BaseException as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(set_outcome, value, failure)
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(value)
 
     threading.Thread(target=work, name=name, daemon=True).start()
-    return future
+    return asyncio.wrap_future(outcome)

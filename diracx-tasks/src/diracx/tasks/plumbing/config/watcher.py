@@ -36,10 +36,6 @@ VOs = tuple[str, ...] | None
 Warn = Callable[[TasksConfig, VOs], Sequence[str]]
 
 
-def _nothing(_: TasksConfig, __: VOs) -> Sequence[str]:
-    return ()
-
-
 class ConfigWatcher:
     """Watches the configuration while its context is entered.
 
@@ -66,7 +62,7 @@ class ConfigWatcher:
         role: str = "",
         redis: Redis | None = None,
         process: str = "",
-        warn: Warn = _nothing,
+        warn: Warn = lambda _tasks, _vos: (),
         poll_seconds: float = POLL_SECONDS,
         reading_seconds: float = READING_SECONDS,
     ) -> None:

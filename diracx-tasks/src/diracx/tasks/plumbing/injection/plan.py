@@ -150,6 +150,9 @@ def _kind_of(call: Call) -> Kind:
     return Kind.PLAIN
 
 
+_compile_override = functools.lru_cache(maxsize=1024)(compile_plan)
+
+
 async def resolve(plan: Plan, overrides: Overrides, stack: AsyncExitStack) -> dict[str, Any]:
     """Return the keyword arguments of ``plan.call``, resolved in the order of its signature.
 
@@ -190,11 +193,6 @@ async def _value(plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache:
     value = await _obtain(source, await _arguments(source, overrides, stack, cache), stack)
     cache.setdefault(source.call, value)
     return value
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile_override(override: Call) -> Plan:
-    return compile_plan(override)
 
 
 async def _obtain(plan: Plan, arguments: dict[str, Any], stack: AsyncExitStack) -> Any:

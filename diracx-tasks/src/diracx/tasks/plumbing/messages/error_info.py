@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -37,16 +38,10 @@ def describe_exception(
 
     name = cut(read_text(lambda: type(error).__name__, "Exception"), _LONGEST_NAME)
     message = cut(read_text(lambda: str(error), f"({name} cannot be shown as text)"))
-    lines = read_text(lambda: _traceback(error), f"{name}: {message}\n").split("\n")
+    lines = read_text(lambda: "".join(traceback.format_exception(error)), f"{name}: {message}\n").split("\n")
     # Lines are truncated first: a long message would leave no frames.
     trace = last_lines("\n".join(map(cut, lines)), longest)
     return {"type": name, "message": message, "traceback": trace}
-
-
-def _traceback(error: BaseException) -> str:
-    import traceback
-
-    return "".join(traceback.format_exception(error))
 
 
 def cut(text: str, longest: int = LONGEST_MESSAGE) -> str:

@@ -63,14 +63,6 @@ class ScheduledTask:
         assert self.rule is not None
         return type(self.rule).next_after is not TaskScheduleBase.next_after
 
-    def first_run_after(self, now: datetime) -> datetime | None:
-        """Return the first run of a new rule; None when it has ended."""
-        assert self.rule is not None
-        try:
-            return self.rule.next_after(now)
-        except ValueError:
-            return None
-
     def corrected_ms(self, due_ms: int | None, now: datetime, latest: dict[str, datetime]) -> int | None:
         """Return the next due time (ms) instead of one planned before the clock was set back; None: none needed.
 
@@ -87,16 +79,9 @@ class ScheduledTask:
                 return in_ms(latest[key]) if self.deterministic else None
             if due_ms <= max(in_ms(latest[key]), in_ms(now)):
                 return None
-            run = self._replanned_run(datetime.fromtimestamp(due_ms / 1000, UTC), now)
+            return in_ms(self._first_in_phase(datetime.fromtimestamp(due_ms / 1000, UTC), now))
         except Exception:
             return None  # the rule has ended, or fails: reported when the schedule is due
-        return None if run is None else in_ms(run)
-
-    def _replanned_run(self, due: datetime, now: datetime) -> datetime | None:
-        if not isinstance(self.rule, IntervalSeconds):
-            return self.first_run_after(now)
-        period = timedelta(seconds=self.rule.seconds)
-        return due - (due - now) // period * period  # keeps the phase
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:
         """Return the first run after both `moment` and `now`; None when the rule has ended."""
@@ -104,17 +89,18 @@ class ScheduledTask:
         try:
             run = self.rule.next_after(moment)
             if run <= now:
-                run = self._skip_missed(run, now)
+                run = self._first_in_phase(run, now)
         except ValueError:
             return None
         return run
 
-    def _skip_missed(self, run: datetime, now: datetime) -> datetime:
+    def _first_in_phase(self, run: datetime, now: datetime) -> datetime:
+        """Return the first run after `now`; an interval keeps the phase of `run`, without counting runs."""
         assert self.rule is not None
-        if isinstance(self.rule, IntervalSeconds):  # keep the phase without counting through the gap
-            missed = int((now - run).total_seconds() // self.rule.seconds) + 1
-            return run + timedelta(seconds=missed * self.rule.seconds)
-        return self.rule.next_after(now)
+        if not isinstance(self.rule, IntervalSeconds):
+            return self.rule.next_after(now)
+        period = timedelta(seconds=self.rule.seconds)
+        return run + ((now - run) // period + 1) * period
 
     def occurrence(self, binding: Binding, due_ms: int) -> Occurrence:
         """Make the arguments of lua/occur.lua for the run with that due time, except `next`.

@@ -347,11 +347,13 @@ class TaskScheduler:
             self._outdated = True
 
     def _first_run(self, scheduled: ScheduledTask) -> int | None:
-        run = scheduled.first_run_after(datetime.fromtimestamp(self.clock.now_ms() / 1000, UTC))
-        if run is None:
+        """Return the first run of a new rule (ms); None when it has ended."""
+        assert scheduled.rule is not None
+        try:
+            return in_ms(scheduled.rule.next_after(datetime.fromtimestamp(self.clock.now_ms() / 1000, UTC)))
+        except ValueError:
             logger.error("%s has no run left: its rule has come to its end", scheduled.id)
             return None
-        return in_ms(run)
 
     # --- submission -------------------------------------------------------------------------------------
 
