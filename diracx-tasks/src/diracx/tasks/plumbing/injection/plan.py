@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from inspect import Parameter
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from .placeholders import Call, Overrides, find_missing_overrides, innermost, is_async, name_of, sentinel_name
 from .providers import setup_dependency_overrides
-from .signatures import auto_inject_depends, is_depends, resolved_signature
+from .signatures import auto_inject_depends, is_depends, resolved_signature, split_annotated
 
 if TYPE_CHECKING:
     from fastapi.params import Depends
@@ -130,9 +130,7 @@ def _compile(
 
 
 def _dependency_of(param: Parameter) -> tuple[Call, Depends] | None:
-    bare, *metadata = (
-        get_args(param.annotation) if get_origin(param.annotation) is Annotated else [param.annotation]
-    )
+    bare, metadata = split_annotated(param.annotation)
     for item in (param.default, *reversed(metadata)):
         if is_depends(item):
             return item.dependency or bare, item  # Depends() without an argument means the annotated type

@@ -51,7 +51,7 @@ def auto_inject_depends(params: list[Parameter]) -> list[Parameter]:
 
 
 def _with_depends(param: Parameter) -> Parameter:
-    cls, metadata = _split(param.annotation)
+    cls, metadata = split_annotated(param.annotation)
     explicit = is_depends(param.default) or any(map(is_depends, metadata))
     variadic = param.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     if explicit or variadic or not inspect.isclass(cls):
@@ -66,7 +66,7 @@ def _with_depends(param: Parameter) -> Parameter:
     return param.replace(annotation=Annotated[(cls, *kept, depends)])
 
 
-def _split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+def split_annotated(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     if get_origin(annotation) is Annotated:
         bare, *metadata = get_args(annotation)
         return bare, tuple(metadata)

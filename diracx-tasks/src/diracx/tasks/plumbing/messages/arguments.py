@@ -161,7 +161,10 @@ class TaskSignature:
         )
         # A task may have state besides its arguments.
         self.holds_more = extra or any(
-            (*getattr(cls, "__private_attributes__", ()), *(f for f in _dataclass_fields(cls) if not f.init))
+            (
+                *getattr(cls, "__private_attributes__", ()),
+                *(field for field in getattr(cls, "__dataclass_fields__", {}).values() if not field.init),
+            )
         )
         self.plain_and_verbatim = self.verbatim and all(p.plain for p in parameters)
         self._layouts = [layouts(name, found) for name, found in classes.items()]
@@ -327,10 +330,6 @@ def own_serialize(cls: type[Any]) -> bool:
     """Return whether the class overrides `serialize`."""
     function = getattr(cls, "serialize", None)
     return function is not None and getattr(function, "__module__", "") != "diracx.tasks.plumbing.base_task"
-
-
-def _dataclass_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 #: Maximum number of combinations of layouts tried for a message of another version.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
@@ -191,11 +192,11 @@ def _encode(value: Any) -> Any:
 def _encoder_for(cls: type) -> Callable[[Any], Any]:
     """Return the encoder for a subclass, or a class that is encoded as its fields or text."""
     if issubclass(cls, Enum):  # before str and int, which an Enum may also be
-        return _encode_enum
+        return lambda value: _final(value.value)
     if hasattr(cls, "__pydantic_root_model__"):  # before dataclasses: a model may derive from one
         return _encode_pydantic
     if hasattr(cls, "__dataclass_fields__"):
-        return _encode_dataclass
+        return lambda value: {field.name: getattr(value, field.name) for field in fields(value)}
     if issubclass(cls, PurePath) or any(base.__module__.startswith(_AS_TEXT) for base in cls.__mro__):
         return str
     if hasattr(cls, "get_secret_value"):
@@ -231,16 +232,6 @@ def _final(value: Any) -> Any:
 
 
 _NATIVE = frozenset({type(None), bool, float, str, bytes, bytearray, list, dict})
-
-
-def _encode_enum(value: Enum) -> Any:
-    return _final(value.value)
-
-
-def _encode_dataclass(value: Any) -> dict[str, Any]:
-    from dataclasses import fields
-
-    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _encode_pydantic(value: Any) -> Any:
@@ -288,8 +279,8 @@ def _decode_time(data: bytes) -> time:
 
 
 def _decode_naive_datetime(data: bytes) -> datetime:
-    year, month, day, hour, minute, second, microsecond, fold = _unpack(data)
-    return datetime(year, month, day, hour, minute, second, microsecond, fold=fold)
+    *parts, fold = _unpack(data)
+    return datetime(*parts, fold=fold)
 
 
 def _decode_elements(kind: type[set[Any]] | type[frozenset[Any]]) -> Callable[[bytes], Any]:
