@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from importlib import resources
 
+from gubbins.ces.processes.commands import InvalidResponse, Refused, command, is_stamp, parse, quote
 from gubbins.ces.protocol import (
     OUTPUT_LIMIT_BYTES,
     CEBackend,
@@ -23,11 +24,10 @@ from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
-from .remote import InvalidResponse, Refused, command, is_stamp, parse, quote
 from .settings import SSHSettings
 
 _CONCURRENT_SUBMISSIONS = 4  # commands; sshd has at most 10 sessions of one connection
-WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
+WRAPPER = resources.files("gubbins.ces.processes").joinpath("wrapper.sh").read_text()
 
 
 class SSHBackend(CEBackend[SSHSettings]):

@@ -1,4 +1,4 @@
-"""Remote commands of the back end `ssh`, with any output."""
+"""Commands of the back ends `local` and `ssh`, with any output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubbins.ces.ssh.remote import InvalidResponse, Refused, command, parse, quote
+from gubbins.ces.processes.commands import InvalidResponse, Refused, command, parse, quote
 from gubbins.ces.transports.shell import Completed
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]

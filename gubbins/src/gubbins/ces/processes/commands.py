@@ -1,4 +1,4 @@
-"""Remote commands: shell text with quoted values, and parser of their responses."""
+"""Commands on a host of pilots: shell text with quoted values, and parser of their responses."""
 
 from __future__ import annotations
 
