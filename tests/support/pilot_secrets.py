@@ -164,6 +164,6 @@ async def assert_only_the_pilot_can_read_its_secret(place: Place, caplog: pytest
             assert f"url {URL}\n" in output
             assert word not in output
         assert "mode" not in outputs[-1]
-        assert "url none\n" in outputs[-1] or place.kind == "ssh"
+        assert "url none\n" in outputs[-1]
         assert not [word for word in words if word in f"{caplog.text} {outcomes} {pilots} {backend.warning}"]
         assert not open_to_others(place.directory, needles)

@@ -15,10 +15,9 @@ CES = ROOT / "gubbins/src/gubbins/ces"
     ("module", "reason"),
     [
         ("simulated/backend.py", "simulated failure"),
-        ("protocol.py", "the process vanished without an exit code"),
-        ("local/job.py", "the pilot process was never started"),
-        ("ssh/backend.py", "the pilot process was never started"),
-        ("ssh/backend.py", "the host was restarted while it ran"),
+        ("processes/backend.py", "the process vanished without an exit code"),
+        ("processes/backend.py", "the pilot process was never started"),
+        ("processes/backend.py", "the host was restarted while it ran"),
         ("arc/backend.py", "killed at the CE"),
         ("arc/backend.py", "removed by the CE before its end was seen"),
         ("arc/backend.py", "failed, and the CE gives no reason"),

@@ -11,11 +11,11 @@ from support.paths import ROOT
 from gubbins.ces.arc.settings import ArcSettings
 from gubbins.ces.batch.settings import BatchSettings
 from gubbins.ces.htcondor.settings import HTCondorSettings
-from gubbins.ces.local.backend import LocalSettings
+from gubbins.ces.local import LocalSettings
 from gubbins.ces.registry import available_backends, load_backend
 from gubbins.ces.simulated.backend import SimulatedSettings
 from gubbins.ces.slurm.settings import SlurmSettings
-from gubbins.ces.ssh.settings import SSHSettings
+from gubbins.ces.ssh import SSHSettings
 from gubbins.ces.transports.tokens import TokenIssuer
 from gubbins.cli.app import ce_app
 from gubbins.db.sql import MyPilotDB

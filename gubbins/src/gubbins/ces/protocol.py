@@ -96,25 +96,6 @@ class PilotOutput(NamedTuple):
     stderr: str
 
 
-def observation_of_exit(code: int | None, *, cancelled: bool, last_line: Callable[[], str]) -> Observation:
-    """Observation of a pilot process that has ended.
-
-    Args:
-        code: exit code; None: not known.
-        cancelled: True if its cancellation was requested.
-        last_line: reads the last line of its stderr.
-    """
-    if code == 0:
-        return Observation(Observed.DONE)
-    if code is None:
-        return Observation(
-            Observed.FAILED, "cancelled" if cancelled else "the process vanished without an exit code"
-        )
-    reason = f"cancelled (exit code {code})" if cancelled else f"exit code {code}"
-    line = last_line()
-    return Observation(Observed.FAILED, f"{reason}: {line}" if line else reason)
-
-
 SettingsT = TypeVar("SettingsT", bound=CESettings)
 ResponseT = TypeVar("ResponseT")
 PartT = TypeVar("PartT")

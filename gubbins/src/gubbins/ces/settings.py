@@ -40,14 +40,6 @@ DefaultScript = Annotated[
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 KeepDays = Annotated[float, Field(ge=0, allow_inf_nan=False, description="Days for which kept files stay.")]
 
-# A wrapper writes its pid within milliseconds.
-StartSeconds = Annotated[
-    float,
-    Field(
-        ge=0, allow_inf_nan=False, description="Time limit for the start of a pilot process; then it is FAILED."
-    ),
-]
-
 
 class PilotSettings(CESettings):
     """Settings of a compute element that runs pilot scripts."""

@@ -103,7 +103,7 @@ async def test_a_pilot_cannot_redirect_its_cancellation_to_another_process(
     fields = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "pid").write_text(f"{victim.pid} {fields[2]} {fields[19]} {boot_id}\n")
+    (tmp_path / "s" / "pid").write_text(f"{victim.pid} {fields[19]} {boot_id} {os.uname().nodename}\n")
     backend = make(tmp_path, kill_after_seconds=0)
     for _ in range(3):
         await backend.cancel([PilotAtCE("s", "vo")])
@@ -134,7 +134,7 @@ def common() -> Iterator[Path]:
 SCRIPT = """
 id -u; id -G; echo "$HOME"; umask; pwd
 touch mine || echo "cannot write"
-for name in ../rc ../pid ../stdout ../run; do (echo 0 > $name) 2> /dev/null && echo "wrote $name"; done
+for name in ../rc ../pid ../stdout ../script; do (echo 0 > $name) 2> /dev/null && echo "wrote $name"; done
 rm -rf ../pid 2> /dev/null || echo "cannot remove"
 cat /proc/$PPID/environ > /dev/null 2>&1 && echo "reads the worker's"
 sleep 300 & wait

@@ -14,11 +14,10 @@ import pytest
 from support.waiting import SECONDS
 
 from gubbins.ces.batch import BatchSettings
-from gubbins.ces.local.job import WRAPPER
+from gubbins.ces.processes.backend import WRAPPER
 from gubbins.ces.protocol import PilotAtCE, PilotIdentity
 from gubbins.ces.settings import PILOT_SCRIPT
 from gubbins.ces.slurm.batch import job_script
-from gubbins.ces.ssh.backend import WRAPPER as SSH_WRAPPER
 
 PAUSE_SECONDS = 0.002
 VARIABLES = {"PILOT_STAMP": "stamp", "PILOT_VO": "vo", "PILOT_API_URL": "http://127.0.0.1:1"}
@@ -29,19 +28,16 @@ def prepare(wrapper: str, job: Path, payload: str) -> list[str]:
     payloads = {"vo": payload} if payload else {}
     variables = VARIABLES | ({"PILOT_PAYLOAD": payload} if payload else {})
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
-    secret = job / ("work/.pilot-secret" if wrapper == "local" else "secret")
+    secret = job / ("work/.pilot-secret" if wrapper == "processes" else "secret")
     secret.parent.mkdir(parents=True, exist_ok=True)
     if wrapper != "slurm":  # whose script has it
         secret.write_text("secret")
     (job / "script").write_text(PILOT_SCRIPT)
-    match wrapper:
-        case "local":
-            (job / "script").write_text(f"#!/bin/sh\n{exports}export PILOT_SECRET_FILE={secret}\n{PILOT_SCRIPT}")
-            return [str(WRAPPER), str(job)]
-        case "ssh":
-            (job / "environment").write_text(exports)
-            (job / "wrapper").write_text(SSH_WRAPPER)
-            return [f"{job.name}/wrapper", job.name]
+    if wrapper == "processes":
+        (job / "script").chmod(0o755)
+        (job / "environment").write_text(exports)
+        (job / "wrapper").write_text(WRAPPER)
+        return [f"{job.name}/wrapper", job.name]
     settings = BatchSettings(system="pbs", directory=job.parent, payloads=payloads)
     identity = PilotIdentity(VARIABLES["PILOT_API_URL"], "secret")
     script = job_script(
@@ -86,7 +82,7 @@ class SignalledPilot:
         return [str(path) for path in self.job.parent.rglob("*") if path.name.startswith((".pilot", "secret"))]
 
 
-@pytest.fixture(params=["local", "ssh", "slurm", "batch"])
+@pytest.fixture(params=["processes", "slurm", "batch"])
 def wrapper(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -104,7 +100,7 @@ def test_repeated_signals_leave_an_exit_code_and_no_secret(
     assert pilot.left() == []
 
 
-@pytest.mark.parametrize("wrapper", ["local", "ssh"])
+@pytest.mark.parametrize("wrapper", ["processes"])
 def test_a_pilot_that_is_cancelled_before_its_start_never_runs(wrapper: str, tmp_path: Path) -> None:
     job = tmp_path / "job"
     job.mkdir()

@@ -314,6 +314,7 @@ async def test_directories_are_kept_as_configured_and_for_the_configured_time(ma
 
     for stamp in ("done", "failed", "other"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
+        (tmp_path / "pilots" / stamp / "script").touch()
     ends = ended(done=MyPilotStatus.DONE, failed=MyPilotStatus.FAILED)
     await make(keep="failed", keep_days=1 / 24).cleanup(ends)
     assert left() == {"failed", "other"}

@@ -56,6 +56,12 @@ async def test_commands_do_not_inherit_secrets_of_the_worker(monkeypatch: pytest
     assert (await LocalShell({"A": "1"}).run(["/usr/bin/env"], timeout=10)).stdout == "A=1\n"
 
 
+async def test_commands_inherit_no_file_descriptors() -> None:
+    """A daemon would hold the pipes of its command, and could read the input."""
+    done = await LocalShell().run(["/bin/sh", "-c", "ls /proc/$$/fd"], timeout=10)
+    assert done.stdout.split() == ["0", "1", "2"]
+
+
 async def test_a_command_that_does_not_exist_is_named() -> None:
     with pytest.raises(CEUnavailableError, match="sbitch cannot be started: No such file"):
         await LocalShell().run(["sbitch"], timeout=10)

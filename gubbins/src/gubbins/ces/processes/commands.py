@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import secrets
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from gubbins.ces.transports.shell import Completed
 from gubbins.domain.exceptions import CEUnavailableError
@@ -17,19 +15,8 @@ _FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 _STAMP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class InvalidResponse(CEUnavailableError):
-    """The response is incomplete or invalid."""
-
-
 class Refused(CEUnavailableError):
-    """The host refused the command, and nothing was done."""
-
-
-class Command(NamedTuple):
-    """A remote command: text for the stdin of `sh -s`, and the mark of its records."""
-
-    text: bytes
-    mark: str
+    """The command was refused, and nothing was done."""
 
 
 def is_stamp(stamp: str) -> bool:
@@ -42,22 +29,26 @@ def quote(value: str) -> str:
     return shlex.quote(value.replace("\0", ""))
 
 
-def command(lines: Iterable[str]) -> Command:
-    """Make a command from lines of shell text, which use the functions of `jobs.sh`.
+def exports(variables: Mapping[str, str]) -> str:
+    """Make lines that export variables."""
+    return "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in variables.items())
 
-    In braces, so that truncated text runs nothing.
+
+def command(lines: Iterable[str], mark: str) -> bytes:
+    """Make the stdin of `sh -s` from lines of shell text, which use the functions of `jobs.sh`.
+
+    In braces, so that truncated text runs nothing. The mark, a random word, begins each record of the response.
     """
-    mark = secrets.token_hex(12)
     body = "\n".join([f"mark={mark}", _FUNCTIONS, *lines, "say end"])
-    return Command(f"{{\n{body}\nprintf '\\n'\n}} < /dev/null\n".encode(errors="replace"), mark)
+    return f"{{\n{body}\nprintf '\\n'\n}} < /dev/null\n".encode(errors="replace")
 
 
 def parse(response: Completed, mark: str, *, host: str) -> list[tuple[str, str]]:
     """Parse the records of a response: the first word, and the rest, which may have many lines.
 
     Raises:
-        Refused: the host refused the command.
-        InvalidResponse: the response is incomplete or invalid.
+        Refused: the command was refused.
+        CEUnavailableError: the response is incomplete or invalid.
     """
     records = []
     for record in response.stdout.split(f"\n{mark} ")[1:]:
@@ -68,7 +59,7 @@ def parse(response: Completed, mark: str, *, host: str) -> list[tuple[str, str]]
         records.append((word, content))
     if not records or records.pop()[0] != "end":
         excerpt = one_line((response.stderr.strip() or response.stdout.strip())[-200:])
-        raise InvalidResponse(
+        raise CEUnavailableError(
             f"{host}: not the output of a shell (exit code {response.returncode}): {excerpt or 'nothing'}"
         )
     return records

@@ -3,6 +3,11 @@
 #
 # The output consists of records: a newline, the mark of the command, a type and data. Other output, as of log-in
 # scripts, is ignored. Stamps begin with a letter or a digit, and may contain dots, dashes and underscores.
+#
+# If pilots run as another user, $owner is its uid:gid, and $run_as the prefix of a command that changes to it. Such a
+# pilot can neither write nor replace the files of its directory, other than those in `work`.
+owner='' run_as=''
+worker_umask=$(umask)
 umask 077
 set -f
 line_break='
@@ -28,7 +33,10 @@ enter() {
 # prepare WORKDIR: make the working directory.
 prepare() {
     command -v setsid > /dev/null || fail "there is no setsid"
-    error=$(mkdir -p "$1" 2>&1) || fail "$error"
+    error=$( (
+        [ -z "$owner" ] || umask 066 # the other user must reach its directory
+        mkdir -p "$1" && { [ -z "$owner" ] || chmod 711 "$1"; }
+    ) 2>&1) || fail "$error"
 }
 
 # submit STAMP, with $script, $wrapper, $environment and $secret (may be empty)
@@ -37,7 +45,8 @@ prepare() {
 submit() {
     if error=$(mkdir "$1" 2>&1); then
         if error=$(write "$1" 2>&1); then
-            PILOT_STAMP=$1 setsid /bin/sh "$1/wrapper" "$1" < /dev/null > /dev/null 2>&1 &
+            # shellcheck disable=SC2086 # the words are meant to be split
+            PILOT_STAMP=$1 setsid /bin/sh "$1/wrapper" "$1" $run_as < /dev/null > /dev/null 2>&1 &
         else
             rm -rf "./$1"
             say refused "$1" "$error"
@@ -54,7 +63,9 @@ write() {
     printf '%s' "$script" > "$1/script" &&
         printf '%s' "$wrapper" > "$1/wrapper" &&
         printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment" &&
-        { [ -z "$secret" ] || printf '%s' "$secret" > "$1/secret"; }
+        chmod 755 "$1/script" && mkdir "$1/work" &&
+        { [ -z "$secret" ] || printf '%s' "$secret" > "$1/work/.pilot-secret"; } &&
+        { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1" && chmod 710 "$1"; }; }
 }
 
 # find_files STAMP…: add the small regular files of the pilots to $files. Only these are read, since pilots could replace
@@ -96,6 +107,11 @@ observe() {
         ! is_unreadable "$1" || say unreadable "$1" "$failure"
         return 0
     fi
+    # The process first, since a running pilot could write an exit code.
+    if is_running "$1"; then
+        say running "$1"
+        return
+    fi
     if ! has_ended "$1"; then
         if ! read_process "$1"; then
             if is_unreadable "$1"; then
@@ -110,9 +126,6 @@ observe() {
             return
         elif [ "$boot" != "$this_boot" ]; then
             say restarted "$1"
-            return
-        elif is_alive; then
-            say running "$1"
             return
         fi
         # It may have ended since `find_files`.
@@ -143,6 +156,11 @@ read_process() {
     case $pid in
         '' | *[!0-9]* | 0* | 1) return 1 ;; # never signal the groups 0 and 1
     esac
+}
+
+# is_running STAMP: true if processes of the pilot are running on this host.
+is_running() {
+    read_process "$1" && [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive
 }
 
 # True if the wrapper with $pid and $start, or another process of its group, is running.
@@ -225,16 +243,19 @@ has_stamp() {
 
 # cancel STAMP, after find_files, with $now (s since 1970) and $kill_after (s): send SIGTERM, or SIGKILL if it was
 # cancelled more than $kill_after ago.
+# -> unmarked STAMP ERROR: it cannot be marked as cancelled
 cancel() {
-    is_job "$1" && ! has_ended "$1" || return 0
+    is_job "$1" || return 0
+    if is_running "$1"; then running=1; else running=; fi
+    [ -n "$running" ] || ! has_ended "$1" || return 0
     since=0 # if the mark is not our file
     if ! [ -e "$1/cancelled" ] && ! [ -h "$1/cancelled" ]; then
         since=$now
-        (set -C && printf '%s\n' "$now" > "$1/cancelled")
+        error=$( (set -C && printf '%s\n' "$now" > "$1/cancelled") 2>&1) ||
+            [ -e "$1/cancelled" ] || say unmarked "$1" "$error"
     fi
     # If there is no process file yet, the wrapper will find the mark.
-    read_process "$1" || return 0
-    [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive && is_group_of "$1" || return 0
+    [ -n "$running" ] && is_group_of "$1" || return 0
     ! is_file "$1/cancelled" || read -r since < "$1/cancelled"
     case $since in
         '' | *[!0-9]*) since=0 ;; # empty, as on a full disk
@@ -257,15 +278,14 @@ output() {
 # keep STAMP: mark it for removal by a later `sweep`, without the secret and tokens of a pilot that was killed.
 keep() {
     is_job "$1" || return 0
-    rm -f "$1/secret"
-    find "$1/work" -mindepth 1 -maxdepth 1 -name '.pilot.*' -exec rm -rf {} +
+    find "$1/work" -mindepth 1 -maxdepth 1 -name '.pilot[-.]*' -exec rm -rf {} +
     [ -e "$1/forgotten" ] || (set -C && : > "$1/forgotten")
     return 0
 } 2> /dev/null
 
-# sweep MINUTES: remove directories marked more than MINUTES ago, and those that ended 30 days before that.
+# sweep WORKDIR MINUTES: remove directories marked more than MINUTES ago, and those that ended 30 days before that.
 sweep() {
-    find . -mindepth 2 -maxdepth 2 \
-        \( -name forgotten -mmin "+$1" -o -name rc -mmin "+$(($1 + 43200))" \) \
-        -exec sh -c 'for mark; do rm -rf "${mark%/*}"; done' sh {} +
-}
+    find "$1/" -mindepth 2 -maxdepth 2 \
+        \( -name forgotten -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) \
+        -exec sh -c 'for mark; do [ ! -f "${mark%/*}/script" ] || rm -rf "${mark%/*}"; done' sh {} +
+} 2> /dev/null

@@ -1,25 +1,28 @@
 # Runs one pilot, and records its process and exit code.
 #
-#   /bin/sh JOBDIR/wrapper JOBDIR
+#   /bin/sh JOBDIR/wrapper JOBDIR [COMMAND…]
 #
-# Files in JOBDIR: script, environment, secret (input, optional); pid, stdout, stderr, rc (output); cancelled (input, may
-# appear at any time). pid and rc are written atomically, by rename. `pid` has the pid, which is also the process group,
-# start time (clock ticks since boot), boot id and host name, which identify the process uniquely.
+# COMMAND is a prefix for the pilot's command that changes the user. Files in JOBDIR: script, environment, work (input);
+# work/.pilot-secret (input, optional); pid, stdout, stderr, rc (output); cancelled (input, may appear at any time). pid
+# and rc are written atomically, by rename. `pid` has the pid, which is also the process group, start time (clock ticks
+# since boot), boot id and host name, which identify the process uniquely.
 cd "./$1" || exit 1
+shift
 # A cancellation signals the whole group. The wrapper survives to write the exit code; the pilot does not inherit the
 # trap.
 trap : HUP INT TERM
 read -r stat < /proc/$$/stat
 read -r boot < /proc/sys/kernel/random/boot_id
-# shellcheck disable=SC2086 # the fields are meant to be split
-set -- ${stat##*) }
+identify() {
+    printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)"
+}
 # Without this record the pilot must not run. A signal may end `mv` after it has renamed the file.
-printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)" > pid.new && mv pid.new pid || [ -e pid ] || exit 1
-chmod 700 script && mkdir -p work
-[ ! -f secret ] || export PILOT_SECRET_FILE="$PWD/secret"
+# shellcheck disable=SC2086 # the fields are meant to be split
+identify ${stat##*) } > pid.new && mv pid.new pid || [ -e pid ] || exit 1
+[ ! -f work/.pilot-secret ] || export PILOT_SECRET_FILE="$PWD/work/.pilot-secret"
 # Checked in the subshell, which a later signal ends.
-([ ! -e cancelled ] || exit 143; . ./environment && cd work && exec ../script) > stdout 2> stderr < /dev/null
+([ ! -e cancelled ] || exit 143; . ./environment && cd work && exec "$@" ../script) > stdout 2> stderr < /dev/null
 code=$?
 trap '' HUP INT TERM # a repeated signal must not end these commands
-rm -f secret
+rm -f work/.pilot-secret
 printf '%s\n' "$code" > rc.new && mv rc.new rc

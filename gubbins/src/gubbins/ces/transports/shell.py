@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Protocol, Self
 
@@ -63,8 +64,9 @@ class LocalShell:
         with _Pipe(self._max_bytes) as out, _Pipe(self._max_bytes) as err:
             try:
                 with _input(stdin) as file, out.write_end, err.write_end:
-                    process = await asyncio.create_subprocess_exec(
-                        *argv,
+                    # asyncio blocks as long; uvloop passes more file descriptors, which a daemon would hold.
+                    process = subprocess.Popen(  # noqa: ASYNC220
+                        argv,
                         stdin=file,
                         stdout=out.write_end,
                         stderr=err.write_end,
@@ -74,20 +76,21 @@ class LocalShell:
             except OSError as error:
                 raise CEUnavailableError(f"{argv[0]} cannot be started: {error.strerror}") from error
             try:
-                async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
-                    ended = group.create_task(process.wait())
-                    output = [group.create_task(pipe.read()) for pipe in (out, err)]
+                async with asyncio.timeout(timeout):
+                    async with asyncio.TaskGroup() as group:
+                        output = [group.create_task(pipe.read()) for pipe in (out, err)]
+                    returncode = await asyncio.to_thread(process.wait)
             except BaseException as error:
                 # The whole process group, which exists: its leader was not waited for, or others hold the pipes.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+                await asyncio.to_thread(process.wait)
                 if isinstance(error, TimeoutError):
                     raise CEUnavailableError(f"{argv[0]} has not responded within {timeout:g} s") from error
                 if isinstance(error, ExceptionGroup):
                     raise CEUnavailableError(f"{argv[0]}: {error.exceptions[0]}") from error
                 raise
-        return Completed(ended.result(), *(text.result().decode(errors="replace") for text in output))
+        return Completed(returncode, *(text.result().decode(errors="replace") for text in output))
 
     async def close(self) -> None:
         pass
@@ -96,8 +99,7 @@ class LocalShell:
 class _Pipe:
     """Pipe for the output of a command, independent of the event loop.
 
-    Pipes of uvloop are sockets, so that scripts cannot open /dev/stderr. With pipes of asyncio, waiting for a
-    process includes waiting for its pipes, which a daemon that it started may hold for days.
+    Pipes of uvloop are sockets, so that scripts cannot open /dev/stderr.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -1,0 +1,256 @@
+"""Base of the back ends `local` and `ssh`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from pydantic import Field
+
+from gubbins.ces.protocol import (
+    OUTPUT_LIMIT_BYTES,
+    CEBackend,
+    CEDescription,
+    Observation,
+    Observed,
+    PilotAtCE,
+    PilotOutput,
+    SubmitOutcome,
+)
+from gubbins.ces.settings import PILOT_SCRIPT, DefaultScript, KeepDays, PilotSettings, executable_script
+from gubbins.ces.transports.shell import Shell
+from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.text import one_line
+
+from .commands import Refused, command, exports, is_stamp, parse, quote
+
+_CONCURRENT_SUBMISSIONS = 4  # commands; sshd has at most 10 sessions of one connection
+WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
+
+
+class ProcessSettings(PilotSettings):
+    """Settings of a compute element that runs pilots as processes of one host."""
+
+    default_script: DefaultScript = None
+    kill_after_seconds: float = Field(
+        default=10, ge=0, allow_inf_nan=False, description="Time from SIGTERM to SIGKILL for a cancelled pilot."
+    )
+    keep_days: KeepDays = 7
+    # A wrapper writes its pid within milliseconds.
+    start_seconds: float = Field(
+        default=60,
+        ge=0,
+        allow_inf_nan=False,
+        description="Time limit for the start of a pilot process; then it is FAILED.",
+    )
+
+
+SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
+
+
+class ProcessBackend(CEBackend[SettingsT]):
+    """Runs pilots as processes of a Linux host. Exit code 0 is DONE, all others are FAILED.
+
+    All state is in the directories of pilots, which survive restarts of the worker. A command is for up to
+    `pilots_per_command` pilots.
+
+    Args:
+        shell: runs commands on the host.
+        host: name of the host.
+        port: port of the host, for messages and references.
+        directory: directory of the pilots' directories on the host.
+        timeout_seconds: time limit of a command.
+    """
+
+    scheme: ClassVar[str]
+    """Scheme of references."""
+    operator_only = True  # pilots run on our hosts, or the settings name key files of our hosts
+    pilots_per_command = 200
+
+    def __init__(
+        self,
+        ce: CEDescription,
+        settings: SettingsT,
+        shell: Shell,
+        *,
+        host: str,
+        directory: str,
+        timeout_seconds: float,
+        port: int | None = None,
+    ) -> None:
+        super().__init__(ce, settings)
+        self._shell = shell
+        self._host_name = host
+        self._host = host if port is None else f"{host}:{port}"
+        self._directory = quote(directory)
+        self._timeout_seconds = timeout_seconds
+
+    def preparation(self) -> list[str]:
+        """Lines of shell text before a submission, which may change `$owner`, `$run_as` and `$environment`.
+
+        Raises:
+            Refused: no pilot can be submitted.
+        """
+        return []
+
+    def reference(self, stamp: str) -> str:
+        """The reference of a pilot."""
+        return f"{self.scheme}://{self._host}/{stamp}"
+
+    async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+        alike: dict[tuple[str, str], list[PilotAtCE]] = defaultdict(list)
+        for pilot in pilots:
+            alike[pilot.vo, pilot.identity.url if pilot.identity else ""].append(pilot)
+        parts = [part for own in alike.values() for part in self._parts(own)]
+        return await self.gather_outcomes(self._submit, parts, at_once=_CONCURRENT_SUBMISSIONS)
+
+    async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+        observations = {}
+        with _ignore_missing_directory(pilots):
+            for word, rest in await self._run(pilots, lambda pilot: f"observe {pilot.stamp}"):
+                stamp, _, detail = rest.partition(" ")
+                try:
+                    observations[stamp] = self._observation(stamp, word, detail)
+                except ValueError as error:
+                    raise CEUnavailableError(f"{self._host}: invalid response: {one_line(rest)}") from error
+        return observations
+
+    async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
+        times = f"now=$(date +%s) kill_after={math.ceil(self.settings.kill_after_seconds)}"
+        with _ignore_missing_directory(pilots):
+            for _, rest in await self._run(pilots, lambda pilot: f"cancel {pilot.stamp}", times):
+                self.warn(f"{self._host}: {rest}")
+
+    async def output(self, pilot: PilotAtCE) -> PilotOutput:
+        try:
+            found = await self._run([pilot], lambda pilot: f"output {pilot.stamp} {OUTPUT_LIMIT_BYTES}")
+        except Refused as error:
+            if pilot.reference is not None:  # the file system may not be mounted
+                raise
+            raise OutputUnavailableError(pilot.stamp, str(error)) from error
+        records = dict(found)
+        if set(records) != {"stdout", "stderr"}:
+            raise OutputUnavailableError(pilot.stamp, "its directory does not exist (any more)")
+        return PilotOutput(records["stdout"], records["stderr"])
+
+    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
+        def line(pilot: PilotAtCE) -> str:
+            return f"keep {pilot.stamp}" if self.settings.keeps(pilot.status) else f"rm -rf ./{pilot.stamp}"
+
+        await self._run(pilots, line, f"sweep {self._directory} {round(self.settings.keep_days * 24 * 60)}")
+
+    async def close(self) -> None:
+        await self._shell.close()
+
+    async def _submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
+        """Submit pilots of one VO, all with an identity of the same service or all without, by one command."""
+        vo, stamps = pilots[0].vo, [pilot.stamp for pilot in pilots]
+        script = executable_script(self.settings.script_of(vo) or PILOT_SCRIPT)
+        variables = self.settings.variables(self.ce.name, vo, identity=pilots[0].identity)
+
+        def line(pilot: PilotAtCE) -> str:
+            return f"secret={quote(pilot.identity.secret if pilot.identity else '')}\nsubmit {pilot.stamp}"
+
+        try:
+            records = await self._run(
+                pilots,
+                line,
+                f"script={quote(script)}",
+                f"wrapper={quote(WRAPPER)}",
+                f"environment={quote(exports(variables))}",
+                *self.preparation(),
+                f"prepare {self._directory}",
+            )
+        except Refused as error:
+            # Nothing was started by this call; an earlier one may have started the same stamps.
+            return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}
+        outcomes: dict[str, SubmitOutcome | Exception] = {
+            stamp: CEUnavailableError(f"{self._host}: no outcome of a submission")
+            if is_stamp(stamp)
+            else SubmitOutcome(error=f"{stamp!r} cannot be the name of a directory")
+            for stamp in stamps
+        }
+        for word, rest in records:
+            stamp, _, why = rest.partition(" ")
+            if word == "unreadable":
+                outcomes[stamp] = CEUnavailableError(f"{self._host}: {one_line(why)}")
+            elif word == "refused":
+                outcomes[stamp] = SubmitOutcome(error=one_line(why) or "the host gives no reason")
+            else:
+                outcomes[stamp] = SubmitOutcome(reference=self.reference(stamp))
+        return outcomes
+
+    async def _run(
+        self, pilots: Iterable[PilotAtCE], line: Callable[[PilotAtCE], str], *before: str
+    ) -> list[tuple[str, str]]:
+        """Run commands with these lines and one for each pilot, and return their records.
+
+        Pilots with invalid stamps are skipped.
+
+        Raises:
+            Refused: nothing was done.
+            CEUnavailableError: no response to a command, which may have been run.
+        """
+        parts = self._parts([pilot for pilot in pilots if is_stamp(pilot.stamp)])
+        records: list[tuple[str, str]] = []
+        for part in parts:
+            mark = secrets.token_hex(12)
+            found = f"find_files {' '.join(pilot.stamp for pilot in part)}"
+            text = command([*before, f"enter {self._directory}", found, *map(line, part)], mark)
+            response = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
+            try:
+                records += parse(response, mark, host=self._host)
+            except Refused as error:
+                if part is parts[0]:
+                    raise
+                raise CEUnavailableError(str(error)) from error
+        return records
+
+    def _parts(self, pilots: Sequence[PilotAtCE]) -> list[Sequence[PilotAtCE]]:
+        size = self.pilots_per_command
+        return [pilots[start : start + size] for start in range(0, len(pilots), size)]
+
+    def _observation(self, stamp: str, word: str, detail: str) -> Observation:
+        state, reason = Observed.NO_NEWS, None
+        match word:
+            case "prepared" if int(detail) < self.settings.start_seconds:
+                state = Observed.WAITING
+            case "prepared":
+                state, reason = Observed.FAILED, "the pilot process was never started"
+            case "running":
+                state = Observed.RUNNING
+            case "unreadable":
+                self.warn(f"{self._host}: {detail}")
+            case "elsewhere":
+                reason = f"it runs on {one_line(detail)}, but {self._host_name} is another host now"
+            case "restarted":
+                state, reason = Observed.FAILED, "the host was restarted while it ran"
+            case "ended":
+                code, cancelled, line = detail.split(" ", 2)
+                state, reason = _end(code, cancelled == "1", one_line(line))
+        return Observation(state, reason, self.reference(stamp))
+
+
+def _end(code: str, cancelled: bool, last_line: str) -> tuple[Observed, str | None]:
+    """State and reason of a pilot whose process has ended with this code; `-`: without one."""
+    if code == "-":
+        return Observed.FAILED, "cancelled" if cancelled else "the process vanished without an exit code"
+    if int(code) == 0:
+        return Observed.DONE, None
+    reason = f"cancelled (exit code {int(code)})" if cancelled else f"exit code {int(code)}"
+    return Observed.FAILED, f"{reason}: {last_line}" if last_line else reason
+
+
+@contextlib.contextmanager
+def _ignore_missing_directory(pilots: Iterable[PilotAtCE]) -> Iterator[None]:
+    """Ignore a missing directory unless there are confirmed pilots: it may not be mounted then."""
+    try:
+        yield
+    except Refused:
+        if any(pilot.reference for pilot in pilots):
+            raise
