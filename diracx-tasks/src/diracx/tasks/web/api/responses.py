@@ -44,10 +44,12 @@ def responses(*codes: int, meaning: Mapping[int, str] | None = None) -> dict[int
     return {code: {"description": meanings[code], "content": example} for code in (401, 403, *codes)}
 
 
-class QuietRoute(APIRoute):
-    """Route whose validation errors do not repeat the request in response and log.
+class BoundedRoute(APIRoute):
+    """Route for untrusted requests; set it as `route_class` of a router.
 
-    The request may be long, secret, or have text that JSON cannot represent.
+    It refuses bodies of more than `MAX_BODY_BYTES` with 413, as FastAPI reads the body before it checks the token.
+    Its validation errors do not repeat the request in response and log: it may be long, secret, or have text that
+    JSON cannot represent.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -64,13 +66,6 @@ class QuietRoute(APIRoute):
                 return JSONResponse({"detail": jsonable_encoder(problems)}, HTTPStatus.UNPROCESSABLE_ENTITY)
 
         return quiet
-
-
-class BoundedRoute(QuietRoute):
-    """Route that refuses bodies of more than `MAX_BODY_BYTES` with 413; set it as `route_class` of a router.
-
-    FastAPI reads the body before it checks the token.
-    """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request with a bounded body."""
