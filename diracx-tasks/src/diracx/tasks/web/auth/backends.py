@@ -9,8 +9,8 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -64,19 +64,11 @@ class AuthBackend(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LoginChoice:
-    """A role with which a user may sign in."""
-
-    name: str
-    value: str
-    """Value of the form field."""
-
-
-@dataclass(frozen=True, slots=True)
 class LoginOptions:
     """Options of the sign-in page in addition to the credential field."""
 
-    choices: Sequence[LoginChoice] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Value of the form field -> name of a role with which the user may sign in."""
     unavailable_reason: str = ""
     """Reason why there are no choices, if an administrator can change that."""
 

@@ -20,7 +20,7 @@ from diracx.routers.utils.users import AuthorizedUserInfo
 from fastapi import Request
 from starlette.routing import NoMatchFound
 
-from .backends import LoginChoice, LoginOptions, Role, SignInError
+from .backends import LoginOptions, Role, SignInError
 from .diracx import DiracxAuthContext, role_of
 from .middleware import CALLBACK
 from .routes import root_of
@@ -46,18 +46,18 @@ class CodeFlow:
             return LoginOptions(
                 unavailable_reason=f"To sign in without a token, have {redirect} added to {_SETTING}."
             )
-        choices = []
+        choices = {}
         for vo, registered in sorted((await diracx.config()).registry.items()):
             for group, members in registered.groups.items():
                 if (role := await role_of(_member(vo, group, members.properties), diracx)) is not None:
-                    choices.append(LoginChoice(f"{vo}: {group} ({_PERMISSIONS[role]})", f"vo:{vo} group:{group}"))
+                    choices[f"vo:{vo} group:{group}"] = f"{vo}: {group} ({_PERMISSIONS[role]})"
         return LoginOptions(choices)
 
     async def begin(self, request: Request, choice: str) -> tuple[str, str]:
         """See `LoginProvider`."""
         diracx: DiracxAuthContext = request.state.diracx
         options = await self.options(request)
-        if choice not in [each.value for each in options.choices]:
+        if choice not in options.choices:
             raise SignInError(options.unavailable_reason or "There is no such VO and group to sign in with.")
         verifier = secrets.token_urlsafe(32)
         parameters = {

@@ -15,6 +15,7 @@ from ....operations.dead_letters import STATUSES, Decided, dead_letter_arguments
 from ....operations.health.runner import database_error
 from ....operations.views import WAITING_DEAD_LETTERS
 from ....plumbing.persistence import DeadLetterReason
+from ...operator import task_db_of
 from ..page import (
     Action,
     AppContext,
@@ -40,19 +41,20 @@ _RESPONSE_SECONDS = 5.0
 _MOST = 10_000
 #: Maximum number of listed dead letters in Redis.
 _WAITING_SHOWN = 30
+_REASONS = [str(reason) for reason in DeadLetterReason]
 _AGES = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 
 
 async def _list(request: Request, context: AppContext) -> dict[str, Any]:
     query, viewer = request.query_params, viewer_of(request)
     chosen = {name: query.get(name, "").strip() for name in ("task", "reason", "since")}
-    status = query.get("status", "open")
+    status = query.get("status") or "open"
     shown: dict[str, Any] = {
         "dead_letters": [],
         "total": 0,
         "chosen": chosen,
         "status": status,
-        "reasons": [str(reason) for reason in DeadLetterReason],
+        "reasons": _REASONS,
         "statuses": list(STATUSES),
         "ages": list(_AGES),
         "configured": context.task_db is not None,
@@ -98,12 +100,9 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
 
 
 def _where(chosen: dict[str, str], status: str) -> DeadLetterFilter:
-    if status not in STATUSES:
-        raise NotPossibleError(f"{status[:40]!r} is not a status of a dead letter")
-    if chosen["reason"] and chosen["reason"] not in [str(reason) for reason in DeadLetterReason]:
-        raise NotPossibleError(f"{chosen['reason'][:40]!r} is not a reason of a dead letter")
-    if chosen["since"] and chosen["since"] not in _AGES:
-        raise NotPossibleError(f"{chosen['since'][:40]!r} is none of {', '.join(_AGES)}")
+    for value, known in ((status, STATUSES), (chosen["reason"], _REASONS), (chosen["since"], _AGES)):
+        if value and value not in known:
+            raise NotPossibleError(f"{value[:40]!r} is none of {', '.join(known)}")
     return {
         "task_name": chosen["task"] or None,
         "reason": chosen["reason"] or None,
@@ -124,12 +123,11 @@ def _of_form(form: Form, status: str) -> tuple[list[int] | None, DeadLetterFilte
 
 async def _selected(form: Form, context: AppContext, status: str) -> tuple[int, list[str]]:
     """Return the number of dead letters that a form selects, and a description of them."""
-    if context.task_db is None:
-        raise NotPossibleError("No database of dead letters is configured here.")
+    db = task_db_of(context)
     numbers, where = _of_form(form, status)
     if numbers is not None:
         return len(numbers), [f"number {number}" for number in numbers]
-    total = sum((await context.task_db.count(**where)).values())
+    total = sum((await db.count(**where)).values())
     if not total:
         raise NotPossibleError("No dead letter matches the filter.")
     filters = [f"{name}: {form.one(name)}" for name in ("task", "reason", "since") if form.one(name)]
