@@ -122,12 +122,23 @@ class Worker(ReadModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunningTask(ReadModel):
-    """A running task, as last reported by its worker."""
+class TaskRecord(ReadModel):
+    """A task, with the parts of its message that lists read: its first 64 KiB."""
 
     task_id: str
+    """Empty if the message cannot be decoded."""
     task_name: str
-    vo: str | None
+    vo: str | None = None
+    """None as well if it is not known: the message is larger, or cannot be decoded."""
+    arguments: dict[str, Any] | None = None
+    """Masked, by name; None if the message is larger, cannot be decoded, or was deleted with its task."""
+    message_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningTask(TaskRecord):
+    """A running task, as last reported by its worker."""
+
     queue: str
     """`{priority}:{size}`."""
     attempt: int
@@ -140,17 +151,12 @@ class RunningTask(ReadModel):
     """True if it blocks the event loop of its worker."""
     locks: list[str] = field(default_factory=list)
     """Redis keys of the locks it holds."""
-    arguments: dict[str, Any] | None = None
-    """Masked; None if the task has ended meanwhile, or its message has more than 64 KiB."""
-    message_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DelayedTask(ReadModel):
+class DelayedTask(TaskRecord):
     """A task that waits for a time, a retry, a lock or quota."""
 
-    task_id: str
-    task_name: str
     queue: str
     reason: DelayReason
     due: datetime
@@ -163,20 +169,12 @@ class DelayedTask(ReadModel):
     """None if its labels have more than 64 KiB."""
     last_error: str | None = None
     """Type and message of the last failed attempt."""
-    arguments: dict[str, Any] | None = None
-    """Masked; None if its message has more than 64 KiB, or cannot be decoded."""
-    message_bytes: int = 0
-    vo: str | None = None
-    """None if its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedTask(ReadModel):
+class QueuedTask(TaskRecord):
     """A task that waits for a worker."""
 
-    task_id: str
-    """Empty if the message cannot be decoded."""
-    task_name: str
     queue: str
     stream: str
     """The Redis stream: that of new tasks, or the resumed queue."""
@@ -185,11 +183,6 @@ class QueuedTask(ReadModel):
     waiting_since: datetime
     attempt: int | None = 1
     """None if its labels have more than 64 KiB."""
-    arguments: dict[str, Any] | None = None
-    """Masked; None if its message has more than 64 KiB, or cannot be decoded."""
-    message_bytes: int = 0
-    vo: str | None = None
-    """None if its message has more than 64 KiB, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,25 +280,17 @@ class Failure(ReadModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingDeadLetter(ReadModel):
-    """A dead letter in Redis that no worker has stored in the database yet."""
+class WaitingDeadLetter(TaskRecord):
+    """A dead letter in Redis that no worker has stored in the database yet. `message_bytes` is its own size."""
 
     entry: str
     """Id of its stream entry, also the cursor after it."""
     buried: datetime
-    task_id: str
-    task_name: str
-    """Empty if the message cannot be decoded."""
     reason: str
     detail: str
     """One line about the last error."""
     failed_attempts: int | None
     """None if the dead letter has more than 64 KiB."""
-    arguments: dict[str, Any] | None
-    """Masked, by name; None if the message cannot be decoded, or has more than 64 KiB."""
-    message_bytes: int = 0
-    """Size of the dead letter."""
-    vo: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ from ..plumbing.broker.groups import GroupStatus
 from ..plumbing.broker.scheduling import Outcome
 from ..plumbing.config.active import ActiveConfig
 from ..plumbing.scheduler import ScheduleState
+from . import models
 from .audit import AuditEntry
 from .cursors import HEAD_BYTES
 from .formats import NONE, duration, number, percent, plain, remaining, since, size
-from .models import DelayedTask, Holder, Lock, Queue, QueuedTask, RunningTask, TaskStats, WaitingDeadLetter, Worker
 
 _Row = TypeVar("_Row")
 Kind: TypeAlias = Literal[
@@ -80,7 +80,7 @@ class View(Generic[_Row]):
     columns: tuple[Column[_Row], ...]
 
 
-def _arguments(row: DelayedTask | QueuedTask | RunningTask | WaitingDeadLetter) -> str:
+def _arguments(row: models.TaskRecord) -> str:
     if row.arguments is None:
         return f"({size(row.message_bytes)})" if (row.message_bytes or 0) > HEAD_BYTES else NONE
     return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in row.arguments.items())
@@ -93,7 +93,7 @@ def _quoted(text: str) -> str:
     return quote(text, safe="")
 
 
-QUEUES: View[Queue] = View(
+QUEUES: View[models.Queue] = View(
     "no queues",
     (
         Column("queue", "name", whole=True, link=lambda queue: f"/queues/{_quoted(queue.name)}"),
@@ -106,7 +106,7 @@ QUEUES: View[Queue] = View(
 )
 
 
-def _worker_state(worker: Worker) -> str:
+def _worker_state(worker: models.Worker) -> str:
     if not worker.alive:
         return "dead"
     if (blocked := worker.blocked) is None:
@@ -115,7 +115,7 @@ def _worker_state(worker: Worker) -> str:
     return f"blocked for {since(blocked.since)} by {task}"
 
 
-WORKERS: View[Worker] = View(
+WORKERS: View[models.Worker] = View(
     "no worker runs; start one with `diracx-task-run worker`",
     (
         Column("worker", "name", whole=True),
@@ -139,7 +139,7 @@ WORKERS: View[Worker] = View(
     ),
 )
 
-RUNNING: View[RunningTask] = View(
+RUNNING: View[models.RunningTask] = View(
     "nothing runs (workers report every 5 s)",
     (
         Column("task", "task_name", whole=True, kind="task"),
@@ -163,7 +163,7 @@ RUNNING: View[RunningTask] = View(
     ),
 )
 
-QUEUED: View[QueuedTask] = View(
+QUEUED: View[models.QueuedTask] = View(
     "nothing waits",
     (
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
@@ -179,7 +179,7 @@ def _lock_page(key: str) -> str:
     return f"/locks/one?key={_quoted(key)}"
 
 
-DELAYED: View[DelayedTask] = View(
+DELAYED: View[models.DelayedTask] = View(
     "nothing is delayed",
     (
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
@@ -202,7 +202,7 @@ def _failure_style(share: float) -> str:
     return "red" if share >= 0.2 else "yellow" if share >= 0.02 else ""
 
 
-STATISTICS: View[TaskStats] = View(
+STATISTICS: View[models.TaskStats] = View(
     "nothing has ended in this time",
     (
         Column("task", "task_name", whole=True, kind="task"),
@@ -231,7 +231,7 @@ STATISTICS: View[TaskStats] = View(
     ),
 )
 
-WAITING_DEAD_LETTERS: View[WaitingDeadLetter] = View(
+WAITING_DEAD_LETTERS: View[models.WaitingDeadLetter] = View(
     "no dead letters wait in Redis",
     (
         Column("stored (UTC)", "buried", whole=True, kind="age"),
@@ -278,26 +278,26 @@ AUDIT: View[AuditEntry] = View(
 )
 
 
-def quota(lock: Lock) -> str:
+def quota(lock: models.Lock) -> str:
     """Format the use of a lock or limiter: `3 of 10 in 60 s`."""
     limit = "" if lock.limit is None else f" of {lock.limit}"
     window = "" if lock.window_seconds is None else f" in {duration(lock.window_seconds)}"
     return f"{lock.held}{limit}{window}"
 
 
-def holder(who: Holder) -> str:
+def holder(who: models.Holder) -> str:
     """Format the holder of a lock: its task if known."""
     if who.task_id is not None:
         return f"{who.task_name} {who.task_id}"
     return f"a task of {who.worker}" if who.worker is not None else "a holder outside the task system"
 
 
-def _holders(lock: Lock) -> str:
+def _holders(lock: models.Lock) -> str:
     more = f" and {lock.held - 3} more" if len(lock.holders) > 3 else ""
     return ", ".join(map(holder, lock.holders[:3])) + more
 
 
-LOCKS: View[Lock] = View(
+LOCKS: View[models.Lock] = View(
     "no lock has holders or waiters",
     (
         Column("lock", "key", whole=True, link=lambda lock: _lock_page(lock.key)),
