@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 from diracx.tasks import operations as monitor
-from diracx.tasks.operations.audit import audited, read_audit
+from diracx.tasks.operations.audit import AuditLog, read_audit
 from diracx.tasks.plumbing import BaseTask, schedule_many, spawn_with_callback
 from diracx.tasks.plumbing.base_task import use_broker
 from diracx.tasks.plumbing.broker import RedisStreamBroker
@@ -338,7 +338,7 @@ async def look_and_act(world: Roles, broker: RedisStreamBroker, slow: list[str])
             return "nothing"
 
         assert await UserActionRate(API_USER, "lhcb:fred").acquire(broker.redis)
-        await audited(broker.redis, "fred", "api", "submit pilot", "ce", nothing, vo="lhcb")
+        await AuditLog(broker.redis, "fred", "api", "lhcb").perform("submit pilot", "ce", nothing)
         assert await read_audit(broker.redis, vo="lhcb")
     await app.aclose()
 

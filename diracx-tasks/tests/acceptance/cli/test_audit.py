@@ -107,7 +107,7 @@ def test_an_action_that_cannot_be_logged_is_not_done(served: Cli, redis_url: str
 async def test_an_action_keeps_its_result_when_its_outcome_cannot_be_logged(
     redis_url: str, caplog: pytest.LogCaptureFixture, problem: Exception | None
 ) -> None:
-    from diracx.tasks.operations.audit import audited, read_audit
+    from diracx.tasks.operations.audit import AuditLog, read_audit
     from redis.asyncio import Redis
 
     async with Redis.from_url(redis_url) as server:
@@ -121,7 +121,7 @@ async def test_an_action_keeps_its_result_when_its_outcome_cannot_be_logged(
                         raise problem
                     return "done"
 
-                doing = audited(redis, "wilma", "api", "purge queue", "normal:medium", do)
+                doing = AuditLog(redis, "wilma", "api").perform("purge queue", "normal:medium", do)
                 if problem is None:
                     assert await doing == "done"
                 else:
@@ -145,7 +145,7 @@ def test_the_audit_log_names_and_counts_all_targets(number: int) -> None:
 
 
 async def test_a_long_target_is_cut_in_the_audit_log_and_marked(redis_url: str) -> None:
-    from diracx.tasks.operations.audit import audited, listed, read_audit
+    from diracx.tasks.operations.audit import AuditLog, listed, read_audit
     from redis.asyncio import Redis
 
     async def nothing() -> str:
@@ -153,7 +153,7 @@ async def test_a_long_target_is_cut_in_the_audit_log_and_marked(redis_url: str) 
 
     ids = [f"{each:032x}" for each in range(2000)]
     async with Redis.from_url(redis_url) as redis:
-        await audited(redis, "wilma", "api", "cancel tasks", listed(ids), nothing)
+        await AuditLog(redis, "wilma", "api").perform("cancel tasks", listed(ids), nothing)
         [entry] = await read_audit(redis)
     assert entry.target.startswith("2000: ")
     assert ids[1000] in entry.target

@@ -9,7 +9,7 @@ import pytest
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.routers.utils.users import AuthorizedUserInfo
 from diracx.tasks.operations import audit
-from diracx.tasks.operations.audit import audited, read_audit
+from diracx.tasks.operations.audit import AuditLog, read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.web.api import environment
 from diracx.tasks.web.api.audit_logger import AuditLogger, UserActionRate
@@ -106,7 +106,7 @@ async def test_an_audit_entry_is_bounded_for_any_request(redis: Redis) -> None:
     async def long() -> str:
         return "o" * 100_000
 
-    await audited(redis, "w" * 100_000, "api", "submit pilot", "t" * 40_000, long, vo="lhcb")
+    await AuditLog(redis, "w" * 100_000, "api", "lhcb").perform("submit pilot", "t" * 40_000, long)
     sizes = [len(fields[b"data"]) for _, fields in await redis.xrange(f"{keys.AUDIT_PREFIX}lhcb")]
     assert len(sizes) == 2
     assert max(sizes) < 1_000

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import httpx
 import pytest
 from diracx.tasks import operations as monitor
-from diracx.tasks.operations.audit import audited, read_audit
+from diracx.tasks.operations.audit import AuditLog, read_audit
 from diracx.tasks.plumbing import (
     BaseLock,
     BaseTask,
@@ -158,7 +158,7 @@ async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
                 async def nothing() -> str:
                     return "nothing"
 
-                await audited(redis, "fred", "api", "submit pilot", mark, nothing, vo=vo)
+                await AuditLog(redis, "fred", "api", vo).perform("submit pilot", mark, nothing)
             await Split().schedule()
 
             async def has_happened() -> bool:

@@ -56,56 +56,65 @@ class AuditEntry:
     """True if it succeeded."""
 
 
-async def audited(
-    redis: Redis,
-    who: str,
-    via: str,
-    action: str,
-    target: str,
-    do: Callable[[], Awaitable[_Outcome]],
-    summary: Callable[[_Outcome], str] = str,
-    *,
-    vo: str | None = None,
-) -> _Outcome:
-    """Perform an action; write it to the audit log before, and its outcome after.
-
-    If the outcome cannot be written, a warning is logged.
+class AuditLog:
+    """Performs actions of one user; writes each to the audit log before, and its outcome after.
 
     Args:
-        target: the object of the action; use `listed` for several.
-        do: performs the action.
-        summary: formats its outcome in a few words.
-        vo: the VO of the user, whose log is used; None: the log of administrators. Must exist: each VO has
-            its own stream.
-
-    Raises:
-        redis.exceptions.RedisError: the action cannot be written to the log, and is not performed.
-        Exception: raised by `do`.
+        redis: the server of the tasks, which has the log.
+        who: the user, as written to the log.
+        via: `dashboard`, `api` or `cli`.
+        vo: the VO of the user, whose log is used; None: that of administrators. Must exist: each VO has its own
+            stream.
     """
 
-    async def write(**fields: str) -> str:
-        data = json.dumps(fields, ensure_ascii=False)
-        written = await audit_stream.append(redis, vo, data, kept=KEPT_ENTRIES, ttl_seconds=_TTL_SECONDS)
-        return text_of(written)
+    def __init__(self, redis: Redis, who: str, via: str, vo: str | None = None) -> None:
+        self.redis = redis
+        self.who = who
+        self.via = via
+        self.vo = vo
 
-    async def end(text: str, ok: bool) -> None:
-        shown = _cut(text, _LONGEST_OUTCOME if vo is None else _LONGEST_OUTCOME_OF_VO)
+    async def perform(
+        self,
+        action: str,
+        target: str,
+        do: Callable[[], Awaitable[_Outcome]],
+        summary: Callable[[_Outcome], str] = str,
+    ) -> _Outcome:
+        """Perform an action. If its outcome cannot be written, a warning is logged.
+
+        Args:
+            target: the object of the action; use `listed` for several.
+            do: performs the action.
+            summary: formats its outcome in a few words.
+
+        Raises:
+            redis.exceptions.RedisError: the action cannot be written to the log, and is not performed.
+            Exception: raised by `do`.
+        """
+        shown = _cut(target, _LONGEST_TARGET if self.vo is None else _LONGEST_TARGET_OF_VO)
+        entry = await self._write(who=_cut(self.who, _LONGEST_WHO), target=shown, via=self.via, action=action)
         try:
-            await write(of=entry, ok=str(int(ok)), outcome=shown)
+            outcome = await do()
+        except BaseException as error:
+            await self._end(entry, f"{type(error).__name__}: {error}", False)
+            raise
+        await self._end(entry, summary(outcome), True)
+        return outcome
+
+    async def _write(self, **fields: str) -> str:
+        data = json.dumps(fields, ensure_ascii=False)
+        return text_of(
+            await audit_stream.append(self.redis, self.vo, data, kept=KEPT_ENTRIES, ttl_seconds=_TTL_SECONDS)
+        )
+
+    async def _end(self, entry: str, text: str, ok: bool) -> None:
+        shown = _cut(text, _LONGEST_OUTCOME if self.vo is None else _LONGEST_OUTCOME_OF_VO)
+        try:
+            await self._write(of=entry, ok=str(int(ok)), outcome=shown)
         except RedisError as error:
             logger.warning(
                 "the outcome of entry %s (%s) cannot be written to the audit log: %s", entry, text, error
             )
-
-    shown = _cut(target, _LONGEST_TARGET if vo is None else _LONGEST_TARGET_OF_VO)
-    entry = await write(who=_cut(who, _LONGEST_WHO), target=shown, via=via, action=action)
-    try:
-        outcome = await do()
-    except BaseException as error:
-        await end(f"{type(error).__name__}: {error}", False)
-        raise
-    await end(summary(outcome), True)
-    return outcome
 
 
 def listed(names: Sequence[str]) -> str:

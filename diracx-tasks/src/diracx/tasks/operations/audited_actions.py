@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 
@@ -14,7 +14,7 @@ from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
 from ..plumbing.scheduler import admin
 from ..plumbing.scheduler.occurrences import ScheduledTask
 from ..plumbing.submission.client import Binding
-from .audit import audited, listed, user_at_host
+from .audit import AuditLog, listed, user_at_host
 from .dead_letters import Decided
 from .locks import release_lock
 from .models import Released
@@ -24,41 +24,17 @@ if TYPE_CHECKING:
     from ..plumbing.persistence import TaskDB
     from ..plumbing.persistence.db import DeadLetterFilter
 
-_Outcome = TypeVar("_Outcome")
 #: Dead letters that are discarded in one transaction.
 _DISCARD_BATCH = 200
 
 
-class AuditedActions:
-    """Actions of one user, written to the audit log. All raise the errors of `audited`, too.
-
-    Args:
-        redis: the server of the tasks, which has the audit log.
-        who: the user, as written to the audit log.
-        via: `dashboard`, `api` or `cli`.
-        vo: the VO of the user, whose audit log is used; None: that of administrators.
-    """
-
-    def __init__(self, redis: Redis, who: str, via: str, vo: str | None = None) -> None:
-        self.redis = redis
-        self.who = who
-        self.via = via
-        self.vo = vo
+class AuditedActions(AuditLog):
+    """Actions of one user on tasks. All raise the errors of `AuditLog.perform`, too."""
 
     @classmethod
     def for_command_line(cls, redis: Redis) -> AuditedActions:
         """Return the actions of the user of this process."""
         return cls(redis, user_at_host(), "cli")
-
-    async def perform(
-        self,
-        action: str,
-        target: str,
-        do: Callable[[], Awaitable[_Outcome]],
-        summary: Callable[[_Outcome], str] = str,
-    ) -> _Outcome:
-        """Perform an action. Arguments as of `audited`."""
-        return await audited(self.redis, self.who, self.via, action, target, do, summary, vo=self.vo)
 
     async def cancel(self, broker: RedisStreamBroker, task_ids: Sequence[str]) -> dict[str, TaskPlace]:
         """Cancel tasks in any state. Returns the state in which each was found."""

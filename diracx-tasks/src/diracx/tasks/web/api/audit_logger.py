@@ -12,7 +12,7 @@ from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_t
 from fastapi import Depends, HTTPException
 from redis.exceptions import RedisError
 
-from ...operations.audit import audited
+from ...operations.audit import AuditLog
 from ...plumbing.lock_registry import register_locked_object_type
 from ...plumbing.locks import RateLimiter
 from ..auth.diracx import name_of
@@ -51,7 +51,7 @@ class AuditLogger:
         do: Callable[[], Awaitable[_Outcome]],
         summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Perform an action. Arguments as of `diracx.tasks.operations.audit.audited`.
+        """Perform an action. Arguments as of `diracx.tasks.operations.audit.AuditLog`.
 
         An application without a configured broker writes it to its own log.
 
@@ -69,7 +69,7 @@ class AuditLogger:
             if not self._is_admin and not await UserActionRate(API_USER, self._user.sub).acquire(redis):
                 raise _rate_exceeded()
             vo = None if self._is_admin else self._user.vo
-            return await audited(redis, self._who, "api", action, target, do, summary, vo=vo)
+            return await AuditLog(redis, self._who, "api", vo).perform(action, target, do, summary)
         except RedisError as error:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, f"the audit log cannot be written: {error}"
