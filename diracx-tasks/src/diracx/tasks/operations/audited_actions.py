@@ -82,15 +82,13 @@ class AuditedActions(AuditLog):
     async def retry_dead_letters(
         self,
         resubmitter: Resubmitter,
-        dead_letters: Sequence[Mapping[str, Any]] | None,
-        where: DeadLetterFilter,
-        limit: int | None = None,
+        dead_letters: Sequence[Mapping[str, Any]],
+        where: DeadLetterFilter | None = None,
     ) -> Decided:
         """Submit dead letters again, each once even if called repeatedly. Returns the result for each.
 
         Args:
-            dead_letters: the dead letters; None: those that match the filter.
-            limit: maximum number of those that match.
+            where: the filter that selected them, for the audit log; None: they were selected by number.
 
         Raises:
             SendTaskError: the broker does not respond; see `Resubmitter.resubmit`.
@@ -98,11 +96,7 @@ class AuditedActions(AuditLog):
         """
 
         async def do() -> Decided:
-            if dead_letters is not None:
-                results = await resubmitter.resubmit(dead_letters)
-            else:
-                parts = resubmitter.resubmit_all(where, limit=limit)
-                results = [result async for part in parts for result in part]
+            results = await resubmitter.resubmit(dead_letters)
             found = {
                 status: [result for result in results if result.status is status] for status in ResubmitStatus
             }
@@ -121,7 +115,7 @@ class AuditedActions(AuditLog):
     async def discard_dead_letters(
         self, db: TaskDB, dead_letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None = None
     ) -> Decided:
-        """Discard dead letters; `where` is the filter that selected them. Returns the result for each."""
+        """Discard dead letters. Returns the result for each. Arguments as of `retry_dead_letters`."""
 
         async def do() -> Decided:
             discarded: set[int] = set()
@@ -135,8 +129,7 @@ class AuditedActions(AuditLog):
         def summary(decided: Decided) -> str:
             return f"{len(decided.done)} discarded, {len(decided.refused)} refused"
 
-        target = _which(dead_letters if where is None else None, where or {})
-        return await self.perform("discard dead letters", target, do, summary)
+        return await self.perform("discard dead letters", _which(dead_letters, where), do, summary)
 
 
 def _refusal_reason(dead_letter: Mapping[str, Any]) -> str:
@@ -152,8 +145,8 @@ def _changed(ids: Sequence[str]) -> str:
     return f"{len(ids)} changed"
 
 
-def _which(dead_letters: Sequence[Mapping[str, Any]] | None, where: DeadLetterFilter) -> str:
-    if dead_letters is not None:
+def _which(dead_letters: Sequence[Mapping[str, Any]], where: DeadLetterFilter | None) -> str:
+    if where is None:
         return listed([str(dead_letter["id"]) for dead_letter in dead_letters])
     filters = [f"{name} {value}" for name, value in where.items() if value is not None and name != "status"]
     return "all" + (f" with {', '.join(filters)}" if filters else "")

@@ -90,27 +90,26 @@ class Operator(AuditedActions):
             numbers: numbers of dead letters; None: those that match the filter.
             limit: maximum number of those that match.
         """
-        db = task_db_of(self.context)
-        settings = await self.context.settings()
+        db, settings = task_db_of(self.context), await self.context.settings()
         resubmitter = Resubmitter(db, self.context.broker, self.context.registry, settings.tasks)
-        dead_letters = None if numbers is None else await self._dead_letters(numbers)
-        return await self.retry_dead_letters(resubmitter, dead_letters, where, limit)
+        return await self.retry_dead_letters(resubmitter, *await _selected(db, numbers, where, limit))
 
     async def discard(self, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int) -> Decided:
         """Mark dead letters as discarded. Arguments and errors as of `retry`."""
         db = task_db_of(self.context)
-        if numbers is not None:
-            chosen = await self._dead_letters(numbers)
-        else:
-            chosen = [dead_letter async for dead_letter in dead_letter_summaries(db, where, limit)]
-        return await self.discard_dead_letters(db, chosen, None if numbers is not None else where)
+        return await self.discard_dead_letters(db, *await _selected(db, numbers, where, limit))
 
-    async def _dead_letters(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        db = task_db_of(self.context)
-        found: list[dict[str, Any]] = []
-        for number in dict.fromkeys(numbers):
-            dead_letters = await db.summaries(limit=1, after_id=number - 1)
-            if not dead_letters or dead_letters[0]["id"] != number:
-                raise NotPossibleError(f"no dead letter {number}")
-            found += dead_letters
-        return found
+
+async def _selected(
+    db: TaskDB, numbers: Sequence[int] | None, where: DeadLetterFilter, limit: int
+) -> tuple[list[dict[str, Any]], DeadLetterFilter | None]:
+    """Return the dead letters, and the filter unless they are selected by number."""
+    if numbers is None:
+        return [dead_letter async for dead_letter in dead_letter_summaries(db, where, limit)], where
+    found: list[dict[str, Any]] = []
+    for number in dict.fromkeys(numbers):
+        dead_letters = await db.summaries(limit=1, after_id=number - 1)
+        if not dead_letters or dead_letters[0]["id"] != number:
+            raise NotPossibleError(f"no dead letter {number}")
+        found += dead_letters
+    return found, None

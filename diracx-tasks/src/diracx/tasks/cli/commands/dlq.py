@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     DeadLetter = Mapping[str, Any]
     DeadLetters = Sequence[DeadLetter]
+    SelectedBy = DeadLetterFilter | None
 
 #: Refusals that are shown one by one; the rest is a number.
 _REFUSALS_SHOWN = 10
@@ -198,10 +199,9 @@ def retry(*, choice: Choice, as_json: JsonOption = False, server: ServerAndTasks
     where = choice.dead_letters("open")
     registry, config = server.registry, tasks_config()
 
-    async def submit(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters) -> Decided:
+    async def submit(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters, by: SelectedBy) -> Decided:
         resubmitter = Resubmitter(db, broker, registry, config)
-        actions = AuditedActions.for_command_line(broker.redis)
-        return await actions.retry_dead_letters(resubmitter, chosen or None, where, choice.limit)
+        return await AuditedActions.for_command_line(broker.redis).retry_dead_letters(resubmitter, chosen, by)
 
     decided = _decide(choice, where, server, "Submit {} dead letters again?", submit)
     done = {"resubmitted": decided.done, "already": decided.already}
@@ -218,10 +218,8 @@ def discard(*, choice: Choice, as_json: JsonOption = False, server: Server) -> N
     """
     where = choice.dead_letters("pending")
 
-    async def mark(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters) -> Decided:
-        found = chosen or [each async for each in dead_letter_summaries(db, where, choice.limit)]
-        actions = AuditedActions.for_command_line(broker.redis)
-        return await actions.discard_dead_letters(db, found, None if chosen else where)
+    async def mark(broker: RedisStreamBroker, db: TaskDB, chosen: DeadLetters, by: SelectedBy) -> Decided:
+        return await AuditedActions.for_command_line(broker.redis).discard_dead_letters(db, chosen, by)
 
     decided = _decide(choice, where, server, "Discard {} dead letters?", mark)
     _report(decided, {"discarded": decided.done}, "discarded", as_json)
@@ -232,9 +230,9 @@ def _decide(
     where: DeadLetterFilter,
     server: Server,
     question: str,
-    act: Callable[[RedisStreamBroker, TaskDB, DeadLetters], Awaitable[Decided]],
+    act: Callable[[RedisStreamBroker, TaskDB, DeadLetters, SelectedBy], Awaitable[Decided]],
 ) -> Decided:
-    """Call `act` with the dead letters that have the ids; with none, after confirmation, if the filter selects."""
+    """Call `act` with the dead letters of the ids; without ids, after confirmation, with those of the filter."""
 
     async def decide(db: TaskDB) -> Decided:
         chosen = [await _find(db, dead_letter_id, summary=True) for dead_letter_id in choice.ids]
@@ -244,8 +242,9 @@ def _decide(
             if not total:
                 return Decided([], [], [])
             await asyncio.to_thread(confirm, question.format(total), choice.yes)
+            chosen = [each async for each in dead_letter_summaries(db, where, choice.limit)]
         async with server.connected() as broker:
-            return await act(broker, db, chosen)
+            return await act(broker, db, chosen, None if choice.ids else where)
 
     return _in_database(decide)
 

@@ -81,22 +81,15 @@ class Resubmitter:
             results += await self._round(batch)
         return results
 
-    async def resubmit_all(
-        self, where: DeadLetterFilter, limit: int | None = None
-    ) -> AsyncIterator[list[ResubmitResult]]:
+    async def resubmit_all(self, where: DeadLetterFilter) -> AsyncIterator[list[ResubmitResult]]:
         """Submit all open dead letters again that match the filter, oldest first; yield the results of each batch.
 
         Errors as in `resubmit`.
         """
         conditions: DeadLetterFilter = {"status": OPEN, **where}
-        after_id, left = 0, limit
-        while left is None or left > 0:
-            size = BATCH if left is None else min(BATCH, left)
-            rows = await self._db.summaries(**conditions, limit=size, after_id=after_id)
-            if not rows:
-                return
+        after_id = 0
+        while rows := await self._db.summaries(**conditions, limit=BATCH, after_id=after_id):
             after_id = rows[-1]["id"]
-            left = None if left is None else left - len(rows)
             yield await self.resubmit(rows)
 
     async def resubmit_automatic(self) -> AsyncIterator[list[ResubmitResult]]:
