@@ -47,11 +47,6 @@ class Fact(NamedTuple):
     small: str = ""
 
 
-def cancel_button(task_id: str, about: str) -> Button:
-    """Make the button that cancels a task."""
-    return Button("/tasks/cancel", "Cancel", {"task": task_id, "about": about}, f"cancel-{task_id}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A table, with the parts above and below it on its page."""

@@ -6,7 +6,7 @@ from importlib import import_module
 
 #: Modules in the order of the navigation.
 _NAMES = (
-    *("overview", "queues", "running", "delayed", "workers", "tasks", "failures", "dead_letters"),
+    *("overview", "queues", "workers", "tasks", "dead_letters"),
     *("schedules", "locks", "groups", "configuration", "audit"),
 )
 _MODULES = [import_module(f"{__name__}.{name}") for name in _NAMES]

@@ -26,7 +26,7 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         "entries": entries,
         "digests": sorted({entry.digest for entry in entries}),
         "lines": _lines(entries),
-        "source": context.config_source,
+        "source": context.reader.source,
         "problems": settings.problems,
         "tasks": [record | {"rows": list(_rows(record))} for record in tasks],
         "limits": limit_records(settings.tasks, None),

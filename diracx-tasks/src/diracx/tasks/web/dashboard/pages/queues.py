@@ -1,4 +1,4 @@
-"""Pages of the nine queues and their waiting tasks, with an action to purge a queue."""
+"""Pages of queues, and of queued, running and delayed tasks, with actions to cancel tasks in any state."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from .... import operations
-from ....operations import QueuedTask
+from ....operations import DelayedTask, QueuedTask, RunningTask
 from ....operations.cursors import queue_of
 from ....operations.formats import duration, number
-from ....operations.views import QUEUED, QUEUES
+from ....operations.views import DELAYED, QUEUED, QUEUES, RUNNING
 from ....plumbing.broker.streams import ALL_STREAM_NAMES
 from ..page import (
     Action,
@@ -23,10 +23,12 @@ from ..page import (
     Request,
     viewer_of,
 )
-from ..tables import Button, Fact, Table, cancel_button
+from ..tables import Button, Fact, Link, Table
 
 _PAGE = 50
+_RUNNING_PAGE = 100
 _NAMES = [queue_of(name) for name in ALL_STREAM_NAMES]
+_REASONS = {"at_time": "Until a time", "retry": "For a retry", "lock": "For a lock", "rate": "For quota"}
 
 
 async def _all(request: Request, context: AppContext) -> dict[str, Any]:
@@ -50,6 +52,10 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
     read = partial(operations.peek, context.redis, name, registry=context.registry)
     page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
     purge = Button("/queues/purge", "Cancel all waiting tasks…", {"queue": name}, "purge", "danger")
+
+    def cancel(task: QueuedTask) -> list[Button]:
+        return [_cancel_button(task.task_id, f"{task.task_name}, waiting in {name}")] if task.task_id else []
+
     return Table(
         facts=[
             Fact("Waiting", number(queue.backlog)),
@@ -62,15 +68,88 @@ async def _one(request: Request, context: AppContext) -> dict[str, Any]:
         rows=page.items,
         caption="In the order of delivery.",
         after=page.after,
-        actions=_actions,
+        actions=cancel,
         buttons=[purge] if page.items else [],
     ).values(parent=("/queues", "Queues"), heading=name)
 
 
-def _actions(task: QueuedTask) -> list[Button]:
-    if not task.task_id:
-        return []
-    return [cancel_button(task.task_id, f"{task.task_name}, waiting in {task.queue}")]
+async def _running(request: Request, context: AppContext) -> dict[str, Any]:
+    read = partial(operations.running, context.redis, registry=context.registry)
+    page = await viewer_of(request).page(read, _RUNNING_PAGE, request.query_params.get("after"))
+    total = sum(queue.running for queue in (await context.snapshot()).queues)
+
+    def cancel(task: RunningTask) -> list[Button]:
+        return [_cancel_button(task.task_id, f"{task.task_name}, running at {task.worker.partition(':')[0]}")]
+
+    return Table(
+        view=RUNNING,
+        rows=page.items,
+        caption=f"{number(total)} running tasks, longest first; workers report every 5 s.",
+        after=page.after,
+        actions=cancel,
+    ).values()
+
+
+async def _delayed(request: Request, context: AppContext) -> dict[str, Any]:
+    reason: Any = request.query_params.get("reason") or None  # checked by `delayed`
+    read = partial(operations.delayed, context.redis, reason, registry=context.registry)
+    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
+    snapshot = await context.snapshot()
+    links = [Link("All", "/delayed", reason is None, sum(snapshot.delayed.values()))]
+    links += [
+        Link(text, f"/delayed?reason={name}", reason == name, snapshot.delayed.get(name, 0))
+        for name, text in _REASONS.items()
+    ]
+    overdue = f"{number(snapshot.overdue)} of them are overdue: no worker or scheduler promotes them."
+
+    def cancel(task: DelayedTask) -> list[Button]:
+        return [_cancel_button(task.task_id, f"{task.task_name}, delayed ({task.reason}) for {task.queue}")]
+
+    return Table(
+        filters=links,
+        filters_label="Reason",
+        notes=[overdue] if snapshot.overdue else [],
+        view=DELAYED,
+        rows=page.items,
+        caption="By due time; tasks that wait for a lock may start earlier, when it is released.",
+        after=page.after,
+        actions=cancel,
+    ).values()
+
+
+# --- actions ------------------------------------------------------------------------------------------------
+
+
+def _cancel_button(task_id: str, about: str) -> Button:
+    return Button("/tasks/cancel", "Cancel", {"task": task_id, "about": about}, f"cancel-{task_id}")
+
+
+async def _ask_cancel(form: Form, context: AppContext) -> Question:
+    ids, about = _ids(form), form.one("about")
+    return Question(
+        "Cancel this task?" if len(ids) == 1 else f"Cancel {len(ids)} tasks?",
+        "Waiting tasks are removed immediately; running tasks are cancelled by their workers within about a "
+        "second. They are not retried and do not become dead letters.",
+        "Cancel it" if len(ids) == 1 else "Cancel them",
+        details=[f"{ids[0]}: {about}"] if len(ids) == 1 and about else ids,
+        dangerous=True,
+    )
+
+
+async def _cancel(form: Form, operator: Operator) -> str:
+    found = await operator.cancel_tasks(_ids(form))
+    ended = [task for task, place in found.items() if place == "unknown"]
+    cancelled = ", ".join(f"{task} ({place})" for task, place in list(found.items())[:5] if place != "unknown")
+    if not cancelled:
+        raise NotPossibleError("Nothing was cancelled: it had ended already.")
+    return f"Cancelled: {cancelled}" + (f"; {len(ended)} had ended already." if ended else ".")
+
+
+def _ids(form: Form) -> list[str]:
+    ids = [text.strip() for text in form.many("task") if text.strip()]
+    if not ids:
+        raise NotPossibleError("No task is selected.")
+    return ids
 
 
 async def _ask_purge(form: Form, context: AppContext) -> Question:
@@ -101,5 +180,10 @@ def _checked(form: Form) -> str:
 PAGES = [
     Page("/queues", "queues", "Queues", _all, section="Monitoring", per_vo=True),
     Page("/queues/{queue}", "queue", "Queue", _one, nav="/queues", per_vo=True),
+    Page("/running", "running", "Running", _running, section="Monitoring", per_vo=True),
+    Page("/delayed", "delayed", "Delayed", _delayed, section="Monitoring", per_vo=True),
 ]
-ACTIONS = [Action("/queues/purge", _ask_purge, _purge, per_vo=True)]
+ACTIONS = [
+    Action("/queues/purge", _ask_purge, _purge, per_vo=True),
+    Action("/tasks/cancel", _ask_cancel, _cancel, per_vo=True),
+]

@@ -1,15 +1,17 @@
-"""Page of statistics by task class."""
+"""Pages of statistics by task class, and of failed attempts with their tracebacks."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .... import operations
 from ....operations import TaskStats, Window
 from ....operations.views import STATISTICS
-from ..page import AppContext, Page, Request
+from ..page import AppContext, Page, Request, viewer_of
 from ..tables import Link, Table
 
+_FAILURES_PAGE = 20
 _KEYS = {
     "name": lambda each: each.task_name,
     "done": lambda each: -each.done,
@@ -38,4 +40,14 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     ).values()
 
 
-PAGES = [Page("/tasks", "tasks", "Task classes", _load, section="Monitoring", per_vo=True)]
+async def _failures(request: Request, context: AppContext) -> dict[str, Any]:
+    task = request.query_params.get("task") or None
+    read = partial(operations.failures, context.redis, task_name=task)
+    page = await viewer_of(request).page(read, _FAILURES_PAGE, request.query_params.get("after"))
+    return {"page": page, "task": task}
+
+
+PAGES = [
+    Page("/tasks", "tasks", "Task classes", _load, section="Monitoring", per_vo=True),
+    Page("/failures", "failures", "Failures", _failures, section="Problems", per_vo=True),
+]
