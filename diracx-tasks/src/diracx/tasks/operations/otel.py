@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..plumbing._util.tasks import cancel_and_wait
 from ..plumbing._util.telemetry import METER, TASKS_SUBMITTED
@@ -98,17 +98,14 @@ class _Bridge:
 
     def _make(self, metric: Metric) -> None:
         name = _name_of(metric)
-        create: Callable[..., Any] = self._meter.create_observable_gauge
-        if metric.type == "counter":
-            create = self._meter.create_observable_counter
-        elif name in _UP_DOWN_COUNTERS:
-            create = self._meter.create_observable_up_down_counter
+        kind = "up_down_counter" if name in _UP_DOWN_COUNTERS else metric.type
 
         def observe(_: CallbackOptions) -> list[Observation]:
             return self._shown.get(name, [])
 
         self._made.add(name)
         unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
+        create = getattr(self._meter, f"create_observable_{kind}")
         create(name, callbacks=[observe], unit=unit, description=metric.documentation)
 
     def recorder(self) -> Callable[[str, str, float, float], None]:

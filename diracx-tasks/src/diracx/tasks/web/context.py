@@ -78,7 +78,7 @@ class AppContext:
         self.label = label
         self.loads: deque[Load] = deque(maxlen=_KEPT_LOADS)
         """The load of the last snapshots."""
-        self._reader = reader
+        self.reader = reader
         self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
         self._reading = asyncio.Lock()
@@ -93,16 +93,11 @@ class AppContext:
         """Client of the server."""
         return self.broker.redis
 
-    @property
-    def config_source(self) -> str:
-        """Source of the settings."""
-        return self._reader.source
-
     async def settings(self) -> Settings:
         """Return the current settings, the last valid ones while the configuration is wrong."""
         async with self._reading:
-            if not self._read_at or (self._reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
-                reading = await in_thread(self._reader.read, "dashboard-configuration")
+            if not self._read_at or (self.reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
+                reading = await in_thread(self.reader.read, "dashboard-configuration")
                 self._settings = _settings(reading, self._settings)
                 self._read_at = time.monotonic()
             return self._settings

@@ -59,7 +59,6 @@ _post = partial(_route, "POST")
 Limit = Annotated[int, Query(ge=1, le=models.MOST, description="Maximum number of items.")]
 After = Annotated[str | None, Query(max_length=400, description="`after` of the previous page.")]
 QueueName = Annotated[str, Path(max_length=40, description="`{priority}:{size}`.", examples=["normal:medium"])]
-TaskName = models.TaskName
 
 
 # --- read models --------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ async def get_history(reader: Reader) -> Any:
 async def get_failures(
     reader: Reader,
     task_name: Annotated[
-        TaskName | None, Query(description="Only of this task: category:ClassName, or ClassName alone.")
+        models.Name | None, Query(description="Only of this task: category:ClassName, or ClassName alone.")
     ] = None,
     limit: Limit = 100,
     after: After = None,
@@ -153,7 +152,7 @@ async def get_locks(reader: AllVOsReader, limit: Limit = 100, after: After = Non
 @_get("/locks/one", operations.Lock, 404)
 async def get_lock(
     reader: AllVOsReader,
-    key: Annotated[models.LockKey, Query(description="Redis key of the lock.", examples=["lock:mutex:job:42"])],
+    key: Annotated[models.Key, Query(description="Redis key of the lock.", examples=["lock:mutex:job:42"])],
 ) -> Any:
     """One lock or limiter: holders, expiry, number of waiting tasks, used quota."""
     return or_404(await operations.lock(reader.system.redis, key), f"lock {key!r} with holders or waiting tasks")
@@ -191,10 +190,10 @@ async def get_configuration_in_force(reader: AllVOsReader) -> Any:
 async def get_settings(
     reader: Reader,
     task_name: Annotated[
-        TaskName | None, Query(description="Only this task: category:ClassName, or ClassName alone.")
+        models.Name | None, Query(description="Only this task: category:ClassName, or ClassName alone.")
     ] = None,
     vo: Annotated[
-        models.VOName | None,
+        models.Name | None,
         Query(
             description="Values for this VO. Default: the general values and those of each VO with its own "
             "settings; for operators, those for their VO."
@@ -213,7 +212,7 @@ async def get_settings(
     if vo_shown is not None and vo_shown not in settings.vos:
         raise no_such_vo(vo_shown)
     about = {
-        "source": system.config_source,
+        "source": system.reader.source,
         "vos": [known for known in settings.vos if viewer.sees(known)],
         # Problems quote settings of all VOs.
         "problems": settings.problems if viewer.sees(None) else [_WRONG] * bool(settings.problems),
@@ -230,7 +229,7 @@ async def get_audit_log(
         Query(pattern=r"^\d{1,20}-\d{1,20}$", max_length=41, description="Only entries older than this id."),
     ] = None,
     vo: Annotated[
-        models.VOName | None,
+        models.Name | None,
         Query(
             description="Actions of this VO's members. Default: those of administrators; for operators, those of "
             "their VO."
@@ -325,9 +324,9 @@ async def purge_queue(operator: Writer, queue: QueueName) -> Any:
 @_post("/locks/release", operations.Released, 404)
 async def release_lock(
     operator: Writer,
-    key: Annotated[models.LockKey, Body(description="The Redis key of the lock.")],
+    key: Annotated[models.Key, Body(description="The Redis key of the lock.")],
     owners: Annotated[
-        list[models.Owner] | None,
+        list[models.Name] | None,
         Body(
             max_length=1000,
             description="Only these holders, as of `GET /locks/one`; null: all.",
@@ -339,7 +338,7 @@ async def release_lock(
 
 
 ScheduleIds = Annotated[
-    list[models.ScheduleId],
+    list[models.Key],
     Body(embed=True, min_length=1, max_length=1000, examples=[["my_pilots:MyCheckPilotsTask/lhcb"]]),
 ]
 
@@ -359,7 +358,7 @@ async def resume_schedules(operator: Writer, ids: ScheduleIds) -> Any:
 @_post("/schedules/run-now", models.Submitted, 409)
 async def run_schedule_now(
     operator: Writer,
-    schedule_id: Annotated[models.ScheduleId, Body(embed=True, description="Id of the schedule.")],
+    schedule_id: Annotated[models.Key, Body(embed=True, description="Id of the schedule.")],
 ) -> Any:
     """Submit the task of a schedule now. Does not change the next run."""
     return {"task_id": await operator.run_schedule(schedule_id)}

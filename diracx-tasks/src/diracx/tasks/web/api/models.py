@@ -16,11 +16,8 @@ MOST = 1_000
 # Values of requests go into databases, keys, logs and terminals: bounded, without control characters.
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 TaskId = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_PRINTABLE)]
-TaskName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
-VOName = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
-ScheduleId = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
-LockKey = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
-Owner = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
+Name = Annotated[str, StringConstraints(max_length=255, pattern=_PRINTABLE)]
+Key = Annotated[str, StringConstraints(max_length=1000, pattern=_PRINTABLE)]
 
 
 def _usable(moment: datetime) -> datetime:
@@ -133,7 +130,7 @@ class DeadLetterWithAttempts(_DeadLetter):
 class DeadLetterFilter(BaseModel):
     """Filter of dead letters."""
 
-    task_name: TaskName | None = Field(default=None, description="category:ClassName, or ClassName alone.")
+    task_name: Name | None = Field(default=None, description="category:ClassName, or ClassName alone.")
     reason: DeadLetterReason | None = Field(default=None, description="Only with this reason.")
     since: Moment | None = Field(default=None, description="Only stored since this time.")
     before: Moment | None = Field(default=None, description="Only stored before this time.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
 from starlette.requests import Request
@@ -143,29 +143,7 @@ def own_path(text: str) -> str:
     return text if plain and "\\" not in text else "/"
 
 
-def set_cookie(
-    response: Response,
-    request: Request,
-    name: str,
-    value: str,
-    *,
-    max_age: int | None = None,
-    path: str | None = None,
-    samesite: Literal["lax", "strict"] = "strict",
-) -> None:
-    """Set a cookie that scripts cannot read.
-
-    Args:
-        max_age: lifetime in seconds; None: until the browser is closed.
-        path: scope; by default all pages of the dashboard.
-        samesite: `lax` if links from other sites must send it.
-    """
-    response.set_cookie(
-        name,
-        value,
-        max_age=max_age,
-        path=path or root_of(request) or "/",
-        httponly=True,
-        samesite=samesite,
-        secure=request.state.secure,
-    )
+def set_cookie(response: Response, request: Request, name: str, value: str, **options: Any) -> None:
+    """Set a cookie that scripts cannot read, by default for all pages and until the browser is closed."""
+    defaults = {"path": root_of(request) or "/", "samesite": "strict", "secure": request.state.secure}
+    response.set_cookie(name, value, httponly=True, **(defaults | options))

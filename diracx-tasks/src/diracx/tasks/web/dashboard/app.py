@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from ...plumbing._util.passwords import mask
@@ -27,12 +27,11 @@ from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
 from ...plumbing.sql.errors import DatabaseError
 from ..auth.backends import AuthBackend
-from ..auth.middleware import AuthMiddleware, cookie_name
+from ..auth.middleware import AuthMiddleware, cookie_name, path_below
 from ..auth.routes import AuthRoutes, own_path, root_of, set_cookie
 from ..context import AppContext
 from ..operator import NotPossibleError, Operator
 from ..sse import EventStreams, StreamSettings
-from .health import probe
 from .page import Action, Extension, Form, NotFoundError, Page, Question, UnavailableError, viewer_of
 from .pages import ACTIONS, PAGES
 from .rendering import STATIC, environment, text_of
@@ -47,6 +46,7 @@ _FLASH = "tasks-dashboard-flash"
 #: Timeouts of `/readyz`.
 _READY_SECONDS = 2.0
 _ALERTS_SECONDS = 0.5
+_PROBE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _SECTIONS = ("Monitoring", "Problems", "Control", "Pilots", "History")
 
 
@@ -101,11 +101,20 @@ class DashboardApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         if scope["type"] == "http":
-            if (response := await probe(scope, self._readiness)) is not None:
-                await response(scope, receive, send)
+            if (path := path_below(scope)) in ("/healthz", "/readyz"):
+                await (await self._probe(path, scope["method"]))(scope, receive, send)
                 return
             await self.open()
         await self._app(scope, receive, send)
+
+    async def _probe(self, path: str, method: str) -> Response:
+        """Respond to a probe for liveness or readiness, without token and for any host name."""
+        if method not in ("GET", "HEAD"):
+            return PlainTextResponse("only GET and HEAD\n", HTTPStatus.METHOD_NOT_ALLOWED, _PROBE_HEADERS)
+        ready, lines = await self._readiness() if path == "/readyz" else (True, [])
+        text = "\n".join(["ok" if ready else "not ready", *lines, ""])
+        status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return PlainTextResponse(text, status, _PROBE_HEADERS)
 
     async def _readiness(self) -> tuple[bool, list[str]]:
         """Return whether it is open and its server responds, and the names of the alerts."""
