@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from diracx.tasks.cli.errors import CliError
-from diracx.tasks.cli.runtime.broker import explained_redis
+from diracx.tasks.cli.runtime.server import explained_redis
 from diracx.tasks.operations import failures, running, stats, workers
 from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys

@@ -17,8 +17,8 @@ __all__ = ["application", "main"]
 #: Command or command group -> its function or `Commands` below `commands`, and its line in the list of commands.
 _COMMANDS = {
     "call": ("call:call", "Run a task in this process and print what it returns."),
-    "submit": ("submit:submit", "Submit a task to the queue of its priority and size, and print its id."),
-    "cancel": ("cancel:cancel", "Cancel tasks: queued, delayed, retrying, waiting for a lock, or running."),
+    "submit": ("call:submit", "Submit a task to the queue of its priority and size, and print its id."),
+    "cancel": ("queue:cancel", "Cancel tasks: queued, delayed, retrying, waiting for a lock, or running."),
     "worker": ("serve:worker", "Run tasks of one size until SIGTERM or Ctrl-C."),
     "scheduler": ("serve:scheduler", "Submit periodic tasks when they are due. Any number may run; one leads."),
     "dev": ("dev:dev", "Run an embedded Valkey, the scheduler and one worker per size in this terminal."),
@@ -30,7 +30,7 @@ _COMMANDS = {
     "list": ("inspect:list_tasks", "List the task classes that are installed or in a --module."),
     "dlq": ("dlq:app", "Inspect dead letters, submit them again, or discard them."),
     "db": ("db:app", "Migrate the database of dead letters."),
-    "group": ("group:app", "Inspect pending callback groups."),
+    "group": ("inspect:groups", "Inspect pending callback groups."),
     "config": ("config:app", "Check and show the task configuration."),
     "schedule": ("schedule:app", "Inspect, run, pause and resume the schedules of periodic tasks."),
     "queue": ("queue:app", "Inspect the nine queues and the delayed tasks; purge a queue."),

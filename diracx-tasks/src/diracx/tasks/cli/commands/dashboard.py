@@ -23,10 +23,9 @@ from ...web.auth.hosts import host_name, is_loopback
 from ...web.context import AppContext
 from ..errors import CliError, UsageProblem
 from ..options import LogLevelOption
-from ..runtime.broker import open_broker
 from ..runtime.databases import unchecked_task_db
 from ..runtime.logs import set_up_logging
-from ..runtime.server import ServerAndTasks
+from ..runtime.server import ServerAndTasks, open_broker
 
 if TYPE_CHECKING:
     from ...web.dashboard.app import DashboardApp

@@ -23,11 +23,10 @@ from ...plumbing.enums import Size
 from ...plumbing.scheduler import TaskScheduler
 from ...plumbing.worker import Worker
 from ..options import LogLevelOption
-from .broker import explained_redis, open_broker
 from .configuration import Configuration, read_configuration
 from .logs import set_task_log_level
 from .metrics_server import Collect, serve_metrics
-from .server import ServerAndTasks
+from .server import ServerAndTasks, explained_redis, open_broker
 from .supervisor import report_to_supervisor
 
 logger = logging.getLogger(__package__)
