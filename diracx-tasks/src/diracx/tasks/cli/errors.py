@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable_line
 
-_LONGEST = 1000
+LONGEST_LINE = 1000
 
 
 class CliError(Exception):
@@ -36,15 +36,9 @@ class UsageProblem(CliError):
         super().__init__(message, exit_code=2)
 
 
-def one_line(text: str) -> str:
-    """Return the text as one line of at most 1000 characters, without passwords and control sequences."""
-    line = printable_line(mask(text, 8 * _LONGEST))
-    return line if len(line) <= _LONGEST else line[:_LONGEST] + "…"
-
-
-def shortened_line(text: str, longest: int) -> str:
-    """Truncate the text, on one line as of `one_line`."""
-    line = one_line(text)
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    """Return the text as one line of at most `longest` characters, without passwords and control sequences."""
+    line = printable_line(mask(text, 8 * LONGEST_LINE))
     return line if len(line) <= longest else line[:longest] + "…"
 
 

@@ -18,7 +18,7 @@ from ..operations.models import Page
 from ..operations.views import View
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
-from .errors import CliError, UsageProblem, one_line, shortened_line
+from .errors import LONGEST_LINE, CliError, UsageProblem, one_line
 
 _Row = TypeVar("_Row")
 _WIDTH_WITHOUT_TERMINAL = 220
@@ -78,11 +78,9 @@ def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
     for row in rows:
         cells = []
         for number, column in enumerate(view.columns):
-            text = column.text(row)
-            if column.longest is not None:
-                text = shortened_line(text, column.longest)
             style = "" if column.style is None else column.style(row)
-            cells.append(styled(text, style or ("" if number else "cyan")))
+            text = one_line(column.text(row), column.longest or LONGEST_LINE)
+            cells.append(Text(text, style=style or ("" if number else "cyan")))
         made.add_row(*cells)
     return made
 

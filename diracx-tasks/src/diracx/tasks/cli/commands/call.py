@@ -76,7 +76,10 @@ def call(
 
             pdb.post_mortem(error.__cause__.__traceback__)
         raise
-    print_value(value, as_json=as_json)
+    if as_json:
+        echo_json(_to_json(value))
+    else:
+        _print_value(value)
 
 
 class _TaskFailedError(CliError):
@@ -182,17 +185,14 @@ def _variables(missing: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def to_json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Convert a value to JSON types; values without a JSON type become text."""
     return to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
 
 
-def print_value(value: Any, *, as_json: bool) -> None:
-    """Print the return value of a task to stdout, as JSON or as the published package prints it."""
-    if as_json:
-        echo_json(to_json(value))
-    else:
-        typer.echo(f"Result: {printable(str(value))}")
+def _print_value(value: Any) -> None:
+    """Print the return value of a task as the published package does."""
+    typer.echo(f"Result: {printable(str(value))}")
 
 
 #: Time to live of the result with --wait.
@@ -273,13 +273,13 @@ def _report_result(result: TaskResult[Any], report: dict[str, Any], as_json: boo
     if as_json:
         state = {
             "state": "failed" if result.is_err else "succeeded",
-            "return_value": to_json(result.return_value),
+            "return_value": _to_json(result.return_value),
             "error": result.error,
             "execution_time": result.execution_time,
         }
         echo_json(report | state)
     elif not result.is_err:
-        print_value(result.return_value, as_json=False)
+        _print_value(result.return_value)
     if result.is_err:
         failure = result.error or {}
         what = f"{failure.get('type', 'Exception')}: {failure.get('message', '')}"

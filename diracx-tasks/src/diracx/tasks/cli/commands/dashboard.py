@@ -69,7 +69,10 @@ def dashboard(
 
     Example: diracx-task-run dashboard --redis-url redis://localhost
     """
-    _require("jinja2", "uvicorn")
+    if missing := [name for name in ("jinja2", "uvicorn") if find_spec(name) is None]:
+        raise CliError(
+            f"the dashboard needs {' and '.join(missing)}; install it with `pip install 'diracx-tasks[dashboard]'`"
+        )
     loopback, public_names = is_loopback(host), _public_names(public_name or [])
     if not loopback and not os.environ.get(_TOKEN_VARIABLE):
         raise UsageProblem(
@@ -90,12 +93,9 @@ def dashboard(
     if tls_certificate is not None:
         tls = {"ssl_certfile": str(tls_certificate), "ssl_keyfile": str(tls_key)}
     with _listening(host, port) as listening:
-        found = listening.getsockname()[1]
-        name = f"[{host}]" if ":" in host else host
-        if not loopback:
-            name = public_names[0]
-            name = f"[{name}]" if ":" in name else name
-        address = f"http{'s' if tls else ''}://{name}:{found}/"
+        name = host if loopback else public_names[0]
+        name = f"[{name}]" if ":" in name else name
+        address = f"http{'s' if tls else ''}://{name}:{listening.getsockname()[1]}/"
 
         async def run() -> None:
             from ...web.dashboard import DashboardApp
@@ -130,13 +130,6 @@ def _public_names(given: list[str]) -> list[str]:
                 f"--public-name {name}: give a host name without scheme, port and path, as tasks.example.org"
             ) from error
     return names
-
-
-def _require(*modules: str) -> None:
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise CliError(
-            f"the dashboard needs {' and '.join(missing)}; install it with `pip install 'diracx-tasks[dashboard]'`"
-        )
 
 
 def _backend(read_only: bool) -> tuple[TokenBackend, str]:

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,8 +51,7 @@ def dev(
     load_registry(module)  # reports a mistake in a module once, not once per component
     if port is not None:
         _check_free(port)
-    terminal = _Terminal(Console(highlight=False, soft_wrap=True))
-    asyncio.run(_run(terminal, port, _components(module or (), max_concurrent_tasks, log_level), module or ()))
+    asyncio.run(_run(port, _components(module or (), max_concurrent_tasks, log_level), module or ()))
 
 
 def _check_free(port: int) -> None:
@@ -76,29 +76,36 @@ def _components(
     ]
 
 
-async def _run(
-    terminal: _Terminal, port: int | None, components: list[list[Child]], modules: Sequence[str]
-) -> None:
+async def _run(port: int | None, components: list[list[Child]], modules: Sequence[str]) -> None:
     """Run until a signal, or until a component cannot start."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def show(name: str, line: str) -> None:
+        """Print a line of a component; stop if the terminal is closed."""
+        try:
+            console.print(Text.assemble((f"{name:<9} │ ", _COLOURS[name]), printable(line)))
+        except (OSError, SystemExit):  # Rich exits the process
+            console.quiet = True
+            supervisor.stop()
+
     supervisor = Supervisor(
         components,
-        lambda line: terminal.print("dev", line),
+        partial(show, "dev"),
         every_child_must_start=True,
-        output=terminal.print,
+        output=show,
         kill_after_seconds=_GRACE_SECONDS + _STOP_SECONDS,
     )
-    terminal.on_closed = supervisor.stop
     supervisor.handle_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with _embedded_server(port) as url:
-        terminal.print("dev", f"Valkey at {url}; in other terminals:")
-        terminal.print("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
+        show("dev", f"Valkey at {url}; in other terminals:")
+        show("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
         with_modules = "".join(f" --module {module}" for module in modules)
-        terminal.print("dev", f"  diracx-task-run submit CATEGORY:TASK --wait{with_modules}")
+        show("dev", f"  diracx-task-run submit CATEGORY:TASK --wait{with_modules}")
         try:
             await supervisor.run({"DIRACX_TASKS_REDIS_URL": url, "PYTHONUNBUFFERED": "1"})
         except ChildFailedError as error:
             raise CliError(f"{error}; see its output above") from error
-    terminal.print("dev", "stopped")
+    show("dev", "stopped")
 
 
 @contextmanager
@@ -124,19 +131,3 @@ def _embedded_server(port: int | None) -> Iterator[str]:
                     reaper.kill()
     except EmbeddedServerError as error:
         raise CliError(str(error)) from error
-
-
-class _Terminal:
-    """Prints lines with the name of their component."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self.on_closed: Callable[[], None] = lambda: None
-
-    def print(self, name: str, line: str) -> None:
-        """Print a line of a component; call `on_closed` if the terminal is closed."""
-        try:
-            self._console.print(Text.assemble((f"{name:<9} │ ", _COLOURS[name]), printable(line)))
-        except (OSError, SystemExit):  # Rich exits the process
-            self._console.quiet = True
-            self.on_closed()

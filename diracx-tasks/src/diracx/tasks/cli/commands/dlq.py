@@ -92,11 +92,6 @@ class Filters:
             "before": last,
         }
 
-    @property
-    def narrow(self) -> bool:
-        """True if a filter was given."""
-        return any(value is not None for value in (self.task, self.reason, self.since, self.before))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Filters):
@@ -114,7 +109,8 @@ class Choice(Filters):
     def dead_letters(self, status: Status) -> DeadLetterFilter:
         """Convert the options to a filter, after checking that ids or filters are given."""
         where = super().dead_letters(status)
-        by_filter = self.everything or self.narrow
+        filters = (self.task, self.reason, self.since, self.before)
+        by_filter = self.everything or any(value is not None for value in filters)
         if self.dead_letter_ids and (by_filter or self.limit is not None):
             raise UsageProblem("ids and filters exclude each other; give one or the other")
         if not self.dead_letter_ids and not by_filter:

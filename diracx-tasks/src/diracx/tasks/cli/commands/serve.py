@@ -7,7 +7,6 @@ import logging
 import signal
 import sys
 from collections import Counter
-from contextlib import AsyncExitStack
 from typing import Annotated
 
 import typer
@@ -17,7 +16,6 @@ from ...operations.collectors import open_collectors
 from ...operations.health import health_checks
 from ...operations.metrics import scheduler_metrics, worker_metrics
 from ...plumbing._util.passwords import mask
-from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.base_task import PeriodicVoAwareBaseTask
 from ...plumbing.broker.server_check import Role
 from ...plumbing.broker.sizes import MAX_BYTES
@@ -97,10 +95,10 @@ def worker(
     service = Service(options)
     set_up_telemetry("tasks-worker")
 
-    async def serve(stack: AsyncExitStack) -> None:
-        broker, config = await service.open(stack, Role.WORKER, worker_size)
+    async def serve() -> None:
+        broker, config = await service.open(Role.WORKER, worker_size)
         registry = options.registry
-        task_db = await stack.enter_async_context(open_task_db())
+        task_db = await service.enter(open_task_db())
         try:
             serving = Worker(broker, registry, settings=settings, task_db=task_db, config=config.tasks)
             await check_databases(serving.plans)
@@ -113,7 +111,6 @@ def worker(
             return worker_metrics(serving.reporter, broker.counts, size, slots, registry)
 
         await service.serve(
-            stack,
             serving,
             broker,
             config,
@@ -160,11 +157,11 @@ def scheduler(
     service = Service(options)
     set_up_telemetry("tasks-scheduler")
 
-    async def serve(stack: AsyncExitStack) -> None:
+    async def serve() -> None:
         task_db = None
         if resubmit_dead_letters:
-            task_db = await stack.enter_async_context(open_database("TaskDB", NO_TASK_DB))
-        broker, config = await service.open(stack, Role.SCHEDULER)
+            task_db = await service.enter(open_database("TaskDB", NO_TASK_DB))
+        broker, config = await service.open(Role.SCHEDULER)
         registry = options.registry
         if config.vos is None:
             for_each_vo = [name for name, cls in registry.items() if issubclass(cls, PeriodicVoAwareBaseTask)]
@@ -177,12 +174,11 @@ def scheduler(
         serving = TaskScheduler(broker, registry, config=config.tasks, vos=config.vos or ())
         if task_db is not None:
             resubmitter = Resubmitter(task_db, broker, registry, config.tasks)
-            # It may be cancelled at any time: an interrupted resubmission can be repeated.
-            stack.push_async_callback(cancel_and_wait, asyncio.create_task(_resubmit(resubmitter)))
+            service.run_meanwhile(_resubmit(resubmitter))  # an interrupted resubmission can be repeated
         if options.metrics_port is not None or is_collected():  # else `collect` is not called
-            database = await stack.enter_async_context(unchecked_task_db())
-            collectors = await stack.enter_async_context(open_collectors(database))
-            checks = await stack.enter_async_context(health_checks(broker.redis, database))
+            database = await service.enter(unchecked_task_db())
+            collectors = await service.enter(open_collectors(database))
+            checks = await service.enter(health_checks(broker.redis, database))
         alerts: list[str] = []  # of the last collection
 
         async def collect() -> list[Metric]:
@@ -194,7 +190,6 @@ def scheduler(
             return scheduler_metrics(health, broker.counts) + await collectors.metrics()
 
         await service.serve(
-            stack,
             serving,
             broker,
             config,

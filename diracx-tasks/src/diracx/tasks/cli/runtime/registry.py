@@ -86,6 +86,8 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_name(name: str) -> ModuleType:
+    if not all(name.split(".")):
+        raise UsageProblem(f"--module {name!r} is no module name")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -96,10 +98,6 @@ def _import_name(name: str) -> ModuleType:
                 f"--module {name}: no such module on the path or in this directory; give a file with its .py"
             ) from error
         raise
-    except (TypeError, ValueError) as error:
-        if _where(error):
-            raise
-        raise UsageProblem(f"--module {name!r} is no module name: {error}") from error
 
 
 def _where(error: BaseException) -> str:

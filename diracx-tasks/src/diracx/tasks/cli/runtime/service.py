@@ -6,10 +6,10 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -31,6 +31,7 @@ from .supervisor import report_to_supervisor
 
 logger = logging.getLogger(__package__)
 
+_Resource = TypeVar("_Resource")
 #: Threshold of the garbage collector: a worker makes thousands of objects without cycles per second.
 _COLLECTED_AFTER = 10_000
 
@@ -60,13 +61,16 @@ class Service:
         self.options = options
         self.url = options.url
         self.stop = asyncio.Event()
+        self._stack = AsyncExitStack()
         self.on_second_signal: Callable[[], None] = lambda: None
 
-    async def open(
-        self, stack: AsyncExitStack, role: Role, size: Size | None = None
-    ) -> tuple[RedisStreamBroker, Configuration]:
+    async def enter(self, resource: AbstractAsyncContextManager[_Resource]) -> _Resource:
+        """Open a resource until the process stops."""
+        return await self._stack.enter_async_context(resource)
+
+    async def open(self, role: Role, size: Size | None = None) -> tuple[RedisStreamBroker, Configuration]:
         """Open the broker, and read the configuration of the tasks of `options.registry`."""
-        broker = await stack.enter_async_context(open_broker(self.url, size, role=role))
+        broker = await self.enter(open_broker(self.url, size, role=role))
         registry = self.options.registry
         set_task_log_level(registry)
         for line in registry.ambiguous_names():
@@ -75,7 +79,6 @@ class Service:
 
     async def serve(
         self,
-        stack: AsyncExitStack,
         serving: Worker | TaskScheduler,
         broker: RedisStreamBroker,
         config: Configuration,
@@ -95,19 +98,18 @@ class Service:
             reconfigure: called with settings and VOs when they have changed.
             alerts: returns the names of the alerts that `/readyz` lists.
         """
-        self._announce(stack, serving.ready, line)
+        self._announce(serving.ready, line)
         if (port := self.options.metrics_port) is not None:
 
             def is_ready() -> bool:
                 return serving.ready.is_set() and not self.stop.is_set()
 
-            probes = serve_metrics(self.options.metrics_host, port, is_ready, collect, alerts)
-            await stack.enter_async_context(probes)
+            await self.enter(serve_metrics(self.options.metrics_host, port, is_ready, collect, alerts))
         if is_collected():
             from ...operations.otel import exported
 
             reporter = serving.reporter if isinstance(serving, Worker) else None
-            await stack.enter_async_context(exported(collect, reporter))
+            await self.enter(exported(collect, reporter))
         watcher = ConfigWatcher(
             config.reader,
             config.tasks,
@@ -118,11 +120,11 @@ class Service:
             process=broker.consumer_name,
             warn=lambda tasks, vos: unknown_names(tasks, self.options.registry.keys(), vos),
         )
-        await stack.enter_async_context(watcher)
+        await self.enter(watcher)
         with explained_redis(self.url):
             await serving.run(self.stop)
 
-    def _announce(self, stack: AsyncExitStack, ready: asyncio.Event, line: str) -> None:
+    def _announce(self, ready: asyncio.Event, line: str) -> None:
         """Log the line, and report to the supervisor, once `ready` is set."""
 
         async def announce() -> None:
@@ -136,16 +138,20 @@ class Service:
             self.stop.set()
 
         for coroutine in (announce(), report_to_supervisor(ready, stop_alone)):
-            stack.push_async_callback(cancel_and_wait, asyncio.create_task(coroutine))
+            self.run_meanwhile(coroutine)
 
-    def run(self, main: Callable[[AsyncExitStack], Awaitable[None]]) -> None:
+    def run_meanwhile(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine until the process stops, which may be at any time."""
+        self._stack.push_async_callback(cancel_and_wait, asyncio.create_task(coroutine))
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run until a signal, and stop cleanly. Errors of the start are raised."""
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
             _run_until_complete(runner.get_loop(), self._until_signalled(main))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # Python restores the default handlers at its exit
 
-    async def _until_signalled(self, main: Callable[[AsyncExitStack], Awaitable[None]]) -> None:
+    async def _until_signalled(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         loop = asyncio.get_running_loop()
 
         def on_signal(number: int, _: object) -> None:
@@ -155,8 +161,8 @@ class Service:
         # Not handlers of the loop: these end with it, and a late signal would kill the exiting process.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        async with AsyncExitStack() as stack:
-            await main(stack)
+        async with self._stack:
+            await main()
         logger.info("stopped")
 
     def _on_signal(self, name: str) -> None:
