@@ -48,7 +48,15 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
     _, problems, source, vos = _read(file, registry)
     lines = source.report(problems)
     if as_json:
-        found = [_problem_record(problem, source) for problem in problems]
+        found = [
+            {
+                "path": ".".join(problem.path),
+                "line": source.line(problem.path),
+                "message": problem.message,
+                "prevents_start": not problem.maybe_elsewhere,
+            }
+            for problem in problems
+        ]
         echo_json({"source": source.name or None, "valid": not lines, "problems": found}, indent=2)
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
@@ -57,15 +65,6 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
     if not as_json:
         without = "" if vos is not None else "; VOs were not checked, set DIRACX_CONFIG_BACKEND_URL"
         echo(f"{source.name} is valid{without}" if source.name else "nothing is configured: all is as in the code")
-
-
-def _problem_record(problem: Problem, source: Source) -> dict[str, Any]:
-    return {
-        "path": ".".join(problem.path),
-        "line": source.line(problem.path),
-        "message": problem.message,
-        "prevents_start": not problem.maybe_elsewhere,
-    }
 
 
 @app.command("show")

@@ -56,7 +56,7 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
 
     states, led = server.run(read)
     if ids:
-        chosen = set(_chosen(ids, False, states))
+        chosen = _chosen(ids, states)
         states = [state for state in states if state.id in chosen]
     show(SCHEDULES, states, as_json)
     if not led:
@@ -84,7 +84,7 @@ def run_now(
 
     async def submit(broker: RedisStreamBroker) -> str:
         if named is None:
-            _chosen([id_], False, await schedules(broker.redis, *configured))
+            _chosen([id_], await schedules(broker.redis, *configured))
             raise CliError(
                 f"{id_} cannot be submitted: it is in neither code nor configuration of this process; load its "
                 "--module, or set DIRACX_CONFIG_BACKEND_URL and DIRACX_TASKS_CONFIG as for the scheduler"
@@ -141,7 +141,8 @@ def _switch(
     configured = _configured(server)
 
     async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
-        chosen = _chosen(ids or (), every, await schedules(broker.redis, *configured))
+        states = await schedules(broker.redis, *configured)
+        chosen = _chosen(ids, states) if ids else [state.id for state in states]
         return chosen, await switch(AuditedActions.for_command_line(broker.redis), chosen) if chosen else []
 
     chosen, changed = server.run(change)
@@ -151,11 +152,9 @@ def _switch(
         echo("no schedules", err=True)
 
 
-def _chosen(patterns: Sequence[str], every: bool, states: Sequence[ScheduleState]) -> list[str]:
+def _chosen(patterns: Sequence[str], states: Sequence[ScheduleState]) -> list[str]:
     """Return the ids that match the patterns."""
     known = [state.id for state in states]
-    if every:
-        return known
     found, unknown = matching(patterns, known)
     for pattern in unknown:
         near = nearest(pattern, known)

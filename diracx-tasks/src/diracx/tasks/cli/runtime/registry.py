@@ -7,11 +7,11 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from ...plumbing.base_task import BaseTask
 from ...plumbing.exceptions import TaskArgumentsError
@@ -24,8 +24,6 @@ from ..errors import CliError, UsageProblem, shortened
 
 logger = logging.getLogger(__package__)
 
-_Loaded = TypeVar("_Loaded")
-
 
 def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> TaskRegistry:
     """Load the tasks of the modules and the installed ones; modules take precedence.
@@ -34,30 +32,30 @@ def load_registry(modules: Sequence[str] | None, *, only: str | None = None) -> 
         only: name of the only task that is needed. If a module has it, installed tasks are not loaded, which takes
             a second.
     """
+    try:
+        validate_registry()
+        registry = TaskRegistry()
+        for name in modules or ():
+            registry = registry.merged_with(_tasks_of(name))
+        if only is not None and only in registry:
+            return registry
+        return registry.merged_with(load_task_registry())
+    except RuntimeError as error:
+        raise CliError(f"{error}; repair or uninstall the package that names it") from error
 
-    def loaded(load: Callable[[], _Loaded]) -> _Loaded:
-        try:
-            return load()
-        except RuntimeError as error:
-            raise CliError(f"{error}; repair or uninstall the package that names it") from error
 
-    loaded(validate_registry)
-    registry = TaskRegistry()
-    for name in modules or ():
-        module = _import(name)
-        try:
-            found = tasks_of_module(module)
-        except TypeError as error:
-            raise CliError(f"--module {name} cannot be loaded: {error}") from error
-        if not found:
-            raise UsageProblem(
-                f"--module {name} defines no task; a task is a class derived from BaseTask, "
-                f"PeriodicBaseTask or PeriodicVoAwareBaseTask in {module.__name__} itself"
-            )
-        registry = registry.merged_with(found)
-    if only is not None and only in registry:
-        return registry
-    return registry.merged_with(loaded(load_task_registry))
+def _tasks_of(name: str) -> TaskRegistry:
+    module = _import(name)
+    try:
+        found = tasks_of_module(module)
+    except TypeError as error:
+        raise CliError(f"--module {name} cannot be loaded: {error}") from error
+    if not found:
+        raise UsageProblem(
+            f"--module {name} defines no task; a task is a class derived from BaseTask, "
+            f"PeriodicBaseTask or PeriodicVoAwareBaseTask in {module.__name__} itself"
+        )
+    return found
 
 
 def _import(name: str) -> ModuleType:

@@ -93,12 +93,9 @@ def explained_redis(url: str) -> Iterator[None]:
         raise CliError(f"{error}; correct --redis-url or DIRACX_TASKS_REDIS_URL") from error
     except (UnreadableKeyError, UnusableServerError) as error:
         raise CliError(str(error)) from error
-    except SendTaskError as error:
-        if isinstance(error.__cause__, RedisError):
-            raise CliError(_explain(error.__cause__, url)) from error
-        raise CliError(str(error)) from error
-    except RedisError as error:
-        raise CliError(_explain(error, url)) from error
+    except (SendTaskError, RedisError) as error:
+        cause = error.__cause__ if isinstance(error, SendTaskError) else error
+        raise CliError(_explain(cause, url) if isinstance(cause, RedisError) else str(error)) from error
 
 
 def _explain(error: BaseException, url: str) -> str:
