@@ -7,7 +7,7 @@ import time
 from http.client import HTTPConnection
 
 import pytest
-from diracx.tasks.cli.runtime import metrics_server
+from diracx.tasks.operations import metrics_server
 from diracx.tasks.testing.server import free_port
 from prometheus_client import Metric
 from support.waiting import until

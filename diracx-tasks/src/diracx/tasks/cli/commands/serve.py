@@ -28,8 +28,7 @@ from ...plumbing.worker.settings import WorkerSettings
 from ..errors import CliError, one_line
 from ..runtime.configuration import CONFIG_VARIABLE
 from ..runtime.databases import NO_TASK_DB, check_databases, open_database, open_task_db, unchecked_task_db
-from ..runtime.logs import set_up_logging
-from ..runtime.metrics_server import set_up_telemetry
+from ..runtime.logs import set_up_logging, set_up_telemetry
 from ..runtime.service import Service, ServiceOptions
 from ..runtime.supervisor import Child, ChildFailedError, Supervisor, is_supervised
 

@@ -1,4 +1,7 @@
-"""Logging of commands as configured by `DIRACX_LOG_...`, without passwords and forged records."""
+"""Logging and telemetry of commands as configured by `DIRACX_LOG_...` and `DIRACX_OTEL_...`.
+
+Logs have neither passwords nor forged records.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from .supervisor import own_number
 
 if TYPE_CHECKING:
     from ...plumbing.base_task import BaseTask
+
+
+TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 
 
 class SafeFormatter(logging.Formatter):
@@ -75,3 +81,21 @@ def set_task_log_level(registry: Mapping[str, type[BaseTask]]) -> None:
     level = logging.getLogger("diracx").level
     for package in {task_class.__module__.partition(".")[0] for task_class in registry.values()}:
         logging.getLogger(package).setLevel(level)
+
+
+def set_up_telemetry(component: str) -> None:
+    """Export metrics, traces (of SQL statements, too) and logs as configured by `DIRACX_OTEL_…`."""
+    if not os.environ.get(TELEMETRY_VARIABLE):
+        return
+    try:
+        from diracx.core.otel import configure_otel
+
+        if (providers := configure_otel(component)) is not None:
+            from diracx.db.sql import instrument_sqlalchemy
+
+            instrument_sqlalchemy(providers.tracer_provider, providers.meter_provider)
+    except (ImportError, ValueError) as error:
+        detail = str(error).splitlines()[0]
+        raise CliError(
+            f"OpenTelemetry cannot be set up: {detail}; unset {TELEMETRY_VARIABLE} to disable it"
+        ) from error

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ...operations.metrics_server import Collect, serve_metrics
 from ...plumbing._util.tasks import cancel_and_wait
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.server_check import Role
@@ -22,12 +23,12 @@ from ...plumbing.config.watcher import ConfigWatcher
 from ...plumbing.enums import Size
 from ...plumbing.scheduler import TaskScheduler
 from ...plumbing.worker import Worker
+from ..errors import CliError
 from ..options import LogLevelOption
 from .configuration import Configuration, read_configuration
 from .logs import set_task_log_level
-from .metrics_server import Collect, serve_metrics
 from .server import ServerAndTasks, explained_redis, open_broker
-from .supervisor import report_to_supervisor
+from .supervisor import own_number, report_to_supervisor
 
 logger = logging.getLogger(__package__)
 
@@ -104,7 +105,14 @@ class Service:
             def is_ready() -> bool:
                 return serving.ready.is_set() and not self.stop.is_set()
 
-            await self.enter(serve_metrics(self.options.metrics_host, port, is_ready, collect, alerts))
+            host, port = self.options.metrics_host, port + (own_number() or 1) - 1
+            try:
+                await self.enter(serve_metrics(host, port, is_ready, collect, alerts))
+            except OSError as error:
+                why = error.strerror or error
+                raise CliError(
+                    f"cannot serve metrics on {host}:{port}: {why}; choose another --metrics-port"
+                ) from error
         if is_collected():
             from ...operations.otel import exported
 

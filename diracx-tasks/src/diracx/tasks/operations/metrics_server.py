@@ -1,4 +1,4 @@
-"""Serves metrics and probes of a worker or scheduler at `--metrics-port`, and sets up OpenTelemetry.
+"""Serves metrics and probes of a worker or scheduler at `--metrics-port`.
 
 The HTTP server runs in a thread; its responses are computed in the event loop that runs the tasks, so that
 `/healthz` fails while a task blocks it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -22,38 +21,17 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from ...operations.exposition import CONTENT_TYPE, as_text
-from ..errors import CliError
-from .supervisor import own_number
+from .exposition import CONTENT_TYPE, as_text
 
-logger = logging.getLogger(__package__)
+logger = logging.getLogger(__name__)
 
 Collect: TypeAlias = "Callable[[], Awaitable[list[Metric]]]"
 
-TELEMETRY_VARIABLE = "DIRACX_OTEL_ENABLED"
 #: Interval at which the server checks whether it must stop.
 _POLL_SECONDS = 0.05
 #: A request without a response in this time fails.
 RESPONSE_SECONDS = 5.0
 _TEXT = "text/plain; charset=utf-8"
-
-
-def set_up_telemetry(component: str) -> None:
-    """Export metrics, traces (of SQL statements, too) and logs as configured by `DIRACX_OTEL_…`."""
-    if not os.environ.get(TELEMETRY_VARIABLE):
-        return
-    try:
-        from diracx.core.otel import configure_otel
-
-        if (providers := configure_otel(component)) is not None:
-            from diracx.db.sql import instrument_sqlalchemy
-
-            instrument_sqlalchemy(providers.tracer_provider, providers.meter_provider)
-    except (ImportError, ValueError) as error:
-        detail = str(error).splitlines()[0]
-        raise CliError(
-            f"OpenTelemetry cannot be set up: {detail}; unset {TELEMETRY_VARIABLE} to disable it"
-        ) from error
 
 
 @asynccontextmanager
@@ -64,8 +42,11 @@ async def serve_metrics(
     collect: Collect,
     alerts: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[None]:
-    """Serve `/metrics`, `/healthz` and `/readyz` inside the block. `/readyz` lists alerts, with status 200."""
-    port += (own_number() or 1) - 1
+    """Serve `/metrics`, `/healthz` and `/readyz` inside the block. `/readyz` lists alerts, with status 200.
+
+    Raises:
+        OSError: it cannot listen at the port.
+    """
     loop = asyncio.get_running_loop()
 
     async def respond(path: str) -> tuple[HTTPStatus, str, bytes]:
@@ -100,12 +81,7 @@ async def serve_metrics(
         start_response(f"{status.value} {status.phrase}", headers)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
 
-    try:
-        server = _Server(host, port)
-    except OSError as error:
-        raise CliError(
-            f"cannot serve metrics on {host}:{port}: {error.strerror or error}; choose another --metrics-port"
-        ) from error
+    server = _Server(host, port)
     server.set_app(application)
     threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), daemon=True).start()
     logger.info("metrics on http://%s:%d/metrics", host, port)
