@@ -15,8 +15,7 @@ from pydantic import Field, model_validator
 
 from gubbins.domain.exceptions import OutputUnavailableError
 
-from .processes.backend import ProcessBackend, ProcessSettings
-from .processes.commands import Refused, exports, quote
+from .processes.backend import ProcessBackend, ProcessSettings, Refused, exports, quote
 from .protocol import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
 from .settings import AbsolutePath
 from .transports.shell import LocalShell, Shell

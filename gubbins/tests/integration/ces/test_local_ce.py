@@ -207,7 +207,7 @@ async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp
     await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (
-        ("old", "forgotten", 8),
+        ("old", "ended", 8),
         ("unheard", "rc", 36),
         ("never", "rc", 38),
         ("foreign", "rc", 38),

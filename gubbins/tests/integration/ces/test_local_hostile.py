@@ -49,7 +49,7 @@ HOSTILE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("name", ["stdout", "stderr", "rc", "pid", "cancelled", "forgotten"])
+@pytest.mark.parametrize("name", ["stdout", "stderr", "rc", "pid", "cancelled", "ended"])
 @pytest.mark.timeout(30)
 async def test_files_of_a_pilot_cannot_block_or_mislead_a_read(tmp_path: Path, kind: str, name: str) -> None:
     job = tmp_path / "s"

@@ -319,10 +319,10 @@ async def test_directories_are_kept_as_configured_and_for_the_configured_time(ma
     await make(keep="failed", keep_days=1 / 24).cleanup(ends)
     assert left() == {"failed", "other"}
     long_ago = time.time() - 3700
-    os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
+    os.utime(tmp_path / "pilots" / "failed" / "ended", (long_ago, long_ago))
     await make(keep="failed", keep_days=2 / 24).cleanup(ends + ended(unknown=MyPilotStatus.FAILED))
     assert left() == {"failed", "other"}
-    os.utime(tmp_path / "pilots" / "failed" / "forgotten", (long_ago, long_ago))
+    os.utime(tmp_path / "pilots" / "failed" / "ended", (long_ago, long_ago))
     await make(keep="failed", keep_days=1 / 24).cleanup(ended(other=MyPilotStatus.FAILED))
     assert left() == {"other"}
     await make(keep="none").cleanup(ended(other=MyPilotStatus.FAILED))
@@ -400,7 +400,7 @@ def _endless(path: Path) -> None:
 async def test_files_of_a_pilot_cannot_block_or_mislead_a_read(
     make: Make, tmp_path: Path, put: Callable[[Path], None]
 ) -> None:
-    names = ("stdout", "stderr", "rc", "pid", "cancelled", "forgotten")
+    names = ("stdout", "stderr", "rc", "pid", "cancelled", "ended")
     stamps = [f"s-{name}" for name in names]
     for stamp, name in zip(stamps, names, strict=True):
         job = tmp_path / "pilots" / stamp

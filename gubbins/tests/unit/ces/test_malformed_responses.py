@@ -5,7 +5,6 @@ in one line.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,18 @@ _lines = st.one_of(
     ),
     _garbage,
 )
-_words = ["prepared", "running", "elsewhere", "restarted", "ended", "submitted", "refused", "failed", "end"]
+_words = ["prepared", "running", "elsewhere", "restarted", "ended", "submitted", "refused", "unreadable"]
 _record = st.tuples(st.sampled_from(_words) | _garbage, _stamp, _garbage).map(" ".join)
-_records = st.lists(_record, max_size=4).map(lambda records: "".join(f"\nMARK {each}" for each in records))
-_whole = _records.map(lambda text: f"{text}\nMARK end\n")
 _errors = st.sampled_from(["", "sbatch: error: Batch job submission failed: no", "slurm_load_jobs error: x"])
 
 
 def _responses(said: st.SearchStrategy[str]) -> st.SearchStrategy[list[Completed]]:
-    codes = st.sampled_from([0] * 8 + [1, 66, 255])
+    codes = st.sampled_from([0] * 8 + [1, 66, 69, 73, 255])
     return st.lists(st.builds(Completed, codes, said, _errors | _garbage), max_size=4)
 
 
 _of_slurm = _responses(st.lists(_lines, max_size=4).map("\n".join))
-_of_a_shell = _responses(st.one_of(_whole, _whole, _records, _garbage))
+_of_a_shell = _responses(st.lists(_record, max_size=4).map("\n".join) | _garbage)
 
 
 class Babbler:
@@ -65,10 +62,7 @@ class Babbler:
         self._responses = iter(responses)
 
     async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
-        response = next(self._responses, Completed(0, "", ""))
-        # The mark of our own records: the worst that can be said is said with it.
-        mark = re.search(rb"^mark=(\w+)$", stdin, re.MULTILINE)
-        return response._replace(stdout=response.stdout.replace("MARK", mark[1].decode() if mark else "MARK"))
+        return next(self._responses, Completed(0, "", ""))
 
     async def close(self) -> None:
         pass

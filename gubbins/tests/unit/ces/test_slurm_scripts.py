@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from gubbins.ces import slurm
+from gubbins.ces import directories, slurm
 from gubbins.ces.slurm.backend import NUMBER
 
-SCRIPTS = Path(slurm.__file__).parent
+FOLDERS = {"submit": slurm, "records": slurm, "output": directories, "cleanup": directories}
 SECRET = "the owner's secret"
 
 
 def run(name: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    argv = ["/bin/sh", "-c", (SCRIPTS / f"{name}.sh").read_text(), name, *arguments]
+    text = Path(str(FOLDERS[name].__file__)).with_name(f"{name}.sh").read_text()
+    argv = ["/bin/sh", "-c", text, name, *arguments]
     given = f"\n{stdin}" if name == "submit" else stdin  # no secret
     return subprocess.run(argv, input=given, capture_output=True, text=True, timeout=20, check=False)
 
@@ -47,7 +48,7 @@ def test_files_of_a_pilot_cannot_block_or_mislead_a_read(
     put(tmp_path / "hostile" / name)
     records = run("records", str(tmp_path), stdin="hostile\nwell\nunknown\n").stdout
     shown = "".join(run("output", str(tmp_path), "hostile", each, "1000").stdout for each in ("stdout", "stderr"))
-    cleaned = run("cleanup", str(tmp_path), "", stdin="cancelled hostile\nended hostile\n")
+    cleaned = run("cleanup", str(tmp_path), "", ".", stdin="cancelled hostile\nended hostile\n")
     known = run("submit", str(tmp_path), "well", "5", "s,^[0-9]*$,&,p", "false", "false").stdout
     assert "well|7|3||no luck" in records
     assert SECRET not in records + shown

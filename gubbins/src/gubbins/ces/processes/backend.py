@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,35 +12,29 @@ from typing import ClassVar, TypeVar
 
 from pydantic import Field
 
-from gubbins.ces.protocol import (
-    OUTPUT_LIMIT_BYTES,
-    CEBackend,
-    CEDescription,
-    Observation,
-    Observed,
-    PilotAtCE,
-    PilotOutput,
-    SubmitOutcome,
-)
-from gubbins.ces.settings import PILOT_SCRIPT, DefaultScript, KeepDays, PilotSettings, executable_script
+from gubbins.ces.directories.backend import DirectoryBackend, DirectorySettings, is_stamp, text_of_script
+from gubbins.ces.protocol import CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 from gubbins.ces.transports.shell import Shell
-from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
+from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
-from .commands import Refused, command, exports, is_stamp, parse, quote
-
 _CONCURRENT_SUBMISSIONS = 4  # commands; sshd has at most 10 sessions of one connection
+_REFUSED = 73  # exit code of jobs.sh
+_FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
 
 
-class ProcessSettings(PilotSettings):
+class Refused(CEUnavailableError):
+    """The command was refused, and nothing was done."""
+
+
+class ProcessSettings(DirectorySettings):
     """Settings of a compute element that runs pilots as processes of one host."""
 
-    default_script: DefaultScript = None
     kill_after_seconds: float = Field(
         default=10, ge=0, allow_inf_nan=False, description="Time from SIGTERM to SIGKILL for a cancelled pilot."
     )
-    keep_days: KeepDays = 7
     # A wrapper writes its pid within milliseconds.
     start_seconds: float = Field(
         default=60,
@@ -53,7 +47,7 @@ class ProcessSettings(PilotSettings):
 SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
 
 
-class ProcessBackend(CEBackend[SettingsT]):
+class ProcessBackend(DirectoryBackend[SettingsT]):
     """Runs pilots as processes of a Linux host. Exit code 0 is DONE, all others are FAILED.
 
     All state is in the directories of pilots, which survive restarts of the worker. A command is for up to
@@ -69,7 +63,7 @@ class ProcessBackend(CEBackend[SettingsT]):
 
     scheme: ClassVar[str]
     """Scheme of references."""
-    operator_only = True  # pilots run on our hosts, or the settings name key files of our hosts
+    file_of_pilots = "script"
     pilots_per_command = 200
 
     def __init__(
@@ -83,12 +77,9 @@ class ProcessBackend(CEBackend[SettingsT]):
         timeout_seconds: float,
         port: int | None = None,
     ) -> None:
-        super().__init__(ce, settings)
-        self._shell = shell
+        super().__init__(ce, settings, shell, directory=directory, timeout_seconds=timeout_seconds)
         self._host_name = host
         self._host = host if port is None else f"{host}:{port}"
-        self._directory = quote(directory)
-        self._timeout_seconds = timeout_seconds
 
     def preparation(self) -> list[str]:
         """Lines of shell text before a submission, which may change `$owner`, `$run_as` and `$environment`.
@@ -126,27 +117,6 @@ class ProcessBackend(CEBackend[SettingsT]):
             for _, rest in await self._run(pilots, lambda pilot: f"cancel {pilot.stamp}", times):
                 self.warn(f"{self._host}: {rest}")
 
-    async def output(self, pilot: PilotAtCE) -> PilotOutput:
-        try:
-            found = await self._run([pilot], lambda pilot: f"output {pilot.stamp} {OUTPUT_LIMIT_BYTES}")
-        except Refused as error:
-            if pilot.reference is not None:  # the file system may not be mounted
-                raise
-            raise OutputUnavailableError(pilot.stamp, str(error)) from error
-        records = dict(found)
-        if set(records) != {"stdout", "stderr"}:
-            raise OutputUnavailableError(pilot.stamp, "its directory does not exist (any more)")
-        return PilotOutput(records["stdout"], records["stderr"])
-
-    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
-        def line(pilot: PilotAtCE) -> str:
-            return f"keep {pilot.stamp}" if self.settings.keeps(pilot.status) else f"rm -rf ./{pilot.stamp}"
-
-        await self._run(pilots, line, f"sweep {self._directory} {round(self.settings.keep_days * 24 * 60)}")
-
-    async def close(self) -> None:
-        await self._shell.close()
-
     async def _submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
         """Submit pilots of one VO, all with an identity of the same service or all without, by one command."""
         vo, stamps = pilots[0].vo, [pilot.stamp for pilot in pilots]
@@ -164,7 +134,7 @@ class ProcessBackend(CEBackend[SettingsT]):
                 f"wrapper={quote(WRAPPER)}",
                 f"environment={quote(exports(variables))}",
                 *self.preparation(),
-                f"prepare {self._directory}",
+                f"prepare {quote(self._directory)}",
             )
         except Refused as error:
             # Nothing was started by this call; an earlier one may have started the same stamps.
@@ -181,14 +151,14 @@ class ProcessBackend(CEBackend[SettingsT]):
                 outcomes[stamp] = CEUnavailableError(f"{self._host}: {one_line(why)}")
             elif word == "refused":
                 outcomes[stamp] = SubmitOutcome(error=one_line(why) or "the host gives no reason")
-            else:
+            elif word == "submitted":
                 outcomes[stamp] = SubmitOutcome(reference=self.reference(stamp))
         return outcomes
 
     async def _run(
         self, pilots: Iterable[PilotAtCE], line: Callable[[PilotAtCE], str], *before: str
     ) -> list[tuple[str, str]]:
-        """Run commands with these lines and one for each pilot, and return their records.
+        """Run commands with these lines and one for each pilot, and return the printed words, and their data.
 
         Pilots with invalid stamps are skipped.
 
@@ -197,19 +167,17 @@ class ProcessBackend(CEBackend[SettingsT]):
             CEUnavailableError: no response to a command, which may have been run.
         """
         parts = self._parts([pilot for pilot in pilots if is_stamp(pilot.stamp)])
-        records: list[tuple[str, str]] = []
+        printed: list[str] = []
         for part in parts:
-            mark = secrets.token_hex(12)
+            enter = f"enter {quote(self._directory)}"
             found = f"find_files {' '.join(pilot.stamp for pilot in part)}"
-            text = command([*before, f"enter {self._directory}", found, *map(line, part)], mark)
-            response = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
-            try:
-                records += parse(response, mark, host=self._host)
-            except Refused as error:
-                if part is parts[0]:
-                    raise
-                raise CEUnavailableError(str(error)) from error
-        return records
+            lines = ["{", _FUNCTIONS, *before, enter, found, *map(line, part), "exit 0", "} < /dev/null\n"]
+            text = "\n".join(lines).encode(errors="replace")
+            done = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
+            if done.returncode == _REFUSED and part is parts[0]:
+                raise Refused(f"{self._host}: {one_line(done.stderr)}")
+            printed += text_of_script(done, self._host).split("\n")
+        return [(word, data) for word, _, data in (line.partition(" ") for line in printed) if word]
 
     def _parts(self, pilots: Sequence[PilotAtCE]) -> list[Sequence[PilotAtCE]]:
         size = self.pilots_per_command
@@ -234,6 +202,16 @@ class ProcessBackend(CEBackend[SettingsT]):
                 code, cancelled, line = detail.split(" ", 2)
                 state, reason = _end(code, cancelled == "1", one_line(line))
         return Observation(state, reason, self.reference(stamp))
+
+
+def quote(value: str) -> str:
+    """Quote any value as one word of a POSIX shell; NUL characters are dropped."""
+    return shlex.quote(value.replace("\0", ""))
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """Make lines that export variables."""
+    return "".join(f"{name}={quote(value)}\nexport {name}\n" for name, value in variables.items())
 
 
 def _end(code: str, cancelled: bool, last_line: str) -> tuple[Observed, str | None]:

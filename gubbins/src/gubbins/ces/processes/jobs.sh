@@ -1,8 +1,7 @@
 # Functions for pilots on a Linux host, in POSIX shell. A command is the text of these functions and a call for each
-# pilot, on the stdin of one `sh`; it begins with `enter` and ends with `say end`.
+# pilot, on the stdin of one `sh`; it begins with `enter`. It prints a line for each pilot: a word, the stamp, and data.
 #
-# The output consists of records: a newline, the mark of the command, a type and data. Other output, as of log-in
-# scripts, is ignored. Stamps begin with a letter or a digit, and may contain dots, dashes and underscores.
+# Stamps begin with a letter or a digit, and may contain dots, dashes and underscores. Exit code 73: nothing was done.
 #
 # If pilots run as another user, $owner is its uid:gid, and $run_as the prefix of a command that changes to it. Such a
 # pilot can neither write nor replace the files of its directory, other than those in `work`.
@@ -15,12 +14,12 @@ line_break='
 [ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # base of relative names
 
 say() {
-    printf '\n%s %s' "$mark" "$*"
+    printf '%s\n' "$*"
 }
 
 fail() {
-    say failed "$*"
-    exit 1
+    say "$*" >&2
+    exit 73
 }
 
 # enter WORKDIR: change to the working directory, to which all names are relative.
@@ -49,11 +48,11 @@ submit() {
             PILOT_STAMP=$1 setsid /bin/sh "$1/wrapper" "$1" $run_as < /dev/null > /dev/null 2>&1 &
         else
             rm -rf "./$1"
-            say refused "$1" "$error"
+            say refused "$1" "${error%%"$line_break"*}"
             return
         fi
     elif ! [ -d "$1" ]; then
-        if is_unreadable "$1"; then say unreadable "$1" "$failure"; else say refused "$1" "$error"; fi
+        if is_unreadable "$1"; then say unreadable "$1" "$failure"; else say refused "$1" "${error%%"$line_break"*}"; fi
         return
     fi
     say submitted "$1"
@@ -252,7 +251,7 @@ cancel() {
     if ! [ -e "$1/cancelled" ] && ! [ -h "$1/cancelled" ]; then
         since=$now
         error=$( (set -C && printf '%s\n' "$now" > "$1/cancelled") 2>&1) ||
-            [ -e "$1/cancelled" ] || say unmarked "$1" "$error"
+            [ -e "$1/cancelled" ] || say unmarked "$1" "${error%%"$line_break"*}"
     fi
     # If there is no process file yet, the wrapper will find the mark.
     [ -n "$running" ] && is_group_of "$1" || return 0
@@ -262,30 +261,4 @@ cancel() {
     esac
     if [ $((now - since)) -ge "$kill_after" ]; then signal=KILL; else signal=TERM; fi
     kill -s "$signal" -- "-$pid"
-} 2> /dev/null
-
-# output STAMP BYTES -> stdout, stderr, each followed by a newline and at most that many last bytes
-output() {
-    is_job "$1" || ! is_unreadable "$1" || fail "$failure"
-    is_job "$1" || return 0
-    for name in stdout stderr; do
-        say "$name"
-        printf '\n'
-        ! is_text "$1/$name" || tail -c "$2" "$1/$name"
-    done
-}
-
-# keep STAMP: mark it for removal by a later `sweep`, without the secret and tokens of a pilot that was killed.
-keep() {
-    is_job "$1" || return 0
-    find "$1/work" -mindepth 1 -maxdepth 1 -name '.pilot[-.]*' -exec rm -rf {} +
-    [ -e "$1/forgotten" ] || (set -C && : > "$1/forgotten")
-    return 0
-} 2> /dev/null
-
-# sweep WORKDIR MINUTES: remove directories marked more than MINUTES ago, and those that ended 30 days before that.
-sweep() {
-    find "$1/" -mindepth 2 -maxdepth 2 \
-        \( -name forgotten -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) \
-        -exec sh -c 'for mark; do [ ! -f "${mark%/*}/script" ] || rm -rf "${mark%/*}"; done' sh {} +
 } 2> /dev/null

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
 
-from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings
+from gubbins.ces.directories.backend import DirectorySettings
 from gubbins.ces.transports.ssh import SSHHost
 
 # Options set by the back end, and options that would not submit one job per pilot.
@@ -26,7 +26,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:=@/+-]+$")]
 
 
-class SubmitHostSettings(PilotSettings):
+class SubmitHostSettings(DirectorySettings):
     """Settings of a batch system with commands on a submit host, and a directory for each pilot."""
 
     ssh: SSHHost | None = Field(
@@ -41,7 +41,6 @@ class SubmitHostSettings(PilotSettings):
     cpus: int | None = Field(default=None, ge=1, description="CPUs of a pilot.")
     memory_mb: int | None = Field(default=None, ge=1, description="Memory of a pilot, in MiB.")
     wall_minutes: int | None = Field(default=None, ge=1, description="Time limit of a pilot, in minutes.")
-    default_script: DefaultScript = None
     commands: AbsolutePath | None = Field(
         default=None, description="Directory of the commands of the batch system; default: they are in PATH."
     )
@@ -49,7 +48,6 @@ class SubmitHostSettings(PilotSettings):
     concurrent_submissions: int = Field(
         default=8, ge=1, description="Number of concurrent submissions, each by a command of its own."
     )
-    keep_days: KeepDays = 7
 
 
 class SlurmSettings(SubmitHostSettings):

@@ -8,9 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from gubbins.ces.directories.backend import DirectoryBackend, script, text_of_script
 from gubbins.ces.protocol import (
-    OUTPUT_LIMIT_BYTES,
-    CEBackend,
     CEDescription,
     Observation,
     Observed,
@@ -27,8 +26,7 @@ from .jobs import Job, Record, is_reference, observe_jobs, parse_records
 from .settings import SubmitHostSettings
 
 _HERE = Path(__file__).parent
-_MINUTES_OF_A_DAY = 24 * 60
-# Exit codes of output.sh and records.sh, and of submit.sh.
+# Exit codes of records.sh, and of submit.sh.
 _NOT_FOUND = 66
 _NOT_SUBMITTED, _UNKNOWN, _TIMED_OUT = 73, 75, 124
 
@@ -50,15 +48,13 @@ class Submission(NamedTuple):
     """Secret of the pilot, to be written to its directory if others may see the script."""
 
 
-class SubmitHostBackend(CEBackend[SettingsT]):
+class SubmitHostBackend(DirectoryBackend[SettingsT]):
     """A batch system with commands on a submit host, and a directory there for each pilot.
 
     The reference of a pilot is its job number. A stamp is submitted at most once: the pilot's directory has a lock
     and the job number, and the queue is searched after an unconfirmed submission. A job that has left the queue is
     unknown, unless its exit code is in that directory.
     """
-
-    operator_only = True
 
     def __init__(
         self,
@@ -67,10 +63,15 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         shell: Shell | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(ce, settings)
         if shell is None and settings.ssh is not None:
             shell = SSHShell(settings.ssh, environment)
-        self._shell = shell or LocalShell(inherited_environment() | dict(environment or {}))
+        super().__init__(
+            ce,
+            settings,
+            shell or LocalShell(inherited_environment() | dict(environment or {})),
+            directory=str(settings.directory),
+            timeout_seconds=settings.timeout_seconds,
+        )
 
     @property
     def has_directories(self) -> bool:
@@ -105,7 +106,7 @@ class SubmitHostBackend(CEBackend[SettingsT]):
 
         response = await self.gather_outcomes(submit, pilots, at_once=self.settings.concurrent_submissions)
         refused = [("remove", stamp) for stamp, outcome in response.items() if outcome.error is not None]
-        await self.secondary_source(self._clean_directories(refused))
+        await self.secondary_source(self.clean_directories(refused))
         return response
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
@@ -142,30 +143,14 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         jobs = await self.queue(pilots)
         active = {pilot.stamp: [job for job in jobs.get(pilot.stamp, ()) if not job.ended] for pilot in pilots}
         await self.secondary_source(
-            self._clean_directories(("cancelled", stamp) for stamp, own in active.items() if own)
+            self.clean_directories(("cancelled", stamp) for stamp, own in active.items() if own)
         )
         await self.cancel_jobs(chain.from_iterable(active.values()))
 
     async def output(self, pilot: PilotAtCE) -> PilotOutput:
         if not self.has_directories:
             raise OutputUnavailableError(pilot.stamp, f"the nodes of {self.ce.name} have no directory for it")
-        texts = []
-        for name in ("stdout", "stderr"):
-            arguments = [str(self.settings.directory), pilot.stamp, name, str(OUTPUT_LIMIT_BYTES)]
-            done = await self.run_command([*_script("output"), *arguments], what=f"the output of {pilot.stamp}")
-            if done.returncode == _NOT_FOUND:
-                raise OutputUnavailableError(pilot.stamp, "its directory does not exist (any more)")
-            texts.append(text_of(done, "output"))
-        return PilotOutput(*texts)
-
-    async def cleanup(self, pilots: Sequence[PilotAtCE]) -> None:
-        await self._clean_directories(
-            (("ended" if self.settings.keeps(pilot.status) else "remove", pilot.stamp) for pilot in pilots),
-            remove_after_minutes=str(round(self.settings.keep_days * _MINUTES_OF_A_DAY)),
-        )
-
-    async def close(self) -> None:
-        await self._shell.close()
+        return await super().output(pilot)
 
     async def _submit(self, pilot: PilotAtCE) -> SubmitOutcome:
         seconds = f"{self.settings.timeout_seconds:g}"
@@ -173,7 +158,7 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         command = job.argv[0].rpartition("/")[2]
         arguments = [str(self.settings.directory), pilot.stamp, seconds, job.number, job.find, *job.argv]
         stdin = f"{job.secret}\n".encode() + job.script
-        done = await self.run_command([*_script("submit"), *arguments], stdin, what=command)
+        done = await self.run_command([*script("submit", _HERE), *arguments], stdin, what=command)
         reference = done.stdout.strip()
         if done.returncode == 0 and is_reference(reference):
             return SubmitOutcome(reference=reference)
@@ -191,36 +176,15 @@ class SubmitHostBackend(CEBackend[SettingsT]):
         if not pilots or not self.has_directories:
             return ""
         what = f"the directory of {self.ce.name}"
-        argv = [*_script("records"), str(self.settings.directory)]
+        argv = [*script("records", _HERE), str(self.settings.directory)]
         done = await self.run_command(argv, lines_of(pilot.stamp for pilot in pilots), what=what)
         if done.returncode == _NOT_FOUND and not any(pilot.reference for pilot in pilots):
             return ""
-        return text_of(done, what)
-
-    async def _clean_directories(
-        self, lines: Iterable[tuple[str, str]], *, remove_after_minutes: str = ""
-    ) -> None:
-        text = "".join(f"{what} {stamp}\n" for what, stamp in lines)
-        if text:
-            what = f"the directory of {self.ce.name}"
-            argv = [*_script("cleanup"), str(self.settings.directory), remove_after_minutes]
-            text_of(await self.run_command(argv, text.encode(), what=what), what)
-
-    async def run_command(self, argv: Sequence[str], stdin: bytes = b"", *, what: str | None = None) -> Completed:
-        """Run a command on the submit host; `what` replaces its name in errors."""
-        try:
-            return await self._shell.run(argv, stdin=stdin, timeout=self.settings.timeout_seconds)
-        except CEUnavailableError as error:
-            raise CEUnavailableError(str(error).replace(argv[0], what or argv[0], 1)) from error
+        return text_of_script(done, what)
 
     def command(self, name: str, *arguments: str) -> list[str]:
         """Make a command of the batch system, with its directory."""
         return [name if self.settings.commands is None else str(self.settings.commands / name), *arguments]
-
-
-def _script(name: str) -> list[str]:
-    """Make a command that runs one of our scripts, to be followed by its arguments."""
-    return ["/bin/sh", "-c", _HERE.joinpath(f"{name}.sh").read_text(), name]
 
 
 def lines_of(stamps: Iterable[str]) -> bytes:

@@ -1,14 +1,18 @@
 # Marks and removes directories of pilots.
 #
-#   /bin/sh -c "$(cat cleanup.sh)" cleanup DIRECTORY MINUTES  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
+#   /bin/sh -c "$(cat cleanup.sh)" cleanup DIRECTORY MINUTES FILE  < lines of `cancelled STAMP`, `ended STAMP` or `remove STAMP`
 #
 # Also removes directories marked as `ended` more than MINUTES ago, and those with an exit code older than MINUTES plus
-# 30 days; not if MINUTES is empty. The secret of a pilot that has ended is removed in any case.
+# 30 days, if they have FILE; not if MINUTES is empty. The secret and tokens of a pilot that has ended are removed in any
+# case.
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
 while read -r what stamp; do
     [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
-    [ "$what" != ended ] || rm -f -- "./$stamp/secret"
+    if [ "$what" = ended ]; then
+        rm -f -- "./$stamp/secret"
+        find "./$stamp/work" -mindepth 1 -maxdepth 1 -name '.pilot[-.]*' -exec rm -rf {} + 2> /dev/null
+    fi
     case $what in
         remove) rm -rf -- "./$stamp" ;;
         *) [ -e "$stamp/$what" ] || (set -C && : > "$stamp/$what") 2> /dev/null ;;
@@ -16,4 +20,4 @@ while read -r what stamp; do
 done
 [ -n "$2" ] || exit 0
 find . -mindepth 2 -maxdepth 2 \( -name ended -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) |
-    while read -r mark; do rm -rf -- "${mark%/*}"; done
+    while read -r mark; do [ ! -e "${mark%/*}/$3" ] || rm -rf -- "${mark%/*}"; done

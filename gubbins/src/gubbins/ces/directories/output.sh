@@ -2,8 +2,8 @@
 #
 #   /bin/sh -c "$(cat output.sh)" output DIRECTORY STAMP stdout|stderr BYTES
 #
-# Exit code 66: the directory does not exist.
-[ -e "$1" ] || exit 66
+# Exit codes: 66 the directory of the pilot does not exist, 69 DIRECTORY does not exist.
+[ -e "$1" ] || { echo "$1 does not exist, or is not mounted" >&2; exit 69; }
 cd "$1" || exit 73
 error=$(LC_ALL=C ls -d "$2/." 2>&1) || case $error in
     *': No such file or directory' | *': Not a directory') exit 66 ;;
