@@ -11,11 +11,7 @@ import pytest
 from diracx.db.sql import JobDB
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.depends import auto_inject
-from diracx.tasks.plumbing.injection.plan import (
-    Kind,
-    compile_plan,
-    resolve,
-)
+from diracx.tasks.plumbing.injection.plan import Kind, compile_plan, resolve
 from diracx.tasks.plumbing.worker.task_spec import check_execute
 from fastapi import Depends, Request
 from support.library import LibraryDB, run

@@ -20,12 +20,9 @@ from diracx.db.sql import AuthDB, JobDB, JobLoggingDB, ResourceStatusDB
 from diracx.logic.rss.source import SiteStatusSource
 from diracx.tasks.plumbing.depends import AvailableSecurityProperties, Config, NoTransaction, auto_inject
 from diracx.tasks.plumbing.exceptions import TaskConfigError
-from diracx.tasks.plumbing.injection.plan import (
-    compile_plan,
-    find_missing_overrides,
-    resolve,
-    setup_dependency_overrides,
-)
+from diracx.tasks.plumbing.injection.placeholders import find_missing_overrides
+from diracx.tasks.plumbing.injection.plan import compile_plan, resolve
+from diracx.tasks.plumbing.injection.providers import setup_dependency_overrides
 from fastapi import Depends
 from sqlalchemy import select
 from support.library import run
@@ -263,7 +260,9 @@ _WITH_BROKEN_CLASSES = """
 import asyncio
 from diracx.db.os import JobParametersDB
 from diracx.logic.rss.source import SiteStatusSource
-from diracx.tasks.plumbing.injection.plan import compile_plan, find_missing_overrides, setup_dependency_overrides
+from diracx.tasks.plumbing.injection.placeholders import find_missing_overrides
+from diracx.tasks.plumbing.injection.plan import compile_plan
+from diracx.tasks.plumbing.injection.providers import setup_dependency_overrides
 
 async def execute(sites: SiteStatusSource, parameters: JobParametersDB) -> None: ...
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from .exceptions import UnableToAcquireLockError as UnableToAcquireLockError
     from .exceptions import UnretryableError as UnretryableError
     from .exceptions import WorkerStoppedError as WorkerStoppedError
-    from .injection.plan import find_missing_overrides as find_missing_overrides
-    from .injection.plan import setup_dependency_overrides as setup_dependency_overrides
+    from .injection.placeholders import find_missing_overrides as find_missing_overrides
+    from .injection.providers import setup_dependency_overrides as setup_dependency_overrides
     from .lock_registry import LockedObjectType as LockedObjectType
     from .lock_registry import register_locked_object_type as register_locked_object_type
     from .lock_registry import validate_registry as validate_registry
@@ -103,7 +103,8 @@ _MODULES = {
     ),
     "registry": ("load_task_registry",),
     "standalone": ("task_wrapper", "wrap_task"),
-    "injection.plan": ("find_missing_overrides", "setup_dependency_overrides"),
+    "injection.placeholders": ("find_missing_overrides",),
+    "injection.providers": ("setup_dependency_overrides",),
     "lock_registry": ("LockedObjectType", "register_locked_object_type", "validate_registry"),
     "locks": (
         "BaseLimiter",

@@ -13,8 +13,6 @@ from .broker.models import TaskResult
 from .callbacks import SpawnCallback, callback_spawner
 from .child_results import child_results
 
-__all__ = ["AvailableSecurityProperties", "CallbackSpawner", "ChildResults", "Config"]
-
 # `fastapi.params.Depends` is the class of the results of `fastapi.Depends`.
 Config = Annotated[_Config, Depends(ConfigSource.create)]
 AvailableSecurityProperties = Annotated[set[SecurityProperty], Depends(SecurityProperty.available_properties)]

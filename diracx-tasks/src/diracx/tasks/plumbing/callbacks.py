@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from .base_task import Submitter, current_submitter
-from .broker.groups import GroupStatus, fire, list_groups, read_group
+from .broker.groups import fire
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
 from .broker.telemetry import submission_spans
 from .child_results import needs_results
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from .base_task import BaseTask
     from .broker import RedisStreamBroker
-
-__all__ = ["GroupStatus", "fire_callback", "list_groups", "read_group", "spawn_with_callback"]
 
 DAY_SECONDS = 86_400
 

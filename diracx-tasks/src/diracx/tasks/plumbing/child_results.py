@@ -9,8 +9,6 @@ from .broker.groups import read_results
 from .broker.labels import LABEL_CHILD_RESULTS
 from .broker.models import TaskResult
 
-__all__ = ["child_results", "needs_results"]
-
 
 async def child_results() -> dict[str, TaskResult[Any]]:
     """Return the results of the children of the group whose callback is executed.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .base_task import BaseTask
 from .broker.models import TaskBinding
-from .injection.plan import find_missing_overrides, setup_dependency_overrides
+from .injection.placeholders import find_missing_overrides
+from .injection.providers import setup_dependency_overrides
 from .registry import TaskRegistry, load_task_registry
 from .standalone import task_wrapper, wrap_task
 from .submission.client import Binding

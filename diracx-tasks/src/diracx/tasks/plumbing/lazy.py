@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-__all__ = ["lazy_names"]
-
 
 def lazy_names(module_name: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """Make a `__getattr__` for a module that imports these names, each at its first use.

@@ -25,14 +25,9 @@ from ...plumbing.broker.locking import extend_now
 from ...plumbing.broker.models import TaskResult
 from ...plumbing.broker.requests import LockSpec
 from ...plumbing.exceptions import LockLostError, UnableToAcquireLockError
-from ...plumbing.injection.placeholders import Call
-from ...plumbing.injection.plan import (
-    Plan,
-    compile_plan,
-    find_missing_overrides,
-    resolve,
-    setup_dependency_overrides,
-)
+from ...plumbing.injection.placeholders import Call, find_missing_overrides
+from ...plumbing.injection.plan import Plan, compile_plan, resolve
+from ...plumbing.injection.providers import setup_dependency_overrides
 from ...plumbing.locks import BaseLimiter, lock_specs
 from ...plumbing.messages.secrets import without_secrets
 from ...plumbing.standalone import holding

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CallsInRounds", "at_end_of_loop", "cancel_and_wait"]
-
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable

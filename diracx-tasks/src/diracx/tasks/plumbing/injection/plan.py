@@ -18,21 +18,11 @@ from inspect import Parameter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .placeholders import Call, Overrides, find_missing_overrides, innermost, is_async, name_of, sentinel_name
-from .providers import setup_dependency_overrides
+from .placeholders import Call, Overrides, innermost, is_async, name_of, sentinel_name
 from .signatures import auto_inject_depends, is_depends, resolved_signature, split_annotated
 
 if TYPE_CHECKING:
     from fastapi.params import Depends
-
-__all__ = [
-    "Kind",
-    "Plan",
-    "compile_plan",
-    "find_missing_overrides",
-    "resolve",
-    "setup_dependency_overrides",
-]
 
 
 class Kind(StrEnum):

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from diracx.core.sources import AsyncCacheableSource
     from diracx.db.sql.utils import BaseSQLDB
 
-__all__ = ["setup_dependency_overrides", "sql_overrides"]
 
 logger = logging.getLogger(__name__)
 

@@ -5,17 +5,6 @@ Error codes are from the manuals of MySQL, MariaDB, PostgreSQL (appendix A) and 
 
 from __future__ import annotations
 
-__all__ = [
-    "DatabaseError",
-    "ErrorKind",
-    "classify",
-    "connecting",
-    "describe",
-    "explained",
-    "is_cut_off",
-    "unusable_url",
-]
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum

@@ -7,8 +7,6 @@ init-sql`, is at the newest revision if it has all tables, columns and indexes o
 
 from __future__ import annotations
 
-__all__ = ["MigrationError", "Migrations", "Move", "State", "Step", "Tables", "run_env"]
-
 import asyncio
 import contextlib
 import zlib

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Database", "not_ready", "prepare", "transaction"]
-
 import asyncio
 import contextlib
 import functools

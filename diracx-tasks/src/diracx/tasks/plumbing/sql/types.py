@@ -6,8 +6,6 @@ and compared values.
 
 from __future__ import annotations
 
-__all__ = ["UTF8", "AnyLongText", "AnyName", "AnyText", "UTCDateTime", "sanitize", "truncate"]
-
 import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
