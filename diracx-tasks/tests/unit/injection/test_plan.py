@@ -86,7 +86,7 @@ def test_plan_recognises_kinds_of_decorated_functions() -> None:
 
     assert compile_plan(manager).kind is Kind.GENERATOR
     assert compile_plan(coroutine).kind is Kind.ASYNC
-    assert compile_plan(_async_generator).kind is Kind.ASYNC_GENERATOR
+    assert compile_plan(_async_generator).kind is Kind.GENERATOR
     assert compile_plan(Options).kind is Kind.PLAIN
 
 

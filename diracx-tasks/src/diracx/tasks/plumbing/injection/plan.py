@@ -30,8 +30,7 @@ class Kind(StrEnum):
 
     PLAIN = "plain"  # the value returned; called on the event loop, so it must not block
     ASYNC = "async"  # the value awaited
-    GENERATOR = "generator"  # the value yielded; also a @contextmanager function
-    ASYNC_GENERATOR = "async generator"  # the value yielded; also an @asynccontextmanager function
+    GENERATOR = "generator"  # the value yielded; also a @contextmanager or @asynccontextmanager function
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +130,8 @@ def _kind_of(call: Call) -> Kind:
     if is_async(call):
         return Kind.ASYNC
     inner = innermost(call)
-    if inspect.isasyncgenfunction(inner):
-        return Kind.ASYNC_GENERATOR
-    if inspect.isgeneratorfunction(inner):
-        return Kind.GENERATOR
-    return Kind.PLAIN
+    is_generator = inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner)
+    return Kind.GENERATOR if is_generator else Kind.PLAIN
 
 
 _compile_override = functools.lru_cache(maxsize=1024)(compile_plan)
@@ -185,21 +181,16 @@ async def _value(plan: Plan, overrides: Overrides, stack: AsyncExitStack, cache:
 
 async def _obtain(plan: Plan, arguments: dict[str, Any], stack: AsyncExitStack) -> Any:
     produced = plan.call(**arguments)
-    match plan.kind:
-        case Kind.PLAIN:
-            return produced
-        case Kind.ASYNC:  # a decorator may have awaited it
-            return await produced if inspect.isawaitable(produced) else produced
-        case Kind.GENERATOR:
-            manager = produced
-            if not isinstance(produced, AbstractContextManager):
-                manager = contextlib.contextmanager(lambda: produced)()
-            value = manager.__enter__()
-        case Kind.ASYNC_GENERATOR:
-            manager = produced
-            if not isinstance(produced, AbstractAsyncContextManager):
-                manager = contextlib.asynccontextmanager(lambda: produced)()
-            value = await manager.__aenter__()
+    if plan.kind is Kind.PLAIN:
+        return produced
+    if plan.kind is Kind.ASYNC:  # a decorator may have awaited it
+        return await produced if inspect.isawaitable(produced) else produced
+    manager = produced
+    if not isinstance(produced, AbstractContextManager | AbstractAsyncContextManager):
+        make = contextlib.asynccontextmanager if hasattr(produced, "__anext__") else contextlib.contextmanager
+        manager = make(lambda: produced)()
+    awaited = isinstance(manager, AbstractAsyncContextManager)
+    value = await manager.__aenter__() if awaited else manager.__enter__()
     stack.push_async_exit(functools.partial(_leave, manager))
     return value
 
