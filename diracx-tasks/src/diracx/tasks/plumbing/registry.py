@@ -11,6 +11,7 @@ from typing import Self
 
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from .exceptions import SendTaskError
+from .messages.arguments import check_secret_fields
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ class TaskRegistry(dict[str, type[BaseTask]]):
             TypeError: `secret_fields` of the class has a field that does not exist.
         """
         if task_class.secret_fields:
-            from .messages.arguments import check_secret_fields
-
             check_secret_fields(task_class)
         self.setdefault(name, task_class)
         self._names.setdefault(task_class, name)

@@ -127,14 +127,9 @@ class ConfigReader:
             except TaskConfigError as error:
                 problems += problems_of(error)
         reading = ConfigSnapshot(tasks, vos, tuple(problems))
-        if self._last is None or not _same(reading, self._last):
+        if self._last is None or reading != self._last:
             self._last = reading
         return self._last
-
-
-def _same(one: ConfigSnapshot, other: ConfigSnapshot) -> bool:
-    """Compare two snapshots; unchanged settings are the same object."""
-    return one.tasks is other.tasks and one.vos == other.vos and one.problems == other.problems
 
 
 def _outcome(read: Callable[[], TasksConfig]) -> TasksConfig | TaskConfigError:
