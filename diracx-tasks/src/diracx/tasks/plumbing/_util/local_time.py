@@ -7,6 +7,7 @@ between runs does not become longer. For that, one run may be at another wall ti
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime, time, timedelta, tzinfo
 
@@ -62,17 +63,15 @@ def next_in_zone(
 def _first_change(zone: tzinfo, begin: datetime, end: datetime) -> datetime | None:
     """Find the first change of the UTC offset after `begin` (a whole second) and until `end`, if any."""
     offset = _offset(zone, begin)
+
+    def has_changed(seconds: int) -> bool:
+        return _offset(zone, begin + timedelta(seconds=seconds)) != offset
+
     while begin < end:
         step_end = min(begin + _LONGEST_CHANGE, end)
         if _offset(zone, step_end) != offset:
-            low, high = 0, -(-(step_end - begin) // timedelta(seconds=1))
-            while high - low > 1:
-                middle = (low + high) // 2
-                if _offset(zone, begin + timedelta(seconds=middle)) == offset:
-                    low = middle
-                else:
-                    high = middle
-            return begin + timedelta(seconds=high)
+            seconds = range(-(-(step_end - begin) // timedelta(seconds=1)) + 1)
+            return begin + timedelta(seconds=bisect_left(seconds, True, key=has_changed))
         begin = step_end
     return None
 
