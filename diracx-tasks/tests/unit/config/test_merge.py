@@ -194,7 +194,7 @@ class TestLines:
         assert source.line(("common", "C", "enabled")) == 5
         assert source.line(("common", "A", "unwritten")) == 2
         assert source.line(("nothing",)) is None
-        assert load_tasks_config(path) == TasksConfig.model_validate(load_tasks_config(path).configured())
+        assert load_tasks_config(path) == TasksConfig.model_validate(load_tasks_config(path).configured)
 
     def test_every_problem_has_the_line_of_its_place(self, tmp_path):
         text = (

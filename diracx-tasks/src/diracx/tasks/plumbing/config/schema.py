@@ -310,7 +310,7 @@ class TasksConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_merged(self) -> Self:
-        problems = [f"{'.'.join(path)}: {message}" for path, message in merge_problems(self._configured)]
+        problems = [f"{'.'.join(path)}: {message}" for path, message in merge_problems(self.configured)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -320,23 +320,24 @@ class TasksConfig(BaseModel):
         """Source from which it was read."""
         return self._source
 
-    def configured(self) -> dict[str, Any]:
-        """Return the configured settings without defaults. Must not be changed."""
-        return self._configured
-
     @cached_property
-    def _configured(self) -> dict[str, Any]:
+    def configured(self) -> dict[str, Any]:
+        """The configured settings without defaults. Must not be changed."""
         return self.model_dump(exclude_unset=True)
 
     @cached_property
-    def _overrides(self) -> dict[tuple[str, str | None], TaskOverride]:
-        """Cache of overrides by task and VO."""
+    def _resolved(self) -> dict[tuple[str, str | None], tuple[TaskOverride, dict[str, Any]]]:
+        """Cache of overrides, and of the paths of their values, by task and VO."""
         return {}
 
-    @cached_property
-    def _paths(self) -> dict[tuple[str, str | None], dict[str, Any]]:
-        """Cache of paths by task and VO."""
-        return {}
+    def _resolve(self, task_name: str, vo: str | None) -> tuple[TaskOverride, dict[str, Any]]:
+        key = task_name, vo if vo in self.vo_overrides else None
+        if key not in self._resolved:
+            layers = list(task_layers(self.configured, *key))
+            merged = with_window(with_instances(merge(layer for _, layer in layers)))
+            paths = with_instances(merge(provenance(layer, path) for path, layer in layers))
+            self._resolved[key] = TaskOverride.model_validate(merged), paths
+        return self._resolved[key]
 
     def get_override(self, task_name: str, vo: str | None = None) -> TaskOverride:
         """Return the merged settings of `task_name`, for `vo` if given; `TaskOverride()` if not configured.
@@ -344,11 +345,7 @@ class TasksConfig(BaseModel):
         Field by field, the value of the VO overrides the common one, and that of the full name that of the class
         name. `periodic` of each instance is merged with that of the task.
         """
-        key = task_name, vo if vo in self.vo_overrides else None
-        if key not in self._overrides:
-            merged = merge(layer for _, layer in task_layers(self._configured, *key))
-            self._overrides[key] = TaskOverride.model_validate(with_window(with_instances(merged)))
-        return self._overrides[key]
+        return self._resolve(task_name, vo)[0]
 
     def get_limits(self, obj: str, *keys: str, vo: str | None = None) -> dict[str, Setting]:
         """Return the configured limits of the object of kind `obj` with these keys, by field.
@@ -357,7 +354,7 @@ class TasksConfig(BaseModel):
         are not configured, or null, are omitted.
         """
         found: dict[str, Setting] = {}
-        for path, layer in limit_layers(self._configured, obj, keys, vo):
+        for path, layer in limit_layers(self.configured, obj, keys, vo):
             found |= {name: Setting(value, (*path, name)) for name, value in layer.items()}
         rate, window = found.get("rate_limit"), found.get("rate_window_seconds")
         if rate is not None and rate.value is not None and (window is None or window.value is None):
@@ -371,11 +368,7 @@ class TasksConfig(BaseModel):
             field: dotted if nested, as `periodic.missed`; `periodic` alone: that of the schedule.
             instance: an instance of the task.
         """
-        key = task_name, vo if vo in self.vo_overrides else None
-        if key not in self._paths:
-            layers = (provenance(layer, path) for path, layer in task_layers(self._configured, *key))
-            self._paths[key] = with_instances(merge(layers))
-        paths: Any = self._paths[key]
+        paths: Any = self._resolve(task_name, vo)[1]
         if instance is not None:
             paths = (paths.get("instances") or {}).get(instance, {})
         for part in field.split("."):

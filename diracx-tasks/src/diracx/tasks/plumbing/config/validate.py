@@ -24,7 +24,7 @@ _OF_PERIODIC_TASKS = ("enabled", "periodic", "instances")
 
 def unknown_names(config: TasksConfig, registry_names: Collection[str], vos: Collection[str] | None) -> list[str]:
     """List unknown names, which may be known on hosts with other extensions."""
-    return config.source.report(_unknown(config.configured(), registry_names, vos))
+    return config.source.report(_unknown(config.configured, registry_names, vos))
 
 
 def check_config(

@@ -118,19 +118,15 @@ class Resubmitter:
         now = self._db.clock.now()
         forgotten = {number for number, since in begun.items() if now - since > _FORGOTTEN_AFTER}
         taken = [number for number in prepared if number in begun and number not in forgotten]
+        submitted: Sequence[bool] = []
         if taken:
             submitted = await self._broker.resubmit([prepared[number] for number in taken])
             await self._db.end_resubmission([(number, ids[number]) for number in taken])
-        else:
-            submitted = []
         accepted = {number for number, first in zip(taken, submitted, strict=True) if first}
         for row in rows:
-            number = row["id"]
-            if number in results:
-                continue
-            if number in forgotten:
+            if (number := row["id"]) in forgotten:
                 results[number] = ResubmitResult(row, ResubmitStatus.REFUSED, _forgotten(begun[number]))
-            else:
+            elif number not in results:
                 status = ResubmitStatus.RESUBMITTED if number in accepted else ResubmitStatus.ALREADY
                 results[number] = ResubmitResult(row, status)
         return [results[row["id"]] for row in rows]
