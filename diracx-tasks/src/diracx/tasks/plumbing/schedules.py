@@ -87,6 +87,9 @@ class IntervalSeconds(TaskScheduleBase):
         seconds = int(self.seconds) if self.seconds == int(self.seconds) else self.seconds
         return f"interval:{seconds!r}"
 
+    def __str__(self) -> str:
+        return f"every {self.seconds:g} s"
+
     def __repr__(self) -> str:
         return f"IntervalSeconds({self.seconds!r})"
 
@@ -130,6 +133,10 @@ class _RuleSchedule(TaskScheduleBase):
         """Return the kind and the rule on one line, with the zone if given."""
         zone = f"@{self.timezone}" if self.timezone is not None else ""
         return f"{self._kind}{zone}:{' '.join(self._text.split())}"
+
+    def __str__(self) -> str:
+        zone = f" ({self.timezone})" if self.timezone else ""
+        return f"{self._kind} {' '.join(self._text.split())}{zone}"
 
     def __repr__(self) -> str:
         zone = f", timezone={self.timezone!r}" if self.timezone is not None else ""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..base_task import BaseTask, PeriodicBaseTask
 from ..lock_registry import TASK
 from ..retry_policies import ExponentialBackoff, NoRetry
-from ..schedules import CronSchedule, IntervalSeconds, RRuleSchedule, TaskScheduleBase
+from ..schedules import TaskScheduleBase
 from .schema import Setting, TaskOverride, TasksConfig
 
 _LIMITS = ("rate_limit", "rate_window_seconds", "concurrency_limit")
@@ -65,18 +65,7 @@ def object_settings(
 
 def describe_schedule(schedule: TaskScheduleBase | None) -> str | None:
     """Describe a schedule in words."""
-    match schedule:
-        case None:
-            return None
-        case IntervalSeconds(seconds=seconds):
-            return f"every {seconds:g} s"
-        case CronSchedule(expression=text, timezone=zone):
-            kind = "cron"
-        case RRuleSchedule(rule=text, timezone=zone):
-            kind = "rrule"
-        case _:
-            return repr(schedule)
-    return f"{kind} {' '.join(text.split())}" + (f" ({zone})" if zone else "")
+    return None if schedule is None else str(schedule)
 
 
 class ScheduleSettings(NamedTuple):
