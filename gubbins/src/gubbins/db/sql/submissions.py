@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import Row, case, delete, insert, literal, null, select, update
+from sqlalchemy import case, delete, insert, literal, null, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.exceptions import (
@@ -52,11 +52,6 @@ class Submission(NamedTuple):
 
 class SubmissionsMixin(PilotSession):
     """Statements about submissions, with the checks of capacity and rules."""
-
-    @transaction
-    async def find_pilot(self, stamp: str) -> int | None:
-        """Find a pilot by stamp, and return its id; None: there is none."""
-        return (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one_or_none()
 
     @transaction
     async def find_submission(self, stamp: str) -> Submission | None:
@@ -139,7 +134,7 @@ class SubmissionsMixin(PilotSession):
         Raises:
             UnknownCEError, CEDisabledError: nothing was changed.
         """
-        ce, now = await self._lock_open_ce(ce_name), clock.now()
+        ce = await self._lock_open_ce(ce_name)
         rules, held = rules_of(ce), Counter(await count_active_by_vo(self.conn, ce_name))
         accepted, refused = [], {}
         for stamp, vo in requests:
@@ -152,42 +147,43 @@ class SubmissionsMixin(PilotSession):
             else:
                 held[vo, MyPilotStatus.SUBMITTED] += 1
                 accepted.append({"vo": vo, "stamp": stamp})
-        ids: dict[str, int] = {}
-        if accepted:
-            status = MyPilotStatus.SUBMITTED
-            common = {"ce_name": ce_name, "status": status, "submitted_at": now, "last_update": now}
-            await self.conn.execute(insert(Pilots), [{**common, **each} for each in accepted])
-            stamps = [each["stamp"] for each in accepted]
-            ids = {row.stamp: row.id for row in await self._submitted(stamps)}
-            step = {"status": status, "at": now}
-            await self.conn.execute(insert(PilotHistory), [{"pilot_id": id, **step} for id in ids.values()])
+        ids = await self._insert(ce_name, accepted) if accepted else {}
         await self.conn.execute(
             delete(PilotRequests).where(PilotRequests.stamp.in_([stamp for stamp, _ in requests]))
         )
         return ids, refused
 
-    async def _submitted(self, stamps: Sequence[str]) -> Sequence[Row[Any]]:
-        columns = (Pilots.id.label("id"), Pilots.stamp.label("stamp"), Pilots.reference.label("reference"))
-        return list(await self.conn.execute(select(*columns).where(Pilots.stamp.in_(stamps))))
+    async def _insert(
+        self, ce_name: str, pilots: Sequence[Mapping[str, Any]], reason: str | None = None
+    ) -> dict[str, int]:
+        """Insert SUBMITTED pilots with their history, and return their ids by stamp."""
+        status, now = MyPilotStatus.SUBMITTED, clock.now()
+        common = {"ce_name": ce_name, "status": status, "submitted_at": now, "last_update": now}
+        await self.conn.execute(insert(Pilots), [{**common, **each} for each in pilots])
+        found = select(Pilots.stamp, Pilots.id).where(Pilots.stamp.in_([each["stamp"] for each in pilots]))
+        ids = {stamp: int(id) for stamp, id in await self.conn.execute(found)}
+        step = {"status": status, "at": now, "reason": reason}
+        await self.conn.execute(insert(PilotHistory), [{"pilot_id": id, **step} for id in ids.values()])
+        return ids
 
     @transaction
-    async def confirm_submissions(self, references: Mapping[int, tuple[str, str]]) -> set[str]:
-        """Record the references of pilots, given as {id: (stamp, reference)}, that have none.
+    async def confirm_submissions(self, references: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+        """Record the references of pilots that have none, by stamp.
 
         Returns:
-            The stamps of pilots that have this reference now. The slots of the others were released by a check, or
-            they have another reference.
+            The id and the present reference of each pilot. Those whose slots were released are missing.
         """
         if not references:
-            return set()
-        wanted = dict(references.values())
-        these = await self._staged([(id, reference) for id, (_, reference) in references.items()])
-        # The id of a released slot may be reused.
-        own = (Pilots.stamp.in_(wanted), Pilots.reference.is_(None))
+            return {}
+        stamp = Pilots.stamp
+        new = {each: literal(reference, Pilots.reference.type) for each, reference in references.items()}
         await self.conn.execute(
-            update(Pilots).where(self._is_staged(these), *own).values(reference=these.c.reason, missing_since=None)
+            update(Pilots)
+            .where(stamp.in_(references), Pilots.reference.is_(None))
+            .values(reference=case(new, value=stamp), **_CONFIRMED)
         )
-        return {row.stamp for row in await self._submitted(list(wanted)) if row.reference == wanted[row.stamp]}
+        found = select(stamp, Pilots.id, Pilots.reference).where(stamp.in_(references))
+        return {row[0]: (int(row[1]), str(row[2])) for row in await self.conn.execute(found)}
 
     @transaction
     async def set_submission_errors(self, errors: Mapping[int, str]) -> None:
@@ -198,28 +194,6 @@ class SubmissionsMixin(PilotSession):
             await self.conn.execute(
                 update(Pilots).where(self._is_staged(these), *unknown).values(last_error=these.c.reason)
             )
-
-    @transaction
-    async def confirm_submission(self, pilot_id: int, stamp: str, reference: str) -> tuple[int, str] | None:
-        """Record the reference of the pilot with this stamp, unless it has one.
-
-        Args:
-            pilot_id: id of its slot, which may have been released and reused.
-
-        Returns:
-            Its id, and the reference that it has now; None: there is no such pilot.
-        """
-        statement = (
-            update(Pilots)
-            .where(Pilots.stamp == stamp, Pilots.reference.is_(None))
-            .values(reference=reference, missing_since=None)
-        )
-        if (await self.conn.execute(statement.where(Pilots.id == pilot_id))).rowcount:
-            return pilot_id, reference
-        await self.conn.execute(statement)
-        found = select(Pilots.id, Pilots.reference).where(Pilots.stamp == stamp)
-        row = (await self.conn.execute(found)).one_or_none()
-        return None if row is None else (row[0], str(row[1]))
 
     @transaction
     async def confirm_pilots(self, references: Sequence[tuple[int, str]]) -> int:
@@ -268,24 +242,8 @@ class SubmissionsMixin(PilotSession):
         Returns:
             The number of active pilots at the compute element.
         """
-        now = clock.now()
         reason = reason[:MAX_REASON_CHARS]
         await self.lock_ces([ce_name])
-        await self.conn.execute(
-            insert(Pilots).values(
-                vo=vo,
-                ce_name=ce_name,
-                status=MyPilotStatus.SUBMITTED,
-                stamp=stamp,
-                reference=reference,
-                submitted_at=now,
-                last_update=now,
-                cancel_requested_at=now,
-                last_error=reason,
-            )
-        )
-        pilot_id = (await self.conn.execute(select(Pilots.id).where(Pilots.stamp == stamp))).scalar_one()
-        await self.conn.execute(
-            insert(PilotHistory).values(pilot_id=pilot_id, status=MyPilotStatus.SUBMITTED, at=now, reason=reason)
-        )
+        cancelled = {"cancel_requested_at": clock.now(), "last_error": reason}
+        await self._insert(ce_name, [{"vo": vo, "stamp": stamp, "reference": reference, **cancelled}], reason)
         return int((await self.conn.execute(count_active_at(ce_name))).scalar_one())

@@ -6,28 +6,21 @@ submits their pilots by one call and records the outcomes, which the other tasks
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.ces.registry import OF_VOS
 from gubbins.db.sql import MyPilotDB
-from gubbins.domain.circuit_breaker import CECall
-from gubbins.domain.exceptions import CEQuotaError, CERefusedError, CEUnavailableError, PilotSubmissionError
+from gubbins.domain.exceptions import CERefusedError, PilotSubmissionError
 from gubbins.domain.rules import rules_of, serves
 
-from .ce_calls import describe_failure
-from .circuits import half_open, quota_limit, record_call_failure, record_call_success
+from .circuits import half_open, quota_limit
 from .identity import with_identities
-from .response_validation import check_outcome
-from .submission import claim_submission, confirm, open_for_submission, submit_pilot
+from .submission import claim_submission, open_for_submission, submit_pilot, submit_reserved
 
 logger = logging.getLogger(__name__)
-
-_FIND_OUT = "the next checks will find out"
 
 #: Outcomes by stamp, for other tasks of this process; those of other processes read them in the database.
 _outcomes: dict[str, int | PilotSubmissionError | None] = {}
@@ -78,17 +71,6 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
 
 
 @dataclass
-class _Outcomes:
-    """Outcomes of the pilots of one call, by stamp."""
-
-    references: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    over_quota: dict[str, str] = field(default_factory=dict)
-    unknown: dict[str, str] = field(default_factory=dict)
-    """Errors after which the pilot may or may not have been accepted."""
-
-
-@dataclass
 class _Batch:
     """The pilots of one call."""
 
@@ -110,14 +92,14 @@ class _Batch:
             logger.info(
                 "No slots for %d pilots at %s: %s", len(refused), self.ce["name"], next(iter(refused.values()))
             )
-        failed: dict[str, PilotSubmissionError] = await self._call(ids, pilots) if pilots else {}
-        _outcomes.update(dict.fromkeys(refused) | ids | failed)
-        _outcomes.pop(self.own, None)
+        outcomes = await submit_reserved(self.db, self.ce, self.backend, ids, pilots, self.own) if pilots else {}
+        own = refused.get(self.own) or outcomes.pop(self.own, None)
+        _outcomes.update(dict.fromkeys(refused.keys() - {self.own}) | outcomes)
         while len(_outcomes) > _MOST_OUTCOMES:
             del _outcomes[next(iter(_outcomes))]
-        if (error := refused.get(self.own) or failed.get(self.own)) is not None:
-            raise error
-        return ids.get(self.own)
+        if isinstance(own, PilotSubmissionError):
+            raise own
+        return own
 
     async def _reserve(self) -> tuple[dict[str, int], list[PilotAtCE], dict[str, PilotSubmissionError]]:
         """Reserve slots for the pending requests; for none if the own one has expired."""
@@ -145,70 +127,3 @@ class _Batch:
             raise refused[self.own]  # rolls back the probe
         pilots = [PilotAtCE(stamp=s, vo=vo, maybe_submitted=False) for s, vo in waiting.items() if s in ids]
         return ids, await with_identities(db, self.ce, ids, pilots), refused
-
-    async def _call(self, ids: Mapping[str, int], pilots: list[PilotAtCE]) -> dict[str, PilotSubmissionError]:
-        """Submit pilots that have slots, and record the outcomes. Returns the errors by stamp."""
-        name, failure = self.ce["name"], None
-        try:
-            async with asyncio.timeout(rules_of(self.ce).timeout_seconds):
-                response: object = await self.backend.submit(pilots)
-            reason = self.backend.warning
-        except Exception as error:
-            response, reason, failure = self.backend.outcomes, describe_failure(self.ce, error), error
-        outcomes = self._outcomes(pilots, response, reason)
-        unknown, refused, references = outcomes.unknown, outcomes.refused, outcomes.references
-        first_error = next(iter([*unknown.values(), *refused.values()]), "")
-
-        async def record() -> tuple[set[str], int]:
-            await self.db.lock_ces([name])
-            if references or outcomes.over_quota:
-                await record_call_success(self.db, self.ce, CECall.SUBMIT)
-                if first_error:
-                    await self.db.record_ce_error(name, first_error)
-            else:
-                await record_call_failure(self.db, self.ce, CECall.SUBMIT, first_error, failure)
-            await self.db.set_submission_errors({ids[stamp]: why for stamp, why in unknown.items()})
-            await self.db.release_pilots([ids[stamp] for stamp in [*refused, *outcomes.over_quota]])
-            vos = {pilot.stamp: pilot.vo for pilot in pilots}
-            await self.db.refuse_requests(
-                name, {stamp: (vos[stamp], why) for stamp, why in refused.items() if stamp != self.own}
-            )
-            confirmed = await self.db.confirm_submissions(
-                {ids[s]: (s, reference) for s, reference in references.items()}
-            )
-            return confirmed, await self.db.record_quota(name) if outcomes.over_quota else 0
-
-        confirmed, quota = await self.db.run(record)
-        logger.debug("Submitted %d of %d pilots to %s", len(confirmed), len(pilots), name)
-        failed: dict[str, PilotSubmissionError] = {
-            **{stamp: CERefusedError(name, why) for stamp, why in refused.items()},
-            **{stamp: CERefusedError(name, why, responded=False) for stamp, why in unknown.items()},
-            **{stamp: CEQuotaError(name, quota, why) for stamp, why in outcomes.over_quota.items()},
-        }
-        for pilot in pilots:
-            if pilot.stamp in references and pilot.stamp not in confirmed:
-                try:
-                    its = pilot._replace(reference=references[pilot.stamp])
-                    await confirm(self.db, self.ce, self.backend, ids[pilot.stamp], its)
-                except CERefusedError as error:
-                    failed[pilot.stamp] = error
-        return failed
-
-    def _outcomes(self, pilots: list[PilotAtCE], response: object, reason: str | None) -> _Outcomes:
-        """Sort the outcomes of a call; `reason` is that of the missing ones."""
-        outcomes = _Outcomes()
-        for stamp in (pilot.stamp for pilot in pilots):
-            try:
-                if reason and isinstance(response, Mapping) and stamp not in response:
-                    raise CEUnavailableError(reason)
-                outcome = check_outcome(self.ce, response, stamp)
-            except CEUnavailableError as error:
-                outcomes.unknown[stamp] = f"{self.backend.warning or error}; {_FIND_OUT}"
-            else:
-                if outcome.reference is not None:
-                    outcomes.references[stamp] = outcome.reference
-                elif outcome.quota:
-                    outcomes.over_quota[stamp] = outcome.error or ""
-                else:
-                    outcomes.refused[stamp] = outcome.error or "no reason given"
-        return outcomes

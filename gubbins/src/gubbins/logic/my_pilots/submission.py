@@ -1,4 +1,4 @@
-"""Submit one pilot."""
+"""Submit one pilot, or several ones by one call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
@@ -18,9 +19,10 @@ from gubbins.domain.exceptions import (
     CEQuotaError,
     CERefusedError,
     CESettingsError,
+    CEUnavailableError,
+    PilotSubmissionError,
     VONotServedError,
 )
-from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of, serves
 from gubbins.domain.text import one_line
 
@@ -49,38 +51,24 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
         PilotSubmissionError: a subclass for each reason: unknown, disabled or paused compute element, VO not
             served, no free slot, a rule, refused.
     """
+    own = stamp or uuid.uuid4().hex
     async with open_for_submission(db, ce_name, vo) as (ce, backend):
-        stamp = stamp or uuid.uuid4().hex
-        begun = await db.find_pilot(stamp)
-        if begun is not None and await _is_known(db, begun):
+        found = await db.find_submission(own)
+        begun = None if found is None else found.pilot_id
+        if begun is not None and found is not None and found.is_known:
             return begun
-        pilot_id, pilot = await _reserve(db, ce, vo, stamp, begun)
-        try:
-            async with asyncio.timeout(rules_of(ce).timeout_seconds):
-                response = await backend.submit([pilot])
-            outcome = check_outcome(ce, response, stamp)
-        except Exception as error:
-            reason = describe_failure(ce, error)
-            await record_call_failure(db, ce, CECall.SUBMIT, reason, error)
-            raise CERefusedError(ce_name, f"{reason}; the next checks will find out", responded=False) from error
-        if outcome.reference is not None:
-            return await confirm(db, ce, backend, pilot_id, pilot._replace(reference=outcome.reference))
-    reason = outcome.error or "no reason given"
 
-    async def abandon() -> int:
-        await db.lock_ces([ce_name])
-        if begun is None:  # else the first attempt may have been accepted
-            await db.release_pilots([pilot_id])
-        if outcome.quota:
-            await record_call_success(db, ce, CECall.SUBMIT)
-            return await db.record_quota(ce_name)
-        await record_call_failure(db, ce, CECall.SUBMIT, reason)
-        return 0
+        async def reserve() -> tuple[dict[str, int], list[PilotAtCE]]:
+            await claim_submission(db, ce)
+            ids = {own: await db.submit_pilot(ce_name, vo=vo, stamp=own) if begun is None else begun}
+            pilot = PilotAtCE(stamp=own, vo=vo, maybe_submitted=begun is not None)
+            return ids, await with_identities(db, ce, ids, [pilot])
 
-    quota = await db.run(abandon)
-    if outcome.quota:
-        raise CEQuotaError(ce_name, quota, reason)
-    raise CERefusedError(ce_name, reason)
+        ids, pilots = await db.run(reserve)
+        outcome = (await submit_reserved(db, ce, backend, ids, pilots, own))[own]
+    if isinstance(outcome, PilotSubmissionError):
+        raise outcome
+    return outcome
 
 
 @contextlib.asynccontextmanager
@@ -120,58 +108,125 @@ async def claim_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> None:
         raise CEPausedError(ce["name"], "another pilot probes whether it works again")
 
 
-async def _reserve(
-    db: MyPilotDB, ce: Mapping[str, Any], vo: str, stamp: str, begun: int | None
-) -> tuple[int, PilotAtCE]:
-    """Reserve a slot; return the id of the pilot, and the pilot to submit."""
+@dataclass
+class _Outcomes:
+    """Outcomes of the pilots of one call, by stamp."""
 
-    async def reserve() -> tuple[int, PilotAtCE]:
-        await claim_submission(db, ce)
-        pilot_id = await db.submit_pilot(ce["name"], vo=vo, stamp=stamp) if begun is None else begun
-        pilot = PilotAtCE(stamp=stamp, vo=vo, maybe_submitted=begun is not None)
-        return pilot_id, (await with_identities(db, ce, {stamp: pilot_id}, [pilot]))[0]
-
-    return await db.run(reserve)
-
-
-async def _is_known(db: MyPilotDB, pilot_id: int) -> bool:
-    """True if the compute element has confirmed the pilot."""
-    pilot = await db.get_pilot(pilot_id)
-    return pilot["reference"] is not None or pilot["status"] is not MyPilotStatus.SUBMITTED
+    references: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    over_quota: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Errors after which the pilot may or may not have been accepted."""
+    failure: Exception | None = None
+    """Error of the call."""
 
 
-async def confirm(
-    db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], pilot_id: int, pilot: PilotAtCE
-) -> int:
-    """Record that the compute element accepted the pilot, and return its id.
+async def submit_reserved(
+    db: MyPilotDB,
+    ce: Mapping[str, Any],
+    backend: CEBackend[Any],
+    ids: Mapping[str, int],
+    pilots: Sequence[PilotAtCE],
+    own: str,
+) -> dict[str, int | PilotSubmissionError]:
+    """Submit pilots that have slots by one call, and record the outcomes.
 
-    Raises:
-        CERefusedError: its slot was released meanwhile; the pilot is cancelled.
+    Args:
+        ids: ids of the pilots by stamp.
+        own: stamp of the caller, whose refusal is not stored for another task.
+
+    Returns:
+        The id or the error of each pilot, by stamp.
     """
-    name, reference = ce["name"], str(pilot.reference)
+    name = ce["name"]
+    outcomes = await _call(ce, backend, pilots)
+    confirmed, quota = await db.run(lambda: _record(db, ce, ids, pilots, outcomes, own))
+    results: dict[str, int | PilotSubmissionError] = {}
+    duplicates = []
+    for pilot in pilots:
+        stamp = pilot.stamp
+        pilot_id, reference = confirmed.get(stamp, (0, None))
+        if (own_reference := outcomes.references.get(stamp)) is None:
+            if (why := outcomes.over_quota.get(stamp)) is not None:
+                error: PilotSubmissionError = CEQuotaError(name, quota, why)
+            else:
+                reason = outcomes.refused.get(stamp) or outcomes.unknown[stamp]
+                error = CERefusedError(name, reason, responded=stamp in outcomes.refused)
+            error.__cause__ = outcomes.failure
+            results[stamp] = error
+        elif own_reference == reference:
+            results[stamp] = pilot_id
+        else:
+            # With another reference recorded, the stamp was submitted twice: this job is the duplicate.
+            results[stamp] = CERefusedError(name, f"pilot {stamp} {_ABANDONED}")
+            duplicates.append(pilot._replace(reference=own_reference, cancel_requested=True))
+    logger.debug("Submitted %d of %d pilots to %s", len(confirmed), len(pilots), name)
+    if duplicates:
+        try:
+            async with asyncio.timeout(rules_of(ce).timeout_seconds):
+                await backend.cancel(duplicates)
+        except Exception as failed:
+            reason = describe_failure(ce, failed)
+            logger.warning("Cannot cancel %d abandoned pilots at %s: %s", len(duplicates), name, reason)
+    return results
 
-    async def record() -> tuple[tuple[int, str] | None, int]:
-        await record_call_success(db, ce, CECall.SUBMIT)
-        confirmed = await db.confirm_submission(pilot_id, pilot.stamp, reference)
-        if confirmed is not None:
-            return confirmed, 0
-        # This worker was suspended for so long that a check has released the slot. The pilot exists and takes a
-        # slot beyond the capacity until the checks have cancelled it.
-        return None, await db.restore_pilot(
-            name, pilot.vo, stamp=pilot.stamp, reference=reference, reason=_ABANDONED
-        )
 
-    confirmed, taken = await db.run(record)
-    if confirmed is None:
-        over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
-        logger.warning("Pilot %s of %s at %s %s%s", pilot.stamp, pilot.vo, name, _ABANDONED, over)
-    if confirmed is not None and confirmed[1] == reference:
-        logger.debug("Submitted pilot %d of %s to %s", confirmed[0], pilot.vo, name)
-        return confirmed[0]
-    # With another reference recorded, the stamp was submitted twice: this job is the duplicate.
+async def _call(ce: Mapping[str, Any], backend: CEBackend[Any], pilots: Sequence[PilotAtCE]) -> _Outcomes:
+    outcomes = _Outcomes()
     try:
         async with asyncio.timeout(rules_of(ce).timeout_seconds):
-            await backend.cancel([pilot._replace(cancel_requested=True)])
+            response: object = await backend.submit(pilots)
+        reason = backend.warning
     except Exception as error:
-        logger.warning("Cannot cancel pilot %s at %s: %s", pilot.stamp, name, describe_failure(ce, error))
-    raise CERefusedError(name, f"pilot {pilot.stamp} {_ABANDONED}")
+        response, reason, outcomes.failure = backend.outcomes, describe_failure(ce, error), error
+    for stamp in (pilot.stamp for pilot in pilots):
+        try:
+            if reason and isinstance(response, Mapping) and stamp not in response:
+                raise CEUnavailableError(reason)
+            outcome = check_outcome(ce, response, stamp)
+        except CEUnavailableError as error:
+            outcomes.unknown[stamp] = f"{backend.warning or error}; the next checks will find out"
+        else:
+            if outcome.reference is not None:
+                outcomes.references[stamp] = outcome.reference
+            elif outcome.quota:
+                outcomes.over_quota[stamp] = outcome.error or ""
+            else:
+                outcomes.refused[stamp] = outcome.error or "no reason given"
+    return outcomes
+
+
+async def _record(
+    db: MyPilotDB,
+    ce: Mapping[str, Any],
+    ids: Mapping[str, int],
+    pilots: Sequence[PilotAtCE],
+    outcomes: _Outcomes,
+    own: str,
+) -> tuple[dict[str, tuple[int, str]], int]:
+    """Record the outcomes of a call; return id and reference of the confirmed pilots by stamp, and the quota."""
+    name, unknown, refused, references = ce["name"], outcomes.unknown, outcomes.refused, outcomes.references
+    vos = {pilot.stamp: pilot.vo for pilot in pilots}
+    first_error = next(iter([*unknown.values(), *refused.values()]), "")
+    await db.lock_ces([name])
+    if references or outcomes.over_quota:
+        await record_call_success(db, ce, CECall.SUBMIT)
+        if first_error:
+            await db.record_ce_error(name, first_error)
+    else:
+        await record_call_failure(db, ce, CECall.SUBMIT, first_error, outcomes.failure)
+    await db.set_submission_errors({ids[stamp]: why for stamp, why in unknown.items()})
+    unused = refused | outcomes.over_quota
+    # Of a repeated submission the first attempt may have been accepted.
+    await db.release_pilots([ids[p.stamp] for p in pilots if p.stamp in unused and not p.maybe_submitted])
+    await db.refuse_requests(name, {stamp: (vos[stamp], why) for stamp, why in refused.items() if stamp != own})
+    confirmed = await db.confirm_submissions(references)
+    for stamp in references.keys() - confirmed.keys():
+        # This worker was suspended for so long that a check has released the slot. The pilot exists and takes a
+        # slot beyond the capacity until the checks have cancelled it.
+        taken = await db.restore_pilot(
+            name, vos[stamp], stamp=stamp, reference=references[stamp], reason=_ABANDONED
+        )
+        over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
+        logger.warning("Pilot %s of %s at %s %s%s", stamp, vos[stamp], name, _ABANDONED, over)
+    return confirmed, await db.record_quota(name) if outcomes.over_quota else 0
