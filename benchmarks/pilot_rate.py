@@ -165,7 +165,7 @@ class NoOpTask(BaseTask):
         return [MutexLock(MY_PILOT, self.ce_name)]
 
     async def execute(self, **kwargs: Any) -> None:
-        await logic.submit_requested_pilot(None, "", "")  # type: ignore[arg-type]  # replaced, see below
+        await logic.submit_requested_pilot(None, "", "", stamp="")  # type: ignore[arg-type]  # replaced, see below
 
 
 async def no_ops(ces: int, number: int) -> Rate:

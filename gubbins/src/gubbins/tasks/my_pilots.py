@@ -102,8 +102,7 @@ class MyPilotTask(BaseTask):
                 return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo)
             # The stamp prevents a second pilot if the task is executed again after a crash.
             if (requested := message.labels.get(LABEL_REQUESTED)) is not None:
-                stamp = requested if isinstance(requested, str) else None
-                return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
+                return await logic.submit_requested_pilot(my_pilot_db, self.ce_name, self.vo, stamp=requested)
             stamp = hashlib.blake2b(message.task_id.encode(), digest_size=16).hexdigest()
             return await logic.submit_pilot(my_pilot_db, self.ce_name, self.vo, stamp=stamp)
         except (NoRoomError, SubmissionLimitError, CEDisabledError, CEPausedError, CEQuotaError) as error:

@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import insert
-from support.pilot_requests import request_pilots
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.schema import Pilots
@@ -23,9 +22,9 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
     for number, rate in enumerate((1.0, 0.5, 0.0)):
         await db.add_ce(f"ce{number}", 6, rate)
 
-    async def submit(name: str, vo: str) -> None:
+    async def submit(name: str, vo: str, stamp: str) -> None:
         with contextlib.suppress(PilotSubmissionError):
-            await logic.submit_requested_pilot(db, name, vo)
+            await logic.submit_requested_pilot(db, name, vo, stamp=stamp)
 
     async def cancel(vo: str) -> None:
         for pilot in await db.get_pilots_by_status(MyPilotStatus.RUNNING, vo):
@@ -34,11 +33,11 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
 
     async def live(vo: str) -> None:
         for _ in range(6):
-            requests = await request_pilots(db, vo, vos=VOS)
+            requests = await logic.request_pilots(db, vo, vos=VOS)
             async with asyncio.TaskGroup() as group:
-                for name, count in requests.items():
-                    for _ in range(count):
-                        group.create_task(submit(name, vo))
+                for name, stamps in requests.items():
+                    for stamp in stamps:
+                        group.create_task(submit(name, vo, stamp))
                 group.create_task(logic.transition_pilot_states(db, vo))
                 group.create_task(logic.collect_outputs(db, vo))
                 group.create_task(cancel(vo))

@@ -157,8 +157,9 @@ async def test_a_ce_with_failed_status_calls_and_no_pilots_gets_one_pilot_as_a_p
     assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"ce": 1}
     # Many try at once: one of them may.
     scripted.submissions["ce"] = SubmitOutcome(reference="job.1")
+    [(stamp, _)] = await db.waiting_requests("ce", at_most=2)
     tried = await asyncio.gather(
-        logic.submit_requested_pilot(db, "ce", "lhcb"),
+        logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp),
         *(logic.submit_pilot(db, "ce", "lhcb") for _ in range(3)),
         return_exceptions=True,
     )

@@ -22,18 +22,14 @@ from .submission import claim_submission, open_for_submission, submit_pilot, sub
 
 logger = logging.getLogger(__name__)
 
-#: Outcomes by stamp, for other tasks of this process; those of other processes read them in the database.
-_outcomes: dict[str, int | PilotSubmissionError | None] = {}
-_MOST_OUTCOMES = 10_000
 
-
-async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | None = None) -> int | None:
+async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str) -> int | None:
     """Submit a pilot requested by `request_pilots`, with all pending requests of its compute element.
 
     The request is deleted in the transaction that reserves its slot. An interrupted submission is resumed.
 
     Args:
-        stamp: stamp of the request; None: the oldest pending one of the VO.
+        stamp: stamp of the request.
 
     Returns:
         The id of the pilot; None: the request has expired, or there was no slot for it.
@@ -41,15 +37,6 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
     Raises:
         PilotSubmissionError: as `submit_pilot`.
     """
-    if stamp in _outcomes:
-        outcome = _outcomes.pop(stamp)
-        if isinstance(outcome, PilotSubmissionError):
-            await db.delete_requests(ce_name, [stamp])
-            raise outcome
-        return outcome
-    if stamp is None:
-        waiting = await db.waiting_requests(ce_name, vo=vo, at_most=1)
-        stamp = waiting[0][0] if waiting else ""
     found = await db.find_submission(stamp)
     if found is None:
         logger.info("No pilot for %s at %s: its request has expired, or there was no room for it", vo, ce_name)
@@ -93,10 +80,7 @@ class _Batch:
                 "No slots for %d pilots at %s: %s", len(refused), self.ce["name"], next(iter(refused.values()))
             )
         outcomes = await submit_reserved(self.db, self.ce, self.backend, ids, pilots, self.own) if pilots else {}
-        own = refused.get(self.own) or outcomes.pop(self.own, None)
-        _outcomes.update(dict.fromkeys(refused.keys() - {self.own}) | outcomes)
-        while len(_outcomes) > _MOST_OUTCOMES:
-            del _outcomes[next(iter(_outcomes))]
+        own = refused.get(self.own) or outcomes.get(self.own)
         if isinstance(own, PilotSubmissionError):
             raise own
         return own
