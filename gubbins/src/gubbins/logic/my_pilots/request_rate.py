@@ -33,15 +33,21 @@ class RequestRate:
         Raises:
             TooManyReportsError: the limit is reached; the request is not counted.
         """
-        now = time.monotonic()
-        times = self._requests.setdefault(key, deque())
-        self._requests.move_to_end(key)
-        while times and times[0] <= now - _WINDOW_SECONDS:
-            times.popleft()
-        if len(times) >= self.per_minute:
-            wait = max(1, round(times[0] + _WINDOW_SECONDS - now))
+        if wait := self.wait_seconds(key):
             raise TooManyReportsError(self.counted_by, self.per_minute, wait)
-        times.append(now)
+        self.count(key)
+
+    def wait_seconds(self, key: str) -> int:
+        """Time until the limit allows another request; 0: it does now."""
+        times, begin = self._requests.get(key, deque()), time.monotonic() - _WINDOW_SECONDS
+        while times and times[0] <= begin:
+            times.popleft()
+        return max(1, round(times[0] - begin)) if len(times) >= self.per_minute else 0
+
+    def count(self, key: str) -> None:
+        """Count a request, whatever the limit."""
+        self._requests.setdefault(key, deque()).append(time.monotonic())
+        self._requests.move_to_end(key)
         while len(self._requests) > _MAX_KEYS:
             self._requests.popitem(last=False)
 

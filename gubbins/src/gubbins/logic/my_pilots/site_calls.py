@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,9 +19,9 @@ from gubbins.domain.exceptions import GubbinsError, SiteBusyError
 
 from .outputs import fetch_output, stored_output
 from .pilots import cancel_pilot, get_pilot
+from .request_rate import RequestRate
 from .submission import submit_pilot
 
-_WINDOW_SECONDS = 60.0
 _OUTPUT_SECONDS = 5.0
 _MAX_OUTPUTS = 16
 
@@ -32,16 +32,6 @@ class Limit:
 
     concurrent: int
     per_minute: int
-
-
-@dataclass
-class _Calls:
-    running: int = 0
-    started: deque[float] = field(default_factory=deque)
-
-    def drop_before(self, before: float) -> None:
-        while self.started and self.started[0] <= before:
-            self.started.popleft()
 
 
 class _SharedFetch(NamedTuple):
@@ -65,7 +55,8 @@ class SiteCalls:
         process: Limit = Limit(concurrent=32, per_minute=1_200),
     ) -> None:
         self._limits = {"user": user, "compute element": ce, "process": process}
-        self._calls: dict[tuple[str, str], _Calls] = {}
+        self._rates = {kind: RequestRate(kind, limit.per_minute) for kind, limit in self._limits.items()}
+        self._running: Counter[tuple[str, str]] = Counter()
         self._outputs: dict[int, _SharedFetch] = {}
 
     async def submit(self, db: MyPilotDB, ce_name: str, vo: str, *, user: str) -> int:
@@ -120,32 +111,21 @@ class SiteCalls:
 
     @contextlib.contextmanager
     def _call(self, ce_name: str, user: str) -> Iterator[None]:
-        now = time.monotonic()
-        keys = {("user", user), ("compute element", ce_name), ("process", "")}
-        for kind, name in keys:
-            calls, limit = self._calls.get((kind, name), _Calls()), self._limits[kind]
-            calls.drop_before(now - _WINDOW_SECONDS)
-            if calls.running >= limit.concurrent:
+        keys = {"user": user, "compute element": ce_name, "process": ""}
+        for kind, name in keys.items():
+            limit = self._limits[kind]
+            if self._running[kind, name] >= limit.concurrent:
                 raise SiteBusyError(kind, f"{limit.concurrent} at once", 1)
-            if len(calls.started) >= limit.per_minute:
-                wait = calls.started[0] + _WINDOW_SECONDS - now
-                raise SiteBusyError(kind, f"{limit.per_minute} a minute", max(1, round(wait)))
-        for key in keys:
-            calls = self._calls.setdefault(key, _Calls())
-            calls.running += 1
-            calls.started.append(now)
+            if wait := self._rates[kind].wait_seconds(name):
+                raise SiteBusyError(kind, f"{limit.per_minute} a minute", wait)
+        for kind, name in keys.items():
+            self._rates[kind].count(name)
+        call = Counter(keys.items())
+        self._running += call
         try:
             yield
         finally:
-            for key in keys:
-                self._calls[key].running -= 1
-            self._drop_idle()
-
-    def _drop_idle(self) -> None:
-        before = time.monotonic() - _WINDOW_SECONDS
-        for calls in self._calls.values():
-            calls.drop_before(before)
-        self._calls = {key: calls for key, calls in self._calls.items() if calls.running or calls.started}
+            self._running -= call
 
 
 #: By event loop: an application has one, tests have many.
