@@ -5,10 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
@@ -86,32 +86,41 @@ class DemandMixin(PilotSession):
         """
         await self.lock_ces()
         await self.conn.execute(delete(PilotRequests).where(PilotRequests.requested_at < since))
-        rows = await self.conn.execute(
-            select(PilotRequests.ce_name, PilotRequests.vo, func.count())
-            .where(PilotRequests.refusal.is_(None))
-            .group_by(PilotRequests.ce_name, PilotRequests.vo)
-        )
-        return {(ce_name, vo): count for ce_name, vo, count in rows}
+        return await self.count_requests(since=since)
 
     @transaction
-    async def count_slots(self) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
-        """Count active pilots, as {(compute element, VO): {SUBMITTED or RUNNING: number}}, without zeros."""
+    async def count_requests(self, *, since: datetime, ce_name: str | None = None) -> dict[tuple[str, str], int]:
+        """Count pending requests newer than `since` (at one compute element, or all), as `pending_requests`."""
+        rows = await self.conn.execute(
+            select(PilotRequests.ce_name, PilotRequests.vo, func.count())
+            .where(PilotRequests.refusal.is_(None), PilotRequests.requested_at >= since)
+            .where(*_at(PilotRequests.ce_name, ce_name))
+            .group_by(PilotRequests.ce_name, PilotRequests.vo)
+        )
+        return {(name, vo): count for name, vo, count in rows}
+
+    @transaction
+    async def count_slots(self, ce_name: str | None = None) -> dict[tuple[str, str], dict[MyPilotStatus, int]]:
+        """Count active pilots (at one compute element, or all), without zeros.
+
+        Returns:
+            {(compute element, VO): {SUBMITTED or RUNNING: number}}
+        """
         statement = (
             select(Pilots.ce_name, Pilots.vo, Pilots.status, func.count())
-            .where(Pilots.status.in_(ACTIVE))
+            .where(Pilots.status.in_(ACTIVE), *_at(Pilots.ce_name, ce_name))
             .group_by(Pilots.ce_name, Pilots.vo, Pilots.status)
         )
         slots: dict[tuple[str, str], dict[MyPilotStatus, int]] = {}
-        for ce_name, vo, status, count in await self.conn.execute(statement):
-            slots.setdefault((ce_name, vo), {})[status] = count
+        for name, vo, status, count in await self.conn.execute(statement):
+            slots.setdefault((name, vo), {})[status] = count
         return slots
 
     @transaction
-    async def get_demand(self) -> dict[tuple[str, str], Demand]:
-        """Read the demand of all VOs in their last round, by (compute element, VO)."""
-        rows = await self.conn.execute(
-            select(PilotDemand.ce_name, PilotDemand.vo, *columns_of(PilotDemand, *Demand._fields))
-        )
+    async def get_demand(self, ce_name: str | None = None) -> dict[tuple[str, str], Demand]:
+        """Read the demand of all VOs in their last round (at one compute element, or all), as `count_slots`."""
+        columns = columns_of(PilotDemand, "ce_name", "vo", *Demand._fields)
+        rows = await self.conn.execute(select(*columns).where(*_at(PilotDemand.ce_name, ce_name)))
         return {(row[0], row[1]): Demand(*row[2:]) for row in rows}
 
     @transaction
@@ -164,3 +173,7 @@ class DemandMixin(PilotSession):
         statement = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
         await self.conn.execute(statement.values(cancel_requested_at=clock.now(), last_error=reason))
         return ids
+
+
+def _at(column: Any, ce_name: str | None) -> list[ColumnElement[bool]]:
+    return [] if ce_name is None else [column == ce_name]

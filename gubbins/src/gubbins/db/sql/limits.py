@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, select, union_all
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gubbins.domain import clock
 from gubbins.domain.demand import REQUEST_LIFETIME, Sharer, fair_part
@@ -15,14 +15,14 @@ from gubbins.domain.exceptions import NoRoomError, SubmissionLimitError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 from gubbins.domain.rules import CERules, rules_of, serves
 
-from .demand import Demand
-from .schema import PilotDemand, PilotRequests, Pilots
+from .demand import Demand, DemandMixin
+from .schema import Pilots
 
 CYCLE_SECONDS = 60
 """Period of `max_per_cycle` for pilots that were not requested by a round."""
 
 
-async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str) -> None:
+async def check_limits(db: DemandMixin, ce: Mapping[str, Any], vo: str) -> None:
     """Check the rules for one more pilot of the VO. The caller has locked the row of the compute element.
 
     Raises:
@@ -32,20 +32,20 @@ async def check_limits(conn: AsyncConnection, ce: Mapping[str, Any], vo: str) ->
     name, now = ce["name"], clock.now()
     all_rules = rules_of(ce)
     rules = all_rules.of(vo)
-    pilots = await count_active_by_vo(conn, name)
-    requests = await _requests_at(conn, name, now - REQUEST_LIFETIME)
-    own_requests = requests.get(vo, 0)
-    check_max_waiting(name, vo, rules, pilots.get((vo, MyPilotStatus.SUBMITTED), 0) + own_requests)
+    pilots = {owner: states for (_, owner), states in (await db.count_slots(name)).items()}
+    pending = await db.count_requests(since=now - REQUEST_LIFETIME, ce_name=name)
+    held = Counter({owner: count for (_, owner), count in pending.items()})
+    own_requests, requests = held[vo], held.total()
+    check_max_waiting(name, vo, rules, pilots.get(vo, {}).get(MyPilotStatus.SUBMITTED, 0) + own_requests)
     if rules.max_per_cycle is not None:
-        await _check_cycle(conn, name, vo, rules.max_per_cycle, own_requests, now)
-    held = dict(requests)
-    for (owner, _), count in pilots.items():
-        held[owner] = held.get(owner, 0) + count
-    promised = sum(requests.values()) - own_requests
-    free = ce["capacity"] - sum(pilots.values()) - promised
+        await _check_cycle(db, name, vo, rules.max_per_cycle, own_requests, now)
+    for owner, states in pilots.items():
+        held[owner] += sum(states.values())
+    promised = requests - own_requests
+    free = ce["capacity"] - held.total() + own_requests
     if free < 1:
         raise NoRoomError(name, ce["capacity"], promised)
-    demand = await _demand_at(conn, name)
+    demand = {owner: each for (_, owner), each in (await db.get_demand(name)).items()}
     sharers = _other_sharers(ce, vo, all_rules, held, demand, now)
     if not sharers:
         return
@@ -72,9 +72,7 @@ def check_max_waiting(name: str, vo: str, rules: CERules, waiting: int) -> None:
         raise SubmissionLimitError(name, vo, "max_waiting", rules.max_waiting, f"{waiting} wait or are requested")
 
 
-async def _check_cycle(
-    conn: AsyncConnection, name: str, vo: str, limit: int, requested: int, now: datetime
-) -> None:
+async def _check_cycle(db: DemandMixin, name: str, vo: str, limit: int, requested: int, now: datetime) -> None:
     since = now - timedelta(seconds=CYCLE_SECONDS)
     own = (Pilots.ce_name == name, Pilots.vo == vo, Pilots.submitted_at > since)
     # All recently submitted pilots are active or have recently ended: two reads, each with an index.
@@ -82,7 +80,7 @@ async def _check_cycle(
         select(Pilots.submitted_at.label("at")).where(*own, Pilots.status.in_(ACTIVE)),
         select(Pilots.submitted_at.label("at")).where(*own, Pilots.ended_at > since),
     ).subquery()
-    count, first = (await conn.execute(select(func.count(), func.min(recent.c.at)))).one()
+    count, first = (await db.conn.execute(select(func.count(), func.min(recent.c.at)))).one()
     submitted = int(count) + requested
     if submitted >= limit:
         left = CYCLE_SECONDS if first is None else CYCLE_SECONDS - (now - first).total_seconds()
@@ -94,31 +92,6 @@ async def _check_cycle(
             f"{submitted} were submitted within {CYCLE_SECONDS} s or are requested",
             retry_after_seconds=max(1, round(left)),
         )
-
-
-async def count_active_by_vo(conn: AsyncConnection, name: str) -> dict[tuple[str, MyPilotStatus], int]:
-    """Count active pilots at a compute element, as {(VO, state): number}."""
-    rows = await conn.execute(
-        select(Pilots.vo, Pilots.status, func.count())
-        .where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE))
-        .group_by(Pilots.vo, Pilots.status)
-    )
-    return {(vo, status): count for vo, status, count in rows}
-
-
-async def _requests_at(conn: AsyncConnection, name: str, since: datetime) -> dict[str, int]:
-    rows = await conn.execute(
-        select(PilotRequests.vo, func.count())
-        .where(PilotRequests.ce_name == name, PilotRequests.requested_at >= since, PilotRequests.refusal.is_(None))
-        .group_by(PilotRequests.vo)
-    )
-    return {row[0]: int(row[1]) for row in rows}
-
-
-async def _demand_at(conn: AsyncConnection, name: str) -> dict[str, Demand]:
-    columns = (PilotDemand.wanted, PilotDemand.requested_at, PilotDemand.granted_at)
-    rows = await conn.execute(select(PilotDemand.vo, *columns).where(PilotDemand.ce_name == name))
-    return {row[0]: Demand(*row[1:]) for row in rows}
 
 
 def _other_sharers(

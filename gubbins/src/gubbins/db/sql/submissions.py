@@ -21,7 +21,8 @@ from gubbins.domain.exceptions import (
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of, serves
 
-from .limits import check_limits, check_max_waiting, count_active_by_vo
+from .demand import DemandMixin
+from .limits import check_limits, check_max_waiting
 from .schema import (
     MAX_REASON_CHARS,
     MAX_VO_CHARS,
@@ -33,7 +34,7 @@ from .schema import (
     UndoneRegistrations,
     count_active_at,
 )
-from .session import PilotSession, split_batches
+from .session import split_batches
 
 #: Values of a confirmed pilot; a reason for its cancellation stays.
 _CONFIRMED: dict[str, Any] = {
@@ -50,7 +51,7 @@ class Submission(NamedTuple):
     error: str | None  # reason of the refusal; with a slot: error of a call without a known outcome
 
 
-class SubmissionsMixin(PilotSession):
+class SubmissionsMixin(DemandMixin):
     """Statements about submissions, with the checks of capacity and rules."""
 
     @transaction
@@ -83,7 +84,7 @@ class SubmissionsMixin(PilotSession):
         ce = await self._lock_open_ce(ce_name)
         if not serves(ce["vos"], vo) or not 0 < len(vo) <= MAX_VO_CHARS:
             raise VONotServedError(ce_name, vo)
-        await check_limits(self.conn, ce, vo)
+        await check_limits(self, ce, vo)
         active = count_active_at(ce_name).scalar_subquery()
         # One statement counts and inserts, so that the count is current under any isolation level of the caller.
         reserved = await self.conn.execute(
@@ -135,17 +136,20 @@ class SubmissionsMixin(PilotSession):
             UnknownCEError, CEDisabledError: nothing was changed.
         """
         ce = await self._lock_open_ce(ce_name)
-        rules, held = rules_of(ce), Counter(await count_active_by_vo(self.conn, ce_name))
-        accepted, refused = [], {}
+        rules, slots = rules_of(ce), await self.count_slots(ce_name)
+        taken = sum(sum(states.values()) for states in slots.values())
+        waiting = Counter({vo: states.get(MyPilotStatus.SUBMITTED, 0) for (_, vo), states in slots.items()})
+        accepted: list[dict[str, str]] = []
+        refused: dict[str, PilotSubmissionError] = {}
         for stamp, vo in requests:
             try:
-                if held.total() >= ce["capacity"]:
+                if taken + len(accepted) >= ce["capacity"]:
                     raise NoRoomError(ce_name, ce["capacity"])
-                check_max_waiting(ce_name, vo, rules.of(vo), held[vo, MyPilotStatus.SUBMITTED])
+                check_max_waiting(ce_name, vo, rules.of(vo), waiting[vo])
             except PilotSubmissionError as error:
                 refused[stamp] = error
             else:
-                held[vo, MyPilotStatus.SUBMITTED] += 1
+                waiting[vo] += 1
                 accepted.append({"vo": vo, "stamp": stamp})
         ids = await self._insert(ce_name, accepted) if accepted else {}
         await self.conn.execute(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..circuits import CircuitsMixin
 from ..compute_elements import ComputeElementsMixin
-from ..demand import DemandMixin
 from ..identities import IdentitiesMixin
 from ..outputs import OutputsMixin
 from ..pilots import PilotsMixin
@@ -17,7 +16,6 @@ from ..transitions import TransitionsMixin
 class MyPilotDB(
     ComputeElementsMixin,
     CircuitsMixin,
-    DemandMixin,
     SubmissionsMixin,
     IdentitiesMixin,
     TransitionsMixin,
