@@ -91,7 +91,7 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
 def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
     from gubbins.logic.my_pilots.circuits import missing_pilots  # slow to import
 
-    if ce["banned_at"] is None and (why := missing_pilots(ce, ce["active"])) is not None:
+    if ce["banned_at"] is None and (why := missing_pilots(ce)) is not None:
         yield Alert(
             check="ce_pilots_missing",
             severity=Severity.CRITICAL,

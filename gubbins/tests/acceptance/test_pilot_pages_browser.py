@@ -187,7 +187,7 @@ async def test_compute_elements_are_filtered_and_paged_by_keyboard_alone(tab: Ta
 async def test_a_read_only_user_can_see_pilots_and_change_nothing(
     app: DashboardApp, sqlite_db: MyPilotDB, redis: Redis, browser: Any
 ) -> None:
-    before = await sqlite_db.get_ces(), await sqlite_db.get_pilot(1)
+    before = await sqlite_db.list_ces(), await sqlite_db.get_pilot(1)
     async with tab_of(browser, app, READER) as tab:
         for address in ("/pilots", "/pilots/1", "/pilots/1/output"):
             await tab.open(address)
@@ -196,5 +196,5 @@ async def test_a_read_only_user_can_see_pilots_and_change_nothing(
         sent = {"ce": "ce01.example.org", "pilot": "1", "reason": "none"}
         refused = {action.path: await tab.is_refused(action.path, **sent) for action in ACTIONS}
     assert all(refused.values()), refused
-    assert (await sqlite_db.get_ces(), await sqlite_db.get_pilot(1)) == before
+    assert (await sqlite_db.list_ces(), await sqlite_db.get_pilot(1)) == before
     assert await read_audit(redis) == []

@@ -58,7 +58,7 @@ async def create_ce(
             lambda: logic.add_ce(access.db, spec, by_operator=False),
             lambda ce: f"{ce['backend']}, {ce['capacity']} slots",
         )
-    return CEPublic.model_validate({**ce, "active": 0, "available_slots": ce["capacity"]})
+    return CEPublic.model_validate(ce)
 
 
 @router.post("/ces/{ce_name}/enable", status_code=204, responses=route_responses(404, 503))

@@ -107,7 +107,7 @@ async def test_similar_names_of_vos_and_compute_elements_are_distinguished(pilot
     kept = {truncate(name, 128) for name in SHORT_NAMES}
     assert len(kept) == len(SHORT_NAMES)
     both = {(name, name) for name in kept}
-    assert {ce["name"] for ce in await db.get_ces()} == kept
+    assert {ce["name"] for ce in await db.list_ces()} == kept
     assert set(await db.get_demand()) == set(await db.count_slots()) == both
     assert set(await db.pending_requests(since=NOW - timedelta(days=1))) == both
     assert {vo: list(by_ce) for vo, by_ce in (await db.count_pilots()).items()} == {n: [n] for n in kept}

@@ -52,7 +52,7 @@ async def test_a_host_with_a_wrong_clock_writes_the_time_of_the_database(
     assert not about_now(clock.now())
     async with pilots.engine_context(), dead_letters.engine_context():
         await pilots.add_ce("ce", capacity=1, success_rate=1.0)  # the first thing that this process does
-        [ce] = await pilots.get_ces()
+        [ce] = await pilots.list_ces()
         assert about_now(ce["created_at"])
         assert about_now(clock.now()), "and so has everything that is compared with it"
         row = DeadLetter(

@@ -67,7 +67,7 @@ async def a_day(
     """
     begin = datetime(2026, 1, 1, tzinfo=UTC)
     passed = timedelta()
-    capacities = {ce["name"]: ce["capacity"] for ce in await db.get_ces()}
+    capacities = {ce["name"]: ce["capacity"] for ce in await db.list_ces()}
     seen = []
     with clock.simulated(lambda: begin + passed):
         while passed < DAY:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
@@ -78,15 +79,15 @@ class CircuitsMixin(PilotSession):
         where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
         row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
         before = Circuit() if row is None else Circuit(*row)
-        pauses = (pause_seconds, max_pause_seconds, requested_pause_seconds)
-        after = _failed(before, message, now, failures, *pauses)
-        values = {
-            "failures": after.failures,
-            "open_until": after.open_until,
-            "probe_until": after.probe_until,
-            "last_error": message,
-            "last_error_at": now,
-        }
+        if before.state(now) is CircuitState.OPEN:
+            after = replace(before, last_error=message, last_error_at=now)
+        else:
+            count, pause = before.failures + 1, requested_pause_seconds
+            if count >= failures:
+                pause = max(pause, pause_seconds * 2 ** min(count - failures, MAX_DOUBLINGS))
+            open_until = now + timedelta(seconds=min(max_pause_seconds, pause)) if pause else None
+            after = Circuit(count, open_until, None, message, now)
+        values = asdict(after)
         if row is None:
             await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, **values))
         else:
@@ -131,22 +132,3 @@ async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:
         .where(ComputeElements.name == ce_name, ComputeElements.last_error.is_not(None))
         .values(last_error=latest[0], last_error_at=latest[1])
     )
-
-
-def _failed(
-    before: Circuit,
-    message: str,
-    now: datetime,
-    failures: int,
-    pause_seconds: float,
-    max_pause_seconds: float,
-    requested_pause_seconds: float,
-) -> Circuit:
-    if before.state(now) is CircuitState.OPEN:
-        return Circuit(before.failures, before.open_until, before.probe_until, message, now)
-    count = before.failures + 1
-    pause = requested_pause_seconds
-    if count >= failures:
-        pause = max(pause, pause_seconds * 2 ** min(count - failures, MAX_DOUBLINGS))
-    open_until = now + timedelta(seconds=min(max_pause_seconds, pause)) if pause else None
-    return Circuit(count, open_until, None, message, now)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import case, func, insert, or_, select, update
+from sqlalchemy import and_, case, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
-from gubbins.domain.pilot_states import ACTIVE
 from gubbins.domain.rules import serves
 
 from .circuits import delete_circuits, read_circuits, restore_last_error
 from .downtimes import DowntimesMixin
 from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots, count_active_at
 
+_IS_MISSING = and_(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
+# A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
 _SELECT_CE = SELECT_CE.add_columns(
-    select(func.count())
-    .where(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
-    .scalar_subquery()
-    .label("missing")
+    select(func.count()).where(_IS_MISSING).scalar_subquery().label("missing"),
+    count_active_at(ComputeElements.name).scalar_subquery().label("active"),
 )
 
 
@@ -60,20 +60,9 @@ class ComputeElementsMixin(DowntimesMixin):
             CEExistsError: the name is taken.
             ValueError: a number is out of range.
         """
-        _check_range(capacity, success_rate)
         now = clock.now()
-        values = {
-            "name": name,
-            "capacity": capacity,
-            "success_rate": success_rate,
-            "enabled": enabled,
-            "backend": backend,
-            "settings": settings or {},
-            "vos": None if vos is None else list(vos),
-            "rules": dict(rules) if rules else None,
-            "created_at": now,
-            "updated_at": now,
-        }
+        own = _checked(capacity, success_rate, backend, settings, vos, rules)
+        values = {"name": name, "enabled": enabled, **own, "created_at": now, "updated_at": now}
         # The UPDATE begins the transaction, which SQLite would end with the savepoint otherwise.
         if await self.lock_ces([name]):
             raise CEExistsError(name)
@@ -100,15 +89,7 @@ class ComputeElementsMixin(DowntimesMixin):
 
         `enabled=None` enables a new one, and does not change an existing one. A change closes its circuits.
         """
-        _check_range(capacity, success_rate)
-        wanted: dict[str, Any] = {
-            "capacity": capacity,
-            "success_rate": success_rate,
-            "backend": backend,
-            "settings": settings or {},
-            "vos": None if vos is None else list(vos),
-            "rules": dict(rules) if rules else None,
-        }
+        wanted = _checked(capacity, success_rate, backend, settings, vos, rules)
         if enabled is not None:
             wanted["enabled"] = enabled
         if enabled:
@@ -174,62 +155,41 @@ class ComputeElementsMixin(DowntimesMixin):
 
     @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
-        """Get one compute element with its `circuits`, number of `missing` pilots, and current `downtime`.
+        """Get one compute element with its `circuits` and current `downtime`.
+
+        Also with the numbers of its `active` and `missing` pilots, of all VOs, and of its `available_slots`.
 
         Raises:
             UnknownCEError: there is no such compute element.
         """
-        row = (await self.conn.execute(_SELECT_CE.where(ComputeElements.name == name))).one_or_none()
-        if row is None:
+        if not (found := await self._read(name)):
             raise UnknownCEError(name)
-        name = row.name  # a too long name matches its beginning
-        circuits, downtimes = await read_circuits(self.conn, name), await self._downtimes(name)
-        return {**row._mapping, "circuits": _circuits_of(name, circuits), "downtime": downtimes.get(name)}
+        return found[0]
 
     @transaction
-    async def get_ces(self) -> list[dict[str, Any]]:
-        """List all compute elements by name, each as `get_ce`."""
-        rows = (await self.conn.execute(_SELECT_CE.order_by(ComputeElements.name))).all()
-        circuits, downtimes = await read_circuits(self.conn), await self._downtimes()
+    async def list_ces(self, *, vo: str | None = None) -> list[dict[str, Any]]:
+        """List the compute elements (of one VO, or all) by name, each as `get_ce`."""
+        return [ce for ce in await self._read() if vo is None or serves(ce["vos"], vo)]
+
+    async def _read(self, name: str | None = None) -> list[dict[str, Any]]:
+        statement, now = _SELECT_CE.order_by(ComputeElements.name), clock.now()
+        if name is not None:
+            statement = statement.where(ComputeElements.name == name)
+        rows = (await self.conn.execute(statement)).all()
+        circuits = await read_circuits(self.conn, name)
+        found = await self.get_downtimes(ends_after=now, ce_name=name)
+        # Of several ones the one that ends last.
+        downtimes = {each.ce_name: each for each in sorted(found, key=_end) if each.drain_from <= now}
         return [
-            {**row._mapping, "circuits": _circuits_of(row.name, circuits), "downtime": downtimes.get(row.name)}
+            {
+                **row._mapping,
+                # Not negative, although the capacity may have been lowered.
+                "available_slots": max(0, row.capacity - row.active),
+                "circuits": {str(call): circuits.get((row.name, call), Circuit()).as_dict(now) for call in CECall},
+                "downtime": downtimes.get(row.name),
+            }
             for row in rows
         ]
-
-    async def _downtimes(self, name: str | None = None) -> dict[str, Downtime]:
-        now = clock.now()
-        found = await self.get_downtimes(ends_after=now, ce_name=name)
-        current = sorted((each for each in found if each.drain_from <= now), key=lambda each: each.ends_at)
-        return {each.ce_name: each for each in current}  # of several the one that ends last
-
-    @transaction
-    async def list_ces(self, *, vo: str | None) -> list[dict[str, Any]]:
-        """List compute elements (of one VO, or all) by name, as `get_ce`, with `active` and `available_slots`.
-
-        `active` is the number of active pilots of all VOs.
-        """
-        # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
-        statement = select(ComputeElements.name, count_active_at(ComputeElements.name).scalar_subquery())
-        ces = await self.get_ces()
-        active = {row[0]: int(row[1]) for row in await self.conn.execute(statement)}
-        return [
-            # Not negative, although the capacity may have been lowered.
-            {
-                **ce,
-                "active": active.get(ce["name"], 0),
-                "available_slots": max(0, ce["capacity"] - active.get(ce["name"], 0)),
-            }
-            for ce in ces
-            if vo is None or serves(ce["vos"], vo)
-        ]
-
-    @transaction
-    async def has_active_pilots(self, name: str, *, lock: bool = False) -> bool:
-        """True if the compute element has active pilots of any VO; with `lock`, after locking its row."""
-        active = select(Pilots.id).where(Pilots.ce_name == name, Pilots.status.in_(ACTIVE)).limit(1)
-        if lock:
-            await self.lock_ces([name])
-        return (await self.conn.execute(active)).scalar_one_or_none() is not None
 
     @transaction
     async def count_active(self, name: str) -> int:
@@ -283,14 +243,28 @@ class ComputeElementsMixin(DowntimesMixin):
         await self.conn.execute(statement)
 
 
-def _circuits_of(name: str, circuits: Mapping[tuple[str, CECall], Circuit]) -> dict[str, dict[str, Any]]:
-    """Describe all circuits of one compute element, by kind of call."""
-    now = clock.now()
-    return {str(call): circuits.get((name, call), Circuit()).as_dict(now) for call in CECall}
+def _end(downtime: Downtime) -> datetime:
+    return downtime.ends_at
 
 
-def _check_range(capacity: int, success_rate: float) -> None:
+def _checked(
+    capacity: int,
+    success_rate: float,
+    backend: str,
+    settings: dict[str, Any] | None,
+    vos: Sequence[str] | None,
+    rules: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Columns of a compute element, after a check of the numbers."""
     if capacity < 0:
         raise ValueError(f"capacity must be 0 or more, not {capacity}")
     if not 0 <= success_rate <= 1:
         raise ValueError(f"success_rate must be between 0 and 1, not {success_rate}")
+    return {
+        "capacity": capacity,
+        "success_rate": success_rate,
+        "backend": backend,
+        "settings": settings or {},
+        "vos": None if vos is None else list(vos),
+        "rules": dict(rules) if rules else None,
+    }

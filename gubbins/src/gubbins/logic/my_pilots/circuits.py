@@ -24,7 +24,7 @@ class Blocker(NamedTuple):
     remedy: str = ""  # for administrators; empty: enable the compute element
 
 
-async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | None:
+def submission_blocker(ce: Mapping[str, Any]) -> Blocker | None:
     """Find the reason why this compute element gets no pilots: rules, downtime, quota or circuits; None: none.
 
     After the first failed poll there are no submissions, for the load is not known. A compute element without
@@ -32,14 +32,12 @@ async def submission_blocker(db: MyPilotDB, ce: Mapping[str, Any]) -> Blocker | 
     """
     if (blocker := _rules_or_downtime(ce)) is not None:
         return blocker
-    limit = quota_limit(ce)
-    active = await db.count_active(ce["name"]) if ce["missing"] or limit is not None else 0
-    if limit is not None and active >= limit:
+    if (limit := quota_limit(ce)) is not None and ce["active"] >= limit:
         return Blocker(f"quota of the site: {ce['quota']}", "")
-    if (missing := missing_pilots(ce, active)) is not None:
+    if (missing := missing_pilots(ce)) is not None:
         return Blocker(missing, "")
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
-    if status["failures"] and (_is_backing_off(ce) or await db.has_active_pilots(ce["name"])):
+    if status["failures"] and (_is_backing_off(ce) or ce["active"]):
         return Blocker("its status cannot be read", status["last_error"])
     if submit["state"] is CircuitState.OPEN:
         until = f"{submit['open_until']:%H:%M:%S} UTC"
@@ -69,12 +67,12 @@ def quota_limit(ce: Mapping[str, Any]) -> int | None:
     return limit if limit < ce["capacity"] else None
 
 
-def missing_pilots(ce: Mapping[str, Any], active: int) -> str | None:
+def missing_pilots(ce: Mapping[str, Any]) -> str | None:
     """Describe why missing pilots stop submissions; None: they do not.
 
     Else a site that responds but does not list our pilots would get replacements for lost pilots endlessly.
     """
-    rules, missing, never_seen = rules_of(ce), ce["missing"], ce["never_seen"] or 0
+    rules, missing, active, never_seen = rules_of(ce), ce["missing"], ce["active"], ce["never_seen"] or 0
     known = active - missing
     if never_seen >= rules.max_missing and never_seen >= rules.max_missing_share * (known + never_seen):
         return (
@@ -104,8 +102,10 @@ async def acquire_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
 
     After a failed poll it is granted only to a compute element without pilots.
     """
-    if ce["circuits"][CECall.STATUS]["failures"] and await db.has_active_pilots(ce["name"], lock=True):
-        return False
+    if ce["circuits"][CECall.STATUS]["failures"]:
+        await db.lock_ces([ce["name"]])
+        if await db.count_active(ce["name"]):
+            return False
     return await acquire_call(db, ce, CECall.SUBMIT)
 
 

@@ -10,7 +10,7 @@ from gubbins.ces.registry import load_backend, validate_all_settings
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.exceptions import CESettingsError, UnknownCEError
-from gubbins.domain.rules import CERules, rules_error, rules_of
+from gubbins.domain.rules import CERules, rules_error, rules_of, serves
 from gubbins.domain.text import one_line
 
 from .ce_file import CESpec
@@ -40,8 +40,8 @@ async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, A
     Raises:
         UnknownCEError: there is no such compute element, or it does not serve the VO.
     """
-    ce = next((ce for ce in await db.list_ces(vo=vo) if ce["name"] == name), None)
-    if ce is None:
+    ce = await db.get_ce(name)
+    if vo is not None and not serves(ce["vos"], vo):
         raise UnknownCEError(name)
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
     waiting = {} if vo is not None else {"waiting": (await db.count_waiting_reasons([name]))[name]}
@@ -79,16 +79,7 @@ async def add_ce(db: MyPilotDB, spec: CESpec, *, by_operator: bool) -> dict[str,
     validate_all_settings(spec.backend, spec.settings)
 
     async def add() -> dict[str, Any]:
-        await db.add_ce(
-            spec.name,
-            spec.capacity,
-            spec.success_rate,
-            spec.enabled is not False,
-            backend=spec.backend,
-            settings=spec.settings,
-            vos=spec.vos,
-            rules=_explicit_rules(spec),
-        )
+        await db.add_ce(**_fields(spec) | {"enabled": spec.enabled is not False})
         return await db.get_ce(spec.name)
 
     return await db.run(add)
@@ -101,16 +92,7 @@ async def load_ces(
 
     async def load() -> dict[str, Literal["created", "updated", "unchanged"]]:
         return {
-            spec.name: await db.set_ce(
-                spec.name,
-                capacity=spec.capacity,
-                success_rate=spec.success_rate,
-                enabled=spec.enabled,
-                backend=spec.backend,
-                settings=spec.settings,
-                vos=spec.vos,
-                rules=_explicit_rules(spec),
-            )
+            spec.name: await db.set_ce(**_fields(spec))
             # Sorted: the order in which all transactions lock them.
             for spec in sorted(specs, key=lambda spec: spec.name)
         }
@@ -150,10 +132,11 @@ def _with_last_error(ce: Mapping[str, Any]) -> dict[str, Any]:
     """Set the last error to invalid rules, missing pilots or the quota, if one of them stops submissions."""
     if (problem := rules_error(ce)) is None:
         quota = None if quota_limit(ce) is None else f"quota of the site: {ce['quota']}"
-        return {**ce, "last_error": missing_pilots(ce, ce["active"]) or quota or ce["last_error"]}
+        return {**ce, "last_error": missing_pilots(ce) or quota or ce["last_error"]}
     error = f"its rules in the database are wrong ({problem}), `gubbins ce load` corrects them"
     return {**ce, "last_error": error}
 
 
-def _explicit_rules(spec: CESpec) -> dict[str, Any]:
-    return spec.rules.model_dump(mode="json", exclude_unset=True)
+def _fields(spec: CESpec) -> dict[str, Any]:
+    """Arguments of `MyPilotDB.set_ce`, which stores only explicit rules."""
+    return {**dict(spec), "rules": spec.rules.model_dump(mode="json", exclude_unset=True)}

@@ -50,14 +50,14 @@ async def request_pilots(
         waiting_jobs: reads the VO's waiting jobs, by requirements, or only their number; called if rules need it.
             None, and the result None: not known; then the policy `waiting_jobs` requests only `trickle`.
     """
-    served = {ce["name"]: ce for ce in await db.get_ces() if serves(ce["vos"], vo)}
+    served = {ce["name"]: ce for ce in await db.list_ces(vo=vo)}
     ces = {
         name: ce
         for name, ce in served.items()
         if ce["enabled"]
         and name not in all_but
         and (compute_elements is None or name in compute_elements)
-        and await submission_blocker(db, ce) is None
+        and submission_blocker(ce) is None
     }
     rules = {name: rules_of(ce).of(vo) for name, ce in served.items()}
     by_jobs = [name for name in ces if rules[name].policy is DemandPolicy.WAITING_JOBS]

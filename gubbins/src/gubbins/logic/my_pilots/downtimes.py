@@ -139,7 +139,7 @@ async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) 
         if status.capitalize() in _DOWN and (vo or "all").lower() == "all"
     }
     ces = {}
-    for ce in await db.get_ces():
+    for ce in await db.list_ces():
         rules = rules_of(ce)
         names = (ce["name"], rules.grid_ce, rules.site)
         if (why := next((down[name] for name in names if name in down), None)) is not None:

@@ -57,7 +57,7 @@ async def collect_outputs(db: MyPilotDB, vo: str, *, per_ce: int = COLLECTED_PER
     waiting = await db.ces_with_queued_outputs(vo=vo)
     if not waiting:
         return 0
-    ces = [ce for ce in await db.get_ces() if ce["name"] in waiting and _is_reachable(ce)]
+    ces = [ce for ce in await db.list_ces() if ce["name"] in waiting and _is_reachable(ce)]
     return sum(await asyncio.gather(*(_collect(db, vo, ce, per_ce) for ce in ces)))
 
 

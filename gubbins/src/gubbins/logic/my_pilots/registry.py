@@ -87,7 +87,7 @@ async def _update(db: MyPilotDB, registry: PilotAgentsDB, vo: str) -> int:
         await db.delete_undone_registrations([row[0] for row in undone])
     written = 0
     if pilots := await db.unwritten_registrations(vo=vo, limit=PILOTS_PER_UPDATE):
-        writer = _Writer(db, registry, {ce["name"]: ce for ce in await db.get_ces()})
+        writer = _Writer(db, registry, {ce["name"]: ce for ce in await db.list_ces()})
         for first in range(0, len(pilots), _BATCH):
             written += await writer.write(pilots[first : first + _BATCH])
     return written
@@ -261,7 +261,7 @@ async def reconcile_registry(
         Exception: of either database; corrections made so far stay.
     """
     result, after = Reconciliation(), 0
-    ces = {ce["name"]: ce for ce in await db.get_ces()}
+    ces = {ce["name"]: ce for ce in await db.list_ces()}
     writer = _Writer(db, registry, ces)
     while pilots := await db.registrations(vo=vo, after=after, limit=_BATCH):
         after = pilots[-1].pilot_id

@@ -83,7 +83,7 @@ async def open_for_submission(
     ce = await db.get_ce(ce_name)
     if not serves(ce["vos"], vo):  # before any of its errors is shown
         raise VONotServedError(ce_name, vo)
-    if ce["enabled"] and (obstacle := await submission_blocker(db, ce)) is not None:
+    if ce["enabled"] and (obstacle := submission_blocker(ce)) is not None:
         raise CEPausedError(ce_name, *obstacle)
     try:
         async with backend_of(ce, vo) as backend:
@@ -140,7 +140,7 @@ async def submit_reserved(
     """
     name = ce["name"]
     outcomes = await _call(ce, backend, pilots)
-    confirmed, quota = await db.run(lambda: _record(db, ce, ids, pilots, outcomes, own))
+    confirmed, quota, taken = await db.run(lambda: _record(db, ce, ids, pilots, outcomes, own))
     results: dict[str, int | PilotSubmissionError] = {}
     duplicates = []
     for pilot in pilots:
@@ -157,6 +157,9 @@ async def submit_reserved(
         elif own_reference == reference:
             results[stamp] = pilot_id
         else:
+            if stamp not in confirmed:
+                over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
+                logger.warning("Pilot %s of %s at %s %s%s", stamp, pilot.vo, name, _ABANDONED, over)
             # With another reference recorded, the stamp was submitted twice: this job is the duplicate.
             results[stamp] = CERefusedError(name, f"pilot {stamp} {_ABANDONED}")
             duplicates.append(pilot._replace(reference=own_reference, cancel_requested=True))
@@ -203,8 +206,12 @@ async def _record(
     pilots: Sequence[PilotAtCE],
     outcomes: _Outcomes,
     own: str,
-) -> tuple[dict[str, tuple[int, str]], int]:
-    """Record the outcomes of a call; return id and reference of the confirmed pilots by stamp, and the quota."""
+) -> tuple[dict[str, tuple[int, str]], int, int]:
+    """Record the outcomes of a call.
+
+    Returns:
+        Id and reference of the confirmed pilots by stamp, the quota, and the taken slots if a pilot was restored.
+    """
     name, unknown, refused, references = ce["name"], outcomes.unknown, outcomes.refused, outcomes.references
     vos = {pilot.stamp: pilot.vo for pilot in pilots}
     first_error = next(iter([*unknown.values(), *refused.values()]), "")
@@ -221,12 +228,11 @@ async def _record(
     await db.release_pilots([ids[p.stamp] for p in pilots if p.stamp in unused and not p.maybe_submitted])
     await db.refuse_requests(name, {stamp: (vos[stamp], why) for stamp, why in refused.items() if stamp != own})
     confirmed = await db.confirm_submissions(references)
+    taken = 0
     for stamp in references.keys() - confirmed.keys():
         # This worker was suspended for so long that a check has released the slot. The pilot exists and takes a
         # slot beyond the capacity until the checks have cancelled it.
         taken = await db.restore_pilot(
             name, vos[stamp], stamp=stamp, reference=references[stamp], reason=_ABANDONED
         )
-        over = f"; {taken} of {ce['capacity']} slots are taken" if taken > ce["capacity"] else ""
-        logger.warning("Pilot %s of %s at %s %s%s", stamp, vos[stamp], name, _ABANDONED, over)
-    return confirmed, await db.record_quota(name) if outcomes.over_quota else 0
+    return confirmed, await db.record_quota(name) if outcomes.over_quota else 0, taken
