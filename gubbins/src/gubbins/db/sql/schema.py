@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, cast
 
 from diracx.core.models.pilot import PilotStatus
@@ -46,9 +47,16 @@ _Reason = AnyText(MAX_REASON_CHARS)
 _Compressed = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 
-def _status_type(constraint: str) -> Enum:
-    # A string with a CHECK constraint, whose name MySQL requires to be unique in the database.
-    return Enum(MyPilotStatus, native_enum=False, length=16, create_constraint=True, name=constraint)
+def _choice(kind: type[StrEnum], constraint: str | None = None) -> Enum:
+    """A string, with a CHECK constraint if it has a name, which MySQL requires to be unique in the database."""
+    return Enum(
+        kind,
+        native_enum=False,
+        length=16,
+        create_constraint=constraint is not None,
+        name=constraint,
+        values_callable=lambda values: [str(value) for value in values],
+    )
 
 
 class MyPilotDBBase(DeclarativeBase):
@@ -65,12 +73,7 @@ class ComputeElements(MyPilotDBBase):
     # Slots: limit of SUBMITTED and RUNNING pilots of all VOs.
     capacity: Mapped[int] = mapped_column("Capacity", Integer, key="capacity")
     # Reliability, 0.0-1.0; only the simulated back end uses it.
-    success_rate: Mapped[float] = mapped_column(
-        "SuccessRate",
-        Double,
-        default=1.0,
-        key="success_rate",
-    )
+    success_rate: Mapped[float] = mapped_column("SuccessRate", Double, default=1.0, key="success_rate")
     enabled: Mapped[bool] = mapped_column("Enabled", Boolean, default=True, key="enabled")
     # Name of an entry point in the group `gubbins.ces`, and its settings.
     backend: Mapped[str] = mapped_column("Backend", AnyName(64), default="simulated", key="backend")
@@ -108,19 +111,7 @@ class CECircuits(MyPilotDBBase):
     ce_name: Mapped[str] = mapped_column(
         "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
     )
-    call: Mapped[CECall] = mapped_column(
-        "CallKind",
-        Enum(
-            CECall,
-            native_enum=False,
-            length=16,
-            create_constraint=True,
-            name="circuit_call",
-            values_callable=lambda calls: [str(call) for call in calls],
-        ),
-        primary_key=True,
-        key="call",
-    )
+    call: Mapped[CECall] = mapped_column("CallKind", _choice(CECall, "circuit_call"), primary_key=True, key="call")
     # Consecutive failures.
     failures: Mapped[int] = mapped_column("Failures", Integer, key="failures")
     # End of the pause; NULL: there were too few failures for one.
@@ -161,7 +152,7 @@ class Pilots(MyPilotDBBase):
     vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
     ce_name: Mapped[str] = mapped_column("CEName", _CEName, ForeignKey(ComputeElements.name), key="ce_name")
     status: Mapped[MyPilotStatus] = mapped_column(
-        "Status", _status_type("pilot_status"), default=MyPilotStatus.SUBMITTED, key="status"
+        "Status", _choice(MyPilotStatus, "pilot_status"), default=MyPilotStatus.SUBMITTED, key="status"
     )
     # Our name of the pilot, known to the CE; identifies repeated submissions.
     stamp: Mapped[str] = mapped_column("Stamp", String(32), unique=True, key="stamp")
@@ -182,11 +173,7 @@ class Pilots(MyPilotDBBase):
     # PilotID in the pilot registry; NULL: not registered yet.
     registry_id: Mapped[int | None] = mapped_column("RegistryID", BigInteger, key="registry_id")
     # Last status written to the registry; NULL: to be written.
-    registered: Mapped[PilotStatus | None] = mapped_column(
-        "Registered",
-        Enum(PilotStatus, native_enum=False, length=16, values_callable=lambda all: [str(each) for each in all]),
-        key="registered",
-    )
+    registered: Mapped[PilotStatus | None] = mapped_column("Registered", _choice(PilotStatus), key="registered")
 
     __table_args__ = (
         Index("idx_pilots_ce_status", "ce_name", "status"),
@@ -200,11 +187,8 @@ class Pilots(MyPilotDBBase):
     )
 
 
-class PilotHistory(MyPilotDBBase):
-    """States that pilots have entered; each at most once, for the state machine has no cycles."""
-
-    __tablename__ = "PilotHistory"
-    __table_args__ = UTF8
+class _WithPilotId:
+    """Primary key of a table of details of pilots, or its first part."""
 
     pilot_id: Mapped[int] = mapped_column(
         "PilotID",
@@ -213,9 +197,18 @@ class PilotHistory(MyPilotDBBase):
         primary_key=True,
         autoincrement=False,
         key="pilot_id",
+        sort_order=-1,  # the first column, of the primary key, too
     )
+
+
+class PilotHistory(_WithPilotId, MyPilotDBBase):
+    """States that pilots have entered; each at most once, for the state machine has no cycles."""
+
+    __tablename__ = "PilotHistory"
+    __table_args__ = UTF8
+
     status: Mapped[MyPilotStatus] = mapped_column(
-        "Status", _status_type("history_status"), primary_key=True, key="status"
+        "Status", _choice(MyPilotStatus, "history_status"), primary_key=True, key="status"
     )
     at: Mapped[datetime] = mapped_column("At", UTCDateTime, key="at")
     reason: Mapped[str | None] = mapped_column("Reason", _Reason, key="reason")
@@ -262,17 +255,9 @@ class PilotDemand(MyPilotDBBase):
     surplus_since: Mapped[datetime | None] = mapped_column("SurplusSince", UTCDateTime, key="surplus_since")
 
 
-class _OfPilot:
+class _OfPilot(_WithPilotId):
     """Columns of a table with at most one row for each pilot."""
 
-    pilot_id: Mapped[int] = mapped_column(
-        "PilotID",
-        _Id,
-        ForeignKey(Pilots.id, ondelete="CASCADE"),
-        primary_key=True,
-        autoincrement=False,
-        key="pilot_id",
-    )
     # Copied from the pilot, so that queries need no join.
     vo: Mapped[str] = mapped_column("VO", _VO, key="vo")
     ce_name: Mapped[str] = mapped_column("CEName", _CEName, key="ce_name")
@@ -339,16 +324,7 @@ class PilotIdentities(_OfPilot, MyPilotDBBase):
     stale_at: Mapped[datetime | None] = mapped_column("StaleAt", UTCDateTime, key="stale_at")
     # Reported by the pilot, as the following columns; NULL: not reported.
     outcome: Mapped[PilotOutcome | None] = mapped_column(
-        "Outcome",
-        Enum(
-            PilotOutcome,
-            native_enum=False,
-            length=16,
-            create_constraint=True,
-            name="pilot_outcome",
-            values_callable=lambda outcomes: [str(outcome) for outcome in outcomes],
-        ),
-        key="outcome",
+        "Outcome", _choice(PilotOutcome, "pilot_outcome"), key="outcome"
     )
     exit_code: Mapped[int | None] = mapped_column("ExitCode", Integer, key="exit_code")
     jobs_done: Mapped[int | None] = mapped_column("JobsDone", Integer, key="jobs_done")
