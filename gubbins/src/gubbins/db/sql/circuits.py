@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from datetime import timedelta
-from typing import Any
+from datetime import UTC, datetime, timedelta
 
 from diracx.tasks.plumbing.sql.session import transaction
 from sqlalchemy import delete, insert, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
@@ -18,6 +16,7 @@ from .session import PilotSession
 
 _COLUMNS = columns_of(CECircuits, "failures", "open_until", "probe_until", "last_error", "last_error_at")
 MAX_DOUBLINGS = 32
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class CircuitsMixin(PilotSession):
@@ -69,12 +68,7 @@ class CircuitsMixin(PilotSession):
         now = clock.now()
         message = message[:MAX_REASON_CHARS]
         # Locks the compute element.
-        known = await self.conn.execute(
-            update(ComputeElements)
-            .where(ComputeElements.name == ce_name)
-            .values(last_error=message, last_error_at=now)
-        )
-        if not known.rowcount:
+        if not await self._update_ce(ce_name, last_error=message, last_error_at=now):
             return Circuit()
         where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
         row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
@@ -99,36 +93,23 @@ class CircuitsMixin(PilotSession):
         """Record a successful call: close its circuit, and clear its error."""
         await self.lock_ces([ce_name])
         await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call))
-        await restore_last_error(self.conn, ce_name)
+        await self._restore_last_error(ce_name)
 
+    async def _circuits(self, ce_name: str | None) -> dict[tuple[str, CECall], Circuit]:
+        """Read the circuits (of one compute element, or all) with failures since the last success."""
+        statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
+        if ce_name is not None:
+            statement = statement.where(CECircuits.ce_name == ce_name)
+        return {(row[0], row[1]): Circuit(*row[2:]) for row in await self.conn.execute(statement)}
 
-async def read_circuits(conn: AsyncConnection, ce_name: str | None = None) -> dict[tuple[str, CECall], Circuit]:
-    """Read the circuits (of one compute element, or all) with failures since the last success."""
-    statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
-    if ce_name is not None:
-        statement = statement.where(CECircuits.ce_name == ce_name)
-    return {(row[0], row[1]): Circuit(*row[2:]) for row in await conn.execute(statement)}
+    async def _delete_circuits(self, ce_name: str) -> None:
+        """Close all circuits of a compute element, and reset its quota and count of missing pilots."""
+        await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
+        await self._update_ce(ce_name, never_seen=None, quota=None, quota_at=None)
 
-
-async def delete_circuits(conn: AsyncConnection, ce_name: str) -> None:
-    """Close all circuits of a compute element, and reset its quota and count of missing pilots."""
-    await conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
-    statement = update(ComputeElements).where(ComputeElements.name == ce_name)
-    await conn.execute(statement.values(never_seen=None, quota=None, quota_at=None))
-
-
-async def restore_last_error(conn: AsyncConnection, ce_name: str) -> None:
-    """Set the last error of a compute element to the latest one of its circuits."""
-    latest: Any = (
-        await conn.execute(
-            select(CECircuits.last_error, CECircuits.last_error_at)
-            .where(CECircuits.ce_name == ce_name)
-            .order_by(CECircuits.last_error_at.desc())
-            .limit(1)
-        )
-    ).one_or_none() or (None, None)
-    await conn.execute(
-        update(ComputeElements)
-        .where(ComputeElements.name == ce_name, ComputeElements.last_error.is_not(None))
-        .values(last_error=latest[0], last_error_at=latest[1])
-    )
+    async def _restore_last_error(self, ce_name: str) -> None:
+        """Set the last error of a compute element to the latest one of its circuits."""
+        circuits = (await self._circuits(ce_name)).values()
+        latest = max(circuits, key=lambda each: each.last_error_at or _NEVER, default=Circuit())
+        errors = {"last_error": latest.last_error, "last_error_at": latest.last_error_at}
+        await self._update_ce(ce_name, ComputeElements.last_error.is_not(None), **errors)

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import and_, case, func, insert, or_, select, update
+from sqlalchemy import and_, case, func, insert, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from gubbins.domain import clock
@@ -16,7 +16,7 @@ from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
 from gubbins.domain.rules import serves
 
-from .circuits import delete_circuits, read_circuits, restore_last_error
+from .circuits import CircuitsMixin
 from .downtimes import DowntimesMixin
 from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots, count_active_at
 
@@ -28,7 +28,7 @@ _SELECT_CE = SELECT_CE.add_columns(
 )
 
 
-class ComputeElementsMixin(DowntimesMixin):
+class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
     """Statements about compute elements."""
 
     @transaction
@@ -101,10 +101,8 @@ class ComputeElementsMixin(DowntimesMixin):
         present = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == name))).one()
         if all(getattr(present, field) == value for field, value in wanted.items()):
             return "unchanged"
-        await self.conn.execute(
-            update(ComputeElements).where(ComputeElements.name == name).values(**wanted, updated_at=clock.now())
-        )
-        await delete_circuits(self.conn, name)
+        await self._update_ce(name, **wanted, updated_at=clock.now())
+        await self._delete_circuits(name)
         return "updated"
 
     @transaction
@@ -118,18 +116,18 @@ class ComputeElementsMixin(DowntimesMixin):
         """
         if not await self.lock_ces([name]):
             raise UnknownCEError(name)
-        changed = await self.conn.execute(
-            update(ComputeElements)
-            .where(
-                ComputeElements.name == name,
-                or_(ComputeElements.enabled.is_not(enabled), ComputeElements.banned_at.is_not(None)),
-            )
-            .values(enabled=enabled, banned_at=None, ban_reason=None, updated_at=clock.now())
+        changed = await self._update_ce(
+            name,
+            or_(ComputeElements.enabled.is_not(enabled), ComputeElements.banned_at.is_not(None)),
+            enabled=enabled,
+            banned_at=None,
+            ban_reason=None,
+            updated_at=clock.now(),
         )
         if enabled:
-            await delete_circuits(self.conn, name)
-            await restore_last_error(self.conn, name)
-        return bool(changed.rowcount)
+            await self._delete_circuits(name)
+            await self._restore_last_error(name)
+        return changed
 
     @transaction
     async def ban_ce(self, name: str, *, reason: str | None) -> bool:
@@ -141,17 +139,10 @@ class ComputeElementsMixin(DowntimesMixin):
         now = clock.now()
         if not await self.lock_ces([name]):
             raise UnknownCEError(name)
-        banned = await self.conn.execute(
-            update(ComputeElements)
-            .where(ComputeElements.name == name, ComputeElements.banned_at.is_(None))
-            .values(banned_at=now, enabled=False, updated_at=now)
-        )
-        await self.conn.execute(
-            update(ComputeElements)
-            .where(ComputeElements.name == name)
-            .values(ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
-        )
-        return bool(banned.rowcount)
+        is_new = ComputeElements.banned_at.is_(None)
+        banned = await self._update_ce(name, is_new, banned_at=now, enabled=False, updated_at=now)
+        await self._update_ce(name, ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
+        return banned
 
     @transaction
     async def get_ce(self, name: str) -> dict[str, Any]:
@@ -162,21 +153,21 @@ class ComputeElementsMixin(DowntimesMixin):
         Raises:
             UnknownCEError: there is no such compute element.
         """
-        if not (found := await self._read(name)):
+        if not (found := await self._read_ces(name)):
             raise UnknownCEError(name)
         return found[0]
 
     @transaction
     async def list_ces(self, *, vo: str | None = None) -> list[dict[str, Any]]:
         """List the compute elements (of one VO, or all) by name, each as `get_ce`."""
-        return [ce for ce in await self._read() if vo is None or serves(ce["vos"], vo)]
+        return [ce for ce in await self._read_ces() if vo is None or serves(ce["vos"], vo)]
 
-    async def _read(self, name: str | None = None) -> list[dict[str, Any]]:
+    async def _read_ces(self, name: str | None = None) -> list[dict[str, Any]]:
         statement, now = _SELECT_CE.order_by(ComputeElements.name), clock.now()
         if name is not None:
             statement = statement.where(ComputeElements.name == name)
         rows = (await self.conn.execute(statement)).all()
-        circuits = await read_circuits(self.conn, name)
+        circuits = await self._circuits(name)
         found = await self.get_downtimes(ends_after=now, ce_name=name)
         # Of several ones the one that ends last.
         downtimes = {each.ce_name: each for each in sorted(found, key=_end) if each.drain_from <= now}
@@ -200,16 +191,14 @@ class ComputeElementsMixin(DowntimesMixin):
     async def record_quota(self, name: str) -> int:
         """Set the quota of the site to its present number of active pilots, and return it."""
         quota = await self.count_active(name)
-        statement = update(ComputeElements).where(ComputeElements.name == name)
-        await self.conn.execute(statement.values(quota=quota, quota_at=clock.now()))
+        await self._update_ce(name, quota=quota, quota_at=clock.now())
         return quota
 
     @transaction
     async def count_never_seen(self, name: str, number: int) -> None:
         """Add to the number of confirmed pilots that were never seen; it does not fall below 0."""
         total = func.coalesce(ComputeElements.never_seen, 0) + number
-        statement = update(ComputeElements).where(ComputeElements.name == name)
-        await self.conn.execute(statement.values(never_seen=case((total > 0, total), else_=0)))
+        await self._update_ce(name, never_seen=case((total > 0, total), else_=0))
 
     async def get_available_ces(self, vo: str) -> list[dict[str, Any]]:
         """List the enabled compute elements that serve the VO and have free slots.
@@ -233,14 +222,11 @@ class ComputeElementsMixin(DowntimesMixin):
     @transaction
     async def record_ce_error(self, name: str, message: str | None) -> None:
         """Record the last error of the compute element; None: clear it."""
-        statement = update(ComputeElements).where(ComputeElements.name == name)
         if message is None:
-            statement = statement.where(ComputeElements.last_error.is_not(None)).values(
-                last_error=None, last_error_at=None
-            )
+            has_error = ComputeElements.last_error.is_not(None)
+            await self._update_ce(name, has_error, last_error=None, last_error_at=None)
         else:
-            statement = statement.values(last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
-        await self.conn.execute(statement)
+            await self._update_ce(name, last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
 
 
 def _end(downtime: Downtime) -> datetime:

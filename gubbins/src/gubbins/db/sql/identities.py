@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import Row, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Row, func, insert, literal, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
@@ -69,44 +69,28 @@ class IdentitiesMixin(PilotSession):
         self, pilot_id: int, *, starts: int, family_hash: str, refresh_hash: str, address: str | None
     ) -> bool:
         """Record an exchange of the secret; False: a concurrent request was faster, or a token was used."""
-        begun = await self.conn.execute(
-            update(PilotIdentities)
-            .where(
-                PilotIdentities.pilot_id == pilot_id,
-                PilotIdentities.starts == starts,
-                PilotIdentities.used_at.is_(None),
-                PilotIdentities.revoked_at.is_(None),
-            )
-            .values(
-                starts=starts + 1,
-                family_hash=family_hash,
-                refresh_hash=refresh_hash,
-                exchanged_at=clock.now(),
-                exchanged_from=address,
-            )
+        return await self._update_identity(
+            pilot_id,
+            PilotIdentities.starts == starts,
+            PilotIdentities.used_at.is_(None),
+            starts=starts + 1,
+            family_hash=family_hash,
+            refresh_hash=refresh_hash,
+            exchanged_at=clock.now(),
+            exchanged_from=address,
         )
-        return bool(begun.rowcount)
 
     @transaction
     async def rotate_refresh_token(self, pilot_id: int, *, old_hash: str, new_hash: str) -> bool:
         """Replace the refresh token of a pilot; False: a concurrent request was faster."""
-        rotated = await self.conn.execute(
-            update(PilotIdentities)
-            .where(
-                PilotIdentities.pilot_id == pilot_id,
-                PilotIdentities.refresh_hash == old_hash,
-                PilotIdentities.revoked_at.is_(None),
-            )
-            .values(refresh_hash=new_hash, used_at=func.coalesce(PilotIdentities.used_at, clock.now()))
-        )
-        return bool(rotated.rowcount)
+        first_use = func.coalesce(PilotIdentities.used_at, clock.now())
+        is_current = PilotIdentities.refresh_hash == old_hash
+        return await self._update_identity(pilot_id, is_current, refresh_hash=new_hash, used_at=first_use)
 
     @transaction
     async def revoke_identity(self, pilot_id: int) -> None:
         """Revoke the secret and all tokens of a pilot."""
-        await self.conn.execute(
-            update(PilotIdentities).where(PilotIdentities.pilot_id == pilot_id).values(revoked_at=clock.now())
-        )
+        await self._update_identity(pilot_id, revoked_at=clock.now())
 
     @transaction
     async def record_heartbeat(
@@ -120,21 +104,20 @@ class IdentitiesMixin(PilotSession):
             reported: any of `host`, `cores`, `memory_mb`, `outcome`, `exit_code`, `jobs_done`, `detail`.
         """
         now = clock.now()
-        recorded = await self.conn.execute(
-            update(PilotIdentities)
-            .where(
-                PilotIdentities.pilot_id == pilot_id,
-                PilotIdentities.starts == starts,
-                PilotIdentities.revoked_at.is_(None),
-            )
-            .values(
-                heartbeat_at=now,
-                stale_at=now + stale_after,
-                used_at=func.coalesce(PilotIdentities.used_at, now),
-                **reported,
-            )
+        return await self._update_identity(
+            pilot_id,
+            PilotIdentities.starts == starts,
+            heartbeat_at=now,
+            stale_at=now + stale_after,
+            used_at=func.coalesce(PilotIdentities.used_at, now),
+            **reported,
         )
-        return bool(recorded.rowcount)
+
+    async def _update_identity(self, pilot_id: int, *where: ColumnElement[bool], **values: Any) -> bool:
+        """Update an identity that is not revoked and matches the conditions; False: there is none."""
+        valid = (PilotIdentities.pilot_id == pilot_id, PilotIdentities.revoked_at.is_(None))
+        updated = await self.conn.execute(update(PilotIdentities).where(*valid, *where).values(**values))
+        return bool(updated.rowcount)
 
     @transaction
     async def count_reports(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:

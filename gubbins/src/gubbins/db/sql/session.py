@@ -96,6 +96,11 @@ class PilotSession(Database):
         )
         return int(locked.rowcount)
 
+    async def _update_ce(self, name: str, *where: ColumnElement[bool], **values: Any) -> bool:
+        """Update columns of a compute element that matches the conditions; False: there is none."""
+        statement = update(ComputeElements).where(ComputeElements.name == name, *where).values(**values)
+        return bool((await self.conn.execute(statement)).rowcount)
+
     @transaction
     async def _rows(self, statement: Select[*_Columns]) -> Sequence[Row[*_Columns]]:
         """Read rows before the transaction that changes them: SQLite may refuse to upgrade a read transaction."""

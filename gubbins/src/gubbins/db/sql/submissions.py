@@ -151,13 +151,13 @@ class SubmissionsMixin(DemandMixin):
             else:
                 waiting[vo] += 1
                 accepted.append({"vo": vo, "stamp": stamp})
-        ids = await self._insert(ce_name, accepted) if accepted else {}
+        ids = await self._insert_pilots(ce_name, accepted) if accepted else {}
         await self.conn.execute(
             delete(PilotRequests).where(PilotRequests.stamp.in_([stamp for stamp, _ in requests]))
         )
         return ids, refused
 
-    async def _insert(
+    async def _insert_pilots(
         self, ce_name: str, pilots: Sequence[Mapping[str, Any]], reason: str | None = None
     ) -> dict[str, int]:
         """Insert SUBMITTED pilots with their history, and return their ids by stamp."""
@@ -249,5 +249,7 @@ class SubmissionsMixin(DemandMixin):
         reason = reason[:MAX_REASON_CHARS]
         await self.lock_ces([ce_name])
         cancelled = {"cancel_requested_at": clock.now(), "last_error": reason}
-        await self._insert(ce_name, [{"vo": vo, "stamp": stamp, "reference": reference, **cancelled}], reason)
+        await self._insert_pilots(
+            ce_name, [{"vo": vo, "stamp": stamp, "reference": reference, **cancelled}], reason
+        )
         return int((await self.conn.execute(count_active_at(ce_name))).scalar_one())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..circuits import CircuitsMixin
 from ..compute_elements import ComputeElementsMixin
 from ..identities import IdentitiesMixin
 from ..outputs import OutputsMixin
@@ -15,7 +14,6 @@ from ..transitions import TransitionsMixin
 
 class MyPilotDB(
     ComputeElementsMixin,
-    CircuitsMixin,
     SubmissionsMixin,
     IdentitiesMixin,
     TransitionsMixin,
