@@ -11,7 +11,7 @@ from sqlalchemy import delete, insert, or_, select, update
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
-from .schema import MAX_REASON_CHARS, CECircuits, ComputeElements, columns_of
+from .schema import CECircuits, ComputeElements, columns_of
 from .session import PilotSession
 
 _COLUMNS = columns_of(CECircuits, "failures", "open_until", "probe_until", "last_error", "last_error_at")
@@ -66,7 +66,6 @@ class CircuitsMixin(PilotSession):
         opened do not prolong the pause.
         """
         now = clock.now()
-        message = message[:MAX_REASON_CHARS]
         # Locks the compute element.
         if not await self._update_ce(ce_name, last_error=message, last_error_at=now):
             return Circuit()

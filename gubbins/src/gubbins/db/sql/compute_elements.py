@@ -18,7 +18,7 @@ from gubbins.domain.rules import serves
 
 from .circuits import CircuitsMixin
 from .downtimes import DowntimesMixin
-from .schema import MAX_REASON_CHARS, SELECT_CE, ComputeElements, Pilots, count_active_at
+from .schema import SELECT_CE, ComputeElements, Pilots, count_active_at
 
 _IS_MISSING = and_(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
 # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
@@ -141,7 +141,7 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
             raise UnknownCEError(name)
         is_new = ComputeElements.banned_at.is_(None)
         banned = await self._update_ce(name, is_new, banned_at=now, enabled=False, updated_at=now)
-        await self._update_ce(name, ban_reason=None if reason is None else reason[:MAX_REASON_CHARS])
+        await self._update_ce(name, ban_reason=reason)
         return banned
 
     @transaction
@@ -220,13 +220,9 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         return float((await self.get_ce(ce_name))["success_rate"])
 
     @transaction
-    async def record_ce_error(self, name: str, message: str | None) -> None:
-        """Record the last error of the compute element; None: clear it."""
-        if message is None:
-            has_error = ComputeElements.last_error.is_not(None)
-            await self._update_ce(name, has_error, last_error=None, last_error_at=None)
-        else:
-            await self._update_ce(name, last_error=message[:MAX_REASON_CHARS], last_error_at=clock.now())
+    async def record_ce_error(self, name: str, message: str) -> None:
+        """Record the last error of the compute element."""
+        await self._update_ce(name, last_error=message, last_error_at=clock.now())
 
 
 def _end(downtime: Downtime) -> datetime:

@@ -11,7 +11,7 @@ from sqlalchemy import delete, insert, select, update
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import DowntimeNotFoundError, UnknownCEError
 
-from .schema import MAX_REASON_CHARS, CEDowntimes, columns_of
+from .schema import CEDowntimes, columns_of
 from .session import PilotSession
 
 _SELECT = select(*columns_of(CEDowntimes)).order_by(CEDowntimes.starts_at, CEDowntimes.id)
@@ -44,8 +44,8 @@ class DowntimesMixin(PilotSession):
             "starts_at": starts_at,
             "ends_at": ends_at,
             "drain_from": drain_from,
-            "reason": reason[:MAX_REASON_CHARS],
-            "added_by": added_by[:MAX_REASON_CHARS],
+            "reason": reason,
+            "added_by": added_by,
             "source": source,
         }
         key = (await self.conn.execute(insert(CEDowntimes).values(values))).inserted_primary_key

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, insert, s
 
 from gubbins.domain import clock
 
-from .schema import MAX_REASON_CHARS, ComputeElements, PilotOutputs, Pilots, columns_of
+from .schema import ComputeElements, PilotOutputs, Pilots, columns_of
 from .session import PilotSession
 
 _PRUNED_AT_ONCE = 1_000
@@ -146,7 +146,7 @@ def _rows(outputs: Collection[Output]) -> list[dict[str, Any]]:
             "until": each.expires_at,
             "o": _packed(each.stdout),
             "e": _packed(each.stderr),
-            "why": None if each.error is None else each.error[:MAX_REASON_CHARS],
+            "why": each.error,
             "too": True if each.owed else None,
         }
         for each in outputs

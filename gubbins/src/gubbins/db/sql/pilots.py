@@ -15,7 +15,7 @@ from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .identities import is_stale
-from .schema import MAX_REASON_CHARS, PilotHistory, PilotIdentities, Pilots, columns_of
+from .schema import PilotHistory, PilotIdentities, Pilots, columns_of
 from .session import PilotSession, split_batches
 
 _ID = Pilots.id.label("pilot_id")
@@ -133,7 +133,7 @@ class PilotsMixin(PilotSession):
             .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))
             .values(
                 cancel_requested_at=func.coalesce(Pilots.cancel_requested_at, now),
-                last_error=reason[:MAX_REASON_CHARS],
+                last_error=reason,
             )
         )
         if not updated.rowcount:

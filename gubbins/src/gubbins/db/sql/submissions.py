@@ -24,7 +24,6 @@ from gubbins.domain.rules import rules_of, serves
 from .demand import DemandMixin
 from .limits import check_limits, check_max_waiting
 from .schema import (
-    MAX_REASON_CHARS,
     MAX_VO_CHARS,
     SELECT_CE,
     ComputeElements,
@@ -246,7 +245,6 @@ class SubmissionsMixin(DemandMixin):
         Returns:
             The number of active pilots at the compute element.
         """
-        reason = reason[:MAX_REASON_CHARS]
         await self.lock_ces([ce_name])
         cancelled = {"cancel_requested_at": clock.now(), "last_error": reason}
         await self._insert_pilots(

@@ -13,7 +13,7 @@ from gubbins.domain import clock
 from gubbins.domain.exceptions import IllegalTransitionError, PilotNotFoundError
 from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 
-from .schema import MAX_REASON_CHARS, PilotHistory, Pilots
+from .schema import PilotHistory, Pilots
 from .session import PilotSession, split_batches
 
 # Final states first: a pilot given for both still makes one step only.
@@ -45,7 +45,6 @@ class TransitionsMixin(PilotSession):
         status = MyPilotStatus(status)
         where = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
         before = PREDECESSOR.get(status)
-        reason = None if reason is None else reason[:MAX_REASON_CHARS]
         ce_names = [row[0] for row in await self._rows(select(Pilots.ce_name).where(*where))]
 
         async def move() -> MyPilotStatus:
@@ -87,13 +86,8 @@ class TransitionsMixin(PilotSession):
         now = clock.now()
         counts: dict[MyPilotStatus, int] = {}
         for status in _ORDER:
-            rows = [
-                (id, None if reason is None else reason[:MAX_REASON_CHARS]) for id, reason in moves.get(status, ())
-            ]
-            if rows:
-                counts[status] = 0
-            for batch in split_batches(rows):
-                counts[status] += await self._advance(batch, status, vo, now)
+            for batch in split_batches(moves.get(status, ())):
+                counts[status] = counts.get(status, 0) + await self._advance(batch, status, vo, now)
         return counts
 
     async def _advance(
