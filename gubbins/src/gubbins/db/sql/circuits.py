@@ -11,7 +11,7 @@ from sqlalchemy import delete, insert, or_, select, update
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
-from .schema import CECircuits, ComputeElements, columns_of
+from .schema import CECircuits, ComputeElements, columns_of, if_given
 from .session import PilotSession
 
 _COLUMNS = columns_of(CECircuits, "failures", "open_until", "probe_until", "last_error", "last_error_at")
@@ -97,8 +97,7 @@ class CircuitsMixin(PilotSession):
     async def _circuits(self, ce_name: str | None) -> dict[tuple[str, CECall], Circuit]:
         """Read the circuits (of one compute element, or all) with failures since the last success."""
         statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
-        if ce_name is not None:
-            statement = statement.where(CECircuits.ce_name == ce_name)
+        statement = statement.where(*if_given(CECircuits.ce_name, ce_name))
         return {(row[0], row[1]): Circuit(*row[2:]) for row in await self.conn.execute(statement)}
 
     async def _delete_circuits(self, ce_name: str) -> None:

@@ -18,7 +18,7 @@ from gubbins.domain.rules import serves
 
 from .circuits import CircuitsMixin
 from .downtimes import DowntimesMixin
-from .schema import SELECT_CE, ComputeElements, Pilots, count_active_at
+from .schema import SELECT_CE, ComputeElements, Pilots, count_active_at, if_given
 
 _IS_MISSING = and_(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
 # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
@@ -163,9 +163,8 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         return [ce for ce in await self._read_ces() if vo is None or serves(ce["vos"], vo)]
 
     async def _read_ces(self, name: str | None = None) -> list[dict[str, Any]]:
-        statement, now = _SELECT_CE.order_by(ComputeElements.name), clock.now()
-        if name is not None:
-            statement = statement.where(ComputeElements.name == name)
+        now = clock.now()
+        statement = _SELECT_CE.where(*if_given(ComputeElements.name, name)).order_by(ComputeElements.name)
         rows = (await self.conn.execute(statement)).all()
         circuits = await self._circuits(name)
         found = await self.get_downtimes(ends_after=now, ce_name=name)

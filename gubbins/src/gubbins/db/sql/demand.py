@@ -5,15 +5,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
-from .schema import PilotDemand, PilotRequests, Pilots, columns_of
+from .schema import PilotDemand, PilotRequests, Pilots, columns_of, if_given
 from .session import PilotSession
 
 #: PostgreSQL's driver has at most 32,767 bound parameters in a statement.
@@ -71,11 +71,10 @@ class DemandMixin(PilotSession):
         waiting = (
             select(PilotRequests.stamp, PilotRequests.vo)
             .where(PilotRequests.ce_name == ce_name, PilotRequests.refusal.is_(None))
+            .where(*if_given(PilotRequests.vo, vo))
             .order_by(PilotRequests.id)
             .limit(at_most)
         )
-        if vo is not None:
-            waiting = waiting.where(PilotRequests.vo == vo)
         return [(row[0], row[1]) for row in await self.conn.execute(waiting)]
 
     @transaction
@@ -94,7 +93,7 @@ class DemandMixin(PilotSession):
         rows = await self.conn.execute(
             select(PilotRequests.ce_name, PilotRequests.vo, func.count())
             .where(PilotRequests.refusal.is_(None), PilotRequests.requested_at >= since)
-            .where(*_at(PilotRequests.ce_name, ce_name))
+            .where(*if_given(PilotRequests.ce_name, ce_name))
             .group_by(PilotRequests.ce_name, PilotRequests.vo)
         )
         return {(name, vo): count for name, vo, count in rows}
@@ -108,7 +107,7 @@ class DemandMixin(PilotSession):
         """
         statement = (
             select(Pilots.ce_name, Pilots.vo, Pilots.status, func.count())
-            .where(Pilots.status.in_(ACTIVE), *_at(Pilots.ce_name, ce_name))
+            .where(Pilots.status.in_(ACTIVE), *if_given(Pilots.ce_name, ce_name))
             .group_by(Pilots.ce_name, Pilots.vo, Pilots.status)
         )
         slots: dict[tuple[str, str], dict[MyPilotStatus, int]] = {}
@@ -120,7 +119,7 @@ class DemandMixin(PilotSession):
     async def get_demand(self, ce_name: str | None = None) -> dict[tuple[str, str], Demand]:
         """Read the demand of all VOs in their last round (at one compute element, or all), as `count_slots`."""
         columns = columns_of(PilotDemand, "ce_name", "vo", *Demand._fields)
-        rows = await self.conn.execute(select(*columns).where(*_at(PilotDemand.ce_name, ce_name)))
+        rows = await self.conn.execute(select(*columns).where(*if_given(PilotDemand.ce_name, ce_name)))
         return {(row[0], row[1]): Demand(*row[2:]) for row in rows}
 
     @transaction
@@ -173,7 +172,3 @@ class DemandMixin(PilotSession):
         statement = update(Pilots).where(Pilots.id.in_(ids), Pilots.status == MyPilotStatus.SUBMITTED)
         await self.conn.execute(statement.values(cancel_requested_at=clock.now(), last_error=reason))
         return ids
-
-
-def _at(column: Any, ce_name: str | None) -> list[ColumnElement[bool]]:
-    return [] if ce_name is None else [column == ce_name]

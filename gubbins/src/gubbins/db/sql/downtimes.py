@@ -11,7 +11,7 @@ from sqlalchemy import delete, insert, select, update
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import DowntimeNotFoundError, UnknownCEError
 
-from .schema import CEDowntimes, columns_of
+from .schema import CEDowntimes, columns_of, if_given
 from .session import PilotSession
 
 _SELECT = select(*columns_of(CEDowntimes)).order_by(CEDowntimes.starts_at, CEDowntimes.id)
@@ -55,11 +55,9 @@ class DowntimesMixin(PilotSession):
     @transaction
     async def get_downtimes(self, *, ends_after: datetime | None, ce_name: str | None = None) -> list[Downtime]:
         """List downtimes (of one compute element, or all) that end after `ends_after` (None: all)."""
-        statement = _SELECT
+        statement = _SELECT.where(*if_given(CEDowntimes.ce_name, ce_name))
         if ends_after is not None:
             statement = statement.where(CEDowntimes.ends_at > ends_after)
-        if ce_name is not None:
-            statement = statement.where(CEDowntimes.ce_name == ce_name)
         return [Downtime(**row._mapping) for row in await self.conn.execute(statement)]
 
     @transaction

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Row, func, insert, literal, select, update
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
-from .schema import MAX_HASHES_CHARS, ComputeElements, PilotIdentities, Pilots, columns_of
+from .schema import MAX_HASHES_CHARS, ComputeElements, PilotIdentities, Pilots, columns_of, if_given
 from .session import PilotSession
 
 _HASH_CHARS = 64
@@ -122,17 +122,20 @@ class IdentitiesMixin(PilotSession):
     @transaction
     async def count_reports(self, vo: str | None = None) -> dict[str, dict[str, dict[str, int]]]:
         """Count `stale` pilots and outcomes (of one VO, or all), as {VO: {compute element: {name: number}}}."""
-        of_vo, of_identity = ([], []) if vo is None else ([Pilots.vo == vo], [PilotIdentities.vo == vo])
         stale = (
             select(Pilots.vo, Pilots.ce_name, func.count())
             .join(PilotIdentities, PilotIdentities.pilot_id == Pilots.id)
-            .where(*of_vo, Pilots.status == MyPilotStatus.RUNNING, PilotIdentities.stale_at < clock.now())
+            .where(
+                *if_given(Pilots.vo, vo),
+                Pilots.status == MyPilotStatus.RUNNING,
+                PilotIdentities.stale_at < clock.now(),
+            )
             .group_by(Pilots.vo, Pilots.ce_name)
         )
         names = (PilotIdentities.vo, PilotIdentities.ce_name, PilotIdentities.outcome)
         ended = (
             select(*names, func.count())
-            .where(*of_identity, PilotIdentities.outcome.in_(list(PilotOutcome)))
+            .where(*if_given(PilotIdentities.vo, vo), PilotIdentities.outcome.in_(list(PilotOutcome)))
             .group_by(*names)
         )
         counts: dict[str, dict[str, dict[str, int]]] = {}

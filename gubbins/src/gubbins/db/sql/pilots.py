@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import ColumnElement, Row, delete, func, select, update
+from sqlalchemy import Row, delete, func, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.exceptions import PilotNotFoundError
 from gubbins.domain.pilot_states import ACTIVE, MyPilotStatus
 
 from .identities import is_stale
-from .schema import PilotHistory, PilotIdentities, Pilots, columns_of
+from .schema import PilotHistory, PilotIdentities, Pilots, columns_of, if_given
 from .session import PilotSession, split_batches
 
 _ID = Pilots.id.label("pilot_id")
@@ -149,10 +149,8 @@ class PilotsMixin(PilotSession):
     @transaction
     async def get_pilots_by_status(self, status: MyPilotStatus, vo: str | None) -> list[dict[str, Any]]:
         """List pilots (of one VO, or all) in a state, oldest first."""
-        where: list[ColumnElement[bool]] = [Pilots.status == MyPilotStatus(status)]
-        if vo is not None:
-            where.append(Pilots.vo == vo)
-        rows = (await self.conn.execute(_SELECT.where(*where).order_by(Pilots.id))).all()
+        found = _SELECT.where(Pilots.status == MyPilotStatus(status), *if_given(Pilots.vo, vo))
+        rows = (await self.conn.execute(found.order_by(Pilots.id))).all()
         return [_as_dict(row) for row in rows]
 
     @transaction
@@ -174,13 +172,8 @@ class PilotsMixin(PilotSession):
             stale: only running pilots whose heartbeats have stopped.
             page: number of the page, from 1.
         """
-        where: list[ColumnElement[bool]] = []
-        if vo is not None:
-            where.append(Pilots.vo == vo)
-        if ce_name is not None:
-            where.append(Pilots.ce_name == ce_name)
-        if status is not None:
-            where.append(Pilots.status == status)
+        filters = ((Pilots.vo, vo), (Pilots.ce_name, ce_name), (Pilots.status, status))
+        where = [condition for column, value in filters for condition in if_given(column, value)]
         if stamps is not None:
             where.append(Pilots.stamp.in_(stamps))
         counted, ids = select(func.count()).select_from(Pilots), select(Pilots.id)
@@ -227,11 +220,10 @@ class PilotsMixin(PilotSession):
         """Count pilots (of one VO, or all), as {VO: {compute element: {state: number}}}, without zeros."""
         statement = (
             select(Pilots.vo, Pilots.ce_name, Pilots.status, func.count())
+            .where(*if_given(Pilots.vo, vo))
             .group_by(Pilots.vo, Pilots.ce_name, Pilots.status)
             .order_by(Pilots.vo, Pilots.ce_name)
         )
-        if vo is not None:
-            statement = statement.where(Pilots.vo == vo)
         summary: dict[str, dict[str, dict[str, int]]] = {}
         for vo_name, ce_name, status, count in await self.conn.execute(statement):
             summary.setdefault(vo_name, {}).setdefault(ce_name, {})[str(status)] = count

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, delete, insert, litera
 
 from gubbins.domain.pilot_states import MyPilotStatus
 
-from .schema import Pilots, UndoneRegistrations, columns_of
+from .schema import Pilots, UndoneRegistrations, columns_of, if_given
 from .session import PilotSession
 
 OPEN_STATUSES = (PilotStatus.SUBMITTED, PilotStatus.WAITING, PilotStatus.RUNNING)
@@ -74,8 +74,8 @@ class RegistrationsMixin(PilotSession):
     @transaction
     async def registrations(self, *, vo: str | None, after: int, limit: int) -> list[Registration]:
         """List pilots (of one VO, or all) with ids above `after`, in the order of the ids."""
-        statement = select(*_COLUMNS).where(Pilots.id > after).order_by(Pilots.id).limit(limit)
-        return await self._registrations(statement if vo is None else statement.where(Pilots.vo == vo))
+        later = select(*_COLUMNS).where(Pilots.id > after, *if_given(Pilots.vo, vo))
+        return await self._registrations(later.order_by(Pilots.id).limit(limit))
 
     async def _registrations(self, statement: Select[Any]) -> list[Registration]:
         return [Registration(*row) for row in await self.conn.execute(statement)]

@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    ColumnElement,
     Double,
     Enum,
     ForeignKey,
@@ -340,6 +341,11 @@ def columns_of(table: type[MyPilotDBBase], *keys: str) -> tuple[Label[Any], ...]
     """Columns of a table (none given: all), labelled with their Python names."""
     columns = cast(Table, table.__table__).columns
     return tuple(columns[key].label(key) for key in keys or columns.keys())
+
+
+def if_given(column: Any, value: object) -> tuple[ColumnElement[bool], ...]:
+    """Condition that a column has this value, for `where(*…)`; no condition if the value is None."""
+    return () if value is None else (column == value,)
 
 
 def count_active_at(ce_name: Any) -> Select[Any]:

@@ -13,7 +13,7 @@ from gubbins.domain import clock
 from gubbins.domain.exceptions import IllegalTransitionError, PilotNotFoundError
 from gubbins.domain.pilot_states import PREDECESSOR, MyPilotStatus
 
-from .schema import PilotHistory, Pilots
+from .schema import PilotHistory, Pilots, if_given
 from .session import PilotSession, split_batches
 
 # Final states first: a pilot given for both still makes one step only.
@@ -43,7 +43,7 @@ class TransitionsMixin(PilotSession):
             PilotNotFoundError: there is no such pilot (of this VO).
         """
         status = MyPilotStatus(status)
-        where = [Pilots.id == pilot_id] if vo is None else [Pilots.id == pilot_id, Pilots.vo == vo]
+        where = (Pilots.id == pilot_id, *if_given(Pilots.vo, vo))
         before = PREDECESSOR.get(status)
         ce_names = [row[0] for row in await self._rows(select(Pilots.ce_name).where(*where))]
 
