@@ -7,12 +7,19 @@ from typing import Annotated, Any
 import typer
 from diracx.tasks.cli.options import JsonOption
 from diracx.tasks.cli.output import echo, print_json, show
+from diracx.tasks.cli.runtime.databases import open_database
 
+from gubbins.db.registry import REGISTRY, REGISTRY_VARIABLE
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.logic import my_pilots as logic
 
 from . import tables
-from .session import audited, progress_printer, with_database, with_registry
+from .session import audited, progress_printer, with_database
+
+_NO_REGISTRY = (
+    f"no pilot registry is configured: set {REGISTRY_VARIABLE} to the URL of DiracX's {REGISTRY}, as in "
+    "mysql+aiomysql://db.example.org/PilotAgentsDB"
+)
 
 
 def reconcile_pilots(
@@ -30,11 +37,9 @@ def reconcile_pilots(
     """
 
     async def reconcile(db: Any) -> logic.Reconciliation:
-        return await with_registry(
-            lambda registry: logic.reconcile_registry(
-                db, registry, vo, apply=apply, progress=progress_printer("pilots compared")
-            )
-        )
+        async with open_database(REGISTRY, _NO_REGISTRY) as registry:
+            progress = progress_printer("pilots compared")
+            return await logic.reconcile_registry(db, registry, vo, apply=apply, progress=progress)
 
     if apply:
         done = audited(

@@ -20,18 +20,12 @@ from diracx.tasks.plumbing.broker.connection import AddressError, async_client, 
 from redis.exceptions import RedisError
 
 from gubbins.db import URL_VARIABLE
-from gubbins.db.registry import REGISTRY, REGISTRY_VARIABLE
 from gubbins.domain.audit_actions import AuditAction
 from gubbins.domain.exceptions import GubbinsError
 
 T = TypeVar("T")
 
 NO_DATABASE = f"{URL_VARIABLE} is not set: export {URL_VARIABLE}=sqlite+aiosqlite:////path/to/pilots.db"
-
-NO_REGISTRY = (
-    f"no pilot registry is configured: set {REGISTRY_VARIABLE} to the URL of DiracX's {REGISTRY}, as in "
-    "mysql+aiomysql://db.example.org/PilotAgentsDB"
-)
 _PROGRESS_SECONDS = 5.0
 
 
@@ -53,16 +47,6 @@ def with_database(work: Callable[[Any], Awaitable[T]], *, tables: bool = True) -
         return asyncio.run(connected())
     except GubbinsError as error:
         raise CliError(str(error)) from error
-
-
-async def with_registry(work: Callable[[Any], Awaitable[T]]) -> T:
-    """Run work with the pilot registry of the environment, and return its result.
-
-    Raises:
-        CliError: the registry is not configured, unreachable or without tables.
-    """
-    async with open_database(REGISTRY, NO_REGISTRY) as registry:
-        return await work(registry)
 
 
 def progress_printer(what: str) -> Callable[[int], None]:

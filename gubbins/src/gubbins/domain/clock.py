@@ -9,26 +9,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from diracx.tasks.plumbing.sql.clock import DatabaseClock
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
 _clock: ContextVar[Callable[[], datetime] | None] = ContextVar("clock", default=None)
 database = DatabaseClock()
+"""Clock of the connected database."""
 
 
 def now() -> datetime:
     """Current time in UTC."""
     clock = _clock.get()
     return database.now() if clock is None else clock()
-
-
-def follow(engine: AsyncEngine) -> None:
-    """Use the clock of this database."""
-    database.synchronize(engine)
 
 
 @contextlib.contextmanager

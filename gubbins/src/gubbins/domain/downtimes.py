@@ -5,23 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from pydantic import ConfigDict
+
 MAX_DOWNTIME = timedelta(days=366)
 
 
 @dataclass(frozen=True, slots=True)
 class Downtime:
-    """A downtime of one compute element."""
+    """A downtime of a compute element. All times are UTC."""
+
+    __pydantic_config__ = ConfigDict(
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": 7,
+                    "ce_name": "ce01.example.org",
+                    "starts_at": "2026-12-01T08:00:00Z",
+                    "ends_at": "2026-12-01T18:00:00Z",
+                    "drain_from": "2026-11-30T08:00:00Z",
+                    "reason": "new switches",
+                    "added_by": "operator alice",
+                    "source": None,
+                }
+            ]
+        },
+    )
 
     id: int
     ce_name: str
     starts_at: datetime
     ends_at: datetime
     drain_from: datetime
-    """Start of the time without submissions; at or before `starts_at`."""
+    """Start of the time without submissions."""
     reason: str
     added_by: str
     source: str | None = None
-    """Origin of an imported downtime; None: added by a user."""
+    """Origin of an imported downtime; null: added by a user."""
 
     def describe(self, now: datetime) -> str:
         """Describe the downtime as the reason for no submissions."""

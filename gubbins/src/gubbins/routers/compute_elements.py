@@ -8,12 +8,13 @@ from typing import Annotated
 from fastapi import Body, Path, Query
 
 from gubbins.domain.audit_actions import AuditAction
+from gubbins.domain.downtimes import Downtime
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CESpec
 
 from .access import Access, CEName, http_errors, route_responses, router
 from .access_policies import ActionType
-from .models import CEBan, CEPublic, DowntimePublic, NewDowntime
+from .models import CEBan, CEPublic, NewDowntime
 
 
 @router.get("/ces", responses=route_responses())
@@ -111,21 +112,20 @@ async def ban_ce(
 
 
 @router.get("/downtimes", responses=route_responses())
-async def list_downtimes(access: Access) -> list[DowntimePublic]:
+async def list_downtimes(access: Access) -> list[Downtime]:
     """List the present and future downtimes of the compute elements that serve your VO. Administrators see all."""
     await access.check(ActionType.READ)
-    found = await logic.list_downtimes(access.db, vo=access.own_vo)
-    return [DowntimePublic.model_validate(each) for each in found]
+    return await logic.list_downtimes(access.db, vo=access.own_vo)
 
 
 @router.post("/ces/{ce_name}/downtimes", status_code=201, responses=route_responses(404, 503))
 async def add_downtime(
     ce_name: CEName, downtime: Annotated[NewDowntime, Body(description="When and why.")], access: Access
-) -> DowntimePublic:
+) -> Downtime:
     """Plan a downtime of a compute element: no submissions and no alerts. Needs ServiceAdministrator."""
     await access.check(ActionType.MANAGE)
     with http_errors(None):
-        added = await access.audit.perform(
+        return await access.audit.perform(
             AuditAction.ADD_DOWNTIME,
             ce_name,
             lambda: logic.add_downtime(
@@ -139,7 +139,6 @@ async def add_downtime(
             ),
             lambda added: f"{added.id}: {added.starts_at} to {added.ends_at}, {added.reason}",
         )
-    return DowntimePublic.model_validate(added)
 
 
 @router.delete("/downtimes/{downtime_id}", status_code=204, responses=route_responses(404, 503))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.downtimes import Downtime
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
 _PILOT: dict[str, Any] = {
@@ -167,33 +168,6 @@ class CEBan(BaseModel):
     reason: str | None = Field(default=None, max_length=1024)
 
 
-_DOWNTIME: dict[str, Any] = {
-    "id": 7,
-    "ce_name": "ce01.example.org",
-    "starts_at": "2026-12-01T08:00:00Z",
-    "ends_at": "2026-12-01T18:00:00Z",
-    "drain_from": "2026-11-30T08:00:00Z",
-    "reason": "new switches",
-    "added_by": "operator alice",
-    "source": None,
-}
-
-
-class DowntimePublic(BaseModel):
-    """A downtime of a compute element. All times are UTC."""
-
-    model_config = ConfigDict(from_attributes=True, json_schema_extra={"examples": [_DOWNTIME]})
-
-    id: int
-    ce_name: str
-    starts_at: datetime
-    ends_at: datetime
-    drain_from: datetime = Field(description="Start of the time without submissions.")
-    reason: str
-    added_by: str
-    source: str | None = Field(description="Origin of an imported downtime; null: added by a user.")
-
-
 class NewDowntime(BaseModel):
     """Request to plan a downtime."""
 
@@ -254,7 +228,7 @@ class CEPublic(BaseModel):
     last_error_at: datetime | None
     banned_at: datetime | None = Field(description="Time of the ban; null: not banned.")
     ban_reason: str | None
-    downtime: DowntimePublic | None = Field(description="Current downtime, or the one for which it is drained.")
+    downtime: Downtime | None = Field(description="Current downtime, or the one for which it is drained.")
     circuits: dict[str, CircuitPublic] = Field(description="By kind of call: `submit` and `status`.")
     rules: dict[str, Any] | None = Field(description="Its rules for your VO, other than the defaults.")
     reports: dict[str, int] | None = Field(

@@ -13,6 +13,7 @@ from support.schema_promises import SchemaPromises, on, rows
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.db.sql.demand import Demand
 from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.downtimes import Downtime
 from gubbins.domain.pilot_states import PilotOutcome
 
 
@@ -36,8 +37,7 @@ class TestPilotSchema(SchemaPromises):
             await db.replace_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
             now = datetime.now(tz=UTC)
-            times = {"starts_at": now, "ends_at": now, "drain_from": now}
-            await db.add_downtime("ce1", **times, reason="switches 🚧", added_by="alice")
+            await db.add_downtime(Downtime(0, "ce1", now, now, now, "switches 🚧", "alice"))
             stamp = (await db.get_pilot(pilots[2]))["stamp"]
             await db.set_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
             await db.release_pilots(pilots[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 
 from diracx.tasks.plumbing.sql.session import transaction
@@ -21,36 +22,19 @@ class DowntimesMixin(PilotSession):
     """Statements about downtimes."""
 
     @transaction
-    async def add_downtime(
-        self,
-        ce_name: str,
-        *,
-        starts_at: datetime,
-        ends_at: datetime,
-        drain_from: datetime,
-        reason: str,
-        added_by: str,
-        source: str | None = None,
-    ) -> int:
-        """Add a downtime and return its id.
+    async def add_downtime(self, downtime: Downtime) -> Downtime:
+        """Add a downtime, whatever its id, and return it with the new one.
 
         Raises:
             UnknownCEError: there is no such compute element.
         """
-        if not await self.lock_ces([ce_name]):
-            raise UnknownCEError(ce_name)
-        values = {
-            "ce_name": ce_name,
-            "starts_at": starts_at,
-            "ends_at": ends_at,
-            "drain_from": drain_from,
-            "reason": reason,
-            "added_by": added_by,
-            "source": source,
-        }
+        if not await self.lock_ces([downtime.ce_name]):
+            raise UnknownCEError(downtime.ce_name)
+        values = asdict(downtime)
+        del values["id"]
         key = (await self.conn.execute(insert(CEDowntimes).values(values))).inserted_primary_key
         assert key is not None
-        return int(key[0])
+        return replace(downtime, id=int(key[0]))
 
     @transaction
     async def get_downtimes(self, *, ends_after: datetime | None, ce_name: str | None = None) -> list[Downtime]:
@@ -81,11 +65,5 @@ class DowntimesMixin(PilotSession):
 
     @transaction
     async def delete_downtime(self, downtime_id: int) -> None:
-        """Delete a downtime.
-
-        Raises:
-            DowntimeNotFoundError: there is no such downtime.
-        """
-        deleted = await self.conn.execute(delete(CEDowntimes).where(CEDowntimes.id == downtime_id))
-        if not deleted.rowcount:
-            raise DowntimeNotFoundError(downtime_id)
+        """Delete a downtime, if there is one of this id."""
+        await self.conn.execute(delete(CEDowntimes).where(CEDowntimes.id == downtime_id))

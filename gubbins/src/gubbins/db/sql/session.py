@@ -72,7 +72,7 @@ class PilotSession(Database):
     @contextlib.asynccontextmanager
     async def engine_context(self) -> AsyncIterator[None]:
         async with super().engine_context():
-            clock.follow(self.engine)
+            clock.database.synchronize(self.engine)
             yield
 
     async def lock_ces(self, names: Collection[str] | None = None) -> int:

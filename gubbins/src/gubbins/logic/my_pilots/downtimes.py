@@ -57,10 +57,7 @@ async def add_downtime(
     reason = one_line(reason, MAX_REASON_CHARS)
     if not reason:
         raise DowntimeError("a downtime needs a reason")
-    added = await db.add_downtime(
-        ce_name, starts_at=starts_at, ends_at=ends_at, drain_from=starts_at - drain, reason=reason, added_by=by
-    )
-    return await db.get_downtime(added)
+    return await db.add_downtime(Downtime(0, ce_name, starts_at, ends_at, starts_at - drain, reason, by))
 
 
 async def list_downtimes(
@@ -156,15 +153,8 @@ async def import_downtimes(db: MyPilotDB, resource_status_db: ResourceStatusDB) 
         await db.set_downtime_end([d.id for name, d in known.items() if name in ces], now + IMPORT_LIFETIME)
         await db.set_downtime_end([d.id for name, d in known.items() if name not in ces], now)
         for name in ces.keys() - known.keys():
-            await db.add_downtime(
-                name,
-                starts_at=now,
-                ends_at=now + IMPORT_LIFETIME,
-                drain_from=now,
-                reason=ces[name],
-                added_by="import",
-                source=RESOURCE_STATUS,
-            )
+            ends_at = now + IMPORT_LIFETIME
+            await db.add_downtime(Downtime(0, name, now, ends_at, now, ces[name], "import", RESOURCE_STATUS))
 
     await db.run(write)
     return ces
