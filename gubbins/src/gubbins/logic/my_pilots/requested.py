@@ -7,7 +7,7 @@ submits their pilots by one call and records the outcomes, which the other tasks
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
@@ -51,63 +51,41 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
         return await submit_pilot(db, ce_name, vo, stamp=stamp)
     try:
         async with open_for_submission(db, ce_name, vo) as (ce, backend):
-            return await _Batch(db, ce, backend, vo, stamp).submit()
+            ids, pilots, refused = await db.run(lambda: _reserve(db, ce, backend, vo, stamp))
+            if refused:
+                reason = next(iter(refused.values()))
+                logger.info("No slots for %d pilots at %s: %s", len(refused), ce_name, reason)
+            outcomes = await submit_reserved(db, ce, backend, ids, pilots, stamp) if pilots else {}
+        outcome = refused.get(stamp) or outcomes.get(stamp)
+        if isinstance(outcome, PilotSubmissionError):
+            raise outcome
     except PilotSubmissionError:
         await db.delete_requests(ce_name, [stamp])
         raise
+    return outcome
 
 
-@dataclass
-class _Batch:
-    """The pilots of one call."""
-
-    db: MyPilotDB
-    ce: dict[str, Any]
-    backend: CEBackend[Any]
-    vo: str
-    own: str
-    """Stamp of the task that submits the batch."""
-
-    async def submit(self) -> int | None:
-        """Submit all, and return the id of the own pilot; None: its request has expired.
-
-        Raises:
-            PilotSubmissionError: the own pilot was not submitted.
-        """
-        ids, pilots, refused = await self.db.run(self._reserve)
-        if refused:
-            logger.info(
-                "No slots for %d pilots at %s: %s", len(refused), self.ce["name"], next(iter(refused.values()))
-            )
-        outcomes = await submit_reserved(self.db, self.ce, self.backend, ids, pilots, self.own) if pilots else {}
-        own = refused.get(self.own) or outcomes.get(self.own)
-        if isinstance(own, PilotSubmissionError):
-            raise own
-        return own
-
-    async def _reserve(self) -> tuple[dict[str, int], list[PilotAtCE], dict[str, PilotSubmissionError]]:
-        """Reserve slots for the pending requests; for none if the own one has expired."""
-        db, name = self.db, self.ce["name"]
-        is_probe = half_open(self.ce)
-        at_most = 1 if is_probe else rules_of(self.ce).max_batch
-        if (limit := quota_limit(self.ce)) is not None:
-            at_most = max(1, min(at_most, limit - await db.count_active(name)))
-        # VOs with their own settings are not combined: the call uses the credentials of one VO.
-        alone = self.vo if OF_VOS in self.ce["settings"] else None
-        waiting = dict(await db.waiting_requests(name, vo=alone, at_most=at_most))
-        if self.own not in waiting:
-            if (found := await db.find_submission(self.own)) is None or found.pilot_id or found.error:
-                return {}, [], {}
-            waiting = {self.own: self.vo, **dict(list(waiting.items())[: at_most - 1])}
-        await claim_submission(db, self.ce)
-        # Requests of VOs that are refused here stay for their own tasks.
-        vos = {
-            vo
-            for vo in waiting.values()
-            if serves(self.ce["vos"], vo) and self.backend.unsupported_reason(vo) is None
-        }
-        ids, refused = await db.submit_requested(name, [each for each in waiting.items() if each[1] in vos])
-        if is_probe and not ids:
-            raise refused[self.own]  # rolls back the probe
-        pilots = [PilotAtCE(stamp=s, vo=vo, maybe_submitted=False) for s, vo in waiting.items() if s in ids]
-        return ids, await with_identities(db, self.ce, ids, pilots), refused
+async def _reserve(
+    db: MyPilotDB, ce: Mapping[str, Any], backend: CEBackend[Any], vo: str, own: str
+) -> tuple[dict[str, int], list[PilotAtCE], dict[str, PilotSubmissionError]]:
+    """Reserve slots for the pending requests; for none if the own one, given by stamp, has expired."""
+    is_probe = half_open(ce)
+    at_most = 1 if is_probe else rules_of(ce).max_batch
+    if (limit := quota_limit(ce)) is not None:
+        at_most = max(1, min(at_most, limit - await db.count_active(ce["name"])))
+    # VOs with their own settings are not combined: the call uses the credentials of one VO.
+    alone = vo if OF_VOS in ce["settings"] else None
+    waiting = dict(await db.waiting_requests(ce["name"], vo=alone, at_most=at_most))
+    if own not in waiting:
+        if (found := await db.find_submission(own)) is None or found.pilot_id or found.error:
+            return {}, [], {}
+        waiting = {own: vo, **dict(list(waiting.items())[: at_most - 1])}
+    await claim_submission(db, ce)
+    # Requests of VOs that are refused here stay for their own tasks.
+    served = {each for each in waiting.values() if serves(ce["vos"], each)}
+    vos = {each for each in served if backend.unsupported_reason(each) is None}
+    ids, refused = await db.submit_requested(ce["name"], [each for each in waiting.items() if each[1] in vos])
+    if is_probe and not ids:
+        raise refused[own]  # rolls back the probe
+    pilots = [PilotAtCE(stamp=s, vo=vo, maybe_submitted=False) for s, vo in waiting.items() if s in ids]
+    return ids, await with_identities(db, ce, ids, pilots), refused
