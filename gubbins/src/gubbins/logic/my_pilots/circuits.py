@@ -4,54 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, CircuitState
-from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.domain.exceptions import CEPausedError, CEUnavailableError
 from gubbins.domain.rules import rules_error, rules_of
 
 #: A probe without a result expires after this many time-outs.
 _PROBE_TIMEOUTS = 3
 
 
-class Blocker(NamedTuple):
-    """Reason why a compute element gets no pilots."""
-
-    reason: str
-    site_error: str  # error of the site, or of the rules; for administrators
-    remedy: str = ""  # for administrators; empty: enable the compute element
-
-
-def submission_blocker(ce: Mapping[str, Any]) -> Blocker | None:
+def submission_blocker(ce: Mapping[str, Any]) -> CEPausedError | None:
     """Find the reason why this compute element gets no pilots: rules, downtime, quota or circuits; None: none.
 
     After the first failed poll there are no submissions, for the load is not known. A compute element without
     pilots is not polled: after a pause it gets one pilot, for the checks to poll.
     """
-    if (blocker := _rules_or_downtime(ce)) is not None:
-        return blocker
-    if (limit := quota_limit(ce)) is not None and ce["active"] >= limit:
-        return Blocker(f"quota of the site: {ce['quota']}", "")
-    if (missing := missing_pilots(ce)) is not None:
-        return Blocker(missing, "")
+    name, downtime = ce["name"], ce["downtime"]
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
-    if status["failures"] and (_is_backing_off(ce) or ce["active"]):
-        return Blocker("its status cannot be read", status["last_error"])
-    if submit["state"] is CircuitState.OPEN:
+    blocker = None
+    if (problem := rules_error(ce)) is not None:
+        why = "its rules in the database are wrong, `gubbins ce load` corrects them"
+        blocker = CEPausedError(name, why, problem)
+    elif downtime is not None:
+        remedy = f"`gubbins ce downtime remove {downtime.id}` ends it"
+        blocker = CEPausedError(name, downtime.describe(clock.now()), remedy=remedy)
+    elif (limit := quota_limit(ce)) is not None and ce["active"] >= limit:
+        blocker = CEPausedError(name, f"quota of the site: {ce['quota']}")
+    elif (missing := missing_pilots(ce)) is not None:
+        blocker = CEPausedError(name, missing)
+    elif status["failures"] and (_is_backing_off(ce) or ce["active"]):
+        blocker = CEPausedError(name, "its status cannot be read", status["last_error"])
+    elif submit["state"] is CircuitState.OPEN:
         until = f"{submit['open_until']:%H:%M:%S} UTC"
         failed = f"{number} submissions in a row" if (number := submit["failures"]) > 1 else "the last submission"
-        return Blocker(f"{failed} failed, no more until {until}", submit["last_error"])
-    return None
-
-
-def _rules_or_downtime(ce: Mapping[str, Any]) -> Blocker | None:
-    if (problem := rules_error(ce)) is not None:
-        return Blocker("its rules in the database are wrong, `gubbins ce load` corrects them", problem)
-    if (downtime := ce["downtime"]) is None:
-        return None
-    return Blocker(downtime.describe(clock.now()), "", f"`gubbins ce downtime remove {downtime.id}` ends it")
+        blocker = CEPausedError(name, f"{failed} failed, no more until {until}", submit["last_error"])
+    return blocker
 
 
 def quota_limit(ce: Mapping[str, Any]) -> int | None:

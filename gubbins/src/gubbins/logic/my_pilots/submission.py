@@ -84,7 +84,7 @@ async def open_for_submission(
     if not serves(ce["vos"], vo):  # before any of its errors is shown
         raise VONotServedError(ce_name, vo)
     if ce["enabled"] and (obstacle := submission_blocker(ce)) is not None:
-        raise CEPausedError(ce_name, *obstacle)
+        raise obstacle
     try:
         async with backend_of(ce, vo) as backend:
             if (reason := backend.unsupported_reason(vo)) is not None:
