@@ -185,7 +185,7 @@ def rules_error(ce: Mapping[str, Any]) -> str | None:
 
 def _read(stored: Any) -> tuple[CERules, str | None]:
     try:
-        return CERules.model_validate(_known(stored or {})), None
+        return CERules.model_validate(stored or {}, extra="ignore"), None  # fields of other versions
     except ValidationError as error:
         problems = error.errors(include_input=False, include_url=False)
     wrong = {problem["loc"][0] for problem in problems if problem["loc"]}
@@ -193,18 +193,3 @@ def _read(stored: Any) -> tuple[CERules, str | None]:
     # Errors without a field are contradictions: then all rules have their defaults.
     rest = {key: value for key, value in stored.items() if key not in wrong} if wrong else {}
     return _read(rest)[0], message
-
-
-def _known(stored: Any) -> Any:
-    """Remove the fields of other versions."""
-    if not isinstance(stored, Mapping):
-        return stored
-    known = {key: value for key, value in stored.items() if key in CERules.model_fields}
-    if isinstance(vos := known.get("vos"), Mapping):
-        known["vos"] = {
-            vo: {key: value for key, value in own.items() if key in VORules.model_fields}
-            if isinstance(own, Mapping)
-            else own
-            for vo, own in vos.items()
-        }
-    return known

@@ -61,7 +61,7 @@ async def test_reasons_and_errors_are_stored_unchanged(pilot_db: MyPilotDB) -> N
         for pilot_id in (one, two, three):
             pilot = await db.get_pilot(pilot_id)
             assert pilot["last_error"] == pilot["history"][-1]["reason"] == kept
-        await db.request_cancel(one, reason=text)
+        await db.request_cancels([(one, text)])
         assert (await db.get_pilot(one))["last_error"] == kept
         await db.ban_ce("ce", reason=text)
         await db.record_failure("ce", CECall.STATUS, text, failures=9, pause_seconds=1, max_pause_seconds=1)

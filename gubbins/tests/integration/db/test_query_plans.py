@@ -162,7 +162,7 @@ HOT: dict[str, Callable[[MyPilotDB], Awaitable[Any]]] = {
     "the course of things": lambda db: db.count_steps(LATELY, LAST, vo=None),
     "the course of things, of a VO": lambda db: db.count_steps(LATELY, LAST, vo="vo1"),
     "summary of a VO": lambda db: db.count_pilots("vo1"),
-    "cancel": lambda db: db.request_cancel(1000, reason="x"),
+    "cancel": lambda db: db.request_cancels([(1000, "x")]),
     "step": lambda db: db.update_pilot_status(1020 - 10, MyPilotStatus.RUNNING),
     "one output": lambda db: db.get_output(1002),
     "where output is queued": lambda db: db.ces_with_queued_outputs(vo="vo1"),

@@ -88,7 +88,7 @@ async def test_each_state_maps_to_a_status_of_dirac(db: MyPilotDB, registry: Pil
     ):
         pilot_id, stamp = await submit(db, reference=reference)
         if name == "Aborted":
-            await db.request_cancel(pilot_id, reason="cancelled by fred")
+            await db.request_cancels([(pilot_id, "cancelled by fred")])
         await move(db, pilot_id, *path, reason="exit code 1" if name == "Failed" else None)
         expected[stamp] = (name, reference or stamp)
     assert await logic.update_registry(db, registry, "lhcb") == 6

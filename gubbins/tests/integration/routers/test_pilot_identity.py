@@ -188,7 +188,7 @@ async def test_tokens_of_an_ended_pilot_are_invalid(world: World, how: str) -> N
     assert (await world.report(granted["access_token"])).status_code == 200
     for id in (pilot_id, fresh_id):
         if how == "cancelled":
-            await world.db.request_cancel(id, reason="by hand")
+            await world.db.request_cancels([(id, "by hand")])
         else:
             for status in (MyPilotStatus.RUNNING, MyPilotStatus.DONE):
                 await world.db.advance_pilots({status: [(id, None)]}, vo="lhcb")

@@ -151,7 +151,7 @@ async def world(
         await db.add_ce(f"{vo}-ce", 9, 1.0, vos=[vo])
         pilots[vo] = await db.submit_pilot(f"{vo}-ce", vo)
         stamps[vo] = (await db.get_pilot(pilots[vo]))["stamp"]
-        await db.request_cancel(await db.submit_pilot("shared", vo), reason=f"an error of {vo}")
+        await db.request_cancels([(await db.submit_pilot("shared", vo), f"an error of {vo}")])
         await db.queue_outputs([pilots[vo]])
         await db.store_outputs([Output(pilots[vo], clock.now(), f"the output of {vo}", "")])
     await db.record_failure("shared", CECall.STATUS, SITE_ERROR, **breaker)

@@ -111,7 +111,10 @@ class PilotsMixin(PilotSession):
 
     @transaction
     async def request_cancels(self, pilots: Sequence[tuple[int, str | None]]) -> None:
-        """Request the cancellation of active pilots (id, reason), unless it was requested before."""
+        """Request the cancellation of active pilots (id, reason), unless it was requested before.
+
+        Their states change when the compute elements report the end.
+        """
         for batch in split_batches(pilots):
             these = await self._staged(batch)
             await self.conn.execute(
@@ -119,25 +122,6 @@ class PilotsMixin(PilotSession):
                 .where(self._is_staged(these), Pilots.status.in_(ACTIVE), Pilots.cancel_requested_at.is_(None))
                 .values(cancel_requested_at=clock.now(), last_error=these.c.reason)
             )
-
-    @transaction
-    async def request_cancel(self, pilot_id: int, *, reason: str) -> None:
-        """Request the cancellation of an active pilot; its state changes when the compute element reports the end.
-
-        Raises:
-            PilotNotFoundError: there is no such pilot, or it has ended.
-        """
-        now = clock.now()
-        updated = await self.conn.execute(
-            update(Pilots)
-            .where(Pilots.id == pilot_id, Pilots.status.in_(ACTIVE))
-            .values(
-                cancel_requested_at=func.coalesce(Pilots.cancel_requested_at, now),
-                last_error=reason,
-            )
-        )
-        if not updated.rowcount:
-            raise PilotNotFoundError(pilot_id)
 
     @transaction
     async def get_active_pilots(self, *, vo: str) -> list[ActivePilot]:

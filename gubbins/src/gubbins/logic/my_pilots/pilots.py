@@ -68,7 +68,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
         pilot = await db.get_pilot(pilot_id)
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(pilot_id, pilot["status"])
-        await db.request_cancel(pilot_id, reason=f"cancellation requested by {one_line(by)}")
+        await db.request_cancels([(pilot_id, f"cancellation requested by {one_line(by)}")])
         return pilot, await db.get_ce(pilot["ce_name"])
 
     pilot, ce = await db.run(request)
