@@ -26,7 +26,6 @@ class UnknownCEError(PilotSubmissionError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"unknown compute element {name[:_NAME]!r}: `gubbins ce list` shows those that exist")
-        self.name = name
 
 
 class DowntimeError(GubbinsError):
@@ -99,8 +98,6 @@ class SubmissionLimitError(PilotSubmissionError):
         super().__init__(
             f"no pilot of VO {vo!r} at compute element {name!r}: its rule {rule} is {limit:g}, and {why}"
         )
-        self.rule = rule
-        self.limit = limit
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -192,7 +189,6 @@ class OutputUnavailableError(GubbinsError):
 
     def __init__(self, stamp: str, reason: str) -> None:
         super().__init__(f"no output of pilot {stamp}: {reason}")
-        self.stamp = stamp
         self.reason = reason
 
 

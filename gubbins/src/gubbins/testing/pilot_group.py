@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -28,23 +30,19 @@ MakeBackend = Callable[[Scenario], CEBackend[Any]]
 _ENDS = (Observed.DONE, Observed.FAILED)
 
 
+@dataclass
 class PilotGroup:
     """Pilots of one test, polled as by checks, with a new back end for each call; cancelled at the end."""
 
-    def __init__(
-        self,
-        make: MakeBackend,
-        scenario: Scenario,
-        number: int,
-        deadline_seconds: float,
-        pause_seconds: float,
-    ) -> None:
-        self._make = make
-        self._scenario = scenario
-        self._deadline_seconds = deadline_seconds
-        self._pause_seconds = pause_seconds
+    make: MakeBackend
+    scenario: Scenario
+    number: int
+    deadline_seconds: float
+    pause_seconds: float
+
+    def __post_init__(self) -> None:
         self._used: list[CEBackend[Any]] = []
-        self.pilots = [new_pilot() for _ in range(number)]
+        self.pilots = [new_pilot() for _ in range(self.number)]
         self.seen: dict[str, Observation] = {}
 
     async def __aenter__(self) -> PilotGroup:
@@ -59,7 +57,7 @@ class PilotGroup:
 
     def backend(self) -> CEBackend[Any]:
         """Create a back end, which is closed at the end of the test."""
-        backend = self._make(self._scenario)
+        backend = self.make(self.scenario)
         self._used.append(backend)
         return backend
 
@@ -99,7 +97,7 @@ class PilotGroup:
         Requested cancellations are repeated before each poll.
         """
         stamps = {pilot.stamp for pilot in of or self.pilots}
-        deadline = time.monotonic() + self._deadline_seconds
+        deadline = time.monotonic() + self.deadline_seconds
         while True:
             seen = {stamp: each for stamp, each in (await self.poll()).items() if stamp in stamps}
             if set(seen) == stamps and all(each.state is wanted for each in seen.values()):
@@ -107,7 +105,7 @@ class PilotGroup:
             wrong = [each for each in seen.values() if each.state in _ENDS and each.state is not wanted]
             assert not wrong, f"{wrong[0]} instead of {wanted}"
             assert time.monotonic() < deadline, f"still not {wanted}: {few(seen.values())}"
-            await asyncio.sleep(self._pause_seconds)
+            await asyncio.sleep(self.pause_seconds)
             if any(pilot.cancel_requested for pilot in self.pilots):
                 await self.cancel()
 
@@ -125,15 +123,13 @@ class PilotGroup:
             assert len(seen.reason) <= 500
 
 
-class closing:
-    def __init__(self, backend: CEBackend[Any]) -> None:
-        self._backend = backend
-
-    async def __aenter__(self) -> CEBackend[Any]:
-        return self._backend
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._backend.close()
+@asynccontextmanager
+async def closing(backend: CEBackend[Any]) -> AsyncIterator[CEBackend[Any]]:
+    """Close a back end at the end."""
+    try:
+        yield backend
+    finally:
+        await backend.close()
 
 
 def new_pilot() -> PilotAtCE:
