@@ -48,39 +48,26 @@ class CESpec(BaseModel):
         },
     )
 
-    name: Annotated[
-        str,
-        Field(
-            pattern=CE_NAME,
-            max_length=128,
-            description="Unique name; letters, digits and . _ : -",
-        ),
-    ]
-    capacity: Annotated[
-        int,
-        Field(strict=True, ge=0, le=2**31 - 1, description="Slots, shared by all VOs; at least 0."),
-    ]
-    success_rate: Annotated[float, Field(strict=True, ge=0, le=1, description="Reliability, from 0.0 to 1.0.")] = (
-        1.0
+    name: str = Field(pattern=CE_NAME, max_length=128, description="Unique name; letters, digits and . _ : -")
+    capacity: int = Field(strict=True, ge=0, le=2**31 - 1, description="Slots, shared by all VOs; at least 0.")
+    success_rate: float = Field(default=1.0, strict=True, ge=0, le=1, description="Reliability, from 0.0 to 1.0.")
+    enabled: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Whether it takes new pilots; left out: as it is, or true when new.",
     )
-    enabled: Annotated[
-        bool | None,
-        Field(strict=True, description="Whether it takes new pilots; left out: as it is, or true when new."),
-    ] = None
-    vos: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=128)]] | None,
-        Field(
-            min_length=1,
-            max_length=1_000,
-            description="The VOs it serves, as a list, or as a mapping with the settings that differ for each "
-            "(account, credentials, queue); left out: all.",
-        ),
-    ] = None
-    backend: Annotated[
-        str, Field(max_length=64, description="Back end: an entry point of the group `gubbins.ces`.")
-    ] = "simulated"
-    settings: Annotated[dict[str, Any], Field(description="For the back end.")] = {}
-    rules: Annotated[CERules, Field(description="Number of pilots per VO, limits and time-outs.")] = CERules()
+    vos: list[Annotated[str, Field(min_length=1, max_length=128)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1_000,
+        description="The VOs it serves, as a list, or as a mapping with the settings that differ for each "
+        "(account, credentials, queue); left out: all.",
+    )
+    backend: str = Field(
+        default="simulated", max_length=64, description="Back end: an entry point of the group `gubbins.ces`."
+    )
+    settings: dict[str, Any] = Field(default={}, description="For the back end.")
+    rules: CERules = Field(default=CERules(), description="Number of pilots per VO, limits and time-outs.")
 
     @field_validator("vos", mode="before")
     @classmethod

@@ -41,14 +41,6 @@ _ENDS = {Observed.DONE: MyPilotStatus.DONE, Observed.FAILED: MyPilotStatus.FAILE
 
 
 @dataclass(frozen=True)
-class PollResult:
-    """Response of one compute element."""
-
-    observations: Mapping[str, Observation]
-    warning: str | None  # errors beside the poll, which succeeded
-
-
-@dataclass(frozen=True)
 class PollRequest:
     """A poll of one compute element about pilots of a VO."""
 
@@ -100,6 +92,8 @@ class StatusChanges:
             self.ended[request.ce["name"]].append(request.at_ce(pilot)._replace(status=status))
 
 
+PollResult: TypeAlias = tuple[Mapping[str, Observation], str | None]
+"""Observations, and errors beside the poll, which succeeded."""
 _Polls: TypeAlias = dict[asyncio.Task[PollResult], PollRequest]
 
 
@@ -185,7 +179,7 @@ async def _poll(request: PollRequest) -> PollResult:
         async with asyncio.timeout(seconds):
             response = await backend.poll(pilots)
         checked = check_observations(ce, response, (pilot.stamp for pilot in pilots))
-        return PollResult(checked, backend.warning)
+        return checked, backend.warning
 
 
 async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges, dict[MyPilotStatus, int]]:
@@ -208,10 +202,9 @@ async def _record(db: MyPilotDB, vo: str, polls: _Polls) -> tuple[StatusChanges,
         elif error is not None:
             raise error
         else:
-            result = task.result()
-            warnings[name] = result.warning
+            observations, warnings[name] = task.result()
             with _gc_disabled():
-                _evaluate(request, result.observations, now, changes)
+                _evaluate(request, observations, now, changes)
 
     async def write() -> tuple[dict[MyPilotStatus, int], int]:
         await db.lock_ces(ces)
