@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .alerts import Alert, Severity
-from .report import Health
-from .runner import ENTRY_POINT_GROUP, HealthChecks, HealthSource, health_checks
+from .runner import ENTRY_POINT_GROUP, Health, HealthChecks, HealthSource, health_checks
 from .thresholds import HealthThresholds
 
 __all__ = [

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
@@ -17,11 +17,12 @@ from ...plumbing._util.retrying import reason
 from ...plumbing.broker.inspection import note_alerts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError, moment_of
+from ..models import ReadModel, Snapshot
 from ..single_flight import SingleFlightCache
+from ..visibility import Viewer
 from .alerts import Alert, Severity, counted, worst
-from .checks import CHECKS, find_alerts, unusable
+from .checks import CHECKS, describe, find_alerts, unusable
 from .facts import Facts, read_facts
-from .report import Health
 from .thresholds import HealthThresholds
 
 if TYPE_CHECKING:
@@ -39,6 +40,59 @@ HealthSource: TypeAlias = Callable[[], AbstractAsyncContextManager[RunChecks | s
 _FRESH_SECONDS = 15.0
 _RESPONSE_SECONDS = 3.0
 _SERVER_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health(ReadModel):
+    """Result of all health checks at one moment."""
+
+    severity: Severity
+    """The highest severity of the alerts."""
+    alerts: list[Alert] = field(default_factory=list)
+    """Alerts by descending severity."""
+    unchecked: list[str] = field(default_factory=list)
+    """Checks that are not configured, each with the reason."""
+    snapshot: Snapshot | None = None
+    """The whole system; None if the server did not respond."""
+    error: Exception | None = None
+    """Error of the server if it did not respond."""
+
+    def for_viewer(self, viewer: Viewer) -> Health:
+        """Reduce it for a viewer of one VO: alerts that are not public are merged by check, without names."""
+        if viewer.vo is None:
+            return self
+        shown = [alert for alert in self.alerts if alert.public]
+        private: dict[tuple[str, Severity], list[Alert]] = {}
+        for alert in self.alerts:
+            if not alert.public:
+                private.setdefault((alert.check, alert.severity), []).append(alert)
+        for (check, severity), these in private.items():
+            shown.append(
+                Alert(
+                    check=check,
+                    severity=severity,
+                    summary=describe(check),
+                    remedy="ask an administrator, who sees the details",
+                    count=len(these),
+                    since=min((each.since for each in these if each.since is not None), default=None),
+                )
+            )
+        shown.sort(key=lambda alert: -alert.severity.rank)
+        snapshot = None if self.snapshot is None else viewer.snapshot(self.snapshot)
+        return replace(self, alerts=shown, snapshot=snapshot, unchecked=[])
+
+    def names(self) -> list[str]:
+        """Return `{severity} {check}` of each alert, without duplicates."""
+        return list(dict.fromkeys(f"{alert.severity} {alert.check}" for alert in self.alerts))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the alerts and the fields of the snapshot for `json.dumps`."""
+        return {
+            **({} if self.snapshot is None else self.snapshot.as_json()),
+            "severity": str(self.severity),
+            "alerts": [alert.as_json() for alert in self.alerts],
+            "unchecked": self.unchecked,
+        }
 
 
 class HealthChecks:
