@@ -6,9 +6,10 @@ import hmac
 from collections.abc import Collection, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
@@ -90,62 +91,64 @@ class AuthMiddleware:
             await send(message)
 
         request = Request(scope, receive)
-        refusal = await self._refusal(request, path)
-        await (refusal or self._app)(scope, receive, with_headers)
+        response: ASGIApp
+        try:
+            response = await self._check(request, path) or self._app
+        except HTTPException as error:
+            response = PlainTextResponse(f"{error.detail}\n", error.status_code)
+        await response(scope, receive, with_headers)
 
-    async def _refusal(self, request: Request, path: str) -> Response | None:
+    async def _check(self, request: Request, path: str) -> Response | None:
+        """Return the redirect to the sign-in if a request needs a session.
+
+        Raises:
+            HTTPException: the request is refused.
+        """
         host = _host_of(request)
         # A TLS proxy connects without TLS, but with the public name.
         by_public_name = self._hosts is not None and not is_loopback(host or "")
         request.state.secure = request.url.scheme == "https" or by_public_name
         if self._hosts is not None and host not in self._hosts:
-            return _plain(HTTPStatus.MISDIRECTED_REQUEST, "this server has another host name")
-        if (refusal := _check_url(request, path)) is not None:
-            return refusal
+            raise HTTPException(HTTPStatus.MISDIRECTED_REQUEST, "this server has another host name")
+        _check_url(request, path)
         # Pages of other ports of this host send the cookies, too, and could read the response.
         if request.headers.get("sec-fetch-mode", "navigate") != "navigate" and not _is_same_origin(request):
-            return _plain(HTTPStatus.FORBIDDEN, "only pages of the dashboard may fetch this")
+            raise HTTPException(HTTPStatus.FORBIDDEN, "only pages of the dashboard may fetch this")
         secret = request.cookies.get(cookie_name(request), "")
         principal = await self._backend.principal(request, secret) if secret else None
         request.state.principal = principal
         request.state.form_token = form_token(secret) if principal else ""
         if request.method == "POST":
-            refusal = await self._check_form(request, path)
-            if refusal is not None:
-                return refusal
-        if principal is None and not _is_open(path):
+            await _check_form(request, path)
+        if principal is None and path not in SIGN_IN and not path.startswith("/static/"):
             return _to_sign_in(request, path)
         return None
 
-    async def _check_form(self, request: Request, path: str) -> Response | None:
-        if not _is_same_origin(request):
-            return _plain(HTTPStatus.FORBIDDEN, "this form comes from another site")
-        form = await _read_form(request, _LONGEST_SIGN_IN if request.state.principal is None else _LONGEST_FORM)
-        if isinstance(form, Response):
-            return form
-        request.state.form = form
-        return None if path in SIGN_IN else self._check_principal(request, path, form)
 
-    def _check_principal(self, request: Request, path: str, form: dict[str, list[str]]) -> Response | None:
-        principal = request.state.principal
-        if principal is None:
-            return _plain(HTTPStatus.UNAUTHORIZED, "your session has expired; sign in again")
-        [token] = form.get(FORM_FIELD, [""])[:1]
-        if not hmac.compare_digest(token.encode(), request.state.form_token.encode()):
-            return _plain(HTTPStatus.FORBIDDEN, "this form is of another session; reload the page")
-        if principal.role is not Role.WRITE and path != "/sign-out":
-            return _plain(HTTPStatus.FORBIDDEN, "your role is `read`, which allows no actions")
-        return None
+async def _check_form(request: Request, path: str) -> None:
+    if not _is_same_origin(request):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "this form comes from another site")
+    principal = request.state.principal
+    form = await _read_form(request, _LONGEST_SIGN_IN if principal is None else _LONGEST_FORM)
+    request.state.form = form
+    if path in SIGN_IN:
+        return
+    if principal is None:
+        raise HTTPException(HTTPStatus.UNAUTHORIZED, "your session has expired; sign in again")
+    [token] = form.get(FORM_FIELD, [""])[:1]
+    if not hmac.compare_digest(token.encode(), request.state.form_token.encode()):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "this form is of another session; reload the page")
+    if principal.role is not Role.WRITE and path != "/sign-out":
+        raise HTTPException(HTTPStatus.FORBIDDEN, "your role is `read`, which allows no actions")
 
 
-def _check_url(request: Request, path: str) -> Response | None:
+def _check_url(request: Request, path: str) -> None:
     if request.method not in ("GET", "HEAD", "POST"):
-        return _plain(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+        raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
     if len(path) + len(request.url.query) > _LONGEST_ADDRESS:
-        return _plain(HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long")
+        raise HTTPException(HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long")
     if not _is_text([path, *request.query_params.values()]):
-        return _plain(HTTPStatus.BAD_REQUEST, "the URL has invalid characters")
-    return None
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "the URL has invalid characters")
 
 
 def _host_of(request: Request) -> str | None:
@@ -156,33 +159,27 @@ def _host_of(request: Request) -> str | None:
         return None
 
 
-def _is_open(path: str) -> bool:
-    return path in SIGN_IN or path.startswith("/static/")
-
-
 def _is_text(values: Iterable[str]) -> bool:
     """True if the values have neither NUL nor surrogates, which databases, keys and pages cannot store."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for text in values for character in text)
 
 
-async def _read_form(request: Request, longest: int) -> dict[str, list[str]] | Response:
-    """Read the fields of a form, or return the response that refuses it."""
+async def _read_form(request: Request, longest: int) -> dict[str, list[str]]:
+    """Read the fields of a form."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > longest:
-            return _plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the form is too long")
-    form: dict[str, list[str]] = {}
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the form is too long")
     try:
-        fields = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
-    except ValueError:
-        return _plain(HTTPStatus.BAD_REQUEST, "the form cannot be decoded")
-    if any(len(value) > _LONGEST_FIELD for _, value in fields):
-        return _plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a field of the form is too long")
-    if not _is_text(value for _, value in fields):
-        return _plain(HTTPStatus.BAD_REQUEST, "the form has invalid characters")
-    for name, value in fields:
-        form.setdefault(name, []).append(value)
+        form = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+    except ValueError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "the form cannot be decoded") from error
+    values = [value for values in form.values() for value in values]
+    if any(len(value) > _LONGEST_FIELD for value in values):
+        raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a field of the form is too long")
+    if not _is_text(values):
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "the form has invalid characters")
     return form
 
 
@@ -200,11 +197,7 @@ def _to_sign_in(request: Request, path: str) -> Response:
         # Scripts cannot see why an event stream was refused, and would try again endlessly.
         return Response(event("gone", "your session has expired"), media_type="text/event-stream")
     if "hx-request" in request.headers:
-        return _plain(HTTPStatus.UNAUTHORIZED, "your session has expired; sign in again")
+        raise HTTPException(HTTPStatus.UNAUTHORIZED, "your session has expired; sign in again")
     query = f"?{request.url.query}" if request.url.query else ""
     page = f"{request.scope.get('root_path', '')}/sign-in"
     return RedirectResponse(f"{page}?next={quote(path + query, safe='')}", HTTPStatus.SEE_OTHER)
-
-
-def _plain(status: HTTPStatus, text: str) -> Response:
-    return PlainTextResponse(text + "\n", status)
