@@ -8,14 +8,11 @@ secret.
 
 from __future__ import annotations
 
-from ..plumbing._util.secrets import MASK
 from ..plumbing.broker.groups import list_groups as groups
 from ..plumbing.broker.requests import LockKind
 from .dead_letters import waiting_dead_letters
 from .locks import lock, locks, release_lock
-from .masking import masked_arguments
 from .models import (
-    DELAY_REASONS,
     BlockedLoop,
     DelayedTask,
     DelayReason,
@@ -42,8 +39,6 @@ from .queued import delayed, peek, purge, queues, snapshot
 from .statistics import failed_task_names, failures, history, stats
 
 __all__ = [
-    "DELAY_REASONS",
-    "MASK",
     "BlockedLoop",
     "DelayReason",
     "DelayedTask",
@@ -72,7 +67,6 @@ __all__ = [
     "history",
     "lock",
     "locks",
-    "masked_arguments",
     "peek",
     "purge",
     "queues",

@@ -43,20 +43,6 @@ def streams_of_queue(queue: str) -> list[str]:
     raise ValueError(f"no queue {queue!r}; the queues are {known}")
 
 
-def as_mapping(reply: Any) -> dict[Any, Any]:
-    """Convert a reply of RESP2 or RESP3 that is a hash."""
-    if isinstance(reply, Mapping):
-        return dict(reply)
-    return dict(zip(reply[::2], reply[1::2], strict=True))
-
-
-def scored(reply: Any) -> list[tuple[Any, float]]:
-    """Convert a reply of RESP2 or RESP3 with members and scores."""
-    if reply and isinstance(reply[0], list | tuple):
-        return [(member, float(score)) for member, score in reply]
-    return [(member, float(score)) for member, score in zip(reply[::2], reply[1::2], strict=True)]
-
-
 @dataclass(frozen=True, slots=True)
 class Head:
     """A message as read by lists: complete if small, else its leading fields."""

@@ -73,10 +73,8 @@ async def _inspect(
     reported: Mapping[str, tuple[int | None, int | None]],
     owners: Mapping[tuple[str, str], tuple[str, int | None]],
 ) -> list[Lock]:
-    queries = [
-        {"key": key, "kind": locking.kind_of(key), "window_us": reported.get(key, (None, None))[1]} for key in keys
-    ]
-    queries = [{name: value for name, value in query.items() if value is not None} for query in queries]
+    windows = {key: {"window_us": window_us} for key, (_, window_us) in reported.items() if window_us is not None}
+    queries = [{"key": key, "kind": locking.kind_of(key), **windows.get(key, {})} for key in keys]
     replies = await locking.inspect(redis, queries, HOLDERS_SHOWN)
     now = await server_time(redis)
     named = {reply_owner for reply in replies for reply_owner in reply[4][::2]}

@@ -22,7 +22,6 @@ from .cursors import (
     parse_cursor,
     queue_of,
     read_head,
-    scored,
     streams_of_queue,
     waiting_heads,
 )
@@ -74,12 +73,7 @@ def _queues(found: dict[str, Any]) -> list[Queue]:
     for stream, (length, taken, oldest_us, added) in zip(ALL_STREAM_NAMES, found["queues"], strict=True):
         name = queue_of(stream)
         priority, size = name.split(":")
-        rates: list[float | None] = [None, None]
-        if seconds > 0:
-            rates = [
-                max(0.0, added - flow.get(f"{stream} added", 0)) / seconds,
-                flow.get(f"{stream} ended", 0) / seconds,
-            ]
+        submitted = max(0.0, added - flow.get(f"{stream} added", 0))
         backlog = max(0, length - taken)
         shown.append(
             Queue(
@@ -89,8 +83,8 @@ def _queues(found: dict[str, Any]) -> list[Queue]:
                 backlog=backlog,
                 running=taken,
                 oldest_waiting_seconds=max(0.0, now - oldest_us / 1e6) if backlog and oldest_us else None,
-                in_per_second=rates[0],
-                out_per_second=rates[1],
+                in_per_second=submitted / seconds if seconds > 0 else None,
+                out_per_second=flow.get(f"{stream} ended", 0) / seconds if seconds > 0 else None,
             )
         )
     return shown
@@ -193,7 +187,7 @@ async def delayed(
     last = after
     offset = 0
     while len(found) < limit and read < _DELAYED_READ:
-        page = scored(await inspection.delayed_page(redis, begin, offset, PAGE))
+        page = await inspection.delayed_page(redis, begin, offset, PAGE)
         if not page:
             return Page(items=await _with_lines(redis, found))
         offset += len(page)

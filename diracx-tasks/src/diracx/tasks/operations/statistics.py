@@ -13,7 +13,7 @@ from ..plumbing.broker.stored import moment_of, reading, text_of
 from ..plumbing.broker.telemetry import end_of_bucket
 from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
-from .cursors import as_mapping, check_stream_cursor
+from .cursors import check_stream_cursor
 from .models import Distribution, Failure, Page, Point, TaskStats, Window
 
 #: Period, length of a bucket (s), number of full buckets before the current one.
@@ -46,9 +46,7 @@ async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, f
     found = {}
     for bucket, reply in zip(buckets, replies, strict=True):
         with reading(inspection.counter_key(period, bucket)):
-            found[bucket] = {
-                text_of(name): dict(msgpack.unpackb(packed)) for name, packed in as_mapping(reply).items()
-            }
+            found[bucket] = {text_of(name): dict(msgpack.unpackb(packed)) for name, packed in reply.items()}
     return found
 
 
@@ -97,7 +95,7 @@ async def history(redis: Redis) -> list[Point]:
     ended = await _buckets(redis, "hour")
     minutes = list(ended)
     replies = await inspection.throughput(redis, minutes)
-    flows = [{text_of(name): int(value) for name, value in as_mapping(reply).items()} for reply in replies]
+    flows = [{text_of(name): int(value) for name, value in reply.items()} for reply in replies]
     points = []
     for position, minute in enumerate(minutes):
         flow, following = flows[position], flows[position + 1] if position + 1 < len(flows) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..operations.health import Health, HealthChecks, health_checks
 from ..operations.single_flight import SingleFlightCache
 from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.config import TasksConfig
-from ..plumbing.config.sources import ConfigReader, ConfigSnapshot, in_thread
+from ..plumbing.config.sources import ConfigReader, in_thread
 from ..plumbing.registry import TaskRegistry
 
 if TYPE_CHECKING:
@@ -25,10 +24,8 @@ if TYPE_CHECKING:
 
 #: How long a snapshot is cached.
 _SHARED_SECONDS = 1.0
-#: How long health checks and history are cached.
+#: How long settings, health checks and history are cached.
 _SLOW_SECONDS = 5.0
-#: Minimum interval between reads of the settings.
-_READ_SECONDS = 5.0
 #: Number of points in the chart of the load.
 _KEPT_LOADS = 900
 
@@ -79,9 +76,7 @@ class AppContext:
         self.loads: deque[Load] = deque(maxlen=_KEPT_LOADS)
         """The load of the last snapshots."""
         self.reader = reader
-        self._read_at = 0.0
         self._settings = Settings(TasksConfig(), ())
-        self._reading = asyncio.Lock()
         self._opening = asyncio.Lock()
         self._checks: HealthChecks | None = None
         self._stack = AsyncExitStack()
@@ -95,12 +90,15 @@ class AppContext:
 
     async def settings(self) -> Settings:
         """Return the current settings, the last valid ones while the configuration is wrong."""
-        async with self._reading:
-            if not self._read_at or (self.reader.can_change and time.monotonic() - self._read_at > _READ_SECONDS):
-                reading = await in_thread(self.reader.read, "dashboard-configuration")
-                self._settings = _settings(reading, self._settings)
-                self._read_at = time.monotonic()
+
+        async def read() -> Settings:
+            found = await in_thread(self.reader.read, "dashboard-configuration")
+            tasks = self._settings.tasks if found.tasks is None else found.tasks
+            vos = self._settings.vos if found.vos is None else found.vos
+            self._settings = Settings(tasks, vos, found.problems)
             return self._settings
+
+        return await self.responses.get("settings", read, _SLOW_SECONDS)
 
     async def health(self) -> Health:
         """Return the cached results of the health checks; a server that does not respond is an alert.
@@ -132,9 +130,3 @@ class AppContext:
     async def history(self) -> list[Point]:
         """Return counters of the past hour by minute."""
         return await self.responses.get("history", lambda: monitor.history(self.redis), _SLOW_SECONDS)
-
-
-def _settings(reading: ConfigSnapshot, before: Settings) -> Settings:
-    tasks = before.tasks if reading.tasks is None else reading.tasks
-    vos = before.vos if reading.vos is None else reading.vos
-    return Settings(tasks, vos, reading.problems)

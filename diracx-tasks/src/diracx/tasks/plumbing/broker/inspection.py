@@ -71,10 +71,10 @@ async def server_time(redis: Redis) -> float:
     return int(seconds) + int(microseconds) / 1e6
 
 
-async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> Any:
+async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> list[tuple[bytes, float]]:
     """Ids and due times (ms) of delayed tasks, in the order in which they are due, from a score on."""
-    command = ("ZRANGE", keys.DELAYED, begin, "+inf", "BYSCORE", "LIMIT", offset, count, "WITHSCORES")
-    return await redis.execute_command(*command)
+    found: Any = await redis.zrangebyscore(keys.DELAYED, begin, "+inf", offset, count, withscores=True)
+    return [(task, score) for task, score in found]
 
 
 async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
@@ -116,21 +116,21 @@ def counter_key(period: str, bucket: int) -> str:
     return f"{keys.MINUTE_PREFIX if period == 'minute' else keys.HOUR_PREFIX}{bucket}"
 
 
-async def counters(redis: Redis, period: str, buckets: Sequence[int]) -> list[Any]:
+async def counters(redis: Redis, period: str, buckets: Sequence[int]) -> list[dict[bytes, bytes]]:
     """Counters of the executions that ended in each period: task -> counters (msgpack)."""
     return await _hashes(redis, [counter_key(period, bucket) for bucket in buckets])
 
 
-async def throughput(redis: Redis, minutes: Sequence[int]) -> list[Any]:
+async def throughput(redis: Redis, minutes: Sequence[int]) -> list[dict[bytes, bytes]]:
     """Throughput of each queue in these minutes: submitted and ended tasks."""
     return await _hashes(redis, [f"{keys.THROUGHPUT_PREFIX}{minute}" for minute in minutes])
 
 
-async def _hashes(redis: Redis, names: Iterable[str]) -> list[Any]:
+async def _hashes(redis: Redis, names: Iterable[str]) -> list[dict[bytes, bytes]]:
     async with redis.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.execute_command("HGETALL", name)
-        replies: list[Any] = await pipe.execute()
+            pipe.hgetall(name)
+        replies: list[dict[bytes, bytes]] = await pipe.execute()
     return replies
 
 

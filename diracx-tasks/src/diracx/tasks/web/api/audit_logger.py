@@ -67,22 +67,15 @@ class AuditLogger:
         try:
             redis = (await context_from_environment()).redis
             if not self._is_admin and not await UserActionRate(API_USER, self._user.sub).acquire(redis):
-                raise _rate_exceeded()
+                limit, seconds = UserActionRate.limit, f"{UserActionRate.window_seconds:.0f}"
+                detail = f"more than {limit} actions in {seconds} s: try again after that time"
+                raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, detail, {"Retry-After": seconds})
             vo = None if self._is_admin else self._user.vo
             return await AuditLog(redis, self._who, "api", vo).perform(action, target, do, summary)
         except RedisError as error:
             raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE, f"the audit log cannot be written: {error}"
             ) from error
-
-
-def _rate_exceeded() -> HTTPException:
-    limit, seconds = UserActionRate.limit, UserActionRate.window_seconds
-    return HTTPException(
-        HTTPStatus.TOO_MANY_REQUESTS,
-        f"more than {limit} actions in {seconds:.0f} s: try again after that time",
-        {"Retry-After": f"{seconds:.0f}"},
-    )
 
 
 Audited = Annotated[AuditLogger, Depends(AuditLogger)]
