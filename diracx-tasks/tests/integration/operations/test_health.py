@@ -467,4 +467,4 @@ def test_the_worst_alert_is_the_severity_of_the_whole() -> None:
     assert [severity.exit_code for severity in Severity] == [0, 1, 2, 3]
     order = sorted(Severity, key=lambda each: each.rank)
     assert order == [Severity.OK, Severity.WARNING, Severity.UNKNOWN, Severity.CRITICAL]
-    assert Health(severity=Severity.OK).as_json()["alerts"] == []
+    assert Health().as_json()["alerts"] == []

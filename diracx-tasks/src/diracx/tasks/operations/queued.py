@@ -181,8 +181,8 @@ async def delayed(
     """
     if reason is not None and reason not in DELAY_REASONS:
         raise ValueError(f"no reason {reason!r}; the reasons are {', '.join(DELAY_REASONS)}")
-    after_score, after_task = (-math.inf, "") if after is None else parse_cursor(after)
-    begin, passed, read = ("-inf" if after is None else repr(after_score)), after is None, 0
+    place = (-math.inf, "") if after is None else parse_cursor(after)
+    begin, read = repr(place[0]), 0
     found: list[DelayedTask] = []
     last = after
     offset = 0
@@ -195,11 +195,8 @@ async def delayed(
         ids = [text_of(task) for task, _ in page]
         stored = await inspection.delayed_heads(redis, ids, HEAD_BYTES)
         for task, (_, score), data in zip(ids, page, stored, strict=True):
-            if not passed:
-                # Members with the same score are sorted by name.
-                if score == after_score and task <= after_task:
-                    continue
-                passed = True
+            if (score, task) <= place:  # members with the same score are sorted by name
+                continue
             last = f"{score!r} {task}"
             if data is None:
                 continue

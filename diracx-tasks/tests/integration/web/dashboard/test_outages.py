@@ -99,7 +99,6 @@ def test_a_viewer_of_one_vo_sees_that_there_is_an_error_without_details() -> Non
         )
 
     health = Health(
-        severity=Severity.CRITICAL,
         alerts=[
             alert("tasks_overdue", "t1"),
             alert("tasks_overdue", "t2"),

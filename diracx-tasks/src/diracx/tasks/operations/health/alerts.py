@@ -62,11 +62,6 @@ class Alert(ReadModel):
         object.__setattr__(self, "summary", printable_line(self.summary))
 
 
-def worst(alerts: list[Alert]) -> Severity:
-    """Return the highest severity."""
-    return max((alert.severity for alert in alerts), key=lambda each: each.rank, default=Severity.OK)
-
-
 def counted(number: int, one: str, many: str) -> str:
     """Format a number with its noun: `1 task waits`, `1,204 tasks wait`."""
     return f"{number:,} {one if number == 1 else many}"

@@ -20,7 +20,7 @@ from ...plumbing.broker.stored import UnreadableKeyError, moment_of
 from ..models import ReadModel, Snapshot
 from ..single_flight import SingleFlightCache
 from ..visibility import Viewer
-from .alerts import Alert, Severity, counted, worst
+from .alerts import Alert, Severity, counted
 from .checks import CHECKS, describe, find_alerts, unusable
 from .facts import Facts, read_facts
 from .thresholds import HealthThresholds
@@ -46,8 +46,6 @@ _SERVER_SECONDS = 5.0
 class Health(ReadModel):
     """Result of all health checks at one moment."""
 
-    severity: Severity
-    """The highest severity of the alerts."""
     alerts: list[Alert] = field(default_factory=list)
     """Alerts by descending severity."""
     unchecked: list[str] = field(default_factory=list)
@@ -56,6 +54,14 @@ class Health(ReadModel):
     """The whole system; None if the server did not respond."""
     error: Exception | None = None
     """Error of the server if it did not respond."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alerts", sorted(self.alerts, key=lambda alert: -alert.severity.rank))
+
+    @property
+    def severity(self) -> Severity:
+        """The highest severity of the alerts."""
+        return self.alerts[0].severity if self.alerts else Severity.OK
 
     def for_viewer(self, viewer: Viewer) -> Health:
         """Reduce it for a viewer of one VO: alerts that are not public are merged by check, without names."""
@@ -77,7 +83,6 @@ class Health(ReadModel):
                     since=min((each.since for each in these if each.since is not None), default=None),
                 )
             )
-        shown.sort(key=lambda alert: -alert.severity.rank)
         snapshot = None if self.snapshot is None else viewer.snapshot(self.snapshot)
         return replace(self, alerts=shown, snapshot=snapshot, unchecked=[])
 
@@ -133,9 +138,7 @@ class HealthChecks:
             alerts.append(unreadable(raised))
         if facts is not None:
             alerts = await self._since(find_alerts(facts) + alerts)
-        alerts.sort(key=lambda alert: -alert.severity.rank)
         return Health(
-            severity=worst(alerts),
             alerts=alerts,
             unchecked=self._unchecked,
             snapshot=None if facts is None else facts.seen,

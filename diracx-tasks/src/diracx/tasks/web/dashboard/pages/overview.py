@@ -12,7 +12,6 @@ from redis.exceptions import RedisError
 
 from .... import operations
 from ....operations import Point
-from ....operations.health.alerts import worst
 from ....operations.health.runner import DEAD_LETTERS, unreadable
 from ....plumbing.broker.stored import UnreadableKeyError
 from ...context import Load
@@ -36,8 +35,7 @@ async def load(request: Request, context: AppContext) -> dict[str, Any]:
         return shown
     except UnreadableKeyError as error:
         others = (alert for alert in health.alerts if alert.check != "server_unreadable")
-        alerts = sorted([unreadable(error), *others], key=lambda alert: -alert.severity.rank)
-        return shown | {"health": replace(health, alerts=alerts, severity=worst(alerts))}
+        return shown | {"health": replace(health, alerts=[unreadable(error), *others])}
     dead_letters = [alert.count for alert in whole.alerts if alert.check == "dead_letters_open"]
     unavailable = context.task_db is None or any(alert.subject == DEAD_LETTERS for alert in whole.alerts)
     return shown | {
