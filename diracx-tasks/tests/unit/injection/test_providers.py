@@ -208,16 +208,29 @@ async def test_a_dependency_that_is_not_configured_is_absent(clean_environment: 
         assert find_missing_overrides(plan, overrides) == EVERYTHING
 
 
-async def test_settings_that_cannot_be_read_are_logged_without_their_value(
-    clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("settings", "name", "value", "reason"),
+    [
+        (ShelfSettings, "TEST_SHELF_WIDTH", "s3cret", "width:"),
+        (AuthSettings, "DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE", "file:///does/not/exist.jwks", "[Errno 2]"),
+    ],
+)
+async def test_settings_that_cannot_be_read_are_left_out_and_no_value_but_a_missing_file_is_logged(
+    clean_environment: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    settings: type[ServiceSettingsBase],
+    name: str,
+    value: str,
+    reason: str,
 ) -> None:
-    clean_environment.setenv("TEST_SHELF_WIDTH", "s3cret")
+    clean_environment.setenv(name, value)
 
-    async def execute(shelf: ShelfSettings) -> None: ...
+    async def execute(given: settings) -> None: ...  # type: ignore[valid-type]  # injected by its type
 
     async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
         assert overrides == {}
-    assert "ShelfSettings cannot be read from the environment: width:" in caplog.text
+    assert f"{settings.__name__} cannot be read from the environment: {reason}" in caplog.text
+    assert ("/does/not/exist.jwks" in caplog.text) == ("exist" in value)
     assert "s3cret" not in caplog.text
 
 
@@ -241,19 +254,6 @@ async def test_settings_that_are_not_json_leave_all_others_open(
         assert (ListSettings.create in overrides) is (message is None)
     assert (message or "") in caplog.text
     assert "s3cret" not in caplog.text
-
-
-async def test_settings_whose_file_does_not_exist_are_left_out_with_its_name(
-    clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clean_environment.setenv("DIRACX_SERVICE_AUTH_TOKEN_KEYSTORE", "file:///does/not/exist.jwks")
-
-    async def execute(settings: AuthSettings) -> None: ...
-
-    async with setup_dependency_overrides([compile_plan(execute)]) as overrides:
-        assert overrides == {}
-    assert "AuthSettings cannot be read from the environment: [Errno 2]" in caplog.text
-    assert "/does/not/exist.jwks" in caplog.text
 
 
 _WITH_BROKEN_CLASSES = """
