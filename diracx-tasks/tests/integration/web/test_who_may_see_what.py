@@ -37,14 +37,12 @@ from diracx.tasks.web.context import AppContext
 from fastapi.routing import APIRoute
 from redis.asyncio import Redis
 from support.config_repository import ConfigRepository
-from support.diracx_application import HOME, make_application, set_environment, token_maker, with_short_streams
+from support.diracx_application import make_application, set_environment, token_maker, with_short_streams
 from support.fixed_vos import ReaderWithVos
-from support.paths import ROOT
+from support.permission_tables import BELOW, REFUSED, Row, client_with, rows
 from support.waiting import until
 
-PAGE = ROOT / "docs" / "reference" / "who-may-see-what.md"
-REFUSED = "\u2013"
-API, BELOW = "/api/tasks", "/api/tasks/dashboard"
+API = "/api/tasks"
 SITE = register_locked_object_type("whose_site")
 VOS = ("lhcb", "gridpp")
 #: What is in the arguments of all that belongs to a VO, or (None) to none: nothing else has it.
@@ -192,13 +190,9 @@ class Site:
 
     @asynccontextmanager
     async def user(self, role: str, vo: str = "lhcb") -> AsyncIterator[httpx.AsyncClient]:
-        """A client of that role: with a token for routes, and signed in to the dashboard as far as it may be."""
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
-            if role != "anonymous":
-                token = self._token(*ROLES[role], vo=vo)
-                client.headers["Authorization"] = f"Bearer {token}"
-                await client.post(f"{BELOW}/sign-in", data={"credential": token})
+        """A client of that role."""
+        token = None if role == "anonymous" else self._token(*ROLES[role], vo=vo)
+        async with client_with(self.app, token) as client:
             yield client
 
 
@@ -226,32 +220,9 @@ async def site(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    """A route, and the access of each role."""
-
-    method: str
-    path: str
-    cells: dict[str, str]
-
-    def __str__(self) -> str:
-        return f"{self.method} {self.path}"
-
-
-def rows(heading: str) -> list[Row]:
-    """The rows of the table below this heading."""
-    text = PAGE.read_text().partition(f"### {heading}")[2].partition("\n### ")[0]
-    roles = ("anonymous", *ROLES)
-    found = []
-    for line in re.findall(r"^\| `(?:GET|POST) .*$", text, re.MULTILINE):
-        route, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        method, path = route.strip("`").split()
-        found.append(Row(method, path, dict(zip(roles, cells, strict=True))))
-    return found
-
-
-ROUTES = rows("HTTP below `/api/tasks`")
-PAGES = rows("Pages about tasks")
+ROUTES, PAGES = (
+    rows(heading, ("anonymous", *ROLES)) for heading in ("HTTP below `/api/tasks`", "Pages about tasks")
+)
 PROBES = ["GET /healthz", "GET /readyz"]  # handled before any route
 
 

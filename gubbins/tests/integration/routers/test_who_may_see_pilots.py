@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import httpx
 import pytest
 from diracx.core.properties import NORMAL_USER, OPERATOR, SERVICE_ADMINISTRATOR
 from diracx.tasks.web.api.responses import MAX_BODY_BYTES
-from support.diracx_application import HOME, set_environment, with_short_streams
-from support.paths import ROOT
+from support.diracx_application import set_environment, token_maker, with_short_streams
+from support.permission_tables import BELOW, REFUSED, client_with, rows
 
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.pages import PAGES
@@ -29,9 +28,7 @@ from gubbins.routers.my_pilots import router
 
 pytestmark = pytest.mark.usefixtures("inline_sqlite")
 
-TABLE = ROOT / "docs" / "reference" / "who-may-see-what.md"
-API, BELOW = "/api/my_pilots", "/api/tasks/dashboard"
-REFUSED = "\u2013"
+API = "/api/my_pilots"
 VOS = ("lhcb", "dteam")
 ROLES = {
     "anonymous": (),
@@ -48,29 +45,7 @@ BODIES: dict[str, Callable[[str, str], dict[str, Any]]] = {
 SITE_ERROR = "what-the-site-said"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A route, and the access of each role."""
-
-    method: str
-    path: str
-    cells: dict[str, str]
-
-    def __str__(self) -> str:
-        return f"{self.method} {self.path}"
-
-
-def rows(heading: str) -> list[Row]:
-    text = TABLE.read_text().partition(f"### {heading}")[2].partition("\n### ")[0]
-    found = []
-    for line in re.findall(r"^\| `(?:GET|POST|DELETE) .*$", text, re.MULTILINE):
-        route, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        method, path = route.strip("`").split()
-        found.append(Row(method, path, dict(zip(ROLES, cells, strict=True))))
-    return found
-
-
-ROUTES, SHOWN = rows(f"HTTP below `{API}`"), rows("Pages about pilots")
+ROUTES, SHOWN = rows(f"HTTP below `{API}`", ROLES), rows("Pages about pilots", ROLES)
 
 
 def test_every_route_about_pilots_is_in_the_table() -> None:
@@ -104,35 +79,10 @@ class World:
 
     @asynccontextmanager
     async def user(self, role: str, vo: str) -> AsyncIterator[httpx.AsyncClient]:
-        """A client of that role, with a token for routes, and signed in to the dashboard where it is let in."""
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
-            if role != "anonymous":
-                token = token_of(vo, *ROLES[role])
-                client.headers["Authorization"] = f"Bearer {token}"
-                await client.post(f"{BELOW}/sign-in", data={"credential": token})
+        """A client of that role."""
+        token = None if role == "anonymous" else token_maker()(*ROLES[role], vo=vo)
+        async with client_with(self.app, token) as client:
             yield client
-
-
-def token_of(vo: str, *properties: str) -> str:
-    from diracx.core.models import AccessTokenPayload
-    from diracx.core.settings import AuthSettings
-    from diracx.logic.auth.token import create_token
-    from uuid_utils import uuid7
-
-    settings = AuthSettings()  # type: ignore[call-arg]  # from the environment
-    payload: Any = {
-        "sub": f"{vo}:someone",
-        "vo": vo,
-        "iss": settings.token_issuer,
-        "dirac_properties": list(properties),
-        "jti": str(uuid7()),
-        "preferred_username": "alice",
-        "dirac_group": "users",
-        "exp": int(time.time() + 600),
-        "dirac_policies": {},
-    }
-    return create_token(AccessTokenPayload(**payload), settings)
 
 
 @pytest.fixture
