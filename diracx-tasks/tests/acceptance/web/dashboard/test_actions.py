@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-import pytest_asyncio
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from redis.asyncio import Redis
 from support.dashboard_browser import Tab, expect, needs_chromium, tab_of
-from support.dashboard_world import HOSTILE, READER, WRITER, World, small_world
+from support.dashboard_world import HOSTILE, READER, WRITER, World
 from support.waiting import until
 
 pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with Redis.from_url(redis_url) as client:
-        yield client
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def world(redis_url: str) -> AsyncIterator[World]:
-    async with small_world(redis_url) as made:
-        yield made
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def tab(world: World, browser: Any) -> AsyncIterator[Tab]:
-    async with tab_of(browser, world.app, WRITER) as made:
-        yield made
 
 
 async def runs(redis: Redis, name: str, argument: str = HOSTILE) -> list[monitor.RunningTask]:

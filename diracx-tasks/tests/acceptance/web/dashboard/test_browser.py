@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
 from diracx.tasks.web.dashboard.pages import PAGES
 from redis.asyncio import Redis
-from support.dashboard_browser import Tab, expect, needs_chromium, tab_of
-from support.dashboard_world import WRITER, Urgent, World, small_world
+from support.dashboard_browser import Tab, expect, needs_chromium
+from support.dashboard_world import Urgent, World
 from support.waiting import until
 
 pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
@@ -37,24 +35,6 @@ BACKLOG_THAT_CAME = """
   ?.querySelector("td").textContent
 """
 ADDRESSES = [page.path for page in PAGES if "{" not in page.path and page.path != "/locks/one"]
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with Redis.from_url(redis_url) as client:
-        yield client
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def world(redis_url: str) -> AsyncIterator[World]:
-    async with small_world(redis_url) as made:
-        yield made
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def tab(world: World, browser: Any) -> AsyncIterator[Tab]:
-    async with tab_of(browser, world.app, WRITER) as made:
-        yield made
 
 
 async def test_every_page_is_safe_small_and_accessible(tab: Tab, world: World) -> None:
