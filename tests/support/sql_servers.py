@@ -253,6 +253,4 @@ _DATABASES = {
 async def any_database(request: pytest.FixtureRequest, empty_database: Callable[..., Awaitable[str]]) -> str:
     """URL of an empty database of each kind, including limited character sets."""
     kind, options, end = _DATABASES[request.param]
-    if kind != "sqlite":
-        request.getfixturevalue(f"{kind}_server")
     return await empty_database(kind, options) + end

@@ -11,6 +11,7 @@ import pytest
 from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis
 from support.command_line import Cli
+from support.databases import with_tables
 from support.redis_acl import FILES, PASSWORD, ROLES, Server
 from support.waiting import eventually
 from support.warm_commands import WarmCommands
@@ -58,10 +59,8 @@ async def initialised_task_db(tmp_path: Path) -> str:
     from diracx.tasks.plumbing.persistence import TaskDB
 
     url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
-    database = TaskDB(url)
-    async with database.engine_context(), database.engine.begin() as connection:
-        await connection.run_sync(database.metadata.create_all)
-    return url
+    async with with_tables(TaskDB(url)):
+        return url
 
 
 @pytest.fixture

@@ -34,12 +34,9 @@ def test_nothing_is_lost_doubled_or_stuck(scenario: str, tmp_path: Path, warm_co
 async def test_dead_letters_of_0_7_are_imported_and_can_be_retried(
     tmp_path: Path,
     kind: str,
-    request: pytest.FixtureRequest,
     empty_database: Callable[[str], Awaitable[str]],
     warm_commands: WarmCommands,
 ) -> None:
-    if kind == "mariadb":
-        request.getfixturevalue("mariadb_server")
     database = await empty_database(kind)
     await asyncio.to_thread(_import_dead_letters, tmp_path, database, warm_commands)
 

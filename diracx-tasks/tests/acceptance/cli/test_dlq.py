@@ -364,8 +364,7 @@ def test_a_broker_outage_leaves_dead_letters_as_they_were(dlq, one_line):
 
 @pytest.mark.leaves_keys(STREAM)
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
-async def test_P34_dead_letters_in_a_database_server(served, tmp_path, redis_url, request, kind, empty_database):
-    request.getfixturevalue(f"{kind}_server")
+async def test_P34_dead_letters_in_a_database_server(served, tmp_path, redis_url, kind, empty_database):
     (tmp_path / "flaky.py").write_text(FLAKY)
     served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
     assert served("dlq", "init").stdout == "the table DeadLetters exists\n"

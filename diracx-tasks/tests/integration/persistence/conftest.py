@@ -12,8 +12,6 @@ from support.dead_letters import KINDS
 
 @pytest.fixture(params=KINDS)
 def db_kind(request: pytest.FixtureRequest) -> str:
-    if request.param != "sqlite":
-        request.getfixturevalue(f"{request.param}_server")
     return str(request.param)
 
 

@@ -19,7 +19,6 @@ from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from support.databases import with_tables
 
 MIB = 1 << 20
 WORDS = "not for me"
@@ -93,10 +92,8 @@ async def test_a_dead_letter_larger_than_a_packet_waits_in_redis_and_its_lock_is
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)
 @pytest.mark.parametrize("kind", ["sqlite", "mariadb", "postgresql"])
 async def test_a_dead_letter_that_the_database_refuses_waits_in_redis(
-    kind: str, request: pytest.FixtureRequest, empty_database: Any, redis_url: str, redis: Redis
+    kind: str, empty_database: Any, redis_url: str, redis: Redis
 ) -> None:
-    if kind != "sqlite":
-        request.getfixturevalue(f"{kind}_server")
     url = await empty_database(kind)
     async with TaskSystem([Doomed], redis_url=redis_url, task_db_url=url) as system:
         assert system.task_db is not None
@@ -151,15 +148,6 @@ async def test_dead_letters_stay_in_redis_during_a_database_outage(
 
 
 # --- batches ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["sqlite", "mariadb", "postgresql"])
-async def db(request: pytest.FixtureRequest, empty_database: Any) -> AsyncIterator[TaskDB]:
-    if request.param != "sqlite":
-        request.getfixturevalue(f"{request.param}_server")
-    found = TaskDB(await empty_database(request.param))
-    async with with_tables(found):
-        yield found
 
 
 @pytest.mark.leaves_keys(keys.DEAD_LETTERS)

@@ -29,8 +29,6 @@ def conflicts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 async def task_db(request: pytest.FixtureRequest, empty_database: Any) -> AsyncIterator[TaskDB]:
     """A database of the kind of the test's parameter, with two dead letters."""
-    if request.param != "sqlite":
-        request.getfixturevalue(f"{request.param}_server")
     database = TaskDB(await empty_database(request.param))
     async with database.engine_context():
         await database.migrations.create(database.engine)

@@ -64,8 +64,6 @@ class Insert(Locked):
 async def db(
     request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]
 ) -> AsyncIterator[RowsDB]:
-    if request.param != "sqlite":
-        request.getfixturevalue(f"{request.param}_server")
     database = RowsDB(await empty_database(request.param))
     async with database.engine_context():
         if request.param == "sqlite":

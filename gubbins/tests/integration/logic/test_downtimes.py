@@ -186,8 +186,6 @@ async def test_a_downtime_that_is_removed_before_its_start_was_none(sqlite_db: M
 async def resource_status_db(
     request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]
 ) -> AsyncIterator[ResourceStatusDB]:
-    if request.param == "mariadb":
-        request.getfixturevalue("mariadb_server")
     database = ResourceStatusDB(await empty_database(request.param))
     async with with_tables(database):
         yield database

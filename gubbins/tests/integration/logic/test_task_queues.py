@@ -34,8 +34,6 @@ async def task_queue_db(
     request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]
 ) -> AsyncIterator[TaskQueueDB]:
     """DiracX's own database with its tables, on each supported kind of server."""
-    if request.param == "mariadb":
-        request.getfixturevalue("mariadb_server")
     database = TaskQueueDB(await empty_database(request.param))
     async with with_tables(database):
         yield database

@@ -31,8 +31,6 @@ on_sqlite = pytest.mark.parametrize("api_db_url", ["sqlite"], indirect=True)
 @pytest.fixture(params=["sqlite", "mariadb"])
 async def api_db_url(request: pytest.FixtureRequest, empty_database: Callable[[str], Awaitable[str]]) -> str:
     """DiracX 0.7 takes no URL of a PostgreSQL server."""
-    if request.param != "sqlite":
-        request.getfixturevalue(f"{request.param}_server")
     return await empty_database(request.param)
 
 

@@ -51,8 +51,6 @@ async def world(
 ) -> AsyncIterator[World]:
     """DiracX 0.7 takes no URL of a PostgreSQL server."""
     kind: str = request.param
-    if kind != "sqlite":
-        request.getfixturevalue(f"{kind}_server")
     url, registry_url = await empty_database(kind), await empty_database(kind)
     set_environment(monkeypatch, tmp_path, redis_url, config_url(VOS))
     monkeypatch.setenv("DIRACX_DB_URL_MYPILOTDB", url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import DashboardApp
 from diracx.tasks.web.dashboard.page import Extension, Page, Request
 from diracx.tasks.web.sse import StreamSettings
+from support.databases import with_tables
 from support.waiting import until
 
 LONG = 3600.0
@@ -240,15 +241,16 @@ async def test_waiting_requests_retry_a_failed_opening_once(
 
 
 async def test_the_database_of_the_environment_stays_open(
-    no_installation: None,
-    redis_url: str,
-    initialised: Callable[[], Awaitable[str]],
-    monkeypatch: pytest.MonkeyPatch,
+    no_installation: None, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from diracx.tasks.plumbing.persistence import TaskDB
     from diracx.tasks.web.api import environment
 
+    url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
+    async with with_tables(TaskDB(url)):
+        pass
     monkeypatch.setenv("DIRACX_TASKS_REDIS_URL", redis_url)
-    monkeypatch.setenv("DIRACX_DB_URL_TASKDB", await initialised())
+    monkeypatch.setenv("DIRACX_DB_URL_TASKDB", url)
     found = await environment.context_from_environment()
     gc.collect()
     for _ in range(20):
@@ -256,17 +258,3 @@ async def test_the_database_of_the_environment_stays_open(
     assert found.task_db is not None
     async with found.task_db as db:
         assert await db.search() == []
-
-
-@pytest.fixture
-def initialised(tmp_path: Path) -> Callable[[], Awaitable[str]]:
-    async def make() -> str:
-        from diracx.tasks.plumbing.persistence import TaskDB
-
-        url = f"sqlite+aiosqlite:///{tmp_path}/task.db"
-        database = TaskDB(url)
-        async with database.engine_context(), database.engine.begin() as connection:
-            await connection.run_sync(database.metadata.create_all)
-        return url
-
-    return make
