@@ -22,6 +22,8 @@ import pytest
 import servers
 from diracx.tasks.testing.server import free_port
 
+from ..pilot_waiters import alive
+from ..waiting import eventually
 from .token_issuer import TokenIssuer
 
 _SECONDS = 110  # it takes five, unless the machine is busy
@@ -284,10 +286,7 @@ class ArcSite:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + _SECONDS
-        while _alive(pid):
-            assert time.monotonic() < deadline, f"{pid} does not end"
-            time.sleep(0.02)
+        eventually(lambda: not alive(pid), f"{pid} ends", _SECONDS)
         (self.directory / "run" / pid_file).unlink(missing_ok=True)
 
     def _pid(self, pid_file: str) -> int | None:
@@ -295,7 +294,7 @@ class ArcSite:
             pid = int((self.directory / "run" / pid_file).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return pid if _alive(pid) else None
+        return pid if alive(pid) else None
 
     def _responds(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.ca_file))
@@ -317,13 +316,6 @@ class ArcSite:
         # Beside the logs lies a directory in which the daemons leave what is left of them when they crash.
         logs = sorted(path for path in (self.directory / "log").rglob("*") if path.suffix in (".log", ".out"))
         return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.pilot_waiters import alive
 from support.waiting import eventually, until
 
 from gubbins.ces import Observed, PilotAtCE
@@ -206,7 +207,7 @@ async def test_a_call_is_killed_after_the_time_out_with_its_children(
         await call
     own, child, directory = pids.read_text().split()
     assert not Path(directory).exists()
-    await until(lambda: not any(map(_alive, (own, child))), "both have ended", 60)
+    await until(lambda: not any(alive(int(pid)) for pid in (own, child)), "both have ended", 60)
 
     with pytest.raises(CEUnavailableError, match=r"the schedd \(queue\) has not responded within 0.2 s"):
         await backend_with(program, tmp_path, timeout_seconds=0.2).poll([PILOT])
@@ -274,10 +275,3 @@ def backend_with(
     given = HTCondorSettings(**({"collector": "ce", "timeout_seconds": 60} | settings))
     bindings = Bindings(given, directory / "program.py", shell)
     return HTCondorBackend(CEDescription("ce", 1, 1.0), given, bindings)
-
-
-def _alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
