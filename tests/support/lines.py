@@ -45,6 +45,8 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from redis.asyncio import Redis
 
+from support.start_requests import start_request
+
 QUEUE = "diracx:tasks:normal:medium"
 
 
@@ -111,21 +113,7 @@ class Worker:
         )
 
     async def start(self, deliveries: Sequence[Delivery], needs: Callable[[], Sequence[BaseLock]]) -> int:
-        wanted = [
-            {
-                "stream": each.stream,
-                "entry": each.entry,
-                "deliveries": each.deliveries,
-                "task": name_of(each),
-                "rank": ["realtime", "normal", "background"].index(each.priority),
-                "resumed": each.stream.removesuffix(keys.RESUMED_SUFFIX) + keys.RESUMED_SUFFIX,
-                "since": each.since,
-                "locks": [lock.spec() for lock in needs()],
-                "retry_ms": 600_000,
-                "granted": each.granted,
-            }
-            for each in deliveries
-        ]
+        wanted = [start_request(each, needs(), 600_000) for each in deliveries]
         replies = await self.broker.start(wanted)
         for each, requested, reply in zip(deliveries, wanted, replies, strict=True):
             if reply.granted:

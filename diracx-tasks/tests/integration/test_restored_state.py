@@ -14,8 +14,6 @@ from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, MutexLock, SharedRW
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
-from diracx.tasks.plumbing.broker.requests import LockSpec, StartRequest
-from diracx.tasks.plumbing.broker.streams import resumed_stream
 from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, lock_specs
@@ -25,6 +23,7 @@ from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from support.start_requests import start_request
 from support.waiting import until
 
 QUEUE = "diracx:tasks:normal:medium"
@@ -240,20 +239,6 @@ class _Hold(PendingAck):
 
     def on_lease_lost(self, reason: str, taken_over: bool) -> None:
         self.taken_over = taken_over
-
-
-def start_request(delivery: Delivery, locks: list[LockSpec]) -> StartRequest:
-    return {
-        "stream": delivery.stream,
-        "entry": delivery.entry,
-        "deliveries": delivery.deliveries,
-        "task": "task",
-        "rank": 1,
-        "resumed": resumed_stream(delivery.stream),
-        "since": delivery.since,
-        "locks": locks,
-        "retry_ms": 1000,
-    }
 
 
 class _EndsMeanwhile(PendingAck):

@@ -41,6 +41,7 @@ from support.broker_model import (
     is_candidate,
 )
 from support.silent_worker import stays_silent
+from support.start_requests import start_request
 
 
 class BrokerMachine(ModelOfTasks):
@@ -175,18 +176,7 @@ class BrokerMachine(ModelOfTasks):
             task.place = "running"
             return
         delivery = task.delivery
-        wanted = {
-            "stream": delivery.stream,
-            "entry": delivery.entry,
-            "deliveries": delivery.deliveries,
-            "task": task.id,
-            "rank": list(Priority).index(delivery.priority),
-            "resumed": delivery.stream.removesuffix(keys.RESUMED_SUFFIX) + keys.RESUMED_SUFFIX,
-            "since": delivery.since,
-            "locks": locks,
-            "retry_ms": LONG_MS,
-            "granted": delivery.granted,
-        }
+        wanted = start_request(delivery, locks, LONG_MS)
         others = [owner for lock in locks if (owner := self._granted_task(lock)) not in (None, task.id)]
         others += [
             lock["key"] for lock in locks if self.sync.exists(*keys.of_all_sizes(keys.WAITING_PREFIX, lock["key"]))

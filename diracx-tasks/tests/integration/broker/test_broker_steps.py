@@ -19,6 +19,7 @@ from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
 from support.silent_worker import stays_silent
+from support.start_requests import start_request
 
 QUEUE = "diracx:tasks:normal:medium"
 LATER_MS = 600_000
@@ -59,21 +60,9 @@ async def submit(broker: RedisStreamBroker, *names: str) -> None:
 
 
 async def start(broker: RedisStreamBroker, delivery: Delivery, locks: Sequence[BaseLock]) -> tuple[bool, Any]:
-    assert delivery.data is not None
-    specs = [lock.spec() for lock in locks]
-    wanted = {
-        "stream": delivery.stream,
-        "entry": delivery.entry,
-        "deliveries": delivery.deliveries,
-        "task": TaskMessage.loadb(delivery.data).task_id,
-        "rank": 1,
-        "resumed": QUEUE + keys.RESUMED_SUFFIX,
-        "since": delivery.since,
-        "locks": specs,
-        "retry_ms": LATER_MS,
-    }
+    wanted = start_request(delivery, locks, LATER_MS)
     [reply] = await broker.start([wanted])
-    return reply.granted, specs
+    return reply.granted, wanted["locks"]
 
 
 def both(first: str, second: str) -> list[BaseLock]:

@@ -40,6 +40,7 @@ from diracx.tasks.testing import TaskSystem
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
+from support.start_requests import start_request
 
 QUEUE = "diracx:tasks:normal:medium"
 LATER = datetime.now(UTC) + timedelta(hours=1)
@@ -118,18 +119,8 @@ class Scene:
         self.lock = MutexLock(JOB, 7)
         self.data = TaskMessage(task_id="new", task_name="test:Plain").dumpb()
 
-    def start(self) -> dict[str, Any]:
-        return {
-            "stream": self.delivery.stream,
-            "entry": self.delivery.entry,
-            "deliveries": self.delivery.deliveries,
-            "task": "running",
-            "rank": 1,
-            "resumed": QUEUE + keys.RESUMED_SUFFIX,
-            "since": "0",
-            "locks": [self.lock.spec()],
-            "retry_ms": 1000,
-        }
+    def start(self) -> Any:
+        return start_request(self.delivery, [self.lock])
 
     def occurrence(self) -> dict[str, Any]:
         return {"id": "due", "due": 1, "next": 2, "stream": QUEUE, "task": "new", "data": self.data}

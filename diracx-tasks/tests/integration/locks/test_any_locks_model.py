@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from redis import Redis as SyncRedis
 from support.any_locks import KEYS, LIMITS, LONG_MS, REGISTRY, WISHES, Task, Wants, Wish, a_key, made
+from support.start_requests import start_request
 
 #: Worker -> its size: there are two of each.
 WORKERS = {"a": Size.MEDIUM, "b": Size.MEDIUM, "c": Size.SMALL, "d": Size.SMALL}
@@ -156,19 +157,7 @@ class LocksMachine(RuleBasedStateMachine):
             except ValueError:  # its limit was lowered: a dead letter
                 self._settle(task, Settlement(delivery))
                 continue
-            wanted = {
-                "stream": delivery.stream,
-                "entry": delivery.entry,
-                "deliveries": delivery.deliveries,
-                "task": task.message.task_id,
-                "rank": task.order[0],
-                "resumed": delivery.stream.removesuffix(keys.RESUMED_SUFFIX) + keys.RESUMED_SUFFIX,
-                "since": delivery.since,
-                "locks": specs,
-                "retry_ms": LONG_MS,
-                "granted": delivery.granted,
-            }
-            requested.append((task, wanted))
+            requested.append((task, start_request(delivery, specs, LONG_MS)))
         if not requested:
             return
         replies = self.run(self.brokers[requested[0][0].worker].start([wanted for _, wanted in requested]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import (
@@ -26,6 +25,7 @@ from diracx.tasks.plumbing.standalone import holding
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from support.start_requests import start_request
 
 
 class Rate(RateLimiter):
@@ -211,17 +211,7 @@ async def test_slots_of_dead_workers_are_released_for_any_limit(redis_url: str, 
     stream = "diracx:tasks:normal:medium"
     await crashes.submit([Submission(TaskMessage(task_id="task", task_name="test:Task"), stream)])
     [delivery], _ = await crashes.fetch(1, lease_seconds=60)
-    requested: dict[str, Any] = {
-        "stream": delivery.stream,
-        "entry": delivery.entry,
-        "deliveries": delivery.deliveries,
-        "task": "task",
-        "rank": 1,
-        "resumed": stream + keys.RESUMED_SUFFIX,
-        "since": "0",
-        "locks": [AnyNumber(JOB, 1, ttl_ms=600_000).spec()],
-        "retry_ms": 1000,
-    }
+    requested = start_request(delivery, [AnyNumber(JOB, 1, ttl_ms=600_000)])
     assert [reply.granted for reply in await crashes.start([requested])] == [True]
     await redis.zadd(keys.ALIVE, {"crashes": 1, "reclaims": 2**50})
     [again], *_ = await reclaims.reclaim(1, lease_seconds=60)
@@ -240,19 +230,8 @@ async def test_a_worker_that_dies_while_it_acquires_locks_leaves_no_lock(redis_u
     await brokers["crashes"].submit([Submission(message, stream) for message in messages])
     await redis.set("lock:rw:job:1", "no hash", ex=60)
     first, second = (await brokers["crashes"].fetch(2, lease_seconds=60))[0]
-    wanted: list[dict[str, Any]] = [
-        {
-            "stream": delivery.stream,
-            "entry": delivery.entry,
-            "deliveries": delivery.deliveries,
-            "task": f"task {position}",
-            "rank": 1,
-            "resumed": stream + keys.RESUMED_SUFFIX,
-            "since": "0",
-            "locks": [SharedRWLock(JOB, position).spec()],
-            "retry_ms": 1000,
-        }
-        for position, delivery in enumerate((first, second))
+    wanted = [
+        start_request(delivery, [SharedRWLock(JOB, number)]) for number, delivery in enumerate((first, second))
     ]
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await brokers["crashes"].start(wanted)

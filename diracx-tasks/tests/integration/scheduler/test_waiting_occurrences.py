@@ -13,6 +13,7 @@ from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.worker.settlement import defer, defer_to_newer_worker, requeue
 from redis.asyncio import Redis
+from support.start_requests import start_request
 
 pytestmark = pytest.mark.leaves_keys("diracx:*", "lock:*")
 
@@ -56,19 +57,7 @@ class Occurrences:
         return delivery
 
     async def start(self, delivery: Delivery, *locks: BaseLock) -> bool:
-        assert delivery.data is not None
-        wanted = {
-            "stream": delivery.stream,
-            "entry": delivery.entry,
-            "deliveries": delivery.deliveries,
-            "task": TaskMessage.loadb(delivery.data).task_id,
-            "rank": 1,
-            "resumed": QUEUE + keys.RESUMED_SUFFIX,
-            "since": delivery.since,
-            "locks": [lock.spec() for lock in locks],
-            "retry_ms": 60_000,
-        }
-        [reply] = await self.broker.start([wanted])
+        [reply] = await self.broker.start([start_request(delivery, locks, 60_000)])
         return reply.granted
 
     async def settle(self, settlement: Settlement) -> None:
