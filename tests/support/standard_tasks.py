@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["SEEN", "Background", "Broken", "Echo"]
+__all__ = ["SEEN", "Background", "Broken", "Echo", "InterruptedOnce", "Named"]
 
+import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from diracx.tasks.plumbing import (
-    BaseTask,
-    ExponentialBackoff,
-    Priority,
-)
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, Priority
+from diracx.tasks.plumbing.lock_registry import JOB
+from diracx.tasks.plumbing.locks import BaseLock
 
 SEEN: list[Any] = []
 
@@ -38,3 +37,42 @@ class Broken(BaseTask):
     async def execute(self) -> None:
         SEEN.append(datetime.now(UTC))
         raise ValueError("there is no such site")
+
+
+@dataclass
+class Named(BaseTask):
+    """Holds the mutex of its name."""
+
+    name: str
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, self.name)]
+
+    async def execute(self) -> str:
+        SEEN.append(self.name)
+        return self.name
+
+
+@dataclass
+class InterruptedOnce(BaseTask):
+    """Holds `lock:mutex:job:lost`; its first execution ends only when it is cancelled."""
+
+    data: bytes = b""
+    swallows: bool = False
+    """Its first execution swallows the cancellation, and returns."""
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "lost", ttl_ms=300)]
+
+    async def execute(self) -> str:
+        SEEN.append("begun")
+        if len(SEEN) == 2:
+            return "the second time"
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not self.swallows:
+                raise
+        return "the first time"

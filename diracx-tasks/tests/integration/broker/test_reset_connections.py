@@ -7,25 +7,21 @@ import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from diracx.tasks.plumbing import BaseTask, MutexLock
 from diracx.tasks.plumbing.broker.clients import DirectConnection
 from diracx.tasks.plumbing.broker.connection import async_client
-from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from support.resetting_proxy import ResettingProxy
+from support.standard_tasks import SEEN, Named
 from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
-BEGUN: list[str] = []
 MAY_END = asyncio.Event()
 
 
@@ -91,16 +87,9 @@ async def _until_it_works(way: Callable[[], Awaitable[object]]) -> None:
             assert time.monotonic() < deadline
 
 
-@dataclass
-class Waits(BaseTask):
-    name: str
-
-    @property
-    def execution_locks(self) -> list[BaseLock]:
-        return [MutexLock(JOB, self.name)]
-
+class Waits(Named):
     async def execute(self) -> str:
-        BEGUN.append(self.name)
+        await super().execute()
         await MAY_END.wait()
         return self.name
 
@@ -109,11 +98,10 @@ async def test_reset_connections_stop_neither_workers_nor_running_tasks(
     proxy_and_url: tuple[ResettingProxy, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.MAY_END", asyncio.Event())
-    BEGUN.clear()
     proxy, url = proxy_and_url
     async with TaskSystem([Waits], redis_url=url, settings={"lease_seconds": 30.0}) as system:
         ids = [await Waits(name).schedule() for name in "abc"]
-        await until(lambda: len(BEGUN) >= 3)
+        await until(lambda: len(SEEN) >= 3)
         for _ in range(20):  # while they run: leases are renewed, announcements followed
             proxy.reset()
             await asyncio.sleep(0.05)
@@ -124,4 +112,4 @@ async def test_reset_connections_stop_neither_workers_nor_running_tasks(
             proxy.reset()
             await asyncio.sleep(0.02)
         await system.drain(60)
-    assert sorted(BEGUN) == ["a", "b", "c"]
+    assert sorted(SEEN) == ["a", "b", "c"]

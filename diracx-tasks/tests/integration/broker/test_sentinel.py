@@ -6,19 +6,17 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing import BaseTask, IntervalSeconds, MutexLock, PeriodicBaseTask
+from diracx.tasks.plumbing import IntervalSeconds, PeriodicBaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.connection import sync_client
-from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess, free_port
 from redis import Redis
 from redis.exceptions import RedisError
+from support.standard_tasks import Named
 from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -29,14 +27,7 @@ TICKS: list[float] = []
 FAILED_OVER: list[float] = []
 
 
-@dataclass
-class Waits(BaseTask):
-    name: str
-
-    @property
-    def execution_locks(self) -> list[BaseLock]:
-        return [MutexLock(JOB, self.name)]
-
+class Waits(Named):
     async def execute(self) -> str:
         BEGUN[self.name] += 1
         await until(lambda: FAILED_OVER)

@@ -12,7 +12,6 @@ import pytest
 from diracx.tasks.plumbing import (
     BaseTask,
     ExponentialBackoff,
-    MutexLock,
     SendTaskError,
     schedule_many,
     spawn_with_callback,
@@ -21,11 +20,9 @@ from diracx.tasks.plumbing.annotated import ChildResults
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.sizes import MAX_BYTES, MAX_MESSAGE_BYTES_VARIABLE, in_calls
 from diracx.tasks.plumbing.exceptions import TaskConfigError, TaskTooLargeError
-from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
-from support.standard_tasks import SEEN
+from support.standard_tasks import SEEN, InterruptedOnce
 from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -120,25 +117,11 @@ async def test_a_retry_refused_for_long_attempts_is_sent_without_them(
 async def test_an_interrupted_task_is_restarted_although_a_long_list_of_attempts_is_refused(
     redis_url: str, redis: Redis
 ) -> None:
-    @dataclass
-    class LosesItsLockOnce(BaseTask):
-        data: bytes
-
-        @property
-        def execution_locks(self) -> list[BaseLock]:
-            return [MutexLock(JOB, "lost", ttl_ms=300)]
-
-        async def execute(self) -> str:
-            SEEN.append("ran")
-            if len(SEEN) == 1:
-                await asyncio.Event().wait()
-            return "done"
-
-    async with TaskSystem([LosesItsLockOnce], redis_url=redis_url, workers=1) as system:
-        task_id = await LosesItsLockOnce(b"x" * (MIB - 1_500)).schedule()
+    async with TaskSystem([InterruptedOnce], redis_url=redis_url, workers=1) as system:
+        task_id = await InterruptedOnce(b"x" * (MIB - 1_500)).schedule()
         await system.unless_dead(until(lambda: SEEN))
         await redis.delete("lock:mutex:job:lost")
-        assert (await system.result(task_id)).return_value == "done"
+        assert (await system.result(task_id)).return_value == "the second time"
 
 
 @pytest.mark.usefixtures("small_server")

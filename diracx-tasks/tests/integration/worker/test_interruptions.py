@@ -17,33 +17,24 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
-from support.standard_tasks import SEEN
+from support.standard_tasks import SEEN, InterruptedOnce
 from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
 
-async def test_P24_an_execution_that_loses_its_lock_is_cancelled_and_started_again_whatever_its_policy(
-    redis_url: str, redis: Redis
+@pytest.mark.parametrize("swallows", [False, True], ids=["is cancelled", "swallows its cancellation"])
+async def test_P24_an_execution_that_loses_its_lock_has_not_succeeded_and_is_started_again_whatever_its_policy(
+    redis_url: str, redis: Redis, swallows: bool
 ) -> None:
-    class Holder(BaseTask):
-        @property
-        def execution_locks(self) -> list[BaseLock]:
-            return [MutexLock(JOB, "lost", ttl_ms=300)]
-
-        async def execute(self) -> None:
-            SEEN.append(1)
-            if len(SEEN) == 1:
-                await asyncio.Event().wait()
-
-    async with TaskSystem([Holder], redis_url=redis_url) as system:
-        task_id = await Holder().schedule()
+    async with TaskSystem([InterruptedOnce], redis_url=redis_url) as system:
+        task_id = await InterruptedOnce(swallows=swallows).schedule()
         await until(lambda: SEEN)
         await redis.set("lock:mutex:job:lost", "another", px=1_000)
         await until(lambda: redis.exists(keys.DELAYED))
-        assert SEEN == [1], "it waits for its turn, as anybody does"
-        assert not (await system.result(task_id)).is_err
-        assert SEEN == [1, 1]
+        assert len(SEEN) == 1, "it waits for its turn, as anybody does"
+        assert (await system.result(task_id)).return_value == "the second time"
+        assert len(SEEN) == 2
 
 
 async def test_a_task_that_is_interrupted_each_time_ends_as_a_dead_letter(redis_url: str, redis: Redis) -> None:

@@ -8,12 +8,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
-from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.replies import SettleReply
-from diracx.tasks.plumbing.lock_registry import JOB
-from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
@@ -21,25 +19,12 @@ from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.lossy_proxy import LossyProxy
-from support.standard_tasks import SEEN
+from support.standard_tasks import SEEN, Named
 from support.waiting import clients_wait, until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
 NORMAL = "diracx:tasks:normal:medium"
-
-
-@dataclass
-class Marked(BaseTask):
-    text: str
-
-    @property
-    def execution_locks(self) -> list[BaseLock]:
-        return [MutexLock(JOB, self.text)]
-
-    async def execute(self) -> str:
-        SEEN.append(self.text)
-        return self.text
 
 
 @asynccontextmanager
@@ -63,27 +48,27 @@ async def behind_a_lossy_proxy(
 
 async def test_P6_a_message_that_was_reserved_without_a_reply_is_executed_once(redis_url: str) -> None:
     SEEN.clear()
-    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
+    async with behind_a_lossy_proxy(Named, redis_url) as (proxy, system):
         await clients_wait(system.broker.redis)
         # The worker waits now, and the reply that wakes it hands the message over.
         proxy.lose(1, b"once-and-only-once")
-        task_id = await Marked("once-and-only-once").schedule()
+        task_id = await Named("once-and-only-once").schedule()
         result = await system.result(task_id, timeout=60)
         assert proxy.lost.is_set()
         assert result.return_value == "once-and-only-once"
         for text in ("afterwards", "and again"):
-            await system.result(await Marked(text).schedule(), timeout=60)
+            await system.result(await Named(text).schedule(), timeout=60)
     assert SEEN == ["once-and-only-once", "afterwards", "and again"]
 
 
 async def test_P6_a_message_sent_to_a_lost_connection_is_executed(redis_url: str, redis: Redis) -> None:
     SEEN.clear()
-    async with behind_a_lossy_proxy(Marked, redis_url, lease_seconds=3) as (proxy, system):
+    async with behind_a_lossy_proxy(Named, redis_url, lease_seconds=3) as (proxy, system):
         async with asyncio.timeout(20):
             await clients_wait(redis)
             proxy.forget()
             await clients_wait(redis, 2)
-            submitted = [await Marked(text).schedule() for text in ("a", "b")]
+            submitted = [await Named(text).schedule() for text in ("a", "b")]
             for task_id in submitted:
                 await system.result(task_id)
     assert sorted(SEEN) == ["a", "b"]
@@ -94,10 +79,10 @@ async def test_P6_a_settlement_without_a_reply_is_repeated_and_counts_once(
 ) -> None:
     caplog.set_level("INFO")
     SEEN.clear()
-    async with behind_a_lossy_proxy(Marked, redis_url) as (proxy, system):
+    async with behind_a_lossy_proxy(Named, redis_url) as (proxy, system):
         for nth in range(3, 7):  # whichever reply is lost: of the fetch, the locks, the settlement
             proxy.lose(nth, b"")
-            task_id = await Marked(f"number {nth}").schedule()
+            task_id = await Named(f"number {nth}").schedule()
             await system.result(task_id, timeout=60)
             await asyncio.wait_for(proxy.lost.wait(), 60)
     assert [SEEN.count(f"number {nth}") for nth in range(3, 7)] == [1] * 4
