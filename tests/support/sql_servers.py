@@ -23,6 +23,8 @@ import pytest
 import servers
 from diracx.tasks.testing.server import free_port
 
+from support.server_processes import paused, wait_until_it_responds
+
 _QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 _SECONDS = 60
 
@@ -50,11 +52,7 @@ class SqlServer:
         command, how = self.command()
         with (self._data / "log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **how)
-        deadline = time.monotonic() + _SECONDS
-        while not self._responds():
-            if (code := self._process.poll()) is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{command[0]} does not respond (exit code {code}):\n{self._last_words()}")
-            time.sleep(0.05)
+        wait_until_it_responds(self._process, self._responds, self._data / "log", _SECONDS)
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -62,23 +60,15 @@ class SqlServer:
         if process is not None:
             self.end(process)
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Context in which it accepts connections and does not respond."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
+        return paused(self._process.pid)
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """End the process and wait for it."""
         process.kill()
         process.wait(_SECONDS)
-
-    def _last_words(self) -> str:
-        return (self._data / "log").read_text(errors="replace")[-3000:]
 
     def _responds(self) -> bool:
         with socket.socket() as probe:

@@ -23,6 +23,7 @@ import servers
 from diracx.tasks.testing.server import free_port
 
 from ..pilot_waiters import alive
+from ..server_processes import paused
 from ..waiting import eventually
 from .token_issuer import TokenIssuer
 
@@ -269,16 +270,11 @@ class ArcSite:
         finally:
             self.start()
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Context in which it accepts connections and does not respond."""
         pid = self._pid("ws.pid")
         assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
+        return paused(pid)
 
     def _kill(self, pid_file: str) -> None:
         """As a power cut would: an orderly end takes it up to ten seconds."""

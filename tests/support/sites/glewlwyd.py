@@ -10,10 +10,11 @@ import socket
 import sqlite3
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from support.server_processes import wait_until_it_responds
 
 if TYPE_CHECKING:  # `make servers` asks what is installed, with a Python that has nothing
     import httpx
@@ -85,15 +86,11 @@ class Glewlwyd:
             self._process = subprocess.Popen(
                 ["glewlwyd", "--config-file", str(self.directory / "glewlwyd.conf")], stdout=log, stderr=log
             )
-        deadline = time.monotonic() + _SECONDS
-        while True:
-            assert self._process.poll() is None, (self.directory / "log").read_text()
-            try:
-                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, "Glewlwyd does not listen"
-                time.sleep(0.05)
+        wait_until_it_responds(self._process, self._listens, self.directory / "log", _SECONDS)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     def stop(self) -> None:
         """End it."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import servers
 from support.machine import not_for_this_machine
+from support.server_processes import paused
 
 from gubbins.ces.transports.shell import Completed, LocalShell
 
@@ -129,15 +130,9 @@ class GridEngineSite(LocalShell):
         )
         return done.stdout
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Stop the qmaster from responding inside this context."""
-        pid = self._qmaster()
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
+        return paused(self._qmaster())
 
     @contextlib.contextmanager
     def down(self) -> Iterator[None]:

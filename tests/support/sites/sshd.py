@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import servers
 from diracx.tasks.testing.server import free_port
+from support.server_processes import paused, wait_until_it_responds
 
 _SECONDS = 30
 _CONFIG = """\
@@ -108,12 +108,7 @@ class Sshd:
         command = [*self._before, self._program, "-D", "-e", "-f", str(self._directory / "config")]
         with (self._directory / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        deadline = time.monotonic() + _SECONDS
-        while not self._responds():
-            if (code := self._process.poll()) is not None or time.monotonic() > deadline:
-                words = (self._directory / "log").read_text(errors="replace")[-3000:]
-                raise AssertionError(f"sshd does not respond (exit code {code}):\n{words}")
-            time.sleep(0.02)
+        wait_until_it_responds(self._process, self._responds, self._directory / "log", _SECONDS)
 
     def stop(self) -> None:
         """Stop the server and all connections; processes started through them continue."""
@@ -142,18 +137,10 @@ class Sshd:
         finally:
             self.start()
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Context in which it accepts connections and does not respond."""
         assert self._process is not None
-        stopped = [self._process.pid, *_children(self._process.pid)]
-        for pid in stopped:
-            _signal(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in stopped:
-                _signal(pid, signal.SIGCONT)
+        return paused(self._process.pid, *_children(self._process.pid))
 
     @contextlib.contextmanager
     def another_host_key(self, kind: str = "ed25519") -> Iterator[None]:
