@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["clients_wait", "eventually", "until"]
+__all__ = ["clients_wait", "eventually", "until", "until_renewed"]
 
 import asyncio
 import time
@@ -48,6 +48,20 @@ async def clients_wait(redis: Redis, number: int = 1, command: str = "xreadgroup
         return sum(client["cmd"] == command for client in clients) >= number
 
     await until(redis.client_list, f"{number} clients in {command}", when=enough)
+
+
+async def until_renewed(redis: Redis, key: str, ttl_ms: int, times: int = 4) -> None:
+    """Wait until a key has been renewed so often; it must not expire meanwhile."""
+    renewed, left = 0, ttl_ms
+
+    async def more() -> bool:
+        nonlocal renewed, left
+        before, left = left, await redis.pttl(key)
+        assert left > 0
+        renewed += left > before
+        return renewed >= times
+
+    await until(more, f"{times} renewals of {key}")
 
 
 def eventually(condition: Callable[[], object], what: str = "it", seconds: float = SECONDS) -> None:

@@ -25,6 +25,7 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.standalone import holding
 from redis.asyncio import Redis
+from support.waiting import until_renewed
 
 
 class Never(RateLimiter):
@@ -68,12 +69,7 @@ def test_wrapped_task_shows_the_dependencies_of_execute() -> None:
 async def test_locks_held_outside_a_worker_are_renewed_and_their_loss_is_detected(redis: Redis) -> None:
     lock = MutexLock(JOB, "renewed", ttl_ms=1500)
     async with holding([lock], redis):
-        renewed, left = 0, 1500
-        while renewed < 4:  # a third of its time to live passes before each
-            before, left = left, await redis.pttl(lock.redis_key)
-            assert left > 0
-            renewed += left > before
-            await asyncio.sleep(0.005)
+        await until_renewed(redis, lock.redis_key, 1500)  # a third of its time to live passes before each
 
     async def lose() -> None:
         async with holding([lock], redis):

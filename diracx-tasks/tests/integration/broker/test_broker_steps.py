@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
@@ -25,22 +24,6 @@ QUEUE = "diracx:tasks:normal:medium"
 LATER_MS = 600_000
 
 Worker = Callable[[str], Awaitable[RedisStreamBroker]]
-
-
-@pytest.fixture
-async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
-    """A live worker, as seen by the broker."""
-    brokers = []
-
-    async def enter(name: str) -> RedisStreamBroker:
-        broker = RedisStreamBroker(redis_url, consumer_name=name)
-        brokers.append(broker)
-        await redis.zadd(keys.ALIVE, {name: in_ms(datetime.now(UTC) + timedelta(minutes=10))})
-        return broker
-
-    yield enter
-    for broker in brokers:
-        await broker.shutdown()
 
 
 async def dies(redis: Redis, broker: RedisStreamBroker) -> None:

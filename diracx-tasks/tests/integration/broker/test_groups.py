@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from typing import Any
 
 import pytest
@@ -81,10 +80,9 @@ async def test_P33_a_child_of_a_killed_worker_is_restarted_and_the_callback_runs
     script = SUPPORT / "crashing_tasks.py"
     process = warm_commands.worker(script, redis_url, env={**os.environ, "TEST_HANGS": "1"})
     try:
-        deadline = time.monotonic() + 30
-        while await redis.exists("started:a", "started:b") < 2:
-            assert time.monotonic() < deadline, "the children do not start"
-            await asyncio.sleep(0.01)
+        await until(
+            lambda: redis.exists("started:a", "started:b"), "the children start", 30, when=lambda found: found == 2
+        )
     finally:
         process.kill()
         process.wait()

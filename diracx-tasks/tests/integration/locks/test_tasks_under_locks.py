@@ -22,7 +22,7 @@ from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from support.standard_tasks import SEEN
-from support.waiting import until
+from support.waiting import until, until_renewed
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -139,11 +139,7 @@ async def test_a_held_lock_outlives_its_ttl_while_the_task_runs(redis_url: str, 
     async with TaskSystem([Holder], redis_url=redis_url) as system:
         task_id = await Holder().schedule()
         await until(lambda: SEEN)
-        renewed, left = 0, 1500
-        while renewed < 4:  # a third of its time to live passes before each
-            before, left = left, await redis.pttl(kept.redis_key)
-            renewed += left > before
-            await asyncio.sleep(0.005)
+        await until_renewed(redis, kept.redis_key, 1500)  # a third of its time to live passes before each
         assert not await MutexLock(JOB, "kept").acquire(redis)
         gate.set()
         assert (await system.result(task_id)).return_value == "done"

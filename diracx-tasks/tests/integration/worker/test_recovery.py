@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable
 
 import pytest
 from diracx.tasks.plumbing import Priority, Size
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage, in_ms
+from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.redis_streams import stream_name_for
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
 from diracx.tasks.plumbing.worker.intake import Intake
@@ -21,22 +20,6 @@ from support.leased_deliveries import LeasedDeliveries
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
 
 Worker = Callable[..., Awaitable[RedisStreamBroker]]
-
-
-@pytest.fixture
-async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Worker]:
-    """A worker with a lease of so many seconds, as the broker sees it."""
-    brokers = []
-
-    async def enter(name: str, lease_seconds: float = 600, size: Size = Size.MEDIUM) -> RedisStreamBroker:
-        broker = RedisStreamBroker(redis_url, consumer_name=name, worker_size=size)
-        brokers.append(broker)
-        await redis.zadd(keys.ALIVE, {name: in_ms(datetime.now(UTC) + timedelta(seconds=lease_seconds))})
-        return broker
-
-    yield enter
-    for broker in brokers:
-        await broker.shutdown()
 
 
 async def submit(broker: RedisStreamBroker, *names: str, priority: Priority = Priority.NORMAL) -> None:

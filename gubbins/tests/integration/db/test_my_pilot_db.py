@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from diracx.db.sql.utils import SQLDBUnavailableError
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
+from support.waiting import until
 from support.warm_commands import WarmCommands
 
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
@@ -329,9 +329,8 @@ async def test_a_round_locks_compute_elements_in_the_order_of_the_checks(
             counting = database.pending_requests(since=datetime.now(UTC))
             round = asyncio.create_task(counting, context=contextvars.Context())
             waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
-            async with asyncio.timeout(30), database.engine.connect() as looking:
-                while not (await looking.execute(waiting)).scalar_one():
-                    await asyncio.sleep(0.01)
+            async with database.engine.connect() as looking:
+                await until(lambda: looking.scalar(waiting), "the other transaction waits for a lock")
             await database.record_ce_error("a", "second")
         assert await round == {}
 
@@ -349,6 +348,12 @@ async def test_a_killed_server_does_not_exhaust_the_connection_pool(
         async def look() -> None:
             await database.list_ces(vo=None)
 
+        async def works() -> bool:
+            with contextlib.suppress(SQLDBUnavailableError, SQLAlchemyError, OSError):
+                await look()
+                return True
+            return False
+
         for _ in range(3):
             await asyncio.gather(*(asyncio.create_task(look()) for _ in range(5)))  # so many are open, and idle
             server.kill()
@@ -356,12 +361,5 @@ async def test_a_killed_server_does_not_exhaust_the_connection_pool(
                 with pytest.raises((SQLDBUnavailableError, SQLAlchemyError, OSError)):
                     await look()
             server.start()
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    await look()
-                    break
-                except (SQLDBUnavailableError, SQLAlchemyError, OSError):
-                    assert time.monotonic() < deadline, pool.status()
-                    await asyncio.sleep(0.1)
+            await until(works, "the server is back", seconds=30, pause=0.1)
             assert pool.checkedout() == 0, pool.status()

@@ -264,9 +264,7 @@ async def test_a_slow_ce_does_not_delay_the_responses_of_others(db: MyPilotDB, s
     slow, well = [await logic.submit_pilot(db, name, "lhcb") for name in ("slow", "well")]
     scripted.observations["slow"] = gate = asyncio.Event()
     check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb", prompt_seconds=0.01))
-    async with asyncio.timeout(20):
-        while (await db.get_pilot(well))["status"] is not MyPilotStatus.RUNNING:
-            await asyncio.sleep(0.01)
+    await until(lambda: db.get_pilot(well), when=lambda pilot: pilot["status"] is MyPilotStatus.RUNNING)
     assert not check.done()
     gate.set()
     assert await check == {MyPilotStatus.RUNNING: 1}
@@ -284,9 +282,7 @@ async def test_during_a_slow_poll_the_pilots_of_other_ces_are_polled_every_cycle
     check = asyncio.create_task(logic.transition_pilot_states(db, "lhcb", prompt_seconds=0.01, cycle_seconds=0))
 
     async def is_done(pilot: int) -> None:
-        async with asyncio.timeout(60):
-            while (await db.get_pilot(pilot))["status"] is not MyPilotStatus.DONE:
-                await asyncio.sleep(0.01)
+        await until(lambda: db.get_pilot(pilot), when=lambda found: found["status"] is MyPilotStatus.DONE)
 
     await is_done(well)
     await is_done(await logic.submit_pilot(db, "later", "lhcb"))  # submitted while the check was under way
