@@ -81,6 +81,13 @@ def stubborn(served, tmp_path):
     return served
 
 
+def _ready(cli, hard_limit, *options):
+    """A worker with this hard limit that is ready."""
+    worker = cli.start("worker", "--hard-limit", hard_limit, *options, *MODULE)
+    worker.until("ready")
+    return worker
+
+
 def _submit(cli, task, begun, **further):
     kwargs = json.dumps({"begun": str(begun), **further})
     return cli.start("submit", f"stubborn:{task}", "--kwargs", kwargs, "--wait", *MODULE)
@@ -104,8 +111,7 @@ def _starts_again(redis_url, waiting):
 def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_have_ended(
     stubborn, redis_url, tmp_path, wait_until
 ):
-    worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1")
     kind = _submit(stubborn, "Slow", tmp_path / "slow", seconds=6)
     deaf = _submit(stubborn, "DeafAfterASecond", tmp_path / "begun")
     wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "begun").exists(), "both run")
@@ -124,8 +130,7 @@ def test_a_task_that_swallows_its_time_limit_ends_the_worker_when_the_others_hav
 def test_a_task_that_was_past_its_time_limit_when_its_worker_stopped_has_failed_by_its_time_limit(
     stubborn, redis_url, tmp_path, wait_until
 ):
-    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "0.5", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1", "--grace", "0.5")
     slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
     deaf = _submit(stubborn, "DeafAfterASecond", tmp_path / "begun")
     wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "begun").exists(), "both run")
@@ -138,8 +143,7 @@ def test_a_task_that_was_past_its_time_limit_when_its_worker_stopped_has_failed_
 
 
 def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(stubborn, tmp_path, wait_until):
-    worker = stubborn.start("worker", "--hard-limit", "1", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1")
     slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=8)
     wait_until((tmp_path / "slow").exists, "it runs")
     blocks = _submit(stubborn, "Blocks", tmp_path / "begun")
@@ -156,8 +160,7 @@ def test_a_task_that_blocks_the_event_loop_past_its_time_limit_ends_the_worker(s
 
 @pytest.mark.parametrize("task", ["Deaf", "BlocksWithALock"])
 def test_a_task_that_ignores_the_loss_of_its_lock_ends_the_worker(stubborn, redis_url, tmp_path, wait_until, task):
-    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "1", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1", "--grace", "1")
     deaf = _submit(stubborn, task, tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it runs")
     with Redis.from_url(redis_url) as redis:
@@ -176,8 +179,7 @@ def test_a_task_that_ignores_the_loss_of_its_lock_does_not_wait_for_the_grace_pe
     network = Network(redis_url)
     network.start()
     stubborn.environment["DIRACX_TASKS_REDIS_URL"] = network.url
-    worker = stubborn.start("worker", "--lease-seconds", "3", "--hard-limit", "1", "--grace", "600", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1", "--lease-seconds", "3", "--grace", "600")
     stubborn.environment["DIRACX_TASKS_REDIS_URL"] = redis_url
     _submit(stubborn, "Deaf", tmp_path / "begun")
     _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
@@ -191,8 +193,7 @@ def test_a_task_that_ignores_the_loss_of_its_lock_does_not_wait_for_the_grace_pe
 
 
 def test_a_task_that_ignores_the_stop_of_its_worker_ends_it(stubborn, redis_url, tmp_path, wait_until):
-    worker = stubborn.start("worker", "--hard-limit", "1", "--grace", "0.2", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "1", "--grace", "0.2")
     deaf = _submit(stubborn, "Deaf", tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it runs")
     worker.process.terminate()
@@ -203,8 +204,7 @@ def test_a_task_that_ignores_the_stop_of_its_worker_ends_it(stubborn, redis_url,
 
 
 def test_with_a_hard_limit_a_worker_stops_normally_if_its_tasks_do(stubborn, redis_url, tmp_path, wait_until):
-    worker = stubborn.start("worker", "--hard-limit", "30", "--grace", "0.2", *MODULE)
-    worker.until("ready")
+    worker = _ready(stubborn, "30", "--grace", "0.2")
     slow = _submit(stubborn, "Slow", tmp_path / "slow", seconds=600)
     wait_until((tmp_path / "slow").exists, "it runs")
     worker.process.terminate()
