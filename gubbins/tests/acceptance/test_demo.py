@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 from support.paths import ROOT
+from support.waiting import eventually
 
 COMMAND = [sys.executable, "-m", "examples.demo", "--json"]
 
@@ -124,7 +125,4 @@ def test_demo_fills_the_compute_elements_and_ends_with_ctrl_c() -> None:
     assert report["restarts"] == {"worker-1": 1}
     assert all(report["waiting_jobs"][vo] > 0 for vo in ("cta", "juno", "lhcb"))
     assert not Path(directory).exists()
-    deadline = time.monotonic() + 10
-    while left := processes_of(directory):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.05)
+    eventually(lambda: not processes_of(directory), "none of its processes runs", 10)
