@@ -25,7 +25,7 @@ from diracx.tasks.testing import TaskSystem
 from sqlalchemy import event
 
 from gubbins.ces import PilotAtCE, SubmitOutcome
-from gubbins.ces.simulated.backend import SimulatedBackend
+from gubbins.ces.simulated import SimulatedBackend
 from gubbins.db.sql import MyPilotDB
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilot_lock_types import MY_PILOT

@@ -14,7 +14,7 @@ CES = ROOT / "gubbins/src/gubbins/ces"
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        ("simulated/backend.py", "simulated failure"),
+        ("simulated.py", "simulated failure"),
         ("processes/backend.py", "the process vanished without an exit code"),
         ("processes/backend.py", "the pilot process was never started"),
         ("processes/backend.py", "the host was restarted while it ran"),

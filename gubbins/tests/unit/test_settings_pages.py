@@ -13,7 +13,7 @@ from gubbins.ces.batch.settings import BatchSettings
 from gubbins.ces.htcondor.settings import HTCondorSettings
 from gubbins.ces.local import LocalSettings
 from gubbins.ces.registry import available_backends, load_backend
-from gubbins.ces.simulated.backend import SimulatedSettings
+from gubbins.ces.simulated import SimulatedSettings
 from gubbins.ces.slurm.settings import SlurmSettings
 from gubbins.ces.ssh import SSHSettings
 from gubbins.ces.transports.tokens import TokenIssuer

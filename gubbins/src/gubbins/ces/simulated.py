@@ -5,15 +5,18 @@ It stores nothing: all workers compute the same states.
 
 from __future__ import annotations
 
+__all__ = ["SimulatedBackend", "SimulatedSettings"]
+
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from pydantic import Field
 
-from gubbins.ces.protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.domain import clock
 from gubbins.domain.pilot_states import MyPilotStatus
+
+from .protocol import CEBackend, CESettings, Observation, Observed, PilotAtCE, SubmitOutcome
 
 _WAITING = Observation(Observed.WAITING)
 _RUNNING = Observation(Observed.RUNNING)
