@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
-from redis.exceptions import RedisError
 
 from ...plumbing._util.printable import printable
 from ...plumbing.base_task import BaseTask
@@ -114,9 +113,6 @@ async def _run(checked: CheckedTask, debugger: str) -> Any:
     except LockLostError as error:
         raise CliError(f"{name} was cancelled because it lost a lock: {error}") from error
     except Exception as error:
-        with explained_redis(checked.url):
-            if isinstance(error, RedisError):
-                raise
         problem = without_secrets(f"{type(error).__name__}: {error}", task)
         raise CliError(f"{name} cannot start: {problem}") from error
 
@@ -236,11 +232,10 @@ async def _submit(
 ) -> None:
     labels = {"result_ttl_seconds": _RESULT_TTL_SECONDS} if wait else {}
     async with checked.broker() as broker:
-        with explained_redis(checked.url):
-            try:
-                task_id = await checked.task.schedule(at_time=at_time, labels=labels)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise UsageProblem(f"{checked.name} cannot be submitted: {error}") from error
+        try:
+            task_id = await checked.task.schedule(at_time=at_time, labels=labels)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageProblem(f"{checked.name} cannot be submitted: {error}") from error
         report = {"task_id": task_id, "task_name": checked.name, "state": "submitted"}
         if not as_json:
             # Scripts parse this line, which is that of the published package.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, TypeVar
@@ -61,7 +61,8 @@ async def open_broker(
     """
     with explained_redis(url):
         broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(broker.shutdown)
         try:
             with explained_redis(url):
                 async with asyncio.timeout(REPLY_SECONDS):
@@ -72,16 +73,10 @@ async def open_broker(
                 f"cannot reach Redis at {mask(url)}: no reply within {REPLY_SECONDS:g} s; check host and port "
                 f"{'and that it speaks TLS, ' if parsed(url).tls else ''}in --redis-url or DIRACX_TASKS_REDIS_URL"
             ) from None
-        if server is None:
-            yield broker
-            return
-        reporting = asyncio.create_task(report_changes(broker.redis, server))
-        try:
-            yield broker
-        finally:
-            await cancel_and_wait(reporting)
-    finally:
-        await broker.shutdown()
+        if server is not None:
+            reporting = asyncio.create_task(report_changes(broker.redis, server))
+            stack.push_async_callback(cancel_and_wait, reporting)
+        yield broker
 
 
 @contextmanager
@@ -236,8 +231,8 @@ class CheckedTask:
 
     @asynccontextmanager
     async def broker(self) -> AsyncIterator[RedisStreamBroker]:
-        """Open a broker and bind it, so that `schedule()` of tasks uses it inside the block."""
+        """Open a broker as `Server.connected` does, and bind it, so that `schedule()` of tasks uses it."""
         config = tasks_config()
         async with open_broker(self.url) as broker:
-            with bound_to(broker, self.registry, config):
+            with explained_redis(self.url), bound_to(broker, self.registry, config):
                 yield broker

@@ -188,7 +188,8 @@ class Supervisor:
                 if code != -signal.SIGTERM:  # exit code of a child that was still starting
                     self._exit_code = self._exit_code or (code if code >= 0 else 128 - code)
                 return
-            if self._must_give_up(child, code):
+            failed = not child.is_ready if self._every_child_must_start else code > 0 and not self._any_was_ready
+            if failed:
                 self._report(f"{child.name} cannot start ({_cause(code)}): stopping")
                 self._failure = ChildFailedError(child.name, code)
                 self.stop()
@@ -199,11 +200,6 @@ class Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-
-    def _must_give_up(self, child: Child, code: int) -> bool:
-        if self._every_child_must_start:
-            return not child.is_ready
-        return not self._any_was_ready and code > 0
 
     async def _run_once(self, child: Child, environment: Mapping[str, str]) -> int:
         """Start a child and wait for its end. Returns the exit code; negative: killed by that signal."""
