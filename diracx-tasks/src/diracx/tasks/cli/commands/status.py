@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from ...operations.views import QUEUES
 from ...plumbing.broker import RedisStreamBroker
 from ..errors import one_line
 from ..options import JsonOption
-from ..output import console, echo, print_json, styled, table
+from ..output import console, echo, print_json, report, styled, table
 from ..runtime.databases import unchecked_task_db
 from ..runtime.server import Server
 
@@ -58,9 +57,23 @@ def status(
     if check:
         raise typer.Exit(_check(server, as_json))
 
+    terminal = console()
+    on_screen = watch and terminal.is_terminal and not as_json
+
     async def show(broker: RedisStreamBroker) -> None:
         async with unchecked_task_db() as task_db, health_checks(broker.redis, task_db) as checks:
-            await _show(checks.run, every if watch else None, as_json)
+            with Live(console=terminal, screen=True, auto_refresh=False) if on_screen else nullcontext() as screen:
+                while True:
+                    health = await checks.run()
+                    if as_json:
+                        print_json(health.as_json(), indent=None if watch else 2)
+                    elif screen is None:
+                        terminal.print(_page(health))
+                    else:
+                        screen.update(_page(health), refresh=True)
+                    if not watch:
+                        return
+                    await asyncio.sleep(every)
 
     try:
         server.run(show)
@@ -84,32 +97,8 @@ def _check(server: Server, as_json: bool) -> int:
     except Exception as error:
         echo(f"UNKNOWN - {one_line(str(error)) or type(error).__name__}")
         return 3
-    if as_json:
-        print_json(health.as_json())
-    else:
-        for line in _check_lines(health):
-            echo(line)
+    report(health.as_json(), _check_lines(health), as_json, indent=2)
     return health.severity.exit_code
-
-
-async def _show(run_checks: Callable[[], Awaitable[Health]], every: float | None, as_json: bool) -> None:
-    """Show the health once, or every `every` seconds."""
-    shown = console()
-    with ExitStack() as stack:
-        screen: Live | None = None
-        if every is not None and shown.is_terminal and not as_json:
-            screen = stack.enter_context(Live(console=shown, screen=True, auto_refresh=False))
-        while True:
-            health = await run_checks()
-            if as_json:
-                print_json(health.as_json(), indent=2 if every is None else None)
-            elif screen is None:
-                shown.print(_page(health))
-            else:
-                screen.update(_page(health), refresh=True)
-            if every is None:
-                return
-            await asyncio.sleep(every)
 
 
 def _check_lines(health: Health) -> list[str]:
