@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...operations.audit import user_at_host
 from ...plumbing._util.passwords import mask
 from ...plumbing.broker.server_check import Role as ServerRole
 from ...plumbing.config.sources import ConfigReader
@@ -137,10 +137,7 @@ def _backend(read_only: bool) -> tuple[TokenBackend, str]:
     token = os.environ.get(_TOKEN_VARIABLE) or new_token()
     if len(token) < _LEAST_TOKEN:
         raise CliError(f"{_TOKEN_VARIABLE} is too short: it must have at least {_LEAST_TOKEN} characters")
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        name = f"uid-{os.getuid()}"
+    name, _, _ = user_at_host().partition("@")
     principal = Principal(name, Role.READ if read_only else Role.WRITE, vo=None)
     hint = f"`diracx-task-run dashboard` printed it at its start, or it was started with it in {_TOKEN_VARIABLE}."
     return TokenBackend({token: principal}, hint), token
