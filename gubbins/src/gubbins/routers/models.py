@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.circuit_breaker import Circuit, CircuitState
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
 
@@ -137,13 +137,7 @@ class PilotPage(BaseModel):
     per_page: int
 
 
-_CIRCUIT: dict[str, Any] = {
-    "state": "closed",
-    "failures": 0,
-    "open_until": None,
-    "last_error": None,
-    "last_error_at": None,
-}
+_CIRCUIT = Circuit().as_dict(datetime.now(UTC))
 
 
 class CircuitPublic(BaseModel):

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from gubbins.domain.exceptions import CEFileError, DiracConfigurationError
 from gubbins.domain.matching import tags_of
@@ -223,35 +223,32 @@ def _entry(ce: _Section, name: str, site: str, share: float) -> dict[str, Any] |
     """Translate a compute element to an entry of the file; None: there is no back end for it."""
     kind = ce.text("CEType") or "no CEType"
     batch = (ce.text("BatchSystem") or "Host").lower()
-    backend = _BACKENDS.get((kind.lower(), batch)) or _BACKENDS.get((kind.lower(), "host"))
-    if backend is None or (batch != "host" and (kind.lower(), batch) not in _BACKENDS):
+    backend, settings_of = _BACKENDS.get((kind.lower(), batch), ("", None))
+    if settings_of is None:
         ce.remark(f"left out: no back end for {kind[:40]} with the batch system {batch[:40]}")
         return None
     made: dict[str, dict[str, Any]] = {}
     queues = ce.section("Queues")
     for queue_name in queues.sections or ("",):
         queue = queues.section(queue_name) if queue_name else ce
-        made[queue_name] = _queue(queue, queue_name, name, site, backend, share)
+        made[queue_name] = _queue(queue, queue_name, name, site, settings_of, share)
         if queue is not ce:
             ce.remarks += queue.unused()
     ce.remarks += [*queues.unused(*queues.sections), *ce.unused("Queues")]
-    if len(made) == 1:
-        [entry] = made.values()
-        return {"name": name, "backend": backend.name, **entry}
     first, *others = made.values()
     shared = {key: value for key, value in first.items() if all(own.get(key) == value for own in others)}
-    return {
-        "name": name,
-        "backend": backend.name,
-        **shared,
-        "queues": {
-            queue: {key: value for key, value in own.items() if key not in shared} for queue, own in made.items()
-        },
-    }
+    entry = {"name": name, "backend": backend, **shared}
+    if others:
+        entry["queues"] = {queue: _without(own, shared) for queue, own in made.items()}
+    return entry
+
+
+def _without(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in shared}
 
 
 def _queue(
-    queue: _Section, queue_name: str, name: str, site: str, backend: _Backend, share: float
+    queue: _Section, queue_name: str, name: str, site: str, settings_of: _Settings, share: float
 ) -> dict[str, Any]:
     slots = _number(queue, "MaxTotalJobs")
     if slots is None:
@@ -279,7 +276,7 @@ def _queue(
     if vos := queue.as_list("VO"):
         entry["vos"] = vos
     own = {"cpus": processors, "memory_mb": memory, "queue": queue_name}
-    entry["settings"] = backend.settings(queue, name, own)
+    entry["settings"] = settings_of(queue, name, own)
     entry["rules"] = rules
     return entry
 
@@ -295,9 +292,7 @@ def _number(queue: _Section, *names: str) -> int | None:
     return None
 
 
-class _Backend(NamedTuple):
-    name: str
-    settings: Callable[[_Section, str, Mapping[str, Any]], dict[str, Any]]
+_Settings: TypeAlias = Callable[[_Section, str, Mapping[str, Any]], dict[str, Any]]
 
 
 def _non_empty(**settings: Any) -> dict[str, Any]:
@@ -417,20 +412,20 @@ def _htcondor(queue: _Section, name: str, own: Mapping[str, Any]) -> dict[str, A
     )
 
 
-_BACKENDS = {
-    ("ssh", "host"): _Backend("ssh", _ssh_settings),
-    ("ssh", "slurm"): _Backend("slurm", _slurm_by_ssh),
-    ("sshbatch", "host"): _Backend("ssh", _ssh_settings),
-    ("local", "host"): _Backend("local", _local_settings),
-    ("local", "slurm"): _Backend("slurm", _slurm),
-    ("slurm", "host"): _Backend("slurm", _slurm),
-    ("slurm", "slurm"): _Backend("slurm", _slurm),
-    ("arc", "host"): _Backend("arc", _arc),
-    ("arc6", "host"): _Backend("arc", _arc),
-    ("arex", "host"): _Backend("arc", _arc),
-    ("htcondorce", "host"): _Backend("htcondor", _htcondor),
+_BACKENDS: dict[tuple[str, str], tuple[str, _Settings]] = {
+    ("ssh", "host"): ("ssh", _ssh_settings),
+    ("ssh", "slurm"): ("slurm", _slurm_by_ssh),
+    ("sshbatch", "host"): ("ssh", _ssh_settings),
+    ("local", "host"): ("local", _local_settings),
+    ("local", "slurm"): ("slurm", _slurm),
+    ("slurm", "host"): ("slurm", _slurm),
+    ("slurm", "slurm"): ("slurm", _slurm),
+    ("arc", "host"): ("arc", _arc),
+    ("arc6", "host"): ("arc", _arc),
+    ("arex", "host"): ("arc", _arc),
+    ("htcondorce", "host"): ("htcondor", _htcondor),
     **{
-        (kind, batch): _Backend("batch", _batch(system, by_ssh=kind == "ssh"))
+        (kind, batch): ("batch", _batch(system, by_ssh=kind == "ssh"))
         for kind in ("ssh", "local")
         for batch, system in (("ge", "gridengine"), ("torque", "torque"), ("pbs", "pbs"), ("lsf", "lsf"))
     },
