@@ -73,18 +73,16 @@ _MYSQL = {
     ErrorKind.NOT_READY: {1054, 1146},
     ErrorKind.REFUSED: {1048, 1062, 1064, 1071, 1118, 1153, 1162, 1300, 1301, 1366, 1406, 1451, 1452, 4025},
 }
-_POSTGRESQL = {
+_POSTGRESQL = {  # all others: AWAY
     ErrorKind.CONFLICT: ("40", "55P03"),
     ErrorKind.NOT_READY: ("42P01", "42703"),
     ErrorKind.SETUP: ("28", "3D", "3F", "42501"),
-    ErrorKind.AWAY: ("08", "25006", "53", "57", "58"),
     ErrorKind.REFUSED: ("0A", "21", "22", "23", "42", "54"),
 }
-_SQLITE = {
+_SQLITE = {  # all others: REFUSED
     ErrorKind.CONFLICT: {5, 6},  # BUSY, LOCKED
     ErrorKind.SETUP: {3, 8, 11, 14, 23, 26},  # PERM, READONLY, CORRUPT, CANTOPEN, AUTH, NOTADB
     ErrorKind.AWAY: {7, 9, 10, 13},  # NOMEM, INTERRUPT, IOERR, FULL
-    ErrorKind.REFUSED: {18, 19, 20, 25},  # TOOBIG, CONSTRAINT, MISMATCH, RANGE
 }
 _SQLITE_LACKS = ("no such table", "no such column", "has no column named")
 
