@@ -29,7 +29,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, ahead_seconds: float) -> None:
             return datetime.now(tz) + timedelta(seconds=ahead_seconds)
 
     monkeypatch.setattr(database_clock, "datetime", Wrong)
-    monkeypatch.setattr(clock, "database", database_clock.DatabaseClock())
+    monkeypatch.setattr(clock.database, "ahead", timedelta(0))
 
 
 def about_now(moment: datetime) -> bool:

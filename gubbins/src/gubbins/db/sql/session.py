@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVarTuple, cast
 
@@ -69,11 +68,9 @@ class PilotSession(Database):
     init_command = "gubbins db init"
     migrations = Migrations("MyPilotDB", metadata, Path(__file__).parent / "migrations", "gubbins db")
 
-    @contextlib.asynccontextmanager
-    async def engine_context(self) -> AsyncIterator[None]:
-        async with super().engine_context():
-            clock.database.synchronize(self.engine)
-            yield
+    def __init__(self, db_url: str) -> None:
+        super().__init__(db_url)
+        self.clock = clock.database
 
     async def lock_ces(self, names: Collection[str] | None = None) -> int:
         """Lock the rows of compute elements (None: all) until the transaction ends; return their number.

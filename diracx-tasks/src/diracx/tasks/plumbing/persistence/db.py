@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import JSON, ColumnElement, RowMapping, Select, and_, cast, func, insert, or_, select, update
 
-from ..sql.clock import DatabaseClock
 from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
 from ..sql.types import sanitize, truncate
@@ -55,17 +53,6 @@ class TaskDB(Database):
     metadata = TaskDBBase.metadata
     init_command = "diracx-task-run dlq init"
     migrations = Migrations("TaskDB", metadata, Path(__file__).parent / "migrations", "diracx-task-run db")
-
-    def __init__(self, db_url: str) -> None:
-        super().__init__(db_url)
-        self.clock = DatabaseClock()
-
-    @contextlib.asynccontextmanager
-    async def engine_context(self) -> AsyncIterator[None]:
-        """Open the engine while the context lasts."""
-        async with super().engine_context():
-            self.clock.synchronize(self.engine)
-            yield
 
     # --- storing ----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from .._util import telemetry
 from .._util.retrying import Backoff
+from .clock import DatabaseClock
 from .databases import report_lost_connections
 from .errors import DatabaseError, ErrorKind, connecting, describe, unusable_url
 from .migrations import Migrations, Tables, described
@@ -61,6 +62,10 @@ class Database(BaseSQLDB):
     """Maximum number of attempts of a transaction."""
     _single_connection: asyncio.Lock | None = None
 
+    def __init__(self, db_url: str) -> None:
+        super().__init__(db_url)
+        self.clock = DatabaseClock()
+
     @property
     def name(self) -> str:
         """Name of the database, as in DIRACX_DB_URL_<NAME>."""
@@ -79,6 +84,7 @@ class Database(BaseSQLDB):
             except Exception:
                 raise unusable_url(self.name) from None  # the error may have parts of the URL
             prepare(self.engine)
+            self.clock.synchronize(self.engine)
             if self.engine.dialect.name == "sqlite" and self.engine.url.database in (None, "", ":memory:"):
                 # Its transactions share one connection, and must not overlap.
                 self._single_connection = asyncio.Lock()
