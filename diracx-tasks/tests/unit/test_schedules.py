@@ -52,7 +52,7 @@ def test_every_schedule_of_the_seed_is_aware_utc_and_in_the_future(schedule):
 
 @pytest.mark.parametrize("schedule", SEED_SCHEDULES, ids=repr)
 @given(moment=st.datetimes(datetime(1996, 2, 1), datetime(2080, 1, 1), timezones=st.just(UTC)))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_next_after_is_strictly_after_and_has_no_gap(schedule, moment):
     found = schedule.next_after(moment)
     assert found > moment

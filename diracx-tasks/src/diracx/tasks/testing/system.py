@@ -100,12 +100,8 @@ class TaskSystem:
     def _configure(
         self, config: TasksConfig | Config | Mapping[str, Any] | None, vos: Iterable[str] | None
     ) -> None:
-        if config is None:
-            self.config = TasksConfig()
-        elif isinstance(config, TasksConfig):
-            self.config = config
-        elif isinstance(config, Mapping):
-            self.config = TasksConfig.model_validate(config)
+        if config is None or isinstance(config, TasksConfig | Mapping):
+            self.config = TasksConfig.model_validate(config or {})
         else:
             self.config = load_tasks_config(config=config)
             self._diracx_config = config
