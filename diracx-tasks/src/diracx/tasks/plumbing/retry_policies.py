@@ -48,10 +48,8 @@ class ExponentialBackoff(RetryPolicyBase):
         """Return now + `base_delay_seconds` * 2**`attempt`, or None once `max_retries` retries were made."""
         if attempt >= self.max_retries:
             return None
-        return datetime.now(UTC) + self._delay(attempt)
-
-    def _delay(self, attempt: int) -> timedelta:
         try:
-            return min(timedelta(seconds=ldexp(self.base_delay_seconds, attempt)), MAX_DELAY)
+            delay = min(timedelta(seconds=ldexp(self.base_delay_seconds, attempt)), MAX_DELAY)
         except OverflowError:
-            return MAX_DELAY
+            delay = MAX_DELAY
+        return datetime.now(UTC) + delay
