@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field
 
 from ..plumbing.base_task import BaseTask, PeriodicBaseTask
 from ..plumbing.enums import Priority, Size
@@ -32,10 +32,26 @@ _SOURCE = "DummyJobExecutor"
 _BATCH = 1000
 
 
-_PREFIX = "DIRACX_TASKS_DUMMY_JOB_EXECUTOR_"
-_ENABLED = TypeAdapter(bool).validate_python(os.environ.get(f"{_PREFIX}ENABLED", "false"))
-#: Interval between polls for received jobs.
-_INTERVAL_SECONDS = int(os.environ.get(f"{_PREFIX}INTERVAL_SECONDS", "10"))
+class DummyJobExecutorSettings(BaseModel):
+    """Settings of the simulated execution: `DIRACX_TASKS_DUMMY_JOB_EXECUTOR_<FIELD>`.
+
+    They are read when this module is imported, without the settings classes of DiracX, which are slow to import.
+    """
+
+    enabled: bool = False
+    """Schedule the monitor."""
+    interval_seconds: int = Field(default=10, gt=0)
+    """Interval between polls for received jobs (s)."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the settings from the environment.
+
+        Raises:
+            pydantic.ValidationError: one of them is invalid.
+        """
+        variables = {name: f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name.upper()}" for name in cls.model_fields}
+        return cls.model_validate({name: os.environ[key] for name, key in variables.items() if key in os.environ})
 
 
 def _update(status: JobStatus) -> JobStatusUpdate:
@@ -44,18 +60,20 @@ def _update(status: JobStatus) -> JobStatusUpdate:
     return JobStatusUpdate(Status=status, MinorStatus=None, ApplicationStatus=None, Source=_SOURCE)
 
 
+_settings = DummyJobExecutorSettings.from_environment()
+
+
 @dataclass
 class DummyJobExecutorMonitorTask(PeriodicBaseTask):
     """Set received jobs to Waiting and submit an executor for each. Returns their number.
 
-    Scheduled only with DIRACX_TASKS_DUMMY_JOB_EXECUTOR_ENABLED=true, every
-    DIRACX_TASKS_DUMMY_JOB_EXECUTOR_INTERVAL_SECONDS (10).
+    Scheduled only with DIRACX_TASKS_DUMMY_JOB_EXECUTOR_ENABLED=true.
     """
 
     priority = Priority.BACKGROUND
     size = Size.SMALL
-    default_schedule = IntervalSeconds(_INTERVAL_SECONDS)
-    _enabled = _ENABLED
+    default_schedule = IntervalSeconds(_settings.interval_seconds)
+    _enabled = _settings.enabled
 
     async def execute(
         self, config: Config, job_db: JobDB, job_logging_db: JobLoggingDB, task_queue_db: TaskQueueDB
