@@ -85,9 +85,16 @@ def _import_all() -> None:
         with suppress(ImportError):  # a driver that is not installed
             import_module(module)
     if not sys.argv[2:]:
-        import_module("diracx.tasks.cli").application()  # imports every command
+        _read_commands()
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
+
+
+def _read_commands() -> None:
+    """Import every command, and read its parameters, which Typer does each time that one is run."""
+    for module, name in (("diracx.tasks.cli.options", "spread"), ("typer.main", "get_params_from_function")):
+        setattr(import_module(module), name, functools.cache(getattr(import_module(module), name)))
+    import_module("typer.main").get_command(import_module("diracx.tasks.cli").application())
 
 
 def _run(request: dict[str, Any], stdio: Sequence[int]) -> NoReturn:
