@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["SEEN", "Background", "Broken", "Echo", "InterruptedOnce", "Named"]
+__all__ = ["SEEN", "Background", "Broken", "Echo", "InterruptedOnce", "Named", "submitted"]
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, Priority
+from diracx.tasks.plumbing import BaseTask, ExponentialBackoff, MutexLock, Priority, SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+
+from support.waiting import until
 
 SEEN: list[Any] = []
 
@@ -76,3 +79,14 @@ class InterruptedOnce(BaseTask):
             if not self.swallows:
                 raise
         return "the first time"
+
+
+async def submitted(task: BaseTask) -> str:
+    """Submit a task, again while the server refuses it; returns its id."""
+
+    async def attempt() -> str | None:
+        with suppress(SendTaskError):
+            return await task.schedule()
+        return None
+
+    return str(await until(attempt, "the submission is accepted", seconds=60, pause=0.05))

@@ -6,7 +6,6 @@ Only addresses, ports and directories are other than in the files.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import signal
@@ -25,6 +24,7 @@ from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis
 from redis.exceptions import RedisError
 from support.paths import ROOT
+from support.standard_tasks import submitted
 from support.waiting import eventually
 
 FILES = ROOT / "deploy" / "redis"
@@ -184,12 +184,3 @@ async def test_a_primary_that_lost_its_replicas_accepts_no_tasks_and_goes_on_whe
         accepted.append(await submitted(Add(0)))
         for task_id in accepted:
             assert (await system.result(task_id, 60)).return_value == 1
-
-
-async def submitted(task: BaseTask) -> str:
-    """The id of a task that the server has accepted, tried again while it refuses."""
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(SendTaskError):
-                return await task.schedule()
-            await asyncio.sleep(0.1)

@@ -21,6 +21,7 @@ from diracx.tasks.testing.server import ValkeyProcess
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from support.standard_tasks import submitted
 from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -112,17 +113,6 @@ def server(tmp_path: Path) -> Iterator[ValkeyProcess]:
     process.start()
     yield process
     process.kill()
-
-
-async def submitted(task: BaseTask) -> str:
-    """Submit with retries, since a submission may be refused during an outage."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return await task.schedule()
-        except Exception:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.05)
 
 
 async def ticks_again() -> None:

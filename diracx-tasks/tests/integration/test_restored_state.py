@@ -14,7 +14,6 @@ from diracx.tasks.plumbing import BaseTask, ExclusiveRWLock, MutexLock, SharedRW
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
 from diracx.tasks.plumbing.broker.replies import ACCEPTED
-from diracx.tasks.plumbing.exceptions import SendTaskError
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock, lock_specs
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
@@ -23,6 +22,7 @@ from diracx.tasks.testing import TaskSystem
 from diracx.tasks.testing.server import ValkeyProcess
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from support.standard_tasks import submitted
 from support.start_requests import start_request
 from support.waiting import until
 
@@ -68,12 +68,7 @@ async def test_a_shared_lock_restored_from_a_snapshot_is_released_by_its_worker(
             await system.drain(10)
             server.kill()
             server.start()  # from the snapshot: the task runs, and its lock is held
-            while True:
-                try:
-                    await Writes().schedule()
-                    break
-                except SendTaskError:
-                    await asyncio.sleep(0.05)
+            await submitted(Writes())
             await until(lambda: "writes" in BEGUN)
             await system.drain(10)
     finally:
