@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 from diracx.tasks.operations.health import ENTRY_POINT_GROUP, Severity
-from support.databases import with_tables
 
 from gubbins import health
 from gubbins.db import URL_VARIABLE
@@ -18,31 +16,28 @@ from gubbins.logic import my_pilots as logic
 
 
 async def test_bans_circuits_and_failing_pilots_raise_alerts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_db: MyPilotDB, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
-    database = MyPilotDB(url)
-    async with with_tables(database):
-        async with database:
-            for name in ("banned", "broken", "failing", "good", "closed", "few"):
-                await database.add_ce(name, 20, 1.0, enabled=name != "closed")
-        monkeypatch.setenv(URL_VARIABLE, url)
-        async with health.source() as ask:
-            assert callable(ask)
-            assert await ask() == [], "before that all is well"
-            for name in ("banned", "broken"):
-                await database.record_failure(
-                    name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
-                )
-            await logic.ban_ce(database, "banned", reason="flood")
-            ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0)}
-            for name, (failed, done) in ended.items():
-                for number in range(failed + done):
-                    pilot = await database.submit_pilot(name, "lhcb")
-                    last = MyPilotStatus.FAILED if number < failed else MyPilotStatus.DONE
-                    for step in (MyPilotStatus.RUNNING, last):
-                        await database.update_pilot_status(pilot, step)
-            alerts = await ask()
+    async with sqlite_db:
+        for name in ("banned", "broken", "failing", "good", "closed", "few"):
+            await sqlite_db.add_ce(name, 20, 1.0, enabled=name != "closed")
+    monkeypatch.setenv(URL_VARIABLE, sqlite_url)
+    async with health.source() as ask:
+        assert callable(ask)
+        assert await ask() == [], "before that all is well"
+        for name in ("banned", "broken"):
+            await sqlite_db.record_failure(
+                name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
+            )
+        await logic.ban_ce(sqlite_db, "banned", reason="flood")
+        ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0)}
+        for name, (failed, done) in ended.items():
+            for number in range(failed + done):
+                pilot = await sqlite_db.submit_pilot(name, "lhcb")
+                last = MyPilotStatus.FAILED if number < failed else MyPilotStatus.DONE
+                for step in (MyPilotStatus.RUNNING, last):
+                    await sqlite_db.update_pilot_status(pilot, step)
+        alerts = await ask()
     found = {(alert.check, alert.subject): alert for alert in alerts}
     assert {where: (alert.severity, alert.count) for where, alert in found.items()} == {
         ("ce_banned", "banned"): (Severity.WARNING, 1),

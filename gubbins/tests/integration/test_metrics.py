@@ -10,7 +10,6 @@ import pytest
 from diracx.tasks.operations.collectors import ENTRY_POINT_GROUP, Collectors, open_collectors
 from diracx.tasks.operations.exposition import as_text, gauge
 from prometheus_client import Metric
-from support.databases import with_tables
 
 from gubbins import metrics
 from gubbins.db import URL_VARIABLE
@@ -22,28 +21,25 @@ from gubbins.logic import my_pilots as logic
 
 
 async def test_pilots_are_counted_by_vo_compute_element_and_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_db: MyPilotDB, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"sqlite+aiosqlite:///{tmp_path}/pilots.db"
-    database = MyPilotDB(url)
-    async with with_tables(database):
-        async with database:
-            await database.add_ce("ce<b>.example.org", 5, 1.0)
-            await database.add_ce("closed.example.org", 7, 1.0, enabled=False)
-            await database.add_ce("banned.example.org", 7, 1.0)
-        await logic.ban_ce(database, "banned.example.org", reason="flood")
-        await database.record_failure(
-            "closed.example.org", CECall.STATUS, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
-        )
-        for state, hours in ((MyPilotStatus.FAILED, 0), (MyPilotStatus.DONE, 2)):
-            pilot = await database.submit_pilot("ce<b>.example.org", "lhcb")
-            then = datetime.now(UTC) - timedelta(hours=hours)
-            with clock.simulated(lambda then=then: then):  # type: ignore[misc]
-                for step in (MyPilotStatus.RUNNING, state):
-                    await database.update_pilot_status(pilot, step)
-        for vo in ("lhcb", "lhcb", "gridpp"):
-            await logic.submit_pilot(database, "ce<b>.example.org", vo)
-    monkeypatch.setenv(URL_VARIABLE, url)
+    async with sqlite_db:
+        await sqlite_db.add_ce("ce<b>.example.org", 5, 1.0)
+        await sqlite_db.add_ce("closed.example.org", 7, 1.0, enabled=False)
+        await sqlite_db.add_ce("banned.example.org", 7, 1.0)
+    await logic.ban_ce(sqlite_db, "banned.example.org", reason="flood")
+    await sqlite_db.record_failure(
+        "closed.example.org", CECall.STATUS, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
+    )
+    for state, hours in ((MyPilotStatus.FAILED, 0), (MyPilotStatus.DONE, 2)):
+        pilot = await sqlite_db.submit_pilot("ce<b>.example.org", "lhcb")
+        then = datetime.now(UTC) - timedelta(hours=hours)
+        with clock.simulated(lambda then=then: then):  # type: ignore[misc]
+            for step in (MyPilotStatus.RUNNING, state):
+                await sqlite_db.update_pilot_status(pilot, step)
+    for vo in ("lhcb", "lhcb", "gridpp"):
+        await logic.submit_pilot(sqlite_db, "ce<b>.example.org", vo)
+    monkeypatch.setenv(URL_VARIABLE, sqlite_url)
     async with metrics.source() as ask:
         assert ask is not None
         lines = as_text(await ask()).decode().splitlines()

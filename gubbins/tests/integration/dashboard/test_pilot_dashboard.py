@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -37,6 +38,13 @@ async def client(
     for ce, vo in (("ce01", "lhcb"), ("ce01", "gridpp"), (HOSTILE, "lhcb")):
         await db.submit_pilot(ce, vo)
     await db.record_ce_error("ce01", HOSTILE)
+    async with signed_in(redis_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def signed_in(redis_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an operator who is signed in to a dashboard with the pages of pilots."""
     broker = RedisStreamBroker(redis_url)
 
     async def context() -> AppContext:
@@ -239,17 +247,7 @@ async def test_output_of_a_pilot_is_cut_and_escaped(client: httpx.AsyncClient, d
 
 async def test_without_a_database_the_page_reports_it(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIRACX_DB_URL_MYPILOTDB", raising=False)
-    broker = RedisStreamBroker(redis_url)
-
-    async def context() -> AppContext:
-        return AppContext(broker, TaskRegistry.of({}), ConfigReader())
-
-    backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
-    app = DashboardApp(context, backend, extensions=[extension()])
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as made:
-        await made.post("/sign-in", data={"credential": "the-token-of-wilma"})
+    async with signed_in(redis_url) as made:
         response = await made.get("/pilots")
     assert response.status_code == 503
     assert "DIRACX_DB_URL_MYPILOTDB" in response.text
-    await app.aclose()
-    await broker.shutdown()
