@@ -41,8 +41,8 @@ def prepare(wrapper: str, job: Path, payload: str) -> list[str]:
     settings = BatchSettings(system="pbs", directory=job.parent, payloads=payloads)
     identity = PilotIdentity(VARIABLES["PILOT_API_URL"], "secret")
     script = job_script(
-        settings, "ce", PilotAtCE("stamp", "vo"), job, number="17", id="17",
-        output=' > "$job/stdout" 2> "$job/stderr"', identity=identity, shown_to_others=wrapper == "batch",
+        settings, "ce", PilotAtCE("stamp", "vo", identity=identity), job, number="17", id="17",
+        output=' > "$job/stdout" 2> "$job/stderr"', shown_to_others=wrapper == "batch",
     )  # fmt: skip
     (job.parent / "job.sh").write_bytes(script)
     return ["job.sh"]

@@ -45,15 +45,7 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         job, number = self.settings.directory / pilot.stamp, self._system.variable
         output = ' > "$job/stdout" 2> "$job/stderr"'
         script = job_script(
-            self.settings,
-            self.ce.name,
-            pilot,
-            job,
-            number=number,
-            id=number,
-            output=output,
-            identity=pilot.identity,
-            shown_to_others=True,
+            self.settings, self.ce.name, pilot, job, number=number, id=number, output=output, shown_to_others=True
         )
         path = "" if self.settings.commands is None else f'PATH="{self.settings.commands}:$PATH"; '
         find = path + self._system.find(pilot.stamp)

@@ -46,10 +46,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
     def __init__(self, ce: CEDescription, settings: SlurmSettings, shell: Shell | None = None) -> None:
         environment = {} if settings.slurm_conf is None else {"SLURM_CONF": str(settings.slurm_conf)}
         super().__init__(ce, settings, shell, environment)
-
-    @property
-    def has_directories(self) -> bool:
-        return self.settings.nodes_see_directory
+        self.has_directories = settings.nodes_see_directory
 
     def submission(self, pilot: PilotAtCE) -> Submission:
         options = ["-h", "--me", "--all", "-t", "all", *_of_clusters(self.settings.clusters)]

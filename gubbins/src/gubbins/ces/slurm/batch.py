@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from gubbins.ces.protocol import PilotAtCE, PilotIdentity
+from gubbins.ces.protocol import PilotAtCE
 from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 
 from .settings import SlurmSettings, SubmitHostSettings
@@ -42,7 +42,7 @@ def batch_script(settings: SlurmSettings, ce_name: str, pilot: PilotAtCE) -> byt
     """Make the script of a job of Slurm."""
     id = "$SLURM_JOB_ID;$SLURM_CLUSTER_NAME" if settings.clusters else "$SLURM_JOB_ID"
     job = settings.directory / pilot.stamp if settings.nodes_see_directory else None
-    return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id, identity=pilot.identity)
+    return job_script(settings, ce_name, pilot, job, number="$SLURM_JOB_ID", id=id)
 
 
 def job_script(
@@ -54,7 +54,6 @@ def job_script(
     number: str,
     id: str,
     output: str = "",
-    identity: PilotIdentity | None = None,
     shown_to_others: bool = False,
 ) -> bytes:
     """Make the script of a job, for any batch system.
@@ -64,9 +63,9 @@ def job_script(
         number: shell expression with the job number.
         id: shell expression with the reference of the pilot.
         output: redirections to the directory, unless the batch system does that.
-        identity: identity of the pilot.
         shown_to_others: True: other users may see the script; the secret is read from the directory.
     """
+    identity = pilot.identity
     variables = settings.variables(ce_name, pilot.vo, pilot.stamp, identity)
     script = executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT)
     parts = {

@@ -56,6 +56,9 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
     unknown, unless its exit code is in that directory.
     """
 
+    has_directories = True
+    """True if the nodes have the pilots' directories."""
+
     def __init__(
         self,
         ce: CEDescription,
@@ -72,11 +75,6 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
             directory=str(settings.directory),
             timeout_seconds=settings.timeout_seconds,
         )
-
-    @property
-    def has_directories(self) -> bool:
-        """True if the nodes have the pilots' directories."""
-        return True
 
     @abstractmethod
     def submission(self, pilot: PilotAtCE) -> Submission:
