@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..exceptions import TaskConfigError
 from .merge import Path, mapping, merge_problems
+from .published import from_published_layout
 from .schema import LimitConfig, ObjectLimits, PeriodicTaskConfig, TaskInstance, TaskOverride, TasksConfig
 from .source import Problem, Source, nearest
 
@@ -42,14 +42,7 @@ def read_raw_config(path: FilePath | None = None, config: object | None = None) 
         path = FilePath(os.environ[CONFIG_PATH_VARIABLE])
     if path is not None:
         return _read_yaml(path)
-    return _underscored(mapping(getattr(config, "systems", None)).get("Tasks")), Source(_SECTION)
-
-
-def _underscored(raw: Any) -> Any:
-    """Rename `vo-overrides`, as it is called in the documentation of version 0.7."""
-    if not isinstance(raw, Mapping):
-        return raw
-    return {"vo_overrides" if key == "vo-overrides" else key: value for key, value in raw.items()}
+    return from_published_layout(mapping(getattr(config, "systems", None)).get("Tasks")), Source(_SECTION)
 
 
 def _read_yaml(path: FilePath) -> tuple[Any, Source]:
@@ -60,7 +53,7 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
         raw, source = yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
         if isinstance(raw, dict) and raw.keys() == {"tasks"}:
             raw, source = raw["tasks"], source.below("tasks")
-        return _underscored(raw), source
+        return from_published_layout(raw), source
     except OSError as exc:
         raise TaskConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     except yaml.MarkedYAMLError as exc:
