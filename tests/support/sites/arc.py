@@ -32,11 +32,10 @@ _START_SECONDS = 20  # after which one that has not written its process id is st
 _PARTS = {"arex.pid": "arc-arex-start", "ws.pid": "arc-arex-ws-start"}
 _SHARE = Path("/usr/share/arc")
 _HOST_CAS = "/etc/grid-security/certificates"
-_LRMS = _SHARE / "FORKmod.pm"
 _PARSER = Path("/usr/lib/arc/arcconfig-parser")
 # How long a state of the batch system may be old: the default of 60 s would be waited for by tests. A-REX takes
 # tenths of a second. Each time costs half a second of processor time.
-_INFORMATION_TENTHS = 50
+_INFORMATION_TENTHS = 100
 # A-REX and its scripts ask for settings that do not change, each time from a new Python: each response is kept.
 _PARSER_THAT_REMEMBERS = """\
 #!/bin/sh
@@ -47,6 +46,13 @@ if [ ! -r "$response" ]; then
     {parser} "$@" > "$response.$$" && mv "$response.$$" "$response" || exec {parser} "$@"
 fi
 exec cat "$response"
+"""
+# While a program of A-REX runs and has closed one of its pipes, A-REX asks thousands of times a second whether it
+# has ended. So a submission takes no second, the search for ended jobs pauses after its end, a job that ignores
+# SIGTERM is killed in the background, and the provider of information keeps its pipe.
+_PAUSE = """\
+cd {directory} && mkdir pause || exit 0
+(sleep 10; rmdir pause) &
 """
 
 _CONFIGURATION = """\
@@ -126,15 +132,17 @@ class ArcSite:
         self._run("openssl", "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe2048",
                   "-out", str(parameters))  # fmt: skip
         parameters.chmod(0o600)
-        self._copy_start_script("arc-arex-ws-start", "<tcp:Listen>", "<tcp:Interface>127.0.0.1</tcp:Interface>")
+        listen, config = "<tcp:Listen>", "</arex:gmconfig>"
+        self._changed("arc-arex-ws-start", (listen, f"{listen}<tcp:Interface>127.0.0.1</tcp:Interface>"))
         period = f"<arex:InfoproviderWakeupPeriod>{_INFORMATION_TENTHS}</arex:InfoproviderWakeupPeriod>"
-        self._copy_start_script("arc-arex-start", "</arex:gmconfig>", period)
+        self._changed("arc-arex-start", (config, config + period))
 
         # For the CA of a token's issuer it looks at one place of the host, which is to stay as it is. Where
         # such a place can be put in front of it for its processes alone, it gets to know the test CA there.
         mount = f"mount --bind {self.ca_directory} {_HOST_CAS} && "
-        mount += f"mount --bind {self._module_that_can_hold()} {_LRMS} && "
         mount += f"mount --bind {self._parser_that_remembers()} {_PARSER} && "
+        for copy in self._changed_programs():
+            mount += f"mount --bind {copy} {_SHARE / copy.name} && "
         mount += 'ulimit -n 1024 && exec "$@"'  # A-REX closes as many files before each program that it starts
         private = ["unshare", "--mount", "/bin/sh", "-c", mount, "sh"]
         tried = subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True)
@@ -181,14 +189,19 @@ class ArcSite:
     def _test_ca(self, *arguments: str) -> None:
         self._run("arcctl", "test-ca", "--ca-id", "CI", "--ca-dir", str(self.ca_directory), *arguments)
 
-    def _module_that_can_hold(self) -> Path:
-        """Copy A-REX's module for processes as jobs, so that it can call them suspended, as batch systems do."""
+    def _changed_programs(self) -> list[Path]:
+        """Copy programs of A-REX that are to be changed."""
         running, held = "{status} = 'R'", f"{{status}} = -e '{self._hold}' ? 'S' : 'R'"
-        text = _LRMS.read_text()
-        assert text.count(running) == 1, f"{_LRMS} is not what it was"
-        copy = self.directory / _LRMS.name
-        copy.write_text(text.replace(running, held))
-        return copy
+        begin, opened, kill = "id=`id -u`\n", 'open STDERR, ">>"', "kill -KILL $joboption_jobid"
+        pause = _PAUSE.format(directory=self.directory)
+        return [
+            # The module for processes as jobs can call them suspended, as batch systems do.
+            self._changed("FORKmod.pm", (running, held)),
+            self._changed("scan-fork-job", (begin, pause + begin), ("\nsleep 10\n", "\n")),
+            self._changed("submit-fork-job", ("    sleep 1\n", "    sleep 0.1\n")),
+            self._changed("cancel-fork-job", (f"sleep 5\n        {kill}\n", f"(sleep 5; {kill}) &\n")),
+            self._changed("CEinfo.pl", (opened, f'open our $kept, ">&", *STDERR; {opened}')),
+        ]
 
     def _parser_that_remembers(self) -> Path:
         """Copy the program that reads the configuration, behind a script that keeps its responses."""
@@ -211,11 +224,15 @@ class ArcSite:
         finally:
             self._hold.unlink()
 
-    def _copy_start_script(self, name: str, marker: str, addition: str) -> None:
-        text = (_SHARE / name).read_text()
-        assert marker in text, f"{name} is not what it was"
-        copy = self.directory / name
-        copy.write_text(text.replace(marker, marker + addition))
+    def _changed(self, name: str, *replacements: tuple[str, str]) -> Path:
+        """Copy a program of A-REX, with other texts."""
+        text, copy = (_SHARE / name).read_text(), self.directory / name
+        for old, new in replacements:
+            assert old in text, f"{name} is not what it was"
+            text = text.replace(old, new)
+        copy.write_text(text)
+        copy.chmod(0o755)
+        return copy
 
     def _run(self, *command: str) -> str:
         done = subprocess.run(
