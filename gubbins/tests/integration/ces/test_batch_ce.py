@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secret
 from support.pilot_waiters import observe
-from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.recorded_starts import PilotDirectories
 from support.sites.gridengine import GridEngineSite
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.batch import BatchBackend, BatchSettings
 from gubbins.domain.exceptions import CEUnavailableError
-from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
+from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario
 
 pytestmark = [pytest.mark.event_loops("uvloop"), pytest.mark.timeout(240)]
 
 
-class TestGridEngine(CERemoteConformance):
+class TestGridEngine(PilotDirectories, CERemoteConformance):
     timeout_seconds = 20.0
     deadline_seconds = 180  # busy, it may take over a minute to end a job that has just started
     many = 10
@@ -28,9 +28,7 @@ class TestGridEngine(CERemoteConformance):
 
     @pytest.fixture
     def make(self, gridengine_site: GridEngineSite, tmp_path: Path) -> MakeBackend:
-        self.witness = tmp_path / "witness"
-        self.witness.mkdir()
-        scripts = pilot_scripts(self.witness)
+        scripts = self.scripts(tmp_path)
 
         def make(scenario: Scenario) -> BatchBackend:
             return make_backend(
@@ -55,23 +53,12 @@ class TestGridEngine(CERemoteConformance):
     def full(self, gridengine_site: GridEngineSite) -> AbstractContextManager[object]:
         return gridengine_site.full()
 
-    @pytest.fixture
-    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
-
-    @pytest.fixture
-    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
-
     @contextmanager
     def with_short_timeouts(self, disturbance: AbstractContextManager[object]) -> Iterator[None]:
         with disturbance:
             self.timeout_seconds = 1.0
             yield
             del self.timeout_seconds
-
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())
 
 
 def make_backend(site: GridEngineSite, directory: Path, **settings: object) -> BatchBackend:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.recorded_starts import PilotDirectories
 
 from gubbins.ces import CEDescription
 from gubbins.ces.local import LocalBackend, LocalSettings
 from gubbins.ces.simulated import SimulatedBackend, SimulatedSettings
-from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, MakeBackend, Scenario, pilot_scripts
+from gubbins.testing.ce_conformance import CEConformance, CESiteConformance, MakeBackend, Scenario
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -29,28 +27,15 @@ class TestSimulated(CEConformance):
         return make
 
 
-class TestLocal(CESiteConformance):
+class TestLocal(PilotDirectories, CESiteConformance):
     pause_seconds = 0.02
 
     @pytest.fixture
     def make(self, tmp_path: Path) -> MakeBackend:
-        self.witness = tmp_path / "witness"
-        self.witness.mkdir()
-        scripts = pilot_scripts(self.witness)
+        scripts = self.scripts(tmp_path)
 
         def make(scenario: Scenario) -> LocalBackend:
             settings = LocalSettings(directory=tmp_path / "pilots", default_script=scripts[scenario], keep="all")
             return LocalBackend(CEDescription("local", 100, 1.0), settings)
 
         return make
-
-    @pytest.fixture
-    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
-
-    @pytest.fixture
-    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
-
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())

@@ -6,14 +6,14 @@ import secrets
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from support.pilot_secrets import URL, Place, assert_only_the_pilot_can_read_its_secret
 from support.pilot_waiters import ENDED, observe
-from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.recorded_starts import PilotDirectories, RecordedStarts
 from support.sites.sshd import Sshd
 
 from examples.demo.slurm import SlurmSite
@@ -27,13 +27,12 @@ from gubbins.testing.ce_conformance import (
     CESiteConformance,
     MakeBackend,
     Scenario,
-    pilot_scripts,
 )
 
 pytestmark = pytest.mark.event_loops("uvloop")
 
 
-class TestSlurm(CERemoteConformance):
+class TestSlurm(PilotDirectories, CERemoteConformance):
     timeout_seconds = 20.0
     pause_seconds = 0.25  # each poll starts programs
     many = 20
@@ -44,9 +43,7 @@ class TestSlurm(CERemoteConformance):
 
     @pytest.fixture
     def make(self, slurm_site: SlurmSite, ssh: SSHHost | None, tmp_path: Path) -> MakeBackend:
-        self.witness = tmp_path / "witness"
-        self.witness.mkdir()
-        scripts = pilot_scripts(self.witness)
+        scripts = self.scripts(tmp_path)
 
         def make(scenario: Scenario) -> SlurmBackend:
             settings = SlurmSettings(
@@ -87,14 +84,6 @@ class TestSlurm(CERemoteConformance):
         return away()
 
     @pytest.fixture
-    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
-
-    @pytest.fixture
-    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
-
-    @pytest.fixture
     def holding(self, slurm_site: SlurmSite) -> AbstractContextManager[object]:
         @contextmanager
         def partition_down() -> Iterator[None]:
@@ -112,9 +101,6 @@ class TestSlurm(CERemoteConformance):
         with disturbance:
             yield
         del self.timeout_seconds
-
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())
 
 
 class TestSlurmThroughSSH(TestSlurm):
@@ -147,7 +133,7 @@ class PlainAccount(LocalShell):
         return await super().run([*plain, *argv], stdin=stdin, timeout=timeout)
 
 
-class TestHiddenPartition(CESiteConformance):
+class TestHiddenPartition(RecordedStarts, CESiteConformance):
     """The same promises in a partition that the site hides from all but its operators."""
 
     many = 10
@@ -159,10 +145,8 @@ class TestHiddenPartition(CESiteConformance):
         slurm_site.directory.chmod(0o755)
         slurm_site.command("scontrol", "update", "PartitionName=short", "Hidden=YES")
         directory.chmod(0o777)
-        self.witness = directory / "witness"
-        self.witness.mkdir()
+        scripts = self.scripts(directory)
         self.witness.chmod(0o777)
-        scripts = pilot_scripts(self.witness)
         shell = PlainAccount(inherited_environment() | {"SLURM_CONF": str(slurm_site.slurm_conf)})
 
         def make(scenario: Scenario) -> SlurmBackend:
@@ -176,11 +160,8 @@ class TestHiddenPartition(CESiteConformance):
             slurm_site.directory.chmod(0o700)
             shutil.rmtree(directory, ignore_errors=True)  # a job may be writing there
 
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())
 
-
-class TestClusters(CESiteConformance):
+class TestClusters(RecordedStarts, CESiteConformance):
     """The same promises at a site of several clusters, whose `sbatch` responses `number;cluster`."""
 
     many = 10
@@ -188,9 +169,7 @@ class TestClusters(CESiteConformance):
 
     @pytest.fixture
     def make(self, accounting_slurm_site: SlurmSite, tmp_path: Path) -> MakeBackend:
-        self.witness = tmp_path / "witness"
-        self.witness.mkdir()
-        scripts = pilot_scripts(self.witness)
+        scripts = self.scripts(tmp_path)
 
         def make(scenario: Scenario) -> SlurmBackend:
             settings = SlurmSettings(
@@ -203,9 +182,6 @@ class TestClusters(CESiteConformance):
             return SlurmBackend(CEDescription("slurm", 100, 1.0), settings)
 
         return make
-
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())
 
     @pytest.fixture
     def full(self, accounting_slurm_site: SlurmSite) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import ValidationError
 from support.pilot_waiters import ENDED, ended, observe, written
-from support.sites.dead_mount import dead_mount, new_dead_mount
+from support.recorded_starts import PilotDirectories
 from support.sites.sshd import Sshd
 from support.waiting import until
 
@@ -22,21 +22,19 @@ from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
-from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario, pilot_scripts
+from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario
 
 pytestmark = pytest.mark.event_loops("uvloop")
 
 Make = Callable[..., SSHBackend]
 
 
-class TestConformance(CERemoteConformance):
+class TestConformance(PilotDirectories, CERemoteConformance):
     pause_seconds: ClassVar[float] = 0.15  # each poll opens a connection
 
     @pytest.fixture
     def make(self, sshd: Sshd, tmp_path: Path) -> MakeBackend:
-        self.witness = tmp_path / "witness"
-        self.witness.mkdir()
-        scripts = pilot_scripts(self.witness)
+        scripts = self.scripts(tmp_path)
         settings = sshd.settings | {"connect_timeout_seconds": 3, "command_timeout_seconds": 5}
 
         def make(scenario: Scenario) -> SSHBackend:
@@ -56,17 +54,6 @@ class TestConformance(CERemoteConformance):
     @pytest.fixture
     def hanging(self, sshd: Sshd) -> AbstractContextManager[object]:
         return sshd.frozen()
-
-    @pytest.fixture
-    def unreadable(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: dead_mount(tmp_path / "pilots" / stamp)
-
-    @pytest.fixture
-    def uncertain(self, tmp_path: Path) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda stamp: new_dead_mount(tmp_path / "pilots" / stamp)
-
-    def starts(self, stamp: str) -> int:
-        return len((self.witness / stamp).read_text().splitlines())
 
 
 class TestConformanceOfCsh(TestConformance):
