@@ -62,7 +62,7 @@ async def cycle(db: MyPilotDB, time: Clock, *, report: bool = False) -> int:
     for pilot in await db.get_pilots_by_status(MyPilotStatus.SUBMITTED, "lhcb") if report else ():
         await db.update_pilot_status(pilot["pilot_id"], MyPilotStatus.RUNNING)
     await logic.transition_pilot_states(db, "lhcb")
-    time.at += timedelta(minutes=10)
+    time.at += timedelta(minutes=20)
     return len(requests)
 
 
@@ -70,7 +70,7 @@ async def test_a_site_that_lists_no_pilots_gets_no_replacements(
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 10, 1.0, backend="forgetful")
-    for _ in range(24 * 6):
+    for _ in range(24 * 3):
         await cycle(sqlite_db, time)
     assert len(site.submitted) == 10
     # They have been taken for lost, and what stops the submissions is still told.
@@ -95,7 +95,7 @@ async def test_pilots_that_only_reported_themselves_get_no_replacements(
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 10, 1.0, backend="forgetful")
-    for _ in range(24 * 6):
+    for _ in range(24 * 3):
         await cycle(sqlite_db, time, report=True)
     assert len(site.submitted) == 10
 
@@ -104,7 +104,7 @@ async def test_submissions_to_a_small_site_stop_and_continue_when_pilots_reappea
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 3, 1.0, backend="forgetful", rules={"max_missing": 6})
-    for _ in range(24 * 6):
+    for _ in range(24 * 3):
         await cycle(sqlite_db, time)
     assert len(site.submitted) == 6
     await logic.set_ce_enabled(sqlite_db, "ce", True)
@@ -147,7 +147,7 @@ async def test_lost_pilots_that_were_never_seen_do_not_let_submissions_continue(
 ) -> None:
     await sqlite_db.add_ce("ce", 20, 1.0, backend="forgetful")
     site.lists_every = lists_every
-    for _ in range(24 * 6):
+    for _ in range(24 * 3):
         await cycle(sqlite_db, time)
         site.listed |= dict.fromkeys(site.listed, Observed(end.upper()))
     assert len(site.submitted) == 20
@@ -164,11 +164,11 @@ async def test_pilots_that_end_properly_outweigh_a_few_that_were_never_seen(
     sqlite_db: MyPilotDB, site: type[Forgetful], time: Clock
 ) -> None:
     await sqlite_db.add_ce("ce", 20, 1.0, backend="forgetful", rules={"max_per_cycle": 4})
-    for number in range(24 * 6):
+    for number in range(24 * 3):
         site.lists_every = int(number % 30 > 0)  # four of 120 are never seen
         await cycle(sqlite_db, time)
         site.listed |= dict.fromkeys(site.listed, Observed.DONE)
-    assert len(site.submitted) == 4 * 24 * 6
+    assert len(site.submitted) == 4 * 24 * 3
 
 
 async def test_a_few_missing_pilots_do_not_stop_submissions(
