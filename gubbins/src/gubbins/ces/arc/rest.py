@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -67,7 +67,7 @@ class ArcRest:
             NotAcceptedError, CredentialsError: no job was submitted.
             CEUnavailableError: some jobs may have been submitted.
         """
-        found = _job_responses(await self._post("new", join(descriptions).encode(), "application/rsl"))
+        found = _job_responses(await self._request("?action=new", join(descriptions).encode(), "application/rsl"))
         number = len(descriptions)
         if len(found) == 1 < number and found[0].code >= 400:
             found *= number  # an error of the whole request
@@ -100,7 +100,7 @@ class ArcRest:
 
     async def list_jobs(self) -> list[str]:
         """List the ids of all our jobs."""
-        return [str(each["id"]) for each in _jobs(await self._request("GET", "/jobs")) if "id" in each]
+        return [str(each["id"]) for each in _jobs(await self._request()) if "id" in each]
 
     async def names(self, ids: Sequence[str]) -> dict[str, str | None]:
         """Get the names of jobs by id, without those that the CE does not know.
@@ -112,7 +112,7 @@ class ArcRest:
         if (job := next((job for job, each in info.items() if not each), None)) is not None:
             raise CEUnavailableError(f"{self._settings.url} has no record of job {job}")
         names: dict[str, str | None] = {
-            job: name for job, each in info.items() if _is_name(name := each.get("Name"))
+            job: name for job, each in info.items() if isinstance(name := each.get("Name"), str) and name
         }
         # The record of a new job has no name yet: read it from the description.
         new = [job for job in info if job not in names]
@@ -145,19 +145,14 @@ class ArcRest:
         responses = dict.fromkeys(ids, _NO_RESULT)
         for batch in _batches(ids, batch_size):
             body = json.dumps({"job": [{"id": each} for each in batch]}).encode()
-            for response in _job_responses(await self._post(action, body, "application/json")):
+            for response in _job_responses(await self._request(f"?action={action}", body, "application/json")):
                 if isinstance(job := response.job.get("id"), str) and job in responses:
                     responses[job] = response
         return {job: response for job, response in responses.items() if response.code != 404}
 
-    async def _post(self, action: str, body: bytes, content_type: str) -> bytes:
-        return await self._request("POST", f"/jobs?action={action}", body, content_type)
-
-    async def _request(
-        self, method: str, path: str, body: bytes | None = None, content_type: str | None = None
-    ) -> bytes:
+    async def _request(self, query: str = "", body: bytes | None = None, content_type: str = "") -> bytes:
         headers = {"Content-Type": content_type} if content_type else {}
-        async with self._stream(method, path, headers, body) as response:
+        async with self._stream(f"/jobs{query}", headers, body) as response:
             _accept(response)
             content = bytearray()
             async for part in response.aiter_bytes():
@@ -168,7 +163,7 @@ class ArcRest:
 
     async def _tail(self, path: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes | int | None:
         """Read the last part of a file; or its size if it is larger; None: there is no such file."""
-        async with self._stream("GET", path, headers) as response:
+        async with self._stream(path, headers) as response:
             if response.status_code in (404, 416):
                 return None
             _accept(response)
@@ -183,16 +178,21 @@ class ArcRest:
 
     @contextlib.asynccontextmanager
     async def _stream(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[httpx.Response]:
+        """Send a POST request if there is a body, or else a GET request."""
         client = await self.connect()
+        url, seconds = self._settings.url, self._settings.timeout_seconds
+        method = "GET" if body is None else "POST"
         try:
-            async with asyncio.timeout(self._settings.timeout_seconds):
-                url = f"{self._settings.url}{_API}{path}"
-                async with client.stream(method, url, content=body, headers=dict(headers)) as response:
+            async with asyncio.timeout(seconds):
+                target = f"{url}{_API}{path}"
+                async with client.stream(method, target, content=body, headers=dict(headers)) as response:
                     yield response
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise CEUnavailableError(self._describe(error)) from error
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise CEUnavailableError(f"{url}: no response within {seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise CEUnavailableError(f"{url}: {one_line(error)}") from error
 
     async def connect(self) -> httpx.AsyncClient:
         """Return the HTTP client, a new one if the credentials have changed."""
@@ -216,12 +216,6 @@ class ArcRest:
             trust_env=False,
             follow_redirects=False,
         )
-
-    def _describe(self, error: Exception) -> str:
-        message = one_line(error)
-        if isinstance(error, TimeoutError | httpx.TimeoutException):
-            message = f"no response within {self._settings.timeout_seconds:g} s"
-        return f"{self._settings.url}: {message}"
 
 
 def _accept(response: httpx.Response) -> None:
@@ -272,10 +266,6 @@ def _job_responses(content: bytes) -> list[JobResponse]:
             raise CEUnavailableError(f"invalid response without a status: {str(job)[:80]}")
         found.append(JobResponse(int(code), one_line(job.get("reason") or "") or "no reason given", job))
     return found
-
-
-def _is_name(name: object) -> TypeGuard[str]:
-    return isinstance(name, str) and bool(name)
 
 
 def _batches(items: Sequence[str], size: int) -> list[Sequence[str]]:
