@@ -6,6 +6,7 @@ import asyncio
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -120,6 +121,35 @@ async def test_a_running_pilot_that_claims_to_have_ended_keeps_its_slot(tmp_path
     assert (await backend.poll([pilot]))["s"].state is Observed.RUNNING
     await backend.cancel([pilot])
     assert (await observe(backend, pilot, *ENDED)).state is Observed.FAILED
+
+
+async def test_processes_that_an_ended_pilot_leaves_behind_do_not_keep_its_slot(tmp_path: Path) -> None:
+    backend, pilot = (
+        make(tmp_path, default_script="sleep 300 > /dev/null 2>&1 & echo $! > ../left"),
+        PilotAtCE("s", "vo"),
+    )
+    await backend.submit([pilot])
+    await until((tmp_path / "s" / "rc").exists)
+    seen = await backend.poll([pilot])
+    os.kill(int((tmp_path / "s" / "left").read_text()), signal.SIGKILL)
+    assert seen["s"].state is Observed.DONE
+
+
+async def test_no_content_of_the_mark_of_cancelled_pilots_affects_their_cancellation(tmp_path: Path) -> None:
+    """Nor that of other pilots; a mark is empty on a full disk, for example."""
+    contents = ["", "08\n", "0x1\n", "9" * 30 + "\n", "-5\n", "$(exit 1)\n"]
+    pilots = [PilotAtCE(f"s{number}", "vo") for number in range(len(contents) + 1)]
+    backend = make(
+        tmp_path, default_script="trap 'exit 9' TERM; touch ready; sleep 300 & wait", kill_after_seconds=3600
+    )
+    await backend.submit(pilots)
+    for pilot in pilots:
+        await until((tmp_path / pilot.stamp / "work" / "ready").exists)
+    for pilot, content in zip(pilots, contents, strict=False):
+        (tmp_path / pilot.stamp / "cancelled").write_text(content)
+    await backend.cancel(pilots)
+    for pilot in pilots:
+        assert (await observe(backend, pilot, *ENDED)).reason == "cancelled (exit code 9)"
 
 
 @pytest.fixture

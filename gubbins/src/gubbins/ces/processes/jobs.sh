@@ -157,26 +157,23 @@ read_process() {
     esac
 }
 
-# is_running STAMP: true if processes of the pilot are running on this host.
+# is_running STAMP: true if the wrapper is running on this host or, without an exit code, another process of its group.
+# Processes that an ended pilot has left do not count.
 is_running() {
-    read_process "$1" && [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] && is_alive
-}
-
-# True if the wrapper with $pid and $start, or another process of its group, is running.
-is_alive() {
+    read_process "$1" && [ "$host" = "$here" ] && [ "$boot" = "$this_boot" ] || return 1
     if read -r stat < "/proc/$pid/stat"; then
         # The command, in parentheses, may contain anything.
         # shellcheck disable=SC2086 # the fields are meant to be split
-        set -- ${stat##*) }
+        set -- "$1" ${stat##*) }
         # The pid was reused, which is possible only after the end of the group.
-        [ "${20}" = "$start" ] || return 1
-        case $1 in
+        [ "${21}" = "$start" ] || return 1
+        case $2 in
             [ZX]) ;;
             *) return 0 ;;
         esac
     fi
     # Zombies count as well.
-    kill -s 0 -- "-$pid" || return 1
+    ! has_ended "$1" && kill -s 0 -- "-$pid" || return 1
     [ -n "$groups" ] || find_groups
     case $groups in
         *" $pid "*) return 0 ;;
@@ -250,15 +247,13 @@ cancel() {
     since=0 # if the mark is not our file
     if ! [ -e "$1/cancelled" ] && ! [ -h "$1/cancelled" ]; then
         since=$now
-        error=$( (set -C && printf '%s\n' "$now" > "$1/cancelled") 2>&1) ||
+        error=$( (set -C && : > "$1/cancelled") 2>&1) ||
             [ -e "$1/cancelled" ] || say unmarked "$1" "${error%%"$line_break"*}"
     fi
     # If there is no process file yet, the wrapper will find the mark.
     [ -n "$running" ] && is_group_of "$1" || return 0
-    ! is_file "$1/cancelled" || read -r since < "$1/cancelled"
-    case $since in
-        '' | *[!0-9]*) since=0 ;; # empty, as on a full disk
-    esac
+    # Not its content, by which a pilot could end this shell.
+    ! is_file "$1/cancelled" || since=$(stat -c %Y "$1/cancelled")
     if [ $((now - since)) -ge "$kill_after" ]; then signal=KILL; else signal=TERM; fi
     kill -s "$signal" -- "-$pid"
 } 2> /dev/null
