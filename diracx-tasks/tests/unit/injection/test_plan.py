@@ -5,6 +5,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated
 
 import pytest
@@ -55,6 +56,17 @@ def test_defaults_and_kwargs_are_allowed() -> None:
 def test_annotation_that_cannot_be_resolved_is_named() -> None:
     with pytest.raises(NameError, match=r"SomeTask\.unresolvable: .*'NotImported' of parameter 'db'"):
         compile_plan(SomeTask.unresolvable, skip_first=True)
+
+
+def test_a_constructor_from_another_module_is_resolved_there() -> None:
+    base = ModuleType("base")
+    vars(base).update(Elsewhere=Annotated[Options, Depends(Options)])
+    exec("class Base:\n    def __init__(self, options: 'Elsewhere'): self.options = options", vars(base))
+
+    class Derived(base.Base):  # type: ignore[misc, name-defined]  # made by `exec`
+        pass
+
+    assert [dependency.call for dependency in compile_plan(Derived).dependencies] == [Options]
 
 
 def test_injected_positional_only_parameter_is_refused() -> None:

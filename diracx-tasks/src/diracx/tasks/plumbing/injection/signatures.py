@@ -94,6 +94,9 @@ def resolved_signature(func: Callable[..., Any]) -> Signature:
     Raises:
         NameError: a parameter's annotation uses a name that does not exist at run time.
     """
+    with suppress(NameError, AttributeError, TypeError, SyntaxError):
+        return inspect.signature(func, eval_str=True)
+    # One by one, to name the wrong annotation.
     signature, inner = inspect.signature(func), innermost(func)
     names = getattr(inner, "__globals__", None) or vars(sys.modules[inner.__module__])
     params = []
