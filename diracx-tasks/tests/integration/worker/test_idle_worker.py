@@ -9,10 +9,11 @@ import msgpack
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.health import HealthThresholds
-from diracx.tasks.plumbing import BaseTask
+from diracx.tasks.plumbing import BaseLock, BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, dead_letter_stream, keys, scripts, worker_state
 from diracx.tasks.plumbing.broker.lease_audit import AUDIT_LEASES
 from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.lock_registry import TASK
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker, reporter
 from diracx.tasks.plumbing.worker import keeper as keeper_module
@@ -143,6 +144,10 @@ async def test_a_task_costs_the_server_the_same_however_many_workers_wait_for_it
 class Held(BaseTask):
     over: asyncio.Event
     begun: asyncio.Event
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(TASK, "held")]
 
     async def execute(self) -> None:
         Held.begun.set()

@@ -480,8 +480,8 @@ class RedisStreamBroker(ResultReader):
 
     async def start(self, requests: Sequence[StartRequest], *, lease_seconds: float = 0) -> list[StartReply]:
         """Take the locks of each delivery, or park it."""
-        # Not by the connection that waits: the next batch may be fetched meanwhile.
-        return await scripts.start(self._submitting, self.consumer_name, requests, int(lease_seconds * 1000))
+        # By the connection that waits, unless the next batch is being fetched.
+        return await scripts.start(self._waiting, self.consumer_name, requests, int(lease_seconds * 1000))
 
     async def settle(self, settlements: Sequence[Settlement], dataset_id: str = "") -> list[SettleReply]:
         """Settle deliveries.
