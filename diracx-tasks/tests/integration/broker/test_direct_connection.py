@@ -42,6 +42,15 @@ async def test_a_caller_after_a_cancelled_one_gets_its_own_reply(direct: DirectC
     assert await direct.execute(("ECHO", "mine")) == [b"mine"]
 
 
+async def test_a_caller_after_a_failed_callback_gets_its_own_reply(direct: DirectConnection) -> None:
+    def fails(_: int) -> None:
+        raise ValueError("no such descriptor")
+
+    with pytest.raises(ValueError, match="no such descriptor"):
+        await direct.execute(("ECHO", "another"), sent=fails)
+    assert await direct.execute(("ECHO", "mine")) == [b"mine"]
+
+
 async def test_a_connection_that_the_server_has_closed_is_reopened(direct: DirectConnection, redis: Redis) -> None:
     [number] = await direct.execute(("CLIENT", "ID"))
     await redis.client_kill_filter(_id=str(number))

@@ -211,9 +211,7 @@ class DirectConnection:
                 then, as they may when this is cancelled.
         """
         await self.send(*commands)
-        if sent is not None:
-            sent(self._descriptor())
-        return await self.replies(first)
+        return await self.replies(first, sent)
 
     async def send(self, *commands: Sequence[Any]) -> None:
         """Send commands, without waiting for their replies: `replies` has to follow. Raises as `execute`."""
@@ -231,10 +229,14 @@ class DirectConnection:
             raise
         self._unread = len(commands)
 
-    async def replies(self, first: Callable[[Any], None] | None = None) -> list[Any]:
+    async def replies(
+        self, first: Callable[[Any], None] | None = None, sent: Callable[[int], None] | None = None
+    ) -> list[Any]:
         """Return the replies to the commands of `send`. See `execute`."""
         replies: list[Any] = []
         try:
+            if sent is not None:
+                sent(self._descriptor())
             async with asyncio.timeout(self._timeout):
                 for _ in range(self._unread):
                     try:
