@@ -8,17 +8,21 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from diracx.tasks.plumbing import BaseTask
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Submission, TaskMessage
+from diracx.tasks.plumbing.broker.redis_streams import FetchReply
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.worker import Worker
 from diracx.tasks.testing import TaskSystem
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
-from support.intakes import NORMAL
+from redis.exceptions import ConnectionError as RedisConnectionError
+from support.intakes import NORMAL, intake_of, name_of, submission
+from support.leased_deliveries import LeasedDeliveries
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -140,3 +144,37 @@ async def test_tasks_that_are_cancelled_after_they_were_fetched_ahead_end(
     await submit_all(system.broker, cancel_fetched)
     await system.drain()
     assert set(range(ALL)) - WAITING <= set(STARTED)
+
+
+class LosesSecond(RedisStreamBroker):
+    """Sends no second fetch: a proxy has taken it, and the connection to the proxy is lost."""
+
+    fetches = 0
+
+    async def send_fetch(self, free: int, **options: Any) -> FetchReply:
+        self.fetches += 1
+        return self._lose if self.fetches == 2 else await super().send_fetch(free, **options)
+
+    async def _lose(self) -> Any:
+        raise RedisConnectionError("connection lost")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_tasks_are_recovered_that_a_lost_fetch_reserves_later(redis_url: str) -> None:
+    broker, held = LosesSecond(redis_url, socket_timeout=1.0), LeasedDeliveries()
+    intake = intake_of(broker, held=held)
+    await broker.submit([submission(str(number)) for number in range(FETCHED_AHEAD)])
+    held += await intake.next(100)
+    with pytest.raises(RedisConnectionError):
+        await intake.next(50)
+    held += await intake.next(50)
+    assert len(held) == FETCHED_AHEAD
+    proxy = RedisStreamBroker(redis_url, consumer_name=broker.consumer_name)
+    await proxy.submit([submission("late")])
+    assert len((await proxy.fetch(50))[0]) == 1
+    async with asyncio.timeout(30):
+        while not (late := await intake.next(50)):
+            pass
+    assert [name_of(each) for each in late] == ["late"]
+    for each in (broker, proxy):
+        await each.shutdown()

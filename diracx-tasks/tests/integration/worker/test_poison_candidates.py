@@ -13,7 +13,7 @@ from diracx.tasks.plumbing.worker.intake import Intake
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.plumbing.worker.settlement import requeue
 from redis.asyncio import Redis
-from support.intakes import SaysOnce, in_hand, name_of, submission
+from support.intakes import NORMAL, SaysOnce, in_hand, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
 from support.waiting import until
 
@@ -136,6 +136,25 @@ async def test_P9_a_poison_candidate_from_a_queue_runs_alone(
         [candidate] = patient.held
         assert is_poison_candidate(candidate, 3), "as before: no worker was lost with it meanwhile"
     assert not any(b":aside" in name for name in await redis.zrange(keys.ALIVE, 0, -1))
+
+
+async def test_P9_a_poison_candidate_that_was_fetched_ahead_runs_alone(
+    redis_url: str, redis: Redis, patient: Hands
+) -> None:
+    await patient.broker.submit([submission(str(number)) for number in range(50)])
+    await redis.xadd(NORMAL, {"data": submission("candidate").message.dumpb(), "deaths": 2})
+    assert len(await patient.take(51)) == 50
+    assert patient.intake.fetches_ahead
+    await patient.settle()
+    assert [name_of(each) for each in await patient.take(51)] == ["candidate"]
+    await patient.broker.submit([submission("fresh")])
+    fetching = asyncio.create_task(patient.take())
+    for _ in range(20):
+        await redis.ping()
+    assert not fetching.done()
+    assert await in_hand(redis) == 1, "only the poison candidate"
+    await patient.settle()
+    assert await fetching == []
 
 
 async def test_P9_a_healthy_task_among_poison_is_never_classified_as_poison(redis_url: str, redis: Redis) -> None:

@@ -145,9 +145,9 @@ class Intake:
         ignore the returned deliveries: `fetch_unacknowledged` returns them again.
         """
         self.reserved_after = self.reserves_since()
-        ahead = [] if self._sent is None else await self._read_fetch()
         if self._candidates:
             self._remove_candidates(self._candidates.difference(self._held.held()))  # it may have been parked
+        ahead = [] if self._sent is None else await self._read_fetch()
         if self._refetch_at <= self.reserved_after or self._reconnects != self._broker.reconnects:
             # After a failover, the new primary may lack settlements that the old one has confirmed.
             self._refetch_at, self._reconnects, self._reply_lost = math.inf, self._broker.reconnects, True
@@ -159,8 +159,7 @@ class Intake:
         try:
             deliveries = await self._limit_to(free, ahead or await self._poll(free, unsent))
         except BaseException:
-            self._last_ids = None  # another server may reply to the next call
-            self._abandon_wait()
+            self._note_lost_reply()
             raise
         self._reply_lost = False
         await self._fetch_ahead(free - len(deliveries), unsent)
@@ -182,10 +181,8 @@ class Intake:
         if free <= 0 or self._all_seen or self._candidates or self._draining or self._stop.is_set():
             return
         if time.monotonic() < self.reclaim_at:
-            try:
+            with suppress(RedisError, OSError):  # the next call meets the same error
                 await self._send_fetch(min(free, _BATCH), unsent)
-            except RedisError:
-                self._reply_lost, self._last_ids = True, None  # for the next call, which meets the same error
 
     async def close(self) -> None:
         """End the blocking read on the server, so that it reserves nothing more; give up after a timeout."""
@@ -291,6 +288,7 @@ class Intake:
                 settling=None if unsent is None else unsent.take(),
             )
         except BaseException:
+            self._note_lost_reply()
             self._end_fetch(unsent)
             raise
         self._sent = _SentFetch(at_most, at, reply, unsent)
@@ -301,7 +299,7 @@ class Intake:
         try:
             deliveries, last_ids = await sent.reply()
         except BaseException:
-            self._reply_lost, self._last_ids = True, None
+            self._note_lost_reply()
             raise
         finally:
             self._end_fetch(sent.unsent)
@@ -310,6 +308,10 @@ class Intake:
         if not deliveries:
             self._last_ids = last_ids
         return deliveries
+
+    def _note_lost_reply(self) -> None:
+        self._reply_lost, self._last_ids = True, None  # another server may reply to the next call
+        self._abandon_wait()
 
     def _end_fetch(self, unsent: UnsentSettlements | None) -> None:
         self._fetched.set()
