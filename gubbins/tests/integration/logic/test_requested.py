@@ -22,6 +22,7 @@ from gubbins.domain.exceptions import (
     PilotSubmissionError,
 )
 from gubbins.logic import my_pilots as logic
+from gubbins.logic.my_pilots import requested as requested_module
 
 VOS = ("lhcb", "dteam")
 Response = Callable[[Sequence[PilotAtCE]], Mapping[str, SubmitOutcome]]
@@ -79,7 +80,7 @@ async def test_the_first_task_submits_all_requests_and_the_others_return_their_o
 
     event.listen(db.engine.sync_engine, "before_cursor_execute", count)
     pilots = [await submit(db, stamp, vo) for stamp, vo in requests]
-    assert statements < 2 * len(requests)
+    assert statements < len(requests) / 2, "the other tasks read nothing"
     assert [sorted(pilot.stamp for pilot in call) for call in site.calls] == [
         sorted(stamp for stamp, _ in requests)
     ]
@@ -213,6 +214,7 @@ async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: 
         p.stamp: SubmitOutcome(error="no") if p.stamp == bad else SubmitOutcome(f"job.{p.stamp}") for p in pilots
     }
     first = await submit(db, *requests[0])
+    requested_module._submitted.clear()  # as in another process
     outcomes = [first, *[await submit(db, stamp, vo) for stamp, vo in requests[1:]]]
     assert [type(outcome) for outcome in outcomes] == [int, CERefusedError, int, int, int]
     assert len(site.calls) == 1

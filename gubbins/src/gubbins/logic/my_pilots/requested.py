@@ -22,6 +22,10 @@ from .submission import claim_submission, open_for_submission, submit_pilot, sub
 
 logger = logging.getLogger(__name__)
 
+#: Ids of submitted pilots by stamp, for the other tasks of this process: a read for each would halve their rate.
+_submitted: dict[str, int] = {}
+_MAX_SUBMITTED = 10_000
+
 
 async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str) -> int | None:
     """Submit a pilot requested by `request_pilots`, with all pending requests of its compute element.
@@ -37,6 +41,8 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
     Raises:
         PilotSubmissionError: as `submit_pilot`.
     """
+    if (pilot_id := _submitted.pop(stamp, None)) is not None:
+        return pilot_id
     found = await db.find_submission(stamp)
     if found is None:
         logger.info("No pilot for %s at %s: its request has expired, or there was no room for it", vo, ce_name)
@@ -56,7 +62,10 @@ async def submit_requested_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp:
                 reason = next(iter(refused.values()))
                 logger.info("No slots for %d pilots at %s: %s", len(refused), ce_name, reason)
             outcomes = await submit_reserved(db, ce, backend, ids, pilots, stamp) if pilots else {}
-        outcome = refused.get(stamp) or outcomes.get(stamp)
+        outcome = refused.get(stamp) or outcomes.pop(stamp, None)
+        _submitted.update((other, id) for other, id in outcomes.items() if isinstance(id, int))
+        while len(_submitted) > _MAX_SUBMITTED:
+            del _submitted[next(iter(_submitted))]
         if isinstance(outcome, PilotSubmissionError):
             raise outcome
     except PilotSubmissionError:
