@@ -38,7 +38,9 @@ class RequestRate:
         self.count(key)
 
     def wait_seconds(self, key: str) -> int:
-        """Time until the limit allows another request; 0: it does now."""
+        """Time until the limit allows another request; 0: it does now. The key counts as used."""
+        if key in self._requests:
+            self._requests.move_to_end(key)
         times, begin = self._requests.get(key, deque()), time.monotonic() - _WINDOW_SECONDS
         while times and times[0] <= begin:
             times.popleft()
