@@ -40,7 +40,7 @@ class Downtime:
     """Start of the time without submissions."""
     reason: str
     added_by: str
-    source: str | None = None
+    source: str | None
     """Origin of an imported downtime; null: added by a user."""
 
     def describe(self, now: datetime) -> str:

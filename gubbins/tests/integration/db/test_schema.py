@@ -37,7 +37,7 @@ class TestPilotSchema(SchemaPromises):
             await db.replace_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
             now = datetime.now(tz=UTC)
-            await db.add_downtime(Downtime(0, "ce1", now, now, now, "switches 🚧", "alice"))
+            await db.add_downtime(Downtime(0, "ce1", now, now, now, "switches 🚧", "alice", None))
             stamp = (await db.get_pilot(pilots[2]))["stamp"]
             await db.set_registry_ids({stamp: 7}, ce_names=["ce1"], submitted={stamp})
             await db.release_pilots(pilots[2:])

@@ -7,7 +7,7 @@ import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import pytest
 from diracx.core.properties import NORMAL_USER, SERVICE_ADMINISTRATOR
 from diracx.tasks.operations.audit import AuditEntry, read_audit
 from diracx.tasks.web.api import environment
+from pydantic import TypeAdapter
 from redis.asyncio import Redis
 from support.hostile_requests import hostile_addresses, hostile_bodies, unbounded_in
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.circuit_breaker import CECall
+from gubbins.domain.downtimes import Downtime
 
 As = Callable[..., dict[str, str]]
 VOS = ("lhcb", "dteam")
@@ -319,10 +321,12 @@ def test_an_invalid_request_is_neither_repeated_in_the_response_nor_logged(
 
 def test_a_downtime_is_planned_seen_and_removed(client: Any, as_: As) -> None:
     admin, now = as_("lhcb", SERVICE_ADMINISTRATOR), datetime.now(UTC)
-    start, end = ((now + timedelta(hours=hours)).isoformat() for hours in (-1, 5))
+    elsewhere = now.astimezone(timezone(timedelta(hours=2)))
+    start, end = ((elsewhere + timedelta(hours=hours)).isoformat() for hours in (-1, 5))
     downtime = {"starts_at": start, "ends_at": end, "reason": "new switches", "drain_seconds": 60}
     added = client.post(f"{API}/ces/ce/downtimes", json=downtime, headers=admin)
     assert added.status_code == 201, added.text
+    assert set(TypeAdapter(Downtime).json_schema()["required"]) == added.json().keys()
     assert datetime.fromisoformat(added.json()["drain_from"]) == now - timedelta(hours=1, seconds=60)
     assert client.get(f"{API}/downtimes", headers=as_()).json() == [added.json()]
     assert client.get(f"{API}/ces/ce", headers=as_()).json()["downtime"] == added.json()

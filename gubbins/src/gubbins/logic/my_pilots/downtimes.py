@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from gubbins.db.sql import MyPilotDB
@@ -57,7 +57,8 @@ async def add_downtime(
     reason = one_line(reason, MAX_REASON_CHARS)
     if not reason:
         raise DowntimeError("a downtime needs a reason")
-    return await db.add_downtime(Downtime(0, ce_name, starts_at, ends_at, starts_at - drain, reason, by))
+    starts_at, ends_at = starts_at.astimezone(UTC), ends_at.astimezone(UTC)
+    return await db.add_downtime(Downtime(0, ce_name, starts_at, ends_at, starts_at - drain, reason, by, None))
 
 
 async def list_downtimes(
