@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SDK", "exported", "get", "samples", "series"]
+__all__ = ["SDK", "exported", "get", "install_site", "samples", "series"]
 
 import json
 from http.client import HTTPConnection
@@ -22,6 +22,30 @@ out = open(os.environ["EXPORTED"] + str(os.getpid()), "w")
 exporter = ConsoleMetricExporter(out=out, formatter=lambda data: data.to_json(indent=None) + chr(10))
 metrics.set_meter_provider(MeterProvider(metric_readers=[PeriodicExportingMetricReader(exporter)]))
 """
+
+
+#: Collector of another distribution. Its metric has neither of the two types of those of this package.
+_OF_A_SITE = """
+from contextlib import asynccontextmanager
+from prometheus_client.core import UnknownMetricFamily
+
+
+@asynccontextmanager
+async def site():
+    async def collect():
+        return [UnknownMetricFamily("site_weight", "Weight of the site.", value=2.5)]
+
+    yield collect
+"""
+
+
+def install_site(directory: Path) -> None:
+    """Install the distribution of a site, with a metric `site_weight`, in a directory."""
+    (directory / "site_metrics.py").write_text(_OF_A_SITE)
+    distribution = directory / "site_metrics-1.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: site-metrics\nVersion: 1\n")
+    (distribution / "entry_points.txt").write_text("[diracx.tasks_metrics]\nsite = site_metrics:site\n")
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.testing.server import free_port
 from redis import Redis as RedisClient
 from support.command_line import MY_TASKS, Cli
-from support.exported_metrics import SDK, exported, get, samples, series
+from support.exported_metrics import SDK, exported, get, install_site, samples, series
 
 #: Names that dashboards of the published package ask for.
 _PUBLISHED_BY_WORKERS = {
@@ -224,10 +224,12 @@ def test_the_leading_scheduler_exports_the_same_values_to_opentelemetry_and_prom
     served: Cli, wait_until: Callable[..., None]
 ) -> None:
     with_sdk(served)
+    install_site(served.directory)
     served.environment["DIRACX_DB_URL_TASKDB"] = f"sqlite+aiosqlite:///{served.directory}/tasks.db"
     assert served("dlq", "init").returncode == 0
     port = free_port()
-    scheduler = served.start("scheduler", "--module", "my_tasks.py", "--metrics-port", str(port))
+    arguments = ("scheduler", "--module", "my_tasks.py", "--metrics-port", str(port))
+    scheduler = served.start(*arguments, new_python=True)  # else the distribution is not found
 
     def shown() -> dict[str, list[dict[str, Any]]]:
         return exported(served.directory, scheduler.process.pid)
@@ -253,6 +255,8 @@ def test_the_leading_scheduler_exports_the_same_values_to_opentelemetry_and_prom
         "the database of dead letters is asked",
     )
     assert named(get(port, "/metrics")[1]) >= _PUBLISHED_BY_SCHEDULERS
+    wait_until(lambda: "site_weight" in shown(), "metrics of other distributions are exported")
+    assert shown()["site_weight"][0]["value"] == 2.5
 
 
 def test_dead_letters_in_the_database_are_counted_by_task_and_status(

@@ -98,7 +98,9 @@ class _Bridge:
 
     def _make(self, metric: Metric) -> None:
         name = _name_of(metric)
-        kind = "up_down_counter" if name in _UP_DOWN_COUNTERS else metric.type
+        kind = "counter" if metric.type == "counter" else "gauge"
+        if name in _UP_DOWN_COUNTERS:
+            kind = "up_down_counter"
 
         def observe(_: CallbackOptions) -> list[Observation]:
             return self._shown.get(name, [])
