@@ -21,9 +21,11 @@ def plain(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Format a number or rate: `12,345`, `0.25`."""
+    """Format a number or rate: `12,345`, `0.25`, `0.003`."""
     if value is None:
         return NONE
+    if 0 < value < 0.005:
+        return f"{value:.1g}"
     return f"{value:,.2f}" if isinstance(value, float) and value < 10 else f"{value:,.0f}"
 
 

@@ -37,19 +37,20 @@ def environment(*templates: Path) -> Environment:
         loader=ChoiceLoader([FileSystemLoader(path) for path in (HERE / "templates", *templates)]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_finalize,
+        finalize=_without_passwords,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     made.filters |= {
         "age": age,
-        "bytes": formats.size,
+        "bytes": lambda value: dashed(formats.size(value)),
         "clock": clock,
         "compact": lambda value: short(json.dumps(as_json(value), ensure_ascii=False)),
         "json": lambda value: json.dumps(as_json(value), indent=2, ensure_ascii=False),
-        "number": formats.number,
-        "percent": formats.percent,
-        "seconds": formats.duration,
+        "dashed": dashed,
+        "number": lambda value: dashed(formats.number(value)),
+        "percent": lambda value: dashed(formats.percent(value)),
+        "seconds": lambda value: dashed(formats.duration(value)),
         "short": short,
         "tail": tail,
         "quoted": lambda text: quote(str(text), safe=""),
@@ -58,11 +59,9 @@ def environment(*templates: Path) -> Environment:
     return made
 
 
-def _finalize(value: Any) -> Any:
+def _without_passwords(value: Any) -> Any:
     # Markup was masked before it was escaped.
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "\u2013" if value == formats.NONE else mask(value)
+    return mask(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
@@ -97,6 +96,11 @@ def text_of(templates: Environment, request: Request, template: str | list[str],
 
 
 # --- filters ------------------------------------------------------------------------------------------------
+
+
+def dashed(text: str) -> str:
+    """Replace the text for a missing value by a dash."""
+    return "\u2013" if text == formats.NONE else text
 
 
 def clock(moment: datetime | float | None) -> Markup:
