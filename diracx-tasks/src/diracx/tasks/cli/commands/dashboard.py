@@ -137,7 +137,7 @@ def _backend(read_only: bool) -> tuple[TokenBackend, str]:
     token = os.environ.get(_TOKEN_VARIABLE) or new_token()
     if len(token) < _LEAST_TOKEN:
         raise CliError(f"{_TOKEN_VARIABLE} is too short: it must have at least {_LEAST_TOKEN} characters")
-    name, _, _ = user_at_host().partition("@")
+    name, _, _ = user_at_host().rpartition("@")  # the name may have an @, too
     principal = Principal(name, Role.READ if read_only else Role.WRITE, vo=None)
     hint = f"`diracx-task-run dashboard` printed it at its start, or it was started with it in {_TOKEN_VARIABLE}."
     return TokenBackend({token: principal}, hint), token
