@@ -60,8 +60,10 @@ class Page(ReadModel, Generic[_Item]):
     """One page of a list."""
 
     items: list[_Item]
-    after: str | None = None
-    """Cursor of the next page; None: this is the last one. A page may be empty and not the last."""
+    after: str | None = field(
+        default=None, metadata={"description": "Cursor of the next page; null: this is the last one."}
+    )
+    """None: this is the last page. A page may be empty and not the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +128,10 @@ class TaskRecord(ReadModel):
     """A task, with the parts of its message that lists read: its first 64 KiB."""
 
     task_id: str
-    """Empty if the message cannot be decoded."""
     task_name: str
+    """Name and id are empty if the message cannot be decoded."""
     vo: str | None = None
-    """None as well if it is not known: the message is larger, or cannot be decoded."""
+    """None: it belongs to no VO, or to an unknown one, as the message is larger or cannot be decoded."""
     arguments: dict[str, Any] | None = None
     """Masked, by name; None if the message is larger, cannot be decoded, or was deleted with its task."""
     message_bytes: int | None = None

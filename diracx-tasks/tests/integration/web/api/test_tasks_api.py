@@ -200,6 +200,8 @@ async def test_the_schema_of_the_application_has_every_route(client: httpx.Async
     assert not [path for path in schema["paths"] if "dashboard" in path]
     operations = [each["operationId"] for methods in schema["paths"].values() for each in methods.values()]
     assert len(operations) == len(set(operations))
+    pages = [schema["components"]["schemas"][f"Page_{item}_"] for item in ("QueuedTask", "Failure", "Lock")]
+    assert all("next page" in page["properties"]["after"]["description"] for page in pages)
 
 
 async def test_a_link_with_a_diracx_token_does_not_sign_in(client: httpx.AsyncClient, token: Token) -> None:

@@ -51,7 +51,7 @@ class AuditLogger:
         do: Callable[[], Awaitable[_Outcome]],
         summary: Callable[[_Outcome], str] = str,
     ) -> _Outcome:
-        """Perform an action. Arguments as of `diracx.tasks.operations.audit.AuditLog`.
+        """Perform an action. Arguments as of `diracx.tasks.operations.audit.AuditLog.perform`.
 
         An application without a configured broker writes it to its own log.
 

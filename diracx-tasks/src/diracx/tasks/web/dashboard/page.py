@@ -55,7 +55,7 @@ def viewer_of(request: Request) -> Viewer:
 class Page:
     """One page. Its templates are `{name}.html` and, for the live part, `_{name}.html`.
 
-    A page whose values are those of a `TablePage` needs none.
+    A page whose values are those of a `Table` needs none.
     """
 
     path: str
