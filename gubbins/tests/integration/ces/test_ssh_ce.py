@@ -258,6 +258,14 @@ async def test_a_process_of_another_pilot_is_never_signalled(make: Make, tmp_pat
     assert (await make().poll([PilotAtCE("s", "vo")]))["s"].state is Observed.WAITING
 
 
+async def test_an_incomplete_record_of_a_process_counts_as_missing(make: Make, tmp_path: Path) -> None:
+    _pid_file(tmp_path)
+    file, pilot = tmp_path / "pilots" / "s" / "pid", PilotAtCE("s", "vo")
+    for end in range(len(line := file.read_text())):
+        file.write_text(line[:end])
+        assert (await make().poll([pilot]))["s"].state is Observed.WAITING
+
+
 async def test_a_directory_without_a_process_was_never_started(make: Make, tmp_path: Path) -> None:
     (tmp_path / "pilots" / "s").mkdir(parents=True)
     pilot = PilotAtCE("s", "vo")

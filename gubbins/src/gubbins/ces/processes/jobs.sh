@@ -25,8 +25,8 @@ fail() {
 # enter WORKDIR: change to the working directory, to which all names are relative.
 enter() {
     cd "$1" 2>/dev/null || fail "cannot enter $1"
-    here=$(uname -n)
-    read -r this_boot < /proc/sys/kernel/random/boot_id || fail "this is no Linux: there is no boot id in /proc"
+    read -r here < /proc/sys/kernel/hostname && read -r this_boot < /proc/sys/kernel/random/boot_id ||
+        fail "this is no Linux: there is no boot id in /proc"
 }
 
 # prepare WORKDIR: make the working directory.
@@ -42,7 +42,8 @@ prepare() {
 # -> submitted STAMP | refused STAMP ERROR | unreadable STAMP ERROR
 # Only the call that makes the directory starts the pilot.
 submit() {
-    if error=$(mkdir "$1" 2>&1); then
+    # shellcheck disable=SC2086 # two words, or none
+    if error=$(mkdir ${owner:+-m 710} "$1" 2>&1); then
         if error=$(write "$1" 2>&1); then
             # shellcheck disable=SC2086 # the words are meant to be split
             PILOT_STAMP=$1 setsid /bin/sh "$1/wrapper" "$1" $run_as < /dev/null > /dev/null 2>&1 &
@@ -64,7 +65,7 @@ write() {
         printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment" &&
         chmod 755 "$1/script" && mkdir "$1/work" &&
         { [ -z "$secret" ] || printf '%s' "$secret" > "$1/work/.pilot-secret"; } &&
-        { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1" && chmod 710 "$1"; }; }
+        { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1"; }; }
 }
 
 # find_files STAMP…: add the small regular files of the pilots to $files. Only these are read, since pilots could replace
@@ -151,7 +152,7 @@ has_ended() {
 
 read_process() {
     is_file "$1/pid" || return 1
-    read -r pid start boot host < "$1/pid" || return 1
+    read -r pid start boot host < "$1/pid" || return 1 # its line is incomplete
     case $pid in
         '' | *[!0-9]* | 0* | 1) return 1 ;; # never signal the groups 0 and 1
     esac

@@ -3,9 +3,9 @@
 #   /bin/sh JOBDIR/wrapper JOBDIR [COMMAND…]
 #
 # COMMAND is a prefix for the pilot's command that changes the user. Files in JOBDIR: script, environment, work (input);
-# work/.pilot-secret (input, optional); pid, stdout, stderr, rc (output); cancelled (input, may appear at any time). pid
-# and rc are written atomically, by rename. `pid` has the pid, which is also the process group, start time (clock ticks
-# since boot), boot id and host name, which identify the process uniquely.
+# work/.pilot-secret (input, optional); pid, stdout, stderr, rc (output); cancelled (input, may appear at any time). rc
+# is written atomically, by rename. `pid` has the pid, which is also the process group, start time (clock ticks since
+# boot), boot id and host name, which identify the process uniquely; without its final newline it is incomplete.
 cd "./$1" || exit 1
 shift
 # A cancellation signals the whole group. The wrapper survives to write the exit code; the pilot does not inherit the
@@ -13,16 +13,17 @@ shift
 trap : HUP INT TERM
 read -r stat < /proc/$$/stat
 read -r boot < /proc/sys/kernel/random/boot_id
+read -r host < /proc/sys/kernel/hostname
 identify() {
-    printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$(uname -n)"
+    printf '%s %s %s %s\n' "$$" "${20}" "$boot" "$host"
 }
-# Without this record the pilot must not run. A signal may end `mv` after it has renamed the file.
+# Without this record the pilot must not run.
 # shellcheck disable=SC2086 # the fields are meant to be split
-identify ${stat##*) } > pid.new && mv pid.new pid || [ -e pid ] || exit 1
+identify ${stat##*) } > pid || exit 1
 [ ! -f work/.pilot-secret ] || export PILOT_SECRET_FILE="$PWD/work/.pilot-secret"
 # Checked in the subshell, which a later signal ends.
 ([ ! -e cancelled ] || exit 143; . ./environment && cd work && exec "$@" ../script) > stdout 2> stderr < /dev/null
 code=$?
 trap '' HUP INT TERM # a repeated signal must not end these commands
-rm -f work/.pilot-secret
+[ ! -e work/.pilot-secret ] || rm -f work/.pilot-secret
 printf '%s\n' "$code" > rc.new && mv rc.new rc
