@@ -77,6 +77,13 @@ async def test_P62_a_check_is_a_constant_number_of_statements(
         assert counts[10, "second"] == counts[2_000, "second"]
 
 
+async def test_a_single_submission_is_a_few_statements(db: MyPilotDB, count_statements: Counting) -> None:
+    await db.add_ce("a", 10, 0.5)
+    with count_statements(db) as statements:
+        await logic.submit_pilot(db, "a", "lhcb")
+    assert len(statements) <= 14, statements
+
+
 async def _insert_pilots(db: MyPilotDB, vo: str, number: int) -> None:
     now = datetime.now(tz=UTC)
     common = {"vo": vo, "status": S.SUBMITTED, "submitted_at": now, "last_update": now, "reference": "r"}

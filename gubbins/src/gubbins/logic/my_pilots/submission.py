@@ -53,7 +53,7 @@ async def submit_pilot(db: MyPilotDB, ce_name: str, vo: str, *, stamp: str | Non
     """
     own = stamp or uuid.uuid4().hex
     async with open_for_submission(db, ce_name, vo) as (ce, backend):
-        found = await db.find_submission(own)
+        found = None if stamp is None else await db.find_submission(stamp)
         begun = None if found is None else found.pilot_id
         if begun is not None and found is not None and found.is_known:
             return begun
