@@ -113,6 +113,32 @@ async def test_P35_failed_commit_rolls_back_the_databases_opened_before(
     assert await shelf_count(library) == await shelf_count(other) == 0
 
 
+async def test_P35_an_execution_that_is_cancelled_while_it_is_rolled_back_closes_the_connection(
+    library: LibraryDB,
+) -> None:
+    begun = asyncio.Event()
+
+    async def execute(db: LibraryDB) -> None:
+        await db.add_shelf(1)
+        begun.set()
+        await asyncio.Event().wait()
+
+    for rounds in range(10):
+        begun.clear()
+        running = asyncio.create_task(run(execute, overrides_of(library)))
+        await begun.wait()
+        running.cancel()
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(30):
+            while library.engine.pool.checkedout():  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+    assert await shelf_count(library) == 0
+
+
 async def test_P35_dependency_that_swallows_the_failure_cannot_make_it_a_commit(library: LibraryDB) -> None:
     @contextmanager
     def careless() -> Iterator[None]:

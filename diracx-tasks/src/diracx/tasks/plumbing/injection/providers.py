@@ -196,10 +196,11 @@ async def _roll_back(database: BaseSQLDB, failure: BaseException) -> None:
     except Exception:
         logger.warning("A connection of %s is discarded", name, exc_info=True)
         await connection.invalidate()
-    try:
-        await database.__aexit__(type(failure), failure, failure.__traceback__)  # type: ignore[no-untyped-call]  # same
-    except Exception:  # log only: `failure` is raised, not this error
-        logger.exception("A connection of %s could not be closed", name)
+    finally:  # also if this is cancelled
+        try:
+            await database.__aexit__(type(failure), failure, None)  # type: ignore[no-untyped-call]  # same
+        except Exception:  # log only: `failure` is raised, not this error
+            logger.exception("A connection of %s could not be closed", name)
 
 
 async def _open_opensearch(needed: set[Call] | None, overrides: dict[Call, Call], stack: AsyncExitStack) -> None:
