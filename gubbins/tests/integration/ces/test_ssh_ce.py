@@ -175,14 +175,18 @@ async def test_a_stamp_that_is_not_a_file_name_is_refused(make: Make, tmp_path: 
     assert [path.name for path in (tmp_path / "pilots").iterdir()] == ["good"]
 
 
-async def test_output_of_login_scripts_is_ignored(make: Make, sshd: Sshd) -> None:
+async def test_output_and_directory_of_login_scripts_are_ignored(make: Make, sshd: Sshd) -> None:
     # bash, for one, reads this file when sshd starts it.
     profile = sshd.home / ".bashrc"
-    profile.write_text("echo 'Welcome!'; echo end; echo 'ended s 0 0'; printf 'no line break'\n")
+    profile.write_text("cd /; echo 'Welcome!'; echo end; echo 'ended s 0 0'; printf 'no line break'\n")
     try:
         pilot = PilotAtCE("s", "vo")
-        await make(default_script="exit 1").submit([pilot])
-        assert (await observe(make(), pilot, *ENDED)).state is Observed.FAILED
+        backend = make(workdir="below/home", keep="none", default_script="echo out; exit 1")
+        await backend.submit([pilot])
+        assert (await observe(backend, pilot, *ENDED)).state is Observed.FAILED
+        assert (await backend.output(pilot)).stdout == "out\n"
+        await backend.cleanup(ended(s=MyPilotStatus.FAILED))
+        assert list((sshd.home / "below/home").iterdir()) == []
     finally:
         profile.unlink()
 

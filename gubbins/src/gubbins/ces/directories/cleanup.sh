@@ -5,6 +5,7 @@
 # Also removes directories marked as `ended` more than MINUTES ago, and those with an exit code older than MINUTES plus
 # 30 days, if they have FILE; not if MINUTES is empty. The secret and tokens of a pilot that has ended are removed in any
 # case.
+[ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # base of relative names
 [ -e "$1" ] || exit 0
 cd "$1" || exit 73
 while read -r what stamp; do

@@ -3,6 +3,7 @@
 #   /bin/sh -c "$(cat output.sh)" output DIRECTORY STAMP stdout|stderr BYTES
 #
 # Exit codes: 66 the directory of the pilot does not exist, 69 DIRECTORY does not exist.
+[ -z "${HOME:-}" ] || cd "$HOME" 2> /dev/null # base of relative names
 [ -e "$1" ] || { echo "$1 does not exist, or is not mounted" >&2; exit 69; }
 cd "$1" || exit 73
 error=$(LC_ALL=C ls -d "$2/." 2>&1) || case $error in
