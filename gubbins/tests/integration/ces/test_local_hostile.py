@@ -129,10 +129,10 @@ async def test_processes_that_an_ended_pilot_leaves_behind_do_not_keep_its_slot(
         PilotAtCE("s", "vo"),
     )
     await backend.submit([pilot])
-    await until((tmp_path / "s" / "rc").exists)
-    seen = await backend.poll([pilot])
-    os.kill(int((tmp_path / "s" / "left").read_text()), signal.SIGKILL)
-    assert seen["s"].state is Observed.DONE
+    try:
+        assert (await observe(backend, pilot, *ENDED)).state is Observed.DONE
+    finally:
+        os.kill(int((tmp_path / "s" / "left").read_text()), signal.SIGKILL)
 
 
 async def test_no_content_of_the_mark_of_cancelled_pilots_affects_their_cancellation(tmp_path: Path) -> None:
