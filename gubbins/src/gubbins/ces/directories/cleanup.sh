@@ -11,14 +11,16 @@ cd "$1" || exit 73
 while read -r what stamp; do
     [ -d "$stamp" ] && ! [ -h "$stamp" ] || continue
     if [ "$what" = ended ]; then
-        rm -f -- "./$stamp/secret"
-        find "./$stamp/work" -mindepth 1 -maxdepth 1 -name '.pilot[-.]*' -exec rm -rf {} + 2> /dev/null
+        [ ! -f "$stamp/secret" ] || rm -f -- "./$stamp/secret"
+        for file in "./$stamp/work"/.pilot[-.]*; do # few pilots have any
+            if [ -e "$file" ] || [ -h "$file" ]; then [ -h "$stamp/work" ] || rm -rf -- "$file"; fi
+        done
     fi
     case $what in
-        remove) rm -rf -- "./$stamp" ;;
+        remove) echo "./$stamp" ;;
         *) [ -e "$stamp/$what" ] || (set -C && : > "$stamp/$what") 2> /dev/null ;;
     esac
-done
+done | xargs rm -rf --
 [ -n "$2" ] || exit 0
 find . -mindepth 2 -maxdepth 2 \( -name ended -mmin "+$2" -o -name rc -mmin "+$(($2 + 43200))" \) |
     while read -r mark; do [ ! -e "${mark%/*}/$3" ] || rm -rf -- "${mark%/*}"; done
