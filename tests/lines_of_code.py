@@ -26,9 +26,9 @@ class Bound(NamedTuple):
 
 
 BOUNDS = (
-    Bound("diracx-tasks/src", 36_000, 21_000),
-    Bound("diracx-tasks/src/diracx/tasks/cli", 4_340, 3_200),
-    Bound("gubbins/src", 16_630, 11_000),
+    Bound("diracx-tasks/src", 35_300, 21_000),
+    Bound("diracx-tasks/src/diracx/tasks/cli", 3_940, 3_200),
+    Bound("gubbins/src", 15_650, 11_000),
 )
 
 

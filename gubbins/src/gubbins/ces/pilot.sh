@@ -110,7 +110,7 @@ end() {
     fi
     trap '' HUP INT TERM # a repeated signal must not end these commands
     if [ -n "$beats" ]; then
-        jobs=$(head -c 9 "$PILOT_JOBS_FILE" 2> /dev/null | tr -cd '0-9')
+        jobs=$(head -c 9 "$PILOT_JOBS_FILE" 2> /dev/null | tr -cd '0-9' | sed 's/^0*\(.\)/\1/')
         [ ! -s "$private/token" ] ||
             report "$(printf '{"outcome":"%s","exit_code":%d%s,"detail":"%s"}' "$1" "$2" "${jobs:+,\"jobs_done\":$jobs}" "$3")"
     fi

@@ -126,6 +126,7 @@ async def test_a_pilot_without_work_has_this_outcome_in_its_history(world: World
     [
         (None, "DONE", "no work", None),
         ('echo 3 > "$PILOT_JOBS_FILE"', "DONE", "worked", 3),
+        ('echo 007 > "$PILOT_JOBS_FILE"', "DONE", "worked", 7),
         ("exit 69", "FAILED", "node unfit", None),
         ("exit 7", "FAILED", "error", None),
         ("kill -9 $$", "FAILED", "error", None),
