@@ -64,7 +64,7 @@ write() {
         printf '%s' "$wrapper" > "$1/wrapper" &&
         printf '%sPILOT_STAMP=%s\nexport PILOT_STAMP\n' "$environment" "$1" > "$1/environment" &&
         chmod 755 "$1/script" && mkdir "$1/work" &&
-        { [ -z "$secret" ] || printf '%s' "$secret" > "$1/work/.pilot-secret"; } &&
+        { [ -z "$secret" ] || printf '%s' "$secret" > "$1/work"/.pilot-secret; } &&
         { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1"; }; }
 }
 

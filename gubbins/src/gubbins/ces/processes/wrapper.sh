@@ -20,7 +20,7 @@ identify() {
 # Without this record the pilot must not run.
 # shellcheck disable=SC2086 # the fields are meant to be split
 identify ${stat##*) } > pid || exit 1
-[ ! -f work/.pilot-secret ] || export PILOT_SECRET_FILE="$PWD/work/.pilot-secret"
+[ ! -f work/.pilot-secret ] || export PILOT_SECRET_FILE="$PWD/work"/.pilot-secret
 # Checked in the subshell, which a later signal ends.
 ([ ! -e cancelled ] || exit 143; . ./environment && cd work && exec "$@" ../script) > stdout 2> stderr < /dev/null
 code=$?
