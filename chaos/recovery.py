@@ -79,7 +79,7 @@ def _size(run: Run) -> str:
 
 def _up(executions: Executions, observed: Observed, runs: list[Run]) -> dict[str, list[tuple[float, float]]]:
     """Size -> times in which one of its workers was up: it had begun its first execution, or had had
-    `START_UNSEEN_SECONDS` for that, and was neither paused nor told to stop.
+    `START_UNSEEN_SECONDS` for that, and was neither paused nor asked to stop.
     """
     history = observed.history
     first: dict[int, float] = {}

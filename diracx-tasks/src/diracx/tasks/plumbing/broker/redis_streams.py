@@ -25,7 +25,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from .._util.passwords import mask
 from ..enums import Size
 from . import cancel, keys, published, scripts, submitting
-from .clients import DirectConnection
+from .clients import DirectConnection, close_spare
 from .connection import async_client
 from .keys import ALL_STREAM_NAMES, stream_name_for
 from .labels import stream_of_labels
@@ -151,8 +151,6 @@ class RedisStreamBroker(ResultReader):
 
     async def close_spare_connections(self, unused_seconds: float, keep: int = 1) -> None:
         """Close connections that have been unused for `unused_seconds`, all but `keep`."""
-        from .clients import close_spare
-
         await close_spare(self.redis, unused_seconds, keep)
 
     async def shutdown(self) -> None:
