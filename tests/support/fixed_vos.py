@@ -6,7 +6,7 @@ __all__ = ["ReaderWithVos"]
 
 from dataclasses import replace
 
-from diracx.tasks.plumbing.config.sources import ConfigReader, ConfigSnapshot
+from diracx.tasks.plumbing.config.reader import ConfigReader, ConfigSnapshot
 
 
 class ReaderWithVos(ConfigReader):

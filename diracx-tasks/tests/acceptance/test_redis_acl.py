@@ -21,7 +21,7 @@ from diracx.tasks.plumbing.base_task import use_broker
 from diracx.tasks.plumbing.broker import RedisStreamBroker
 from diracx.tasks.plumbing.broker.scripts import script
 from diracx.tasks.plumbing.config import TasksConfig
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding

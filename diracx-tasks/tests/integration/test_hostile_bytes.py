@@ -18,7 +18,7 @@ from diracx.tasks.plumbing import BaseTask, MutexLock, SendTaskError, schedule_m
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.broker.labels import LABEL_GROUP
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.testing import TaskSystem

@@ -17,7 +17,7 @@ from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
 from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.config.active import active_configs
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.messages.codec import dumps
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler.overview import schedules

@@ -23,7 +23,7 @@ from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.config import TasksConfig, unknown_names
 from diracx.tasks.plumbing.config import watcher as watcher_module
 from diracx.tasks.plumbing.config.active import COUNTS_SECONDS, active_configs
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.config.watcher import CachedConfig, ConfigWatcher
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.testing import TaskSystem

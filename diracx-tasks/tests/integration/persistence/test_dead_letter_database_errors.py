@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError

@@ -160,7 +160,7 @@ async def test_an_operator_of_one_vo_neither_cancels_pilots_of_another_nor_close
     sqlite_db: MyPilotDB, pilots: dict[str, int], redis_url: str
 ) -> None:
     from diracx.tasks.plumbing.broker import RedisStreamBroker
-    from diracx.tasks.plumbing.config.sources import ConfigReader
+    from diracx.tasks.plumbing.config.reader import ConfigReader
     from diracx.tasks.plumbing.registry import TaskRegistry
     from diracx.tasks.web.context import AppContext
 

@@ -8,7 +8,7 @@ from functools import partial
 import httpx
 import pytest
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend

@@ -16,7 +16,7 @@ from ..operations.health import Health, HealthChecks, health_checks
 from ..operations.single_flight import SingleFlightCache
 from ..plumbing.broker import RedisStreamBroker
 from ..plumbing.config import TasksConfig
-from ..plumbing.config.sources import ConfigReader, in_thread
+from ..plumbing.config.reader import ConfigReader, in_thread
 from ..plumbing.registry import TaskRegistry
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from diracx.tasks.operations.audit import read_audit
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext

@@ -10,7 +10,7 @@ import pytest
 from diracx.tasks.operations.health import Alert, Health, Severity
 from diracx.tasks.operations.visibility import Viewer
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.persistence import DeadLetter, TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from diracx.tasks.operations.single_flight import SingleFlightCache
 from diracx.tasks.plumbing.broker import RedisStreamBroker
-from diracx.tasks.plumbing.config.sources import ConfigReader
+from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.web.auth.backends import Principal, Role
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import DashboardApp

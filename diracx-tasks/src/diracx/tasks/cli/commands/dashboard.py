@@ -17,7 +17,7 @@ import typer
 from ...operations.audit import user_at_host
 from ...plumbing._util.passwords import mask
 from ...plumbing.broker.server_check import Role as ServerRole
-from ...plumbing.config.sources import ConfigReader
+from ...plumbing.config.reader import ConfigReader
 from ...web.auth.backends import Principal, Role, TokenBackend, new_token
 from ...web.auth.hosts import host_name, is_loopback
 from ...web.context import AppContext

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...plumbing.config import TasksConfig, checked_tasks_config
-from ...plumbing.config.sources import ConfigReader, explain
+from ...plumbing.config.reader import ConfigReader, explain
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError

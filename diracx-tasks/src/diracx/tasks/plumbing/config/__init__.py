@@ -33,7 +33,7 @@ not configured are those of the code.
 from __future__ import annotations
 
 from .effective import describe_schedule, instance_settings, object_settings, schedule_settings, task_settings
-from .reading import CONFIG_PATH_VARIABLE, load_tasks_config
+from .loading import CONFIG_PATH_VARIABLE, load_tasks_config
 from .schema import (
     LimitConfig,
     ObjectLimits,

@@ -12,8 +12,8 @@ from ..lock_registry import TASK, locked_object_types
 from ..messages.arguments import may_have_vo
 from ..messages.typed_arguments import argument_problems
 from ..retry_policies import ExponentialBackoff
+from .loading import parsed, read_raw_config
 from .merge import KINDS, Layer, Path, mapping, merge, section_at, sections, task_layers, with_instances
-from .reading import parsed, read_raw_config
 from .schema import TasksConfig
 from .source import Problem, Source, nearest
 

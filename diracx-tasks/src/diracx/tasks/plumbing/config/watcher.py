@@ -22,7 +22,7 @@ from .._util.telemetry import count_reload_failure, set_config_is_current
 from ..exceptions import TaskConfigError
 from . import TasksConfig
 from .active import ActiveConfig, ActiveConfigPublisher, digest
-from .sources import ConfigReader, ConfigSnapshot, in_thread, problems_of
+from .reader import ConfigReader, ConfigSnapshot, in_thread, problems_of
 
 logger = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ class Client:
     """A broker for code that submits tasks only sometimes: each submission reads changed settings again."""
 
     def __init__(self, broker: RedisStreamBroker, registry: TaskRegistry) -> None:
-        from ..config.sources import ConfigReader
+        from ..config.reader import ConfigReader
         from ..config.watcher import CachedConfig
 
         self._binding = Binding(broker, registry)

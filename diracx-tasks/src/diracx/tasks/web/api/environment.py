@@ -15,7 +15,7 @@ from ...plumbing._util.passwords import mask
 from ...plumbing._util.tasks import at_end_of_loop
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.address import REDIS_URL_VARIABLE, AddressError, redis_url_from_environment
-from ...plumbing.config.sources import ConfigReader
+from ...plumbing.config.reader import ConfigReader
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import load_task_registry
 from ...plumbing.sql.databases import database_urls

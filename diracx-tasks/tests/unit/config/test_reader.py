@@ -9,9 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from diracx.tasks.plumbing.config import sources as config_source
 from diracx.tasks.plumbing.config.active import digest
-from diracx.tasks.plumbing.config.sources import ConfigReader, ConfigSnapshot, in_thread
+from diracx.tasks.plumbing.config.reader import ConfigReader, ConfigSnapshot, in_thread
 from support.config_repository import ConfigRepository
 
 LIMIT = "common: {{Greet: {{concurrency_limit: {}}}}}\n"
@@ -211,5 +210,7 @@ def test_a_thread_that_hangs_does_not_keep_the_loop_from_closing() -> None:
         in_thread(release.wait, "test")
 
     asyncio.run(leave())
+    [hanging] = [thread for thread in threading.enumerate() if thread.name == "test"]
     release.set()
-    assert config_source  # and nothing was raised in the thread: pytest would say so
+    hanging.join(30)  # pytest reports an error that is raised in it
+    assert not hanging.is_alive()
