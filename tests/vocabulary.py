@@ -179,7 +179,7 @@ def texts() -> dict[str, str]:
 
 def places(pattern: str, texts: Mapping[str, str]) -> list[str]:
     """Return the places of a pattern, as `path:line`."""
-    compiled = re.compile(pattern)
+    compiled = re.compile(pattern.replace(" ", r"\s"))  # words may be on two lines
     return [
         f"{path}:{text.count(chr(10), 0, match.start()) + 1}"
         for path, text in texts.items()

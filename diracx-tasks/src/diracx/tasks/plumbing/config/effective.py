@@ -53,7 +53,7 @@ def instance_settings(
 def object_settings(
     config: TasksConfig, vo: str | None = None
 ) -> Iterator[tuple[str, str | None, dict[str, Setting]]]:
-    """Iterate over kind, key (None: the default) and limits of each object; for a VO, those of its tasks."""
+    """Iterate over type, key (None: the default) and limits of each object; for a VO, those of its tasks."""
     sections = [config.limits, config.vo_limits.get(vo, {}) if vo is not None else {}]
     for obj in dict.fromkeys(obj for section in sections for obj in section):
         keys = dict.fromkeys(key for section in sections if obj in section for key in section[obj].keys)

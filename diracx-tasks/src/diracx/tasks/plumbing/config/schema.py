@@ -245,7 +245,7 @@ class ObjectLimits(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     default: Annotated[LimitConfig, BeforeValidator(_empty_if_none)] = _field(
-        "Limits of each object of the kind.",
+        "Limits of each object of the type.",
         default=LimitConfig(),
         example={"concurrency_limit": 5},
         stands_for="no limits",

@@ -1,4 +1,4 @@
-"""Execution of tasks by a worker: intake → execution → settlement, and the keeper of leases."""
+"""Execution of tasks by a worker: intake → execution → settlement, and the lease keeper."""
 
 from __future__ import annotations
 
