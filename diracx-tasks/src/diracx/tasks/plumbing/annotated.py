@@ -10,8 +10,7 @@ from diracx.core.properties import SecurityProperty
 from fastapi.params import Depends
 
 from .broker.models import TaskResult
-from .callbacks import SpawnCallback, callback_spawner
-from .child_results import child_results
+from .callbacks import SpawnCallback, callback_spawner, child_results
 
 # `fastapi.params.Depends` is the class of the results of `fastapi.Depends`.
 Config = Annotated[_Config, Depends(ConfigSource.create)]

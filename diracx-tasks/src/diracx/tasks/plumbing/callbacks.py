@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from .base_task import Submitter, current_submitter
-from .broker.groups import fire
+from .base_task import BaseTask, Submitter, current_broker, current_message, current_submitter
+from .broker.groups import fire, read_results
 from .broker.labels import LABEL_CHILD_RESULTS, LABEL_GROUP, LABEL_GROUP_RESULTS
+from .broker.models import TaskResult
 from .broker.telemetry import submission_spans
-from .child_results import needs_results
 from .submission.client import bound_from_environment
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from .base_task import BaseTask
     from .broker import RedisStreamBroker
 
 DAY_SECONDS = 86_400
@@ -75,7 +74,7 @@ async def spawn_with_callback(
 
 def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, total: int) -> dict[str, Any]:
     """Return the fields of a task that a script submits later: message, name, stream and options."""
-    with_results = needs_results(type(task))
+    with_results = _needs_results(type(task))
     labels = {LABEL_CHILD_RESULTS: {"group": group_id, "total": total}} if with_results else {}
     submission = submitter.submission(task, labels=labels)
     with submission_spans([submission]):
@@ -85,6 +84,30 @@ def _stored(submitter: Submitter, role: str, task: BaseTask, group_id: str, tota
             f"{role}_stream": submission.stream,
         }
     return stored | ({f"{role}_results": 1} if with_results else {})
+
+
+async def child_results() -> dict[str, TaskResult[Any]]:
+    """Return the results of the children of the group whose callback is executed.
+
+    Raises:
+        RuntimeError: the task is not the callback of a group.
+        ResultIsMissingError: they have expired.
+    """
+    message = current_message.get()
+    group = None if message is None else message.labels.get(LABEL_CHILD_RESULTS)
+    if group is None:
+        raise RuntimeError(
+            "ChildResults are available only in the callback of a group: submit the task with spawn_with_callback"
+        )
+    return await read_results(current_broker().redis, group["group"], group["total"])
+
+
+def _needs_results(task_class: type[BaseTask]) -> bool:
+    """Return whether `execute` (or a dependency of it) takes `ChildResults`."""
+    from .injection.placeholders import calls_below
+    from .injection.plan import compile_plan
+
+    return child_results in calls_below(compile_plan(task_class.execute, skip_first=True), {})
 
 
 async def fire_callback(redis: Redis, group_id: str, broker: RedisStreamBroker | None = None) -> bool:
