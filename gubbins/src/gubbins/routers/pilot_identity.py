@@ -20,7 +20,7 @@ from fastapi import Depends, HTTPException, Request, Response
 
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.audit_actions import AuditAction
-from gubbins.domain.exceptions import IdentityMisusedError, IdentityRefusedError
+from gubbins.domain.exceptions import IdentityMisusedError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.text import one_line
 from gubbins.logic import my_pilots as logic
@@ -55,16 +55,16 @@ async def get_pilot_token(
         rates.address.admit(str(address))
         # With the address, so that others who know the stamp cannot use up the limit.
         rates.pilot.admit(f"{address} {credentials.stamp}")
+        vos = (await config()).registry  # first: a response without a new token must not use up the old one
+        stamp, secret = credentials.stamp, credentials.secret
         try:
-            if credentials.secret is not None:
-                grant = await logic.exchange_secret(db, credentials.stamp, credentials.secret, address=address)
+            if secret is not None:
+                grant = await logic.exchange_secret(db, stamp, secret, vos=vos, address=address)
             else:
-                grant = await logic.refresh_token(db, credentials.stamp, str(credentials.refresh_token))
+                grant = await logic.refresh_token(db, stamp, str(credentials.refresh_token), vos=vos)
         except IdentityMisusedError as error:
-            await _record_misuse(error, credentials, config)
+            await _record_misuse(error, credentials)
             raise
-        if grant.vo not in (await config()).registry:
-            raise IdentityRefusedError(f"VO {grant.vo!r} is not in the registry of this installation")
     expires = timedelta(minutes=settings.access_token_expire_minutes)
     payload = AccessTokenPayload(
         sub=f"{grant.vo}:pilot:{grant.stamp}",
@@ -85,12 +85,8 @@ async def get_pilot_token(
     )
 
 
-async def _record_misuse(
-    error: IdentityMisusedError, credentials: PilotTokenRequest, config: ConfigReader
-) -> None:
+async def _record_misuse(error: IdentityMisusedError, credentials: PilotTokenRequest) -> None:
     """Write the reuse of a secret or refresh token to the audit log of the VO."""
-    if error.vo not in (await config()).registry:
-        return
     presenter = AuthorizedUserInfo.model_validate(
         {
             "bearer_token": "",

@@ -180,6 +180,31 @@ async def test_a_refresh_token_is_valid_once_and_its_reuse_revokes_all(world: Wo
     assert first["refresh_token"].partition(".")[0] not in str(await read_audit(redis, vo="lhcb"))
 
 
+@pytest.mark.parametrize("how", ["without its VO", "unreadable"])
+async def test_a_pilot_keeps_its_identity_while_the_configuration_is_wrong(world: World, how: str) -> None:
+    from diracx.core.config import ConfigSource
+    from fastapi import HTTPException
+    from support.fixed_config import config_url
+
+    async def unreadable() -> None:
+        raise HTTPException(503, "no configuration")
+
+    (_, running), (_, fresh) = await world.submit(), await world.submit()
+    granted = (await world.exchange(running)).json()
+    assert (await world.report(granted["access_token"])).status_code == 200
+    other = ConfigSource.create_from_url(backend_url=config_url(["dteam"]))
+    overrides, created = world.app.dependency_overrides, ConfigSource.create
+    right = overrides[created]
+    overrides[created], status = (unreadable, 503) if how == "unreadable" else (other.read_non_blocking, 401)
+    other.read()
+    for _ in range(6):
+        refused = [await world.refresh(running, granted["refresh_token"]), await world.exchange(fresh)]
+        assert [response.status_code for response in refused] == [status] * 2, refused[0].text
+    overrides[created] = right
+    assert (await world.exchange(fresh)).status_code == 200
+    assert (await world.refresh(running, granted["refresh_token"])).status_code == 200
+
+
 @pytest.mark.parametrize("how", ["ended", "cancelled"])
 async def test_tokens_of_an_ended_pilot_are_invalid(world: World, how: str) -> None:
     pilot_id, pilot = await world.submit()

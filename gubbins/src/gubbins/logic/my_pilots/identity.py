@@ -11,7 +11,7 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -100,20 +100,23 @@ async def with_identities(
     return with_secrets
 
 
-async def exchange_secret(db: MyPilotDB, stamp: str, secret: str, *, address: str | None) -> Grant:
+async def exchange_secret(
+    db: MyPilotDB, stamp: str, secret: str, *, vos: Collection[str], address: str | None
+) -> Grant:
     """Exchange the secret of a pilot for tokens.
 
     A repeated exchange is allowed until its token is first used, for the response may have been lost; it
     invalidates the earlier token. A pilot that its site starts a second time gets no token.
 
     Args:
+        vos: VOs of the configuration.
         address: IP address of the client, for the record.
 
     Raises:
         IdentityMisusedError: the secret was exchanged before, and the token used.
-        IdentityRefusedError: wrong secret, or the pilot has ended or is being cancelled.
+        IdentityRefusedError: wrong secret, the pilot has ended or is being cancelled, or its VO is not configured.
     """
-    found = await _authenticate(db, stamp, lambda row: _is_one_of(secret, row.secret_hashes.split()))
+    found = await _authenticate(db, stamp, lambda row: _is_one_of(secret, row.secret_hashes.split()), vos)
     if found.used_at is None and found.revoked_at is None and found.starts < _MAX_EXCHANGES:
         family = secrets.token_urlsafe(_SECRET_BYTES)
         refresh = f"{family}.{secrets.token_urlsafe(_SECRET_BYTES)}"
@@ -123,15 +126,18 @@ async def exchange_secret(db: MyPilotDB, stamp: str, secret: str, *, address: st
     raise IdentityMisusedError("replayed: the secret of this pilot was exchanged before", found.vo, found.pilot_id)
 
 
-async def refresh_token(db: MyPilotDB, stamp: str, token: str) -> Grant:
+async def refresh_token(db: MyPilotDB, stamp: str, token: str, *, vos: Collection[str]) -> Grant:
     """Exchange a refresh token for the next one. Reuse of an old one revokes all tokens of the pilot.
+
+    Args:
+        vos: VOs of the configuration.
 
     Raises:
         IdentityMisusedError: the token was used before; all tokens are revoked.
-        IdentityRefusedError: wrong token, or the pilot has ended or is being cancelled.
+        IdentityRefusedError: wrong token, the pilot has ended or is being cancelled, or its VO is not configured.
     """
     family = token.partition(".")[0]
-    found = await _authenticate(db, stamp, lambda row: _is_one_of(family, [row.family_hash or ""]))
+    found = await _authenticate(db, stamp, lambda row: _is_one_of(family, [row.family_hash or ""]), vos)
     if found.revoked_at is not None:
         raise IdentityRefusedError("the tokens of this pilot were revoked")
     if _is_one_of(token, [found.refresh_hash]):
@@ -173,11 +179,16 @@ async def record_report(db: MyPilotDB, stamp: str, vo: str, start: int, reported
     return rules.heartbeat_seconds
 
 
-async def _authenticate(db: MyPilotDB, stamp: str, is_valid: Callable[[Row[Any]], bool]) -> Row[Any]:
+async def _authenticate(
+    db: MyPilotDB, stamp: str, is_valid: Callable[[Row[Any]], bool], vos: Collection[str] | None = None
+) -> Row[Any]:
     """Find the active pilot of a stamp, and check the credentials of the request.
 
+    Args:
+        vos: VOs of the configuration, for a new token; None: the route has checked the VO of the token.
+
     Raises:
-        IdentityRefusedError: invalid credentials, or no active pilot.
+        IdentityRefusedError: invalid credentials, or no active pilot of these VOs.
     """
     found = await db.find_identity(stamp)
     if found is None:
@@ -188,6 +199,8 @@ async def _authenticate(db: MyPilotDB, stamp: str, is_valid: Callable[[Row[Any]]
         raise IdentityRefusedError(f"the pilot has ended ({found.status})")
     if found.cancel_requested_at is not None:
         raise IdentityRefusedError("the pilot is being cancelled")
+    if vos is not None and found.vo not in vos:
+        raise IdentityRefusedError(f"VO {found.vo!r} is not in the registry of this installation")
     return found
 
 
