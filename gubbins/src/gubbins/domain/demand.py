@@ -14,9 +14,13 @@ REQUEST_LIFETIME = timedelta(minutes=15)
 The task of an expired request submits nothing if it still starts; later rounds make new requests.
 """
 
+MAX_REQUESTS = 50_000
+"""Limit of pending requests at a compute element: a larger capacity is filled in several rounds."""
+
 UNLIMITED = 2**31 - 1
 """Demand without a limit."""
 
+_ONE_BY_ONE = 1_000
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
@@ -39,15 +43,23 @@ def fair_part(room: int, vo: str, sharers: Mapping[str, Sharer]) -> int:
     room = max(0, room)
     if len(sharers) == 1:
         return min(room, sharers[vo].wanted)
+    assigned = dict.fromkeys(sharers, 0)
+    if room > _ONE_BY_ONE:
+        # All but the last slots at once: those that make the most equal numbers of slots per share.
+        level = 0.0
+        for exponent in range(100, -54, -1):
+            higher = level + 2.0**exponent
+            if sum(_slots_at(higher, each) for each in sharers.values()) <= room:
+                level = higher
+        assigned = {name: max(0, _slots_at(level, each) - 1) for name, each in sharers.items()}
     # Webster's method, which favours neither large nor small shares.
     queue = [
-        ((each.held + 0.5) / each.share, each.granted_at or _NEVER, name)
+        ((each.held + assigned[name] + 0.5) / each.share, each.granted_at or _NEVER, name)
         for name, each in sharers.items()
-        if each.wanted > 0
+        if each.wanted > assigned[name]
     ]
     heapq.heapify(queue)
-    assigned = dict.fromkeys(sharers, 0)
-    for _ in range(room):
+    for _ in range(room - sum(assigned.values())):
         if not queue:
             break
         _, granted_at, name = heapq.heappop(queue)
@@ -58,6 +70,11 @@ def fair_part(room: int, vo: str, sharers: Mapping[str, Sharer]) -> int:
         elif name == vo:
             break
     return assigned[vo]
+
+
+def _slots_at(level: float, each: Sharer) -> int:
+    """Number of slots that a VO wants while it has less than `level` per share."""
+    return min(each.wanted, max(0, math.floor(level * each.share - each.held + 0.5)))
 
 
 def apportion(budget: int, parts: Sequence[int]) -> list[int]:

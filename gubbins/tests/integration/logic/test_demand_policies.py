@@ -15,6 +15,7 @@ from support.pilot_requests import request_pilots
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import Pilots
 from gubbins.domain import clock
+from gubbins.domain.demand import MAX_REQUESTS
 from gubbins.logic import my_pilots as logic
 from gubbins.tasks.my_pilots import MySubmitPilotsTask
 
@@ -78,6 +79,17 @@ async def test_without_a_job_database_only_trickle_pilots_are_requested(db: MyPi
         assert await ask(db, None) == {"a": 1}
     else:
         assert await request_pilots(db, "lhcb", vos=["lhcb"]) == {"a": 1}
+
+
+async def test_a_huge_capacity_is_filled_in_several_rounds(sqlite_db: MyPilotDB) -> None:
+    await sqlite_db.add_ce("a", 2**31 - 1, 1.0)
+    vos = ("lhcb", "dteam")
+    assert await ask(sqlite_db, None, "lhcb", vos) == {"a": MAX_REQUESTS}
+    assert await ask(sqlite_db, None, "dteam", vos) == {}
+    stamps = [stamp for stamp, _ in await sqlite_db.waiting_requests("a", at_most=30_000)]
+    await logic.withdraw_requests(sqlite_db, "a", stamps)
+    assert await ask(sqlite_db, None, "lhcb", vos) == {"a": 5_000}
+    assert await ask(sqlite_db, None, "dteam", vos) == {"a": 25_000}
 
 
 async def test_limits_hold_for_each_vo_at_each_ce(db: MyPilotDB) -> None:

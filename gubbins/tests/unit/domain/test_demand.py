@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from gubbins.domain.demand import Sharer, apportion, fair_part
+from gubbins.domain.demand import UNLIMITED, Sharer, apportion, fair_part
 
 MANY = 10**6
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -45,6 +45,26 @@ def test_among_equals_the_longest_waiting_comes_first() -> None:
 def test_all_free_slots_are_assigned(room: int) -> None:
     sharers = {"a": Sharer(2, 5, 3), "b": Sharer(1, 0, MANY), "c": Sharer(0.5, 1, MANY)}
     assert sum(fair_part(room, vo, sharers) for vo in sharers) == room
+
+
+@pytest.mark.parametrize("room", [999, 1_000, 1_001, 1_002, 20_000, UNLIMITED])
+@pytest.mark.parametrize("share", [1e-3, 1 / 3, 1, 1e6])
+def test_any_number_of_slots_is_assigned_one_by_one_in_effect(room: int, share: float) -> None:
+    sharers = {
+        "a": Sharer(share, 5, MANY, T0),
+        "b": Sharer(1, 900, UNLIMITED, T0),
+        "c": Sharer(1, 900, UNLIMITED),
+        "d": Sharer(2, 0, 400),
+        "e": Sharer(1, 3 * MANY, MANY),
+    }
+    parts = {vo: fair_part(room, vo, sharers) for vo in sharers}
+    assert sum(parts.values()) == room
+    held = {vo: each.held + parts[vo] for vo, each in sharers.items()}
+    # No VO that wants more has fewer slots per share than one that got its last slot.
+    last = max((held[vo] - 0.5) / sharers[vo].share for vo, part in parts.items() if part)
+    wanting = [vo for vo, part in parts.items() if part < sharers[vo].wanted]
+    assert last <= min((held[vo] + 0.5) / sharers[vo].share for vo in wanting)
+    assert 0 <= parts["c"] - parts["b"] <= 1, "among equals the longest waiting comes first"
 
 
 @pytest.mark.parametrize("budget", range(-1, 25))

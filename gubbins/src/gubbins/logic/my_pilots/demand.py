@@ -13,7 +13,7 @@ from typing import Any
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.demand import Demand
 from gubbins.domain import clock
-from gubbins.domain.demand import REQUEST_LIFETIME, UNLIMITED, Sharer, fair_part
+from gubbins.domain.demand import MAX_REQUESTS, REQUEST_LIFETIME, UNLIMITED, Sharer, fair_part
 from gubbins.domain.matching import TaskQueue, count_jobs, group_jobs, match, share_jobs
 from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
 from gubbins.domain.rules import CERules, DemandPolicy, rules_of, serves
@@ -121,6 +121,7 @@ class _Situation:
         name = ce["name"]
         limit = quota_limit(ce)
         room = (ce["capacity"] if limit is None else limit) - self.active[name] - self.pending[name]
+        room = min(room, MAX_REQUESTS - self.pending[name])
         if half_open(ce):
             room = min(room, 1 - self.pending[name])
         if rules.max_per_cycle is not None:
