@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from datetime import timedelta
 
 import pytest
@@ -56,6 +57,18 @@ async def test_concurrent_operations_do_not_block_each_other(db: MyPilotDB) -> N
     for ce in await db.list_ces(vo=None):
         assert ce["active"] <= ce["capacity"]
     assert await logic.count_illegal_histories(db) == 0
+
+
+async def test_a_new_file_can_be_loaded_several_times_at_once(db: MyPilotDB, tables_url: str) -> None:
+    """As by the containers of a deployment, before each starts its worker."""
+    names = "".join(f"  - {{name: ce{number}, capacity: 5}}\n" for number in range(20))
+    specs = logic.parse_ce_file(f"compute_elements:\n{names}")
+    others = [MyPilotDB(tables_url) for _ in range(4)]
+    async with contextlib.AsyncExitStack() as stack:
+        for other in others:
+            await stack.enter_async_context(other.engine_context())
+        loaded = await asyncio.gather(*(logic.load_ces(other, specs) for other in others))
+    assert Counter(change for each in loaded for change in each.values()) == {"created": 20, "unchanged": 60}
 
 
 @pytest.mark.parametrize("db_server", ["postgresql"], indirect=True)

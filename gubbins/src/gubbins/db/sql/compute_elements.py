@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
@@ -95,9 +96,11 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         if enabled:
             wanted |= {"banned_at": None, "ban_reason": None}
         if not await self.lock_ces([name]):
-            wanted = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
-            await self.add_ce(name, **({"enabled": True} | wanted))
-            return "created"
+            new = {key: value for key, value in wanted.items() if key not in ("banned_at", "ban_reason")}
+            with contextlib.suppress(CEExistsError):  # a concurrent transaction has just created it
+                await self.add_ce(name, **({"enabled": True} | new))
+                return "created"
+            await self.lock_ces([name])
         present = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == name))).one()
         if all(getattr(present, field) == value for field, value in wanted.items()):
             return "unchanged"
