@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 from pydantic import ConfigDict
 
+from .exceptions import CEPausedError
+
 MAX_DOWNTIME = timedelta(days=366)
 
 
@@ -49,6 +51,11 @@ class Downtime:
         if now < self.starts_at:
             return f"drained for its downtime from {start} to {end}: {self.reason}"
         return f"in downtime until {end}: {self.reason}"
+
+    def blocker(self, now: datetime) -> CEPausedError:
+        """Make the error of a submission."""
+        remedy = f"`gubbins ce downtime remove {self.id}` ends it"
+        return CEPausedError(self.ce_name, self.describe(now), remedy=remedy)
 
 
 def parse_moment(text: str) -> datetime:

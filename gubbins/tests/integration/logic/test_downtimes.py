@@ -74,6 +74,18 @@ async def test_a_refusal_for_a_downtime_names_the_remedy(db: MyPilotDB, time: Cl
     assert await is_open(db)
 
 
+async def test_a_downtime_stops_submissions_that_were_checked_before_it_was_added(db: MyPilotDB) -> None:
+    await db.add_ce("ce", 50, 1.0)
+    [stamp] = await db.add_requests("ce", vo="lhcb", count=1)
+    number = await plan(db, 0, 2)
+    with pytest.raises(CEPausedError, match="in downtime until"):
+        await db.submit_pilot("ce", "lhcb")
+    with pytest.raises(CEPausedError, match=f"`gubbins ce downtime remove {number}` ends it$"):
+        await db.submit_requested("ce", [(stamp, "lhcb")])
+    await logic.remove_downtime(db, number)
+    assert (await db.submit_requested("ce", [(stamp, "lhcb")]))[0].keys() == {stamp}
+
+
 async def test_overlapping_downtimes_end_with_the_last_one(db: MyPilotDB, time: Clock) -> None:
     await db.add_ce("ce", 50, 1.0)
     long = await plan(db, -1, 5)
@@ -151,6 +163,11 @@ async def test_a_vo_sees_the_downtimes_of_the_compute_elements_that_serve_it(sql
         await logic.list_downtimes(sqlite_db, "theirs", "lhcb")
 
 
+async def alarms(db: MyPilotDB) -> int:
+    quiet = await logic.ces_in_downtime(db, clock.now() - timedelta(hours=1))
+    return len(find_alerts([ce for ce in await logic.list_ces(db) if ce["name"] not in quiet], {}))
+
+
 @pytest.mark.parametrize("early", [False, True])
 async def test_there_are_no_alerts_during_a_downtime_and_for_pilots_that_ended_in_it(
     sqlite_db: MyPilotDB, time: Clock, early: bool
@@ -160,17 +177,26 @@ async def test_there_are_no_alerts_during_a_downtime_and_for_pilots_that_ended_i
     await db.ban_ce("ce", reason="it burns")
     number = await plan(db, 1, 10 if early else 3)
 
-    async def alarms() -> int:
-        quiet = await logic.ces_in_downtime(db, clock.now() - timedelta(hours=1))
-        return len(find_alerts([ce for ce in await logic.list_ces(db) if ce["name"] not in quiet], {}))
-
-    found = [await alarms()]
+    found = [await alarms(db)]
     for hour in range(1, 5):
         time.at += timedelta(hours=1)
         if early and hour == 3:
             await logic.remove_downtime(db, number)
-        found.append(await alarms())
+        found.append(await alarms(db))
     assert found == [1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("minutes", "later"), [(5, 1), (30, 0)])
+async def test_a_downtime_that_is_removed_at_once_hides_no_alerts(
+    sqlite_db: MyPilotDB, time: Clock, minutes: int, later: int
+) -> None:
+    await sqlite_db.add_ce("ce", 50, 1.0)
+    await sqlite_db.ban_ce("ce", reason="it burns")
+    number = await plan(sqlite_db, 0, 10)
+    time.at += timedelta(minutes=minutes)
+    assert await alarms(sqlite_db) == 0
+    await logic.remove_downtime(sqlite_db, number)
+    assert await alarms(sqlite_db) == later
 
 
 async def test_a_downtime_that_is_removed_before_its_start_was_none(sqlite_db: MyPilotDB, time: Clock) -> None:

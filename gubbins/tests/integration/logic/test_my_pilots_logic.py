@@ -81,7 +81,7 @@ async def test_a_single_submission_is_a_few_statements(db: MyPilotDB, count_stat
     await db.add_ce("a", 10, 0.5)
     with count_statements(db) as statements:
         await logic.submit_pilot(db, "a", "lhcb")
-    assert len(statements) <= 14, statements
+    assert len(statements) <= 13, statements
 
 
 async def _insert_pilots(db: MyPilotDB, vo: str, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import fields
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
@@ -18,14 +18,15 @@ from gubbins.domain.exceptions import CEExistsError, UnknownCEError
 from gubbins.domain.rules import serves
 
 from .circuits import CircuitsMixin
-from .downtimes import DowntimesMixin
-from .schema import SELECT_CE, ComputeElements, Pilots, count_active_at, if_given
+from .downtimes import DowntimesMixin, is_in_downtime
+from .schema import SELECT_CE, CEDowntimes, ComputeElements, Pilots, columns_of, count_active_at, if_given
 
 _IS_MISSING = and_(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
 # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
 _SELECT_CE = SELECT_CE.add_columns(
     select(func.count()).where(_IS_MISSING).scalar_subquery().label("missing"),
     count_active_at(ComputeElements.name).scalar_subquery().label("active"),
+    *columns_of(CEDowntimes),
 )
 
 
@@ -167,22 +168,20 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
 
     async def _read_ces(self, name: str | None = None) -> list[dict[str, Any]]:
         now = clock.now()
-        statement = _SELECT_CE.where(*if_given(ComputeElements.name, name)).order_by(ComputeElements.name)
-        rows = (await self.conn.execute(statement)).all()
+        statement = _SELECT_CE.where(*if_given(ComputeElements.name, name))
+        statement = statement.outerjoin(CEDowntimes, is_in_downtime(ComputeElements.name, now))
+        # Of several downtimes the one that ends last replaces the others.
+        statement = statement.order_by(ComputeElements.name, CEDowntimes.ends_at)
+        found = {row.name: dict(row._mapping) for row in await self.conn.execute(statement)}
         circuits = await self._circuits(name)
-        found = await self.get_downtimes(ends_after=now, ce_name=name)
-        # Of several ones the one that ends last.
-        downtimes = {each.ce_name: each for each in sorted(found, key=_end) if each.drain_from <= now}
-        return [
-            {
-                **row._mapping,
-                # Not negative, although the capacity may have been lowered.
-                "available_slots": max(0, row.capacity - row.active),
-                "circuits": {str(call): circuits.get((row.name, call), Circuit()).as_dict(now) for call in CECall},
-                "downtime": downtimes.get(row.name),
-            }
-            for row in rows
-        ]
+        for ce in found.values():
+            downtime = Downtime(*(ce.pop(field.name) for field in fields(Downtime)))
+            ce["downtime"] = None if downtime.id is None else downtime
+            # Not negative, although the capacity may have been lowered.
+            ce["available_slots"] = max(0, ce["capacity"] - ce["active"])
+            own = {str(call): circuits.get((ce["name"], call), Circuit()) for call in CECall}
+            ce["circuits"] = {call: circuit.as_dict(now) for call, circuit in own.items()}
+        return list(found.values())
 
     @transaction
     async def count_active(self, name: str) -> int:
@@ -225,10 +224,6 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
     async def record_ce_error(self, name: str, message: str) -> None:
         """Record the last error of the compute element."""
         await self._update_ce(name, last_error=message, last_error_at=clock.now())
-
-
-def _end(downtime: Downtime) -> datetime:
-    return downtime.ends_at
 
 
 def _checked(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, select, update
 
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import DowntimeNotFoundError, UnknownCEError
@@ -16,6 +17,11 @@ from .schema import CEDowntimes, columns_of, if_given
 from .session import PilotSession
 
 _SELECT = select(*columns_of(CEDowntimes)).order_by(CEDowntimes.starts_at, CEDowntimes.id)
+
+
+def is_in_downtime(ce_name: Any, now: datetime) -> ColumnElement[bool]:
+    """Condition of the downtimes of a compute element, given by name or column, with no submissions now."""
+    return and_(CEDowntimes.ce_name == ce_name, CEDowntimes.drain_from <= now, CEDowntimes.ends_at > now)
 
 
 class DowntimesMixin(PilotSession):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import case, delete, insert, literal, null, select, update
+from sqlalchemy import case, delete, func, insert, literal, null, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.exceptions import (
@@ -22,10 +22,12 @@ from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of, serves
 
 from .demand import DemandMixin
+from .downtimes import DowntimesMixin, is_in_downtime
 from .limits import check_limits, check_max_waiting
 from .schema import (
     MAX_VO_CHARS,
     SELECT_CE,
+    CEDowntimes,
     ComputeElements,
     PilotHistory,
     PilotRequests,
@@ -50,7 +52,7 @@ class Submission(NamedTuple):
     error: str | None  # reason of the refusal; with a slot: error of a call without a known outcome
 
 
-class SubmissionsMixin(DemandMixin):
+class SubmissionsMixin(DemandMixin, DowntimesMixin):
     """Statements about submissions, with the checks of capacity and rules."""
 
     @transaction
@@ -75,8 +77,8 @@ class SubmissionsMixin(DemandMixin):
             stamp: unique name of the pilot, 32 hexadecimal digits; None: a new one.
 
         Raises:
-            UnknownCEError, CEDisabledError, VONotServedError, NoRoomError, SubmissionLimitError: nothing was
-                created.
+            UnknownCEError, CEDisabledError, CEPausedError, VONotServedError, NoRoomError, SubmissionLimitError:
+                nothing was created.
         """
         stamp = stamp or uuid.uuid4().hex
         now = clock.now()
@@ -111,9 +113,14 @@ class SubmissionsMixin(DemandMixin):
     async def _lock_open_ce(self, ce_name: str) -> dict[str, Any]:
         if not await self.lock_ces([ce_name]):
             raise UnknownCEError(ce_name)
-        ce = (await self.conn.execute(SELECT_CE.where(ComputeElements.name == ce_name).with_for_update())).one()
+        now = clock.now()
+        downtime = select(func.max(CEDowntimes.id)).where(is_in_downtime(ce_name, now)).scalar_subquery()
+        statement = SELECT_CE.add_columns(downtime.label("downtime")).where(ComputeElements.name == ce_name)
+        ce = (await self.conn.execute(statement.with_for_update())).one()
         if not ce.enabled:
             raise CEDisabledError(ce_name)
+        if ce.downtime is not None:
+            raise (await self.get_downtime(ce.downtime)).blocker(now)
         return dict(ce._mapping)
 
     @transaction
@@ -132,7 +139,7 @@ class SubmissionsMixin(DemandMixin):
             The ids of the pilots, and the errors of the other requests, by stamp.
 
         Raises:
-            UnknownCEError, CEDisabledError: nothing was changed.
+            UnknownCEError, CEDisabledError, CEPausedError: nothing was changed.
         """
         ce = await self._lock_open_ce(ce_name)
         rules, slots = rules_of(ce), await self.count_slots(ce_name)

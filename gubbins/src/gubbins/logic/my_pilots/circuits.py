@@ -22,15 +22,13 @@ def submission_blocker(ce: Mapping[str, Any]) -> CEPausedError | None:
     After the first failed poll there are no submissions, for the load is not known. A compute element without
     pilots is not polled: after a pause it gets one pilot, for the checks to poll.
     """
-    name, downtime = ce["name"], ce["downtime"]
+    name, downtime, blocker = ce["name"], ce["downtime"], None
     status, submit = ce["circuits"][CECall.STATUS], ce["circuits"][CECall.SUBMIT]
-    blocker = None
     if (problem := rules_error(ce)) is not None:
         why = "its rules in the database are wrong, `gubbins ce load` corrects them"
         blocker = CEPausedError(name, why, problem)
     elif downtime is not None:
-        remedy = f"`gubbins ce downtime remove {downtime.id}` ends it"
-        blocker = CEPausedError(name, downtime.describe(clock.now()), remedy=remedy)
+        blocker = downtime.blocker(clock.now())
     elif (limit := quota_limit(ce)) is not None and ce["active"] >= limit:
         blocker = CEPausedError(name, f"quota of the site: {ce['quota']}")
     elif (missing := missing_pilots(ce)) is not None:

@@ -28,6 +28,7 @@ RESOURCE_STATUS = "resource status"
 IMPORT_LIFETIME = timedelta(hours=1)
 """Lifetime of an imported downtime; each import renews it."""
 
+_CORRECTED_WITHIN = timedelta(minutes=15)
 _TIMEOUT_SECONDS = 30
 _DOWN = ("Banned", "Error")
 
@@ -89,7 +90,9 @@ async def ces_in_downtime(db: MyPilotDB, since: datetime) -> set[str]:
 
 
 async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
-    """Remove a downtime, and return it. If it has started, it ends, and stays for the alerts about failures in it.
+    """Remove a downtime, and return it.
+
+    If it has started, it ends, and stays for the alerts about failures in it; if only just, it was a mistake.
 
     Raises:
         DowntimeNotFoundError: there is no such downtime, or it has ended.
@@ -99,7 +102,7 @@ async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
         downtime, now = await db.get_downtime(downtime_id), clock.now()
         if downtime.ends_at <= now:
             raise DowntimeNotFoundError(downtime_id)
-        if downtime.starts_at <= now:
+        if downtime.starts_at <= now - _CORRECTED_WITHIN:
             await db.set_downtime_end([downtime_id], now)
         else:
             await db.delete_downtime(downtime_id)
