@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks import operations as monitor
+from diracx.tasks.operations import DelayReason
 from diracx.tasks.operations.cursors import read_head
 from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing import (
@@ -341,20 +343,31 @@ async def _running(redis: Redis) -> list[Any]:
     return (await monitor.running(redis)).items
 
 
-async def test_pages_of_delayed_tasks_hold_each_of_them_once(redis: Redis, broker: RedisStreamBroker) -> None:
-    moment = datetime.now(UTC) + timedelta(hours=1)
-    for number in range(7):  # all due at the same moment
-        await submit_task(broker, "test:Held", [str(number)], run_at=moment, task_id=f"{number:032x}")
-    assert (await monitor.snapshot(redis)).delayed["at_time"] == 7
-    found, after = [], None
-    while True:
-        page = await monitor.delayed(redis, "at_time", 3, after)
+@pytest.mark.parametrize("reason", ["at_time", None])
+async def test_pages_of_delayed_tasks_have_each_of_them_once_however_many_are_due_at_one_moment(
+    redis: Redis, reason: DelayReason | None
+) -> None:
+    """A task is parked behind thousands. After each page, its last task and the next one are no longer delayed."""
+    ids, due = [f"{number:032x}" for number in range(2_500)], time.time() * 1000 + 3_600_000
+    message = TaskMessage(task_id="0" * 32, task_name="test:Held").dumpb()
+    stored = dict.fromkeys(ids, b"diracx:tasks:normal:medium at_time 0\n" + message)
+    stored["parked"] = b"diracx:tasks:normal:medium lock 0 1 lock:mutex:task:one\n" + message
+    await redis.zadd(keys.DELAYED, dict.fromkeys(ids, due) | {"parked": due + 1})
+    await redis.hset(keys.DELAYED_DATA, mapping=stored)
+    await redis.hset(keys.DELAYED_REASONS, mapping={"at_time": len(ids), "lock": 1})
+    [parked] = (await monitor.delayed(redis, "lock")).items
+    assert (parked.task_id, parked.lock) == ("parked", "lock:mutex:task:one")
+    assert (await monitor.delayed(redis, "retry")).items == []
+
+    found: list[str] = []
+    page = await monitor.delayed(redis, reason, 600)
+    while page.after is not None:
         found += [task.task_id for task in page.items]
-        after = page.after
-        if after is None:
-            break
-    assert found == [f"{number:032x}" for number in range(7)]
-    assert (await monitor.delayed(redis, "retry", 3)).items == []
+        assert len(found) <= len(ids)
+        await redis.zrem(keys.DELAYED, found[-1], ids.pop(len(found)))
+        page = await monitor.delayed(redis, reason, 600, page.after)
+    found += [task.task_id for task in page.items]
+    assert found == ids + ["parked"] * (reason is None)
 
 
 async def test_lists_read_little_of_large_messages_and_show_their_size_instead(

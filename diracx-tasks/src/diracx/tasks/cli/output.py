@@ -56,13 +56,13 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
     if as_json:
         print_json(rows)
         return
-    items = rows.items if isinstance(rows, Page) else rows
+    items, after = (rows.items, rows.after) if isinstance(rows, Page) else (rows, None)
     if items:
         console().print(table(view, items))
-    else:
+    elif after is None:
         echo(view.empty, err=True)
-    if isinstance(rows, Page) and rows.after is not None:
-        echo(f"there may be more: --limit, or --after '{one_line(rows.after)}'", err=True)
+    if after is not None:
+        echo(f"there may be more: --limit, or --after '{one_line(after)}'", err=True)
 
 
 def table(view: View[_Row], rows: Iterable[_Row]) -> Table:

@@ -118,7 +118,7 @@ class Worker(ReadModel):
     version: str | None = None
     """Version of diracx-tasks."""
     seen: datetime | None = None
-    """Time of its last report; workers report every 5 s."""
+    """Time of its last report; workers report every 5 s, or every 50 s while nothing changes."""
     blocked: BlockedLoop | None = None
     """None unless its event loop is blocked."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -28,8 +29,11 @@ from .cursors import (
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
 
-#: Maximum number of delayed tasks read by one call of `delayed`.
-_DELAYED_READ = 2_000
+#: Maximum number of delayed tasks that one call of `delayed` searches for a reason, and of one step of it.
+_DELAYED_SEARCHED = 20_000
+_SEARCHED_AT_ONCE = 500
+#: More than stream and reason at the head of a delayed task.
+_REASON_BYTES = 100
 _LONGEST_ERROR = 300
 _DELAYED_FIELDS = 5
 
@@ -177,35 +181,43 @@ async def delayed(
 ) -> Page[DelayedTask]:
     """Return delayed tasks by due time.
 
-    With a reason, a call reads at most 2,000 tasks: a page with few items need not be the last.
+    With a reason, a call searches 20,000 tasks: a page with few items need not be the last.
     """
     if reason is not None and reason not in DELAY_REASONS:
         raise ValueError(f"no reason {reason!r}; the reasons are {', '.join(DELAY_REASONS)}")
     place = (-math.inf, "") if after is None else parse_cursor(after)
-    begin, read = repr(place[0]), 0
+    existing = math.inf if reason is None else await inspection.delayed_number(redis, reason)
+    begin, searched = repr(place[0]), 0
+    offset = 0 if after is None else await inspection.delayed_offset(redis, *place)
     found: list[DelayedTask] = []
-    last = after
-    offset = 0
-    while len(found) < limit and read < _DELAYED_READ:
-        page = await inspection.delayed_page(redis, begin, offset, PAGE)
+    while len(found) < min(limit, existing) and searched < _DELAYED_SEARCHED:
+        count = PAGE if reason is None else _SEARCHED_AT_ONCE
+        page = await inspection.delayed_page(redis, begin, offset + searched, count)
         if not page:
             return Page(items=await _with_lines(redis, found))
-        offset += len(page)
-        read += len(page)
-        ids = [text_of(task) for task, _ in page]
-        stored = await inspection.delayed_heads(redis, ids, HEAD_BYTES)
-        for task, (_, score), data in zip(ids, page, stored, strict=True):
-            if (score, task) <= place:  # members with the same score are sorted by name
-                continue
-            last = f"{score!r} {task}"
-            if data is None:
-                continue
-            shown = _delayed(task, score, *data, registry)
-            if reason is None or shown.reason == reason:
-                found.append(shown)
-                if len(found) == limit:
-                    break
-    return Page(items=await _with_lines(redis, found), after=last)
+        searched += len(page)
+        chosen = page if reason is None else await _of_reason(redis, page, reason)
+        rest = chosen[limit - len(found) :]
+        chosen = chosen[: limit - len(found)]
+        place = (chosen if rest else page)[-1]
+        heads = await inspection.delayed_heads(redis, [task for _, task in chosen], HEAD_BYTES)
+        found += [
+            _delayed(task, score, *head, registry)
+            for (score, task), head in zip(chosen, heads, strict=True)
+            if head is not None
+        ]
+    more = None if len(found) >= existing else f"{place[0]!r} {place[1]}"
+    return Page(items=await _with_lines(redis, found), after=more)
+
+
+async def _of_reason(redis: Redis, tasks: Sequence[tuple[float, str]], reason: str) -> list[tuple[float, str]]:
+    """Return those of the tasks that are delayed for this reason."""
+    heads = await inspection.delayed_heads(redis, [task for _, task in tasks], _REASON_BYTES)
+    return [
+        task
+        for task, head in zip(tasks, heads, strict=True)
+        if head is not None and text_of(head[0]).split(" ")[1:2] == [reason]
+    ]
 
 
 async def _with_lines(redis: Redis, tasks: list[DelayedTask]) -> list[DelayedTask]:

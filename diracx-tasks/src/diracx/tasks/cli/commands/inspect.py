@@ -39,7 +39,8 @@ def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> N
 def workers(*, as_json: JsonOption = False, server: Server) -> None:
     """List the workers: size, slots in use, state, last report, time since the start, memory.
 
-    `blocked`: a task blocks the event loop of the worker; --json has the stack. `dead`: its lease has expired.
+    Workers report every 5 s, or every 50 s while nothing changes. `blocked`: a task blocks the event loop of the
+    worker; --json has the stack. `dead`: its lease has expired.
 
     Example: diracx-task-run workers --json
     """

@@ -71,10 +71,29 @@ async def server_time(redis: Redis) -> float:
     return int(seconds) + int(microseconds) / 1e6
 
 
-async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> list[tuple[bytes, float]]:
-    """Ids and due times (ms) of delayed tasks, in the order in which they are due, from a score on."""
+async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> list[tuple[float, str]]:
+    """Due times (ms) and ids of delayed tasks, in this order, from a due time on."""
     found: Any = await redis.zrangebyscore(keys.DELAYED, begin, "+inf", offset, count, withscores=True)
-    return [(task, score) for task, score in found]
+    return [(score, text_of(task)) for task, score in found]
+
+
+async def delayed_number(redis: Redis, reason: str) -> int:
+    """Number of tasks that are delayed for a reason."""
+    return int(await redis.execute_command("HGET", keys.DELAYED_REASONS, reason) or 0)
+
+
+async def delayed_offset(redis: Redis, due_ms: float, task: str) -> int:
+    """Number of delayed tasks with this due time up to this id, whether that task is delayed or not."""
+    begin = repr(due_ms)
+    first, end = 0, await redis.zcount(keys.DELAYED, begin, begin)
+    while first < end:
+        middle = (first + end) // 2
+        found = await delayed_page(redis, begin, middle, 1)
+        if found and found[0] <= (due_ms, task):
+            first = middle + 1
+        else:
+            end = middle
+    return first
 
 
 async def line_times(redis: Redis, locks: Sequence[str]) -> dict[str, Any]:
