@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from diracx.tasks.plumbing.scheduler.overview import matching
 from diracx.tasks.plumbing.task_names import AmbiguousTaskNameError, resolve_task_name
@@ -35,3 +37,10 @@ def test_schedules_are_named_without_their_category_too() -> None:
     assert matching(["Clean/cms", "Clean", "*/lhcb", "Nope"], ids) == (sorted(ids), ["Nope"])
     with pytest.raises(AmbiguousTaskNameError):
         matching(["Clean"], ["jobs:Clean", "pilots:Clean"])
+
+
+def test_many_schedules_are_found_in_linear_time() -> None:
+    ids = [f"pilots:Submit@{number:05}" for number in range(20_000)]
+    started = time.process_time()
+    assert matching(ids, ids) == (ids, [])
+    assert time.process_time() - started < 2

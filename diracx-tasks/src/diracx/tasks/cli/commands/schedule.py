@@ -56,7 +56,7 @@ def list_(*, ids: IdsArgument = None, as_json: JsonOption = False, server: Serve
 
     states, led = server.run(read)
     if ids:
-        chosen = _chosen(ids, states)
+        chosen = set(_chosen(ids, states))
         states = [state for state in states if state.id in chosen]
     show(SCHEDULES, states, as_json)
     if not led:
@@ -140,10 +140,10 @@ def _switch(
         raise UsageProblem("give ids or patterns of schedules, or --all; see `diracx-task-run schedule list`")
     configured = _configured(server)
 
-    async def change(broker: RedisStreamBroker) -> tuple[list[str], list[str]]:
+    async def change(broker: RedisStreamBroker) -> tuple[list[str], set[str]]:
         states = await schedules(broker.redis, *configured)
         chosen = _chosen(ids, states) if ids else [state.id for state in states]
-        return chosen, await switch(AuditedActions.for_command_line(broker.redis), chosen) if chosen else []
+        return chosen, set(await switch(AuditedActions.for_command_line(broker.redis), chosen) if chosen else ())
 
     chosen, changed = server.run(change)
     records = [{"id": id_, "changed": id_ in changed} for id_ in chosen]

@@ -246,7 +246,7 @@ class TaskDB(Database):
         if task_name is not None and ":" not in task_name:  # the name of the class alone
             of_class = DeadLetters.task_name.endswith(f":{task_name}", autoescape=True)
             names = await self.conn.execute(select(DeadLetters.task_name).where(of_class).distinct())
-            task_name = resolve_task_name(task_name, names.scalars()) or task_name
+            task_name = resolve_task_name(task_name, names.scalars().all()) or task_name
         equal = [
             (DeadLetters.task_name, task_name),
             (DeadLetters.reason, where.get("reason")),

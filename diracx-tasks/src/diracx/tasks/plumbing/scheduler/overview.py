@@ -136,7 +136,7 @@ def matching(patterns: Sequence[str], ids: Iterable[str]) -> tuple[list[str], li
     """
     from fnmatch import fnmatchcase
 
-    known = sorted(ids)
+    known = dict.fromkeys(sorted(ids))
     found: dict[str, list[str]] = {}
     for pattern in patterns:
         named = resolve_task_name(pattern, known)
