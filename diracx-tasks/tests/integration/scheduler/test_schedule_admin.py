@@ -18,6 +18,7 @@ from diracx.tasks.plumbing import (
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.labels import LABEL_SCHEDULE
+from diracx.tasks.plumbing.broker.scheduling import pause
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.scheduler import ScheduleState, admin
 from diracx.tasks.plumbing.scheduler.occurrences import iter_schedules
@@ -53,7 +54,7 @@ async def test_a_paused_schedule_submits_nothing_and_one_missed_run_when_it_is_r
     redis_url: str, redis: Redis
 ) -> None:
     ids = ["test:Hourly", "test:HourlyOrNot"]
-    await admin.pause(redis, ids)
+    await pause(redis, ids, True)
     async with scheduling(redis_url, Hourly, HourlyOrNot):
         pass
     missed = int(time.time() * 1000) - HOUR_MS * 5 // 2
@@ -61,7 +62,7 @@ async def test_a_paused_schedule_submits_nothing_and_one_missed_run_when_it_is_r
     async with scheduling(redis_url, Hourly, HourlyOrNot, Often):
         await until(lambda: redis.xlen(STREAM))  # of Often: the leader has looked at what is due
         assert {m.task_name for m in await submitted(redis)} == {"test:Often"}
-        assert await admin.resume(redis, ids) == ids
+        assert await pause(redis, ids, False) == ids
         runs = await until(lambda: _passed(redis, ids, missed))
         assert [m.task_name for m in await submitted(redis) if m.task_name != "test:Often"] == ["test:Hourly"]
         assert {runs[id_] - missed for id_ in ids} == {3 * HOUR_MS}, "both keep their phase"
@@ -73,12 +74,12 @@ async def _passed(redis: Redis, ids: Iterable[str], missed: int) -> dict[str, in
 
 
 async def test_a_pause_is_kept_by_a_scheduler_without_the_task(redis_url: str, redis: Redis) -> None:
-    await admin.pause(redis, ["test:Hourly"])
+    await pause(redis, ["test:Hourly"], True)
     async with scheduling(redis_url, PerVo):
         pass
     assert (await look(redis, Hourly))["test:Hourly"].state == "paused"
     assert (await look(redis, PerVo))["test:Hourly"].state == "unknown"
-    assert await admin.resume(redis, ["test:Hourly"]) == ["test:Hourly"]
+    assert await pause(redis, ["test:Hourly"], False) == ["test:Hourly"]
 
 
 @pytest.mark.leaves_keys(STREAM)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 
-from ..plumbing.broker import RedisStreamBroker
+from ..plumbing.broker import RedisStreamBroker, scheduling
 from ..plumbing.broker.cancel import TaskPlace
 from ..plumbing.persistence.dead_letter import DeadLetterStatus
 from ..plumbing.persistence.resubmission import ResubmitStatus, Resubmitter
@@ -62,11 +62,15 @@ class AuditedActions(AuditLog):
 
     async def pause(self, ids: Sequence[str]) -> list[str]:
         """Pause schedules. Returns those that were not paused before."""
-        return await self.perform("pause schedules", listed(ids), lambda: admin.pause(self.redis, ids), _changed)
+        return await self.perform(
+            "pause schedules", listed(ids), lambda: scheduling.pause(self.redis, ids, True), _changed
+        )
 
     async def resume(self, ids: Sequence[str]) -> list[str]:
         """Resume schedules. Returns those that were paused."""
-        return await self.perform("resume schedules", listed(ids), lambda: admin.resume(self.redis, ids), _changed)
+        return await self.perform(
+            "resume schedules", listed(ids), lambda: scheduling.pause(self.redis, ids, False), _changed
+        )
 
     async def run_now(self, binding: Binding, scheduled: ScheduledTask) -> str:
         """Submit the task of a schedule now. Returns its task id.

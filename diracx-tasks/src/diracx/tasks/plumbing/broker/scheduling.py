@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -54,11 +54,12 @@ async def run_now(redis: Redis, schedule: str, stream: str, task_id: str, data: 
     return waiting.decode() or None
 
 
-async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[bool]:
-    """Pause or resume schedules. Returns for each whether that changed its state."""
-    changed: list[bool] = []
+async def pause(redis: Redis, schedules: Sequence[str], paused: bool) -> list[str]:
+    """Pause schedules, or resume them. Returns those whose state has changed."""
+    changed: list[str] = []
     for part in in_calls(schedules, PAUSE_BATCH, lambda _: 0):
-        changed += [reply == 1 for reply in await script("pause")(redis, args=[int(paused), pack(part)])]
+        replies = await script("pause")(redis, args=[int(paused), pack(part)])
+        changed += [id_ for id_, reply in zip(part, replies, strict=True) if reply == 1]
     return changed
 
 
@@ -104,11 +105,6 @@ async def has_leader(redis: Redis) -> bool:
 # --- stored schedules ---------------------------------------------------------------------------------------
 
 
-async def _fields(redis: Redis, key: str) -> AsyncIterator[tuple[bytes, bytes]]:
-    async for name, value in redis.hscan_iter(key, count=SCANNED):
-        yield name, value
-
-
 async def paused_schedules(redis: Redis) -> list[str]:
     """Ids of paused schedules."""
     return [text_of(name) for name in await redis.execute_command("HKEYS", keys.PAUSED)]
@@ -116,7 +112,7 @@ async def paused_schedules(redis: Redis) -> list[str]:
 
 async def fingerprints(redis: Redis) -> dict[bytes, bytes]:
     """Fingerprint of the rule from which the next run was computed, by schedule."""
-    return {name: value async for name, value in _fields(redis, keys.FINGERPRINTS)}
+    return {name: value async for name, value in redis.hscan_iter(keys.FINGERPRINTS, count=SCANNED)}
 
 
 async def next_runs(redis: Redis) -> dict[str, int]:
@@ -135,7 +131,7 @@ async def stored_schedules(redis: Redis) -> set[bytes]:
     """Ids of all schedules with stored data other than a pause."""
     stored: set[bytes] = {name async for name, _ in redis.zscan_iter(keys.NEXT_RUNS, count=SCANNED)}
     for key in (keys.FINGERPRINTS, keys.LAST_RUNS, keys.OUTCOMES, keys.PROBLEMS):
-        stored |= {name async for name, _ in _fields(redis, key)}
+        stored |= {name async for name, _ in redis.hscan_iter(key, count=SCANNED)}
     return stored
 
 

@@ -1,8 +1,7 @@
-"""Actions of operators on schedules: run now, pause, resume. They work without a running scheduler."""
+"""Submits the task of a schedule now, also without a running scheduler."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..broker import scheduling
@@ -10,8 +9,6 @@ from ..broker.labels import LABEL_SCHEDULE
 from ..broker.telemetry import submission_spans
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from ..submission.client import Binding
     from .occurrences import ScheduledTask
 
@@ -41,18 +38,3 @@ async def run_now(binding: Binding, scheduled: ScheduledTask) -> str:
     if waiting is not None:
         raise AlreadyQueuedError(waiting)
     return message.task_id
-
-
-async def pause(redis: Redis, ids: Sequence[str]) -> list[str]:
-    """Submit no more occurrences of these schedules. Returns those that were not paused before."""
-    return await _set(redis, ids, True)
-
-
-async def resume(redis: Redis, ids: Sequence[str]) -> list[str]:
-    """Resume these schedules; occurrences due during the pause were missed. Returns those that had been paused."""
-    return await _set(redis, ids, False)
-
-
-async def _set(redis: Redis, ids: Sequence[str], paused: bool) -> list[str]:
-    changes = await scheduling.pause(redis, ids, paused)
-    return [id_ for id_, changed in zip(ids, changes, strict=True) if changed]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ..broker.scheduling import Activity, Outcome, StoredSchedules, activities, read_schedules
+from ..broker.stored import moment_of
 from ..config import describe_schedule
 from ..task_names import resolve_task_name
 from .occurrences import ScheduledTask, iter_schedules
@@ -76,10 +77,6 @@ async def schedules(
     return [_state(id_, instances.get(id_), stored, running.get(id_)) for id_ in sorted(known)]
 
 
-def _moment(ms: int) -> datetime:
-    return datetime.fromtimestamp(ms / 1000, UTC)
-
-
 def _state(
     id_: str, found: ScheduledTask | None, stored: StoredSchedules, activity: Activity | None
 ) -> ScheduleState:
@@ -95,12 +92,12 @@ def _state(
         rule=describe_schedule(found.rule) if found else None,
         missed=found.missed if found else None,
         source=found.source if found else None,
-        next_run=None if due is None or paused is not None else _moment(due),
-        last_run=None if last is None else _moment(last[3]),
+        next_run=None if due is None or paused is not None else moment_of(due / 1000),
+        last_run=None if last is None else moment_of(last[3] / 1000),
         last_task_id=None if last is None else last[2],
         activity=activity,
         outcome=stored.outcomes.get(id_),
-        paused_since=None if paused is None else _moment(paused),
+        paused_since=None if paused is None else moment_of(paused / 1000),
         problem=stored.problems.get(id_),
     )
 
