@@ -1,4 +1,4 @@
-"""Resolved values of all settings of tasks, and where they are set."""
+"""Read models of the resolved settings of tasks, as `config show --json` prints them."""
 
 from __future__ import annotations
 

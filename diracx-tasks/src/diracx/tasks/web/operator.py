@@ -1,4 +1,4 @@
-"""Actions of operators, used by dashboard and HTTP API."""
+"""Audited actions of a user of dashboard or HTTP API, who names schedules and dead letters."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Execution:
             self._cancelled_for = reason
             self.mark_cancelled()
             # An asyncio task cancelled before its first step never runs, not even its `finally`. Until the start,
-            # the reason above is enough: `_run` reads it.
+            # the reason above is enough: `run` reads it.
             if self.running is not None and self._started is not None:
                 self.running.cancel()
 
