@@ -132,7 +132,7 @@ async def report(cases: Sequence[Case], rounds: int) -> str:
             "worker's event loop was late, as far as its process worked meanwhile: others do not count. The",
             f"quickest of {rounds} rounds.",
             "",
-            "| what is cancelled | longest stall, ms | all of it, s |",
+            "| cancelled | longest stall, ms | all of it, s |",
             "|---|---|---|",
             *rows,
         ]

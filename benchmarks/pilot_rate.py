@@ -214,8 +214,8 @@ async def main() -> None:
         )
         return
     lines = [
-        f"Load average when it began: {load:.1f} on {os.cpu_count()} CPUs. What others run here slows all that is "
-        "per second, and hardly what is per second of this process's CPU time.\n",
+        f"Load average at the start: {load:.1f} on {os.cpu_count()} CPUs. The load of other programs lowers the "
+        "rates per second, but hardly those per second of this process's CPU time.\n",
         "| CEs | latency of a call | pilots in a call | pilots | pilots/s | per CPU second | statements per pilot "
         "| calls |",
         "|---|---|---|---|---|---|---|---|",

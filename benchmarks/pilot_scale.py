@@ -277,7 +277,7 @@ def section(run: Run, picture: str | None) -> str:
         ("pilots in the database", f"{world.active + world.ended:,}, {run.database_mb:,.0f} MB"),
         ("cycle of one minute after the first, median / slowest", f"{_middle([c.seconds for c in steady]):.1f} / "
          f"{max(c.seconds for c in steady):.1f} s"),
-        (f"— {world.vos} VOs ask", f"{_middle([c.ask_seconds for c in steady]):.2f} s"),
+        (f"— requests of {world.vos} VOs", f"{_middle([c.ask_seconds for c in steady]):.2f} s"),
         (f"— {world.vos} VOs check their pilots", f"{_middle([c.check_seconds for c in steady]):.2f} s"),
         *(
             (f"a VO's check, {what}: slowest, CPU time, statements",
@@ -307,7 +307,7 @@ def section(run: Run, picture: str | None) -> str:
 Measured by `make bench-pilots` on {datetime.now(UTC):%Y-%m-%d}: {machine()}.
 {world.ces} compute elements of {world.capacity:,} slots are shared by {world.vos} VOs; {world.active:,} pilots are
 active, {world.ended:,} have ended. Pilots run for {world.run / timedelta(hours=1):g} h. {len(cycles)} simulated
-minutes, one cycle each: every VO asks, all that was asked for is submitted, every VO's pilots are checked. SQLite,
+minutes, one cycle each: each VO requests pilots, all of them are submitted, each VO's pilots are checked. SQLite,
 one process. Absolute figures of a shared machine vary.
 
 | figure | value |

@@ -272,7 +272,7 @@ def report(rows: list[str], lease: float, rounds: int) -> str:
     return f"""## Recovery from the death of a worker
 
 Measured by `python -m benchmarks.recovery` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. The lease is {lease:g} s;
-{rounds} rounds of each case, real processes. What is promised: [guarantees](../docs/explanation/guarantees.md).
+{rounds} rounds of each case, real processes. The promise: [guarantees](../docs/explanation/guarantees.md).
 
 | the worker dies, and | its tasks begin again, median / longest | less the lease | overtaken by newer tasks |
 |---|---|---|---|
