@@ -353,6 +353,18 @@ async def test_missing_entries_are_inserted_again(db: MyPilotDB, registry: Pilot
     assert {row["PilotStamp"]: row["Status"] for row in found[4:]} == {stamp: "Running" for _, stamp in pilots}
 
 
+@pytest.mark.parametrize("vo", ["lhcb", "e\u0301 🚀"])
+async def test_an_entry_that_only_the_registry_has_is_found_by_its_vo(
+    db: MyPilotDB, registry: PilotAgentsDB, vo: str
+) -> None:
+    await db.add_ce("ce", 9, 1.0)
+    pilot_id = await db.submit_pilot("ce", vo)
+    await logic.update_registry(db, registry, vo)
+    await db.release_pilots([pilot_id])
+    assert (await logic.reconcile_registry(db, registry, vo)).unknown == 1
+    assert (await logic.reconcile_registry(db, registry, "dteam")).unknown == 0
+
+
 async def test_a_pilot_that_the_registry_refuses_does_not_stop_the_others(
     sqlite_db: MyPilotDB, sqlite_registry: PilotAgentsDB, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -281,7 +281,8 @@ async def reconcile_registry(
         result.compared += len(pilots)
         progress(result.compared)
     after, destinations = 0, {_destination(ce, name) for name, ce in ces.items()}
-    while active := await registry_db.list_open(registry, destinations, vo, after=after, limit=_BATCH):
+    of_vo = None if vo is None else _to_ascii(vo, 128)
+    while active := await registry_db.list_open(registry, destinations, of_vo, after=after, limit=_BATCH):
         after = active[-1].registry_id
         known = await db.known_stamps({entry.stamp for entry in active})
         for entry in active:
