@@ -101,13 +101,14 @@ async def test_nothing_is_cancelled_without_the_rule_or_without_known_demand(
     assert await leaving(db) == []
 
 
+@pytest.mark.parametrize("rounds_before", [0, 1])
 async def test_surplus_pilots_of_the_vo_are_cancelled_at_full_and_closed_sites_too(
-    sqlite_db: MyPilotDB, time: Clock
+    db: MyPilotDB, time: Clock, rounds_before: int
 ) -> None:
-    db = sqlite_db
     await db.add_ce("ce", 20, 1.0, rules=LIMITED, settings=SLOW)
-    await ask(db, 0)
-    await ask(db, 0, "dteam")
+    for _ in range(rounds_before):
+        await ask(db, 0)
+        await ask(db, 0, "dteam")
     ids = await submitted(db, time, 3)
     other = await logic.submit_pilot(db, "ce", "dteam")
     await db.record_quota("ce")

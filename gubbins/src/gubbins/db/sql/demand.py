@@ -137,7 +137,9 @@ class DemandMixin(PilotSession):
     async def set_surplus_since(self, ce_name: str, vo: str, since: datetime | None) -> None:
         """Set since when more pilots of the VO wait there than there are jobs for; None: no surplus."""
         where = (PilotDemand.ce_name == ce_name, PilotDemand.vo == vo)
-        await self.conn.execute(update(PilotDemand).where(*where).values(surplus_since=since))
+        known = await self.conn.execute(update(PilotDemand).where(*where).values(surplus_since=since))
+        if not known.rowcount:
+            await self.replace_demand(vo, {ce_name: Demand(0, clock.now(), None, since)})
 
     @transaction
     async def count_cancelling(self, vo: str) -> dict[str, int]:
