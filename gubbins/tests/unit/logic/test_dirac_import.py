@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -334,6 +335,17 @@ def test_a_stray_line_does_not_affect_other_lines(ending: str) -> None:
         reasons = [remark.why for remark in found.remarks if remark.path == f"line {number + 1}"]
         assert reasons == ["is no option and no section: left out"]
         assert "s3cret" not in str(found.remarks)
+
+
+@pytest.mark.parametrize("user", ["u{0} = x\n", "u{0}\n{{\nDN = /CN={0}\n}}\n", "u{0} {{\n}}\n"])
+@pytest.mark.parametrize("path", ["Registry", "Registry\n{\nUsers"])
+def test_many_users_take_linear_time(user: str, path: str) -> None:
+    users = "".join(user.format(number) for number in range(20_000))
+    before = time.process_time()
+    found = import_dirac(f"{path}\n{{\n{users}}}\n{'}' * path.count('{')}\n{one_ce('CEType = SSH')}")
+    assert time.process_time() - before < 3, "10 s with each user compared with all others"
+    assert [entry["name"] for entry in found.compute_elements] == ["ce.example.org"]
+    assert found.remarks[0] == ("Registry", "not about compute elements")
 
 
 def one_ce(options: str) -> str:

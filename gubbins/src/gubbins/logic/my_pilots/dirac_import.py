@@ -24,6 +24,7 @@ _SI00 = 250  # of the unit of CPU times in jobs
 #: Options of sites, compute elements and queues that do not concern pilots.
 _NOT_ABOUT_PILOTS = {"CE", "Coordinates", "Country", "Description", "Mail", "MoUTierLevel", "Name", "OS", "SE"}
 _NOT_ABOUT_PILOTS |= {"SubmissionMode", "Tier", "architecture"}
+_TRANSLATED = ("Resources", "Systems")
 _RESOURCES = {"Computing": "defaults of compute elements, if any, have to be copied to their sites"}
 
 
@@ -110,14 +111,12 @@ def import_dirac(text: str, *, share: float = 1.0) -> DiracImport:
     result = DiracImport()
     text = _without_stray_lines(text.removeprefix("\ufeff"), result.remarks)
     try:
-        tree: Any = CFG().loadFromBuffer(text).getAsDict()
+        tree: Any = CFG().loadFromBuffer(_without_other_sections(text)).getAsDict()
     except Exception as error:  # the library documents no errors
         raise DiracConfigurationError(one_line(error.args[0] if error.args else error, 300)) from error
     if not isinstance(tree.get("Resources", {}), Mapping):
         raise DiracConfigurationError("`Resources` is no section")
-    result.remarks += [
-        Remark(name, "not about compute elements") for name in tree if name not in ("Resources", "Systems")
-    ]
+    result.remarks += [Remark(name, "not about compute elements") for name in tree if name not in _TRANSLATED]
     resources: Mapping[str, Any] = tree.get("Resources", {})
     result.remarks += [
         Remark(f"Resources/{name}", _RESOURCES.get(name, "not about compute elements"))
@@ -157,7 +156,7 @@ def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
         if not line.startswith("{"):
             drop()
             name = ""
-        if "=" in line and "{" not in line.partition("=")[0]:
+        if _is_option(line):
             option = line.partition("=")[0].rstrip("+ ")
             if "/" in option:
                 remarks.append(Remark(f"line {number + 1}", "has a / in the name of an option: left out"))
@@ -178,6 +177,29 @@ def _without_stray_lines(text: str, remarks: list[Remark]) -> str:
         at = number
     drop()
     return "\n".join(lines)
+
+
+def _is_option(line: str) -> bool:
+    return "=" in line and "{" not in line.partition("=")[0]
+
+
+def _without_other_sections(text: str) -> str:
+    """Remove the contents of sections that are not translated: the parser takes quadratic time for many users."""
+    kept, depth, name, top = [], 0, "", ""
+    for line in map(str.strip, text.split("\n")):
+        lowest = depth
+        for word in [] if line.startswith("#") or _is_option(line) else re.findall(r"[{}]|[^{}]+", line):
+            if word == "{":
+                top = top if depth else name
+                depth += 1
+            elif word == "}":
+                depth = max(0, depth - 1)
+                lowest = min(lowest, depth)
+            else:
+                name = word.strip()
+        if lowest == 0 or top in _TRANSLATED:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def _site_directors(tree: Any, path: str) -> Iterator[Remark]:
