@@ -255,8 +255,8 @@ class MyImportDowntimesTask(PeriodicBaseTask):
 class MyPilotReportTask(PeriodicBaseTask):
     """Logs the number of pilots in each state, by VO and compute element.
 
-    Submits a check of the pilots of each VO that is not in the configuration any more, else they would keep their
-    slots for ever.
+    Submits a check of the pilots of each VO that is not in the configuration any more, and collects their output:
+    else they would keep their slots, and their files at the sites, for ever.
     """
 
     default_schedule: ClassVar[TaskScheduleBase] = CronSchedule("0 * * * *")
@@ -276,10 +276,12 @@ class MyPilotReportTask(PeriodicBaseTask):
             for ce_name, states in sorted(ces.items()):
                 logger.info("Pilots of %s at %s: %s", vo, ce_name, _format_counts(states))
                 totals.update(states)
-            active = sum(states.get(status, 0) for states in ces.values() for status in ACTIVE)
-            if active and config is not None and vo not in config.registry:
+            if config is None or vo in config.registry:
+                continue
+            if active := sum(states.get(status, 0) for states in ces.values() for status in ACTIVE):
                 logger.warning("%d pilots of %s are active, which is not in the configuration", active, vo)
                 await MyCheckPilotsTask(vo).schedule()
+            await MyCollectOutputsTask(vo).schedule()
         logger.info("Pilots in all: %s", _format_counts(totals))
         return summary
 

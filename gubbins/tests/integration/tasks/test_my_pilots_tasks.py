@@ -113,20 +113,24 @@ async def test_the_report_counts_everything(db: MyPilotDB, caplog: pytest.LogCap
     assert "Pilots in all: 2 SUBMITTED, 1 RUNNING" in caplog.text
 
 
-async def test_pilots_of_a_removed_vo_do_not_keep_their_slots(db: MyPilotDB, config: Config) -> None:
+async def test_pilots_of_a_removed_vo_do_not_keep_their_slots_and_files(db: MyPilotDB, config: Config) -> None:
     """The scheduler has no checks for a VO that is not in the configuration."""
     await db.add_ce("ce", 1, 1.0)
-    await MyPilotTask("ce", "removed").execute(my_pilot_db=db)
-    tasks = [MyCheckPilotsTask, MyPilotReportTask]
+    pilot_id = await MyPilotTask("ce", "removed").execute(my_pilot_db=db)
+    assert pilot_id is not None
+    tasks = [MyCheckPilotsTask, MyCollectOutputsTask, MyPilotReportTask]
     overrides: dict[Any, Any] = {
         MyPilotDB.no_transaction: lambda: db,
         ConfigSource.create: lambda: config,
     }
     async with TaskSystem(tasks, overrides=overrides, task_db_url=None) as system:
         for states in ({"SUBMITTED": 1}, {"RUNNING": 1}, {"DONE": 1}):
+            if "DONE" in states:
+                await db.queue_outputs([pilot_id])
             report = await system.result(await MyPilotReportTask().schedule(), timeout=30)
             assert report.return_value == {"removed": {"ce": states}}
             await system.drain(timeout=30)
+    assert not await db.ces_with_queued_outputs(vo="removed")
     assert await MyPilotTask("ce", "lhcb").execute(my_pilot_db=db) is not None
 
 
