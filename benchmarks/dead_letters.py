@@ -130,14 +130,14 @@ async def burst(failures: int, state: str) -> Burst:
             redis = system.broker.redis
             while not await redis.zcard(keys.ALIVE):
                 await asyncio.sleep(0.05)
-            await _look(process.pid, 2.0)
+            await _watch_memory(process.pid, 2.0)
             before = rss_mb(process.pid)
             submitting = asyncio.create_task(schedule_many([Failing(number) for number in range(failures)]))
             most = 0.0
             while not submitting.done() or (await redis.xinfo_groups(_STREAM))[0]["lag"]:
-                most = max(most, await _look(process.pid, 1.0))
+                most = max(most, await _watch_memory(process.pid, 1.0))
             await submitting
-            most = max(most, await _look(process.pid, _AFTER_SECONDS))
+            most = max(most, await _watch_memory(process.pid, _AFTER_SECONDS))
             waiting = await redis.xlen(keys.DEAD_LETTERS)
             assert process.stdin is not None
             assert process.stdout is not None
@@ -147,7 +147,7 @@ async def burst(failures: int, state: str) -> Burst:
     return Burst(*(cuts[49] * 1000, cuts[98] * 1000, max(measured) * 1000, len(measured)), before, most, waiting)
 
 
-async def _look(pid: int, seconds: float) -> float:
+async def _watch_memory(pid: int, seconds: float) -> float:
     """Submit another task again and again. Returns the most memory that the worker has had, in MB."""
     end, most = time.monotonic() + seconds, 0.0
     while time.monotonic() < end:
@@ -180,8 +180,8 @@ async def report() -> str:
 Measured by `make bench-dead-letters` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. One worker process with
 20 slots runs tasks that become dead letters as fast as it can, and another task of higher priority every
 {_PAUSE_SECONDS * 1000:.0f} ms, also for {_AFTER_SECONDS:.0f} s after the last failure. The database is SQLite
-(up), a closed port (refusing), or a port that takes connections and says nothing (hanging). Absolute figures of a
-shared machine vary.
+(up), a closed port (refusing), or a port that accepts connections and never responds (hanging).
+Absolute figures of a shared machine vary.
 
 | failures | database | latency of other tasks, p50 / p99 / longest | memory of the worker | waiting in Redis |
 |---|---|---|---|---|

@@ -185,14 +185,14 @@ async def _make_busy(workers: int) -> None:
 def report(costs: list[Cost]) -> str:
     """The section of RESULTS.md."""
     lines = [
-        "## Waiting workers",
+        "## Idle workers",
         "",
         f"{machine()}. Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "All workers, of 10 slots each, are in one process with the client, which submits a no-op task every",
         f"{PAUSE_SECONDS:g} s. Commands are those of `INFO commandstats`, which counts the call of a script",
-        "and each command inside it. Per task: each command that `MONITOR` shows but those of waiting:",
-        "renewals, looks for the dead and for what is due, reports of nothing, waits that ended with nothing.",
-        f"Without tasks: in {_PERIOD_SECONDS:g} s, within which all that waiting workers do recurs.",
+        "and each command inside it. Per task: each command that `MONITOR` shows, except those of waiting:",
+        "renewals, checks for crashed workers and due tasks, empty reports, waits without a message.",
+        f"Without tasks: in {_PERIOD_SECONDS:g} s, the period after which all commands of waiting workers recur.",
         "Connections are those of the client, too. A busy worker runs one task beside its wait.",
         "",
         "| workers | server commands per task | latency p50 / p99 (ms) | server (ms per task) "

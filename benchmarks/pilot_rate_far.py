@@ -159,7 +159,7 @@ SITES: Mapping[str, Callable[[], Any]] = {
 async def main() -> None:
     load = os.getloadavg()[0]
     lines = [
-        f"Load average when it began: {load:.1f} on {os.cpu_count()} CPUs. SSH with `max_sessions: 10` "
+        f"Load average at the start: {load:.1f} on {os.cpu_count()} CPUs. SSH with `max_sessions: 10` "
         "(default 4) and Slurm with `concurrent_submissions: 10` (default 8), too; rule `timeout_seconds: 300` "
         "(default 60).\n",
         "| site, 200 ms away | one by one, pilots/s | 100 in a call, pilots/s | ratio |",

@@ -128,7 +128,7 @@ async def _filled(world: World, number: int, first: int = 0) -> int:
 
 
 async def idle(world: World) -> Waits:
-    """others are idle"""
+    """a worker crashes, others are idle"""
     victim = await _filled(world, 10)
     for _ in range(2):
         await world.worker(10)
@@ -138,7 +138,7 @@ async def idle(world: World) -> Waits:
 
 
 async def busy(world: World) -> Waits:
-    """others have no free slot, and a long queue"""
+    """a worker crashes, others have no free slot, and a long queue"""
     victim = await _filled(world, 20)
     short = range(1000, 1600)
     await schedule_many([tasks.Short(n, 0.1) for n in short])
@@ -151,7 +151,7 @@ async def busy(world: World) -> Waits:
 
 
 async def several(world: World) -> Waits:
-    """three of five die at once, with 300 tasks"""
+    """three of five workers crash at once, with 300 tasks"""
     victims = [await _filled(world, 100, 100 * number) for number in range(3)]
     for _ in range(2):
         await world.worker(10)
@@ -161,7 +161,7 @@ async def several(world: World) -> Waits:
 
 
 async def everybody(world: World) -> Waits:
-    """all die, a new one comes"""
+    """all workers crash, a new one starts"""
     victims = [await _filled(world, 10, 10 * number) for number in range(2)]
     await world.end(*victims)
     await asyncio.sleep(world.lease)
@@ -181,13 +181,13 @@ async def stopped(world: World) -> Waits:
     await world.begun(range(10), 1)
     await world.worker(10)
     await world.end(pid, with_signal=signal.SIGTERM)
-    world.lease_ends[pid] = world.died[pid]  # it hands its tasks back
+    world.lease_ends[pid] = world.died[pid]  # it requeues its tasks
     await world.begun(range(10), 2)
     return waits(world, range(10))
 
 
 async def paused(world: World) -> Waits:
-    """it is silent, but lives"""
+    """a worker is paused"""
     victim = await _filled(world, 10)
     await world.worker(10)
     await world.end(victim, with_signal=signal.SIGSTOP)
@@ -196,12 +196,12 @@ async def paused(world: World) -> Waits:
 
 
 async def poison(world: World) -> Waits:
-    """beside a task that kills each of its workers, others are idle: to the last start"""
+    """a task kills each of its workers, others are idle: last start of the tasks beside it"""
     return await _poisoned(world, 0)
 
 
 async def poison_busy(world: World) -> Waits:
-    """beside a task that kills each of its workers, others have a long queue: to the last start"""
+    """a task kills each of its workers, others have a long queue: last start of the tasks beside it"""
     return await _poisoned(world, _QUEUED)
 
 
@@ -269,12 +269,12 @@ async def measure_all(lease: float, rounds: int, names: list[str]) -> list[str]:
 
 def report(rows: list[str], lease: float, rounds: int) -> str:
     table = "\n".join(rows)
-    return f"""## Recovery from the death of a worker
+    return f"""## Recovery from a crash of a worker
 
 Measured by `python -m benchmarks.recovery` on {datetime.now(UTC):%Y-%m-%d}: {machine()}. The lease is {lease:g} s;
 {rounds} rounds of each case, real processes. The promise: [guarantees](../docs/explanation/guarantees.md).
 
-| the worker dies, and | its tasks begin again, median / longest | less the lease | overtaken by newer tasks |
+| case | time until its tasks start again, median / longest | without the lease | overtaken by newer tasks |
 |---|---|---|---|
 {table}
 """

@@ -168,11 +168,11 @@ def report(found: Sequence[Found], scale: float, rounds: int) -> str:
         f"{each.bytes_each:,.0f} |"
         for each in found
     )
-    return f"""## One call, however much there is
+    return f"""## The slowest single call
 
 Measured by `make bench-size` on {datetime.now(UTC):%Y-%m-%d}, at {scale:g} times the full sizes: {machine()}.
-While the server is at one call everybody else waits, so none is to take more than {TARGET_MS:g} ms. Growth:
-against half as many items. Calls of 0.1 ms and less are not told apart. Times are those of the server's slow
+The server executes one call at a time, so none should take more than {TARGET_MS:g} ms. Growth:
+compared with half as many items; calls of 0.1 ms and less count as equal. Times are those of the server's slow
 log. It had real-time priority, where that is allowed, and each call counts as in the quickest of {rounds} rounds:
 other processes on the machine do not count.
 

@@ -81,7 +81,7 @@ class Meter:
         self._files: dict[str, memoryview] = {}
 
     def read(self) -> Reading:
-        self._look()
+        self._poll()
         heads = [(view.cast("Q")[_COUNT], view.cast("d")) for view in self._files.values()]
         heads = [(count, moments) for count, moments in heads if count]
         return Reading(
@@ -93,14 +93,14 @@ class Meter:
 
     def samples(self) -> list[float]:
         """All noted latencies, in seconds."""
-        self._look()
+        self._poll()
         return [
             value
             for view in self._files.values()
             for value in view.cast("d")[_HEAD : _HEAD + view.cast("Q")[_SAMPLES]]
         ]
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         for entry in os.scandir(self.directory):
             if entry.name not in self._files and entry.stat().st_size == _BYTES:
                 with open(entry.path, "rb") as file:

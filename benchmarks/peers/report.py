@@ -106,7 +106,7 @@ _TABLES: tuple[tuple[str, tuple[Column, ...]], ...] = (
         ),
     ),
     (
-        "What it takes (less is better)",
+        "Resources (less is better)",
         (
             Column("Redis bytes per queued task", "memory", ("queued_bytes",), _bytes),
             Column("left over per done task / in all, kB", "memory", ("left_bytes", "left_fixed"), _bytes),
@@ -267,7 +267,7 @@ def section(taken: Measurements, plots: Iterable[str]) -> str:
     return f"""## Side by side with other task systems
 
 Measured by `make bench-peers` on {datetime.now(UTC):%Y-%m-%d} in {taken.seconds / 60:.0f} minutes: {machine()}.
-Medians of {taken.rounds} rounds; in each, all take turns at each scenario on the same embedded Valkey, emptied
+Medians of {taken.rounds} rounds; in each, all run each scenario on the same embedded Valkey, emptied
 before every run. Load of the machine at the start: {taken.load:.1f}. Absolute figures of a shared machine vary;
 compare figures of one run.
 
@@ -279,9 +279,9 @@ compare figures of one run.
 
 {targets_table(taken)}
 
-### What is not there
+### Missing figures
 
-{missing or "Everything is."}
+{missing or "None."}
 
 [How it is measured](peers/README.md)."""
 
