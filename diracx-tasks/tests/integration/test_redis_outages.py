@@ -197,6 +197,7 @@ async def _exists(server: ValkeyProcess, key: str) -> bool:
         return bool(await redis.exists(key))
 
 
+@pytest.mark.usefixtures("no_free_thread")
 async def test_P7_a_task_that_ends_at_once_after_the_loss_is_settled(server: ValkeyProcess) -> None:
     """Before the keeper had any reason to renew: a lease of 30 s."""
     async with system_on(server, lease_seconds=30.0) as system:

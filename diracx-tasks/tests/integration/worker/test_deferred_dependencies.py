@@ -85,6 +85,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
         del sys.modules[name]
 
 
+@pytest.mark.usefixtures("no_free_thread")
 async def test_a_dependency_of_deferred_tasks_is_opened_by_the_first_and_closed_at_the_end(
     tasks: ModuleType, redis_url: str
 ) -> None:

@@ -12,12 +12,13 @@ from diracx.tasks.operations.health import HealthThresholds
 from diracx.tasks.plumbing import BaseLock, BaseTask, MutexLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, dead_letter_stream, keys, scripts, worker_state
 from diracx.tasks.plumbing.broker.lease_audit import AUDIT_LEASES
-from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.broker.models import Delivery, TaskMessage
 from diracx.tasks.plumbing.lock_registry import TASK
+from diracx.tasks.plumbing.locks import lock_specs
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.worker import Worker, reporter
 from diracx.tasks.plumbing.worker import keeper as keeper_module
-from diracx.tasks.plumbing.worker.keeper import LeaseKeeper
+from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
 from diracx.tasks.plumbing.worker.reporter import Reporter
 from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from diracx.tasks.testing import TaskSystem
@@ -258,6 +259,23 @@ async def test_an_idle_worker_sends_less_than_one_command_per_second(redis_url: 
     await worker_reporter.leave()
     await broker.leave()
     await broker.shutdown()
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+async def test_a_worker_renews_at_its_usual_interval_again_after_a_task_with_a_short_lock(
+    redis_url: str, redis: Redis
+) -> None:
+    delivery = Delivery(stream="diracx:tasks:normal:medium", entry="1-1", deliveries=1, data=b"", raw=b"")
+    async with LeaseKeeper(redis_url, "worker", 30, asyncio.get_running_loop()) as keeper:
+        keeper.add([PendingAck(delivery, lock_specs([MutexLock(TASK, "short", ttl_ms=30)]))])
+        keeper.forget([delivery])
+
+        async def is_quiet() -> bool:
+            before = await new_calls(redis)
+            await asyncio.sleep(0.2)
+            return "evalsha" not in await new_calls(redis, before)
+
+        await until(is_quiet)
 
 
 class Idle(Reporter):

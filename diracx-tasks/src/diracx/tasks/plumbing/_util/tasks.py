@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
 
 _CANCEL_AGAIN_SECONDS = 0.1
 #: Calls in one iteration of the event loop.
@@ -49,6 +52,15 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # marks it as retrieved
+
+
+async def in_own_thread(call: Callable[[], _Result]) -> _Result:
+    """Run a function in a thread of its own: tasks may occupy all threads of `asyncio.to_thread`, for hours."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, call)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def at_end_of_loop(close: Callable[[], Awaitable[object]]) -> None:

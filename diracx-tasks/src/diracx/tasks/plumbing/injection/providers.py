@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._util.tasks import in_own_thread
 from ..sql.databases import database_urls, report_lost_connections
 from .placeholders import (
     CONFIG,
@@ -114,14 +115,14 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
     if not FactorySettings().config_backend_url:
         return
     # Both run git, which would block the event loop.
-    source: ConfigSource = await asyncio.to_thread(ConfigSource.create)
-    await asyncio.to_thread(source.read)
+    source: ConfigSource = await in_own_thread(ConfigSource.create)
+    await in_own_thread(source.read)
 
     async def config() -> Config:
         try:
             return await source.read_non_blocking()
         except NotReadyError:  # not read for an hour: wait for it rather than fail the task
-            return await asyncio.to_thread(source.read)
+            return await in_own_thread(source.read)
 
     overrides[ConfigSource.create] = config
 

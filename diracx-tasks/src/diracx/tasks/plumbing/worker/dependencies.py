@@ -11,8 +11,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .._util.tasks import in_own_thread
 from ..injection.placeholders import find_missing_overrides
 from ..injection.plan import Plan
 from ..injection.providers import setup_dependency_overrides
@@ -89,7 +91,7 @@ class Dependencies:
 
     async def _loaded(self, waiting: Iterable[TaskSpec], loaded: asyncio.Event) -> None:
         try:
-            async with self._provided(await asyncio.to_thread(_compiled, waiting)):
+            async with self._provided(await in_own_thread(partial(_compiled, waiting))):
                 loaded.set()
                 await self._closing.wait()
         except Exception:

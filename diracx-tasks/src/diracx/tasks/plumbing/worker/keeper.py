@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from .._util.retrying import Outage, reason
-from .._util.tasks import CallsInRounds
+from .._util.tasks import CallsInRounds, in_own_thread
 from ..broker import worker_state
 from ..broker.control import ControlConnection
 from ..broker.models import Settlement
@@ -189,8 +190,8 @@ class LeaseKeeper:
         self._redis.interrupt()
         with self._timer_set:
             self._timer_set.notify()
-        await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self._timer.join)
+        await in_own_thread(self._thread.join)
+        await in_own_thread(self._timer.join)
         self._redis.close()
 
     def stop_renewing(self) -> None:
@@ -333,7 +334,7 @@ class LeaseKeeper:
         Raises:
             redis.exceptions.RedisError: when the server does not reply.
         """
-        await asyncio.to_thread(self._renew, complete=complete)
+        await in_own_thread(partial(self._renew, complete=complete))
 
     def _renew(self, *, complete: bool = True) -> None:
         with self._renewing:
@@ -345,6 +346,8 @@ class LeaseKeeper:
     def _renew_alone(self, complete: bool) -> None:
         with self._mutex:
             all_leased = list(self._leased.values())
+            if complete:  # not each time, or the next short lock would end the wait again
+                self._shortest_ttl = min((self._ttl_seconds(each.locks) for each in all_leased), default=math.inf)
         # In batches; the lease counts from the time before the first call, once all are confirmed.
         batches = list(in_calls(all_leased, _RENEW_BATCH, _size)) or [[]]
         started = time.monotonic()

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from .._util.tasks import in_own_thread
+
 logger = logging.getLogger(__name__)
 
 #: How long a reply may stay unread before the event loop is checked.
@@ -67,7 +69,7 @@ class UnreadGuard:
         wait.ended.set()
         if wait.take():
             return False
-        await asyncio.to_thread(wait.requeued.wait)
+        await in_own_thread(wait.requeued.wait)
         return True
 
     def close(self) -> None:

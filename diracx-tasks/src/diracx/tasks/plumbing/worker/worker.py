@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
-from .._util.tasks import cancel_and_wait
+from .._util.tasks import cancel_and_wait, in_own_thread
 from ..base_task import use_broker
 from ..broker.server_check import Role
 from ..config import TasksConfig
@@ -164,7 +164,7 @@ class Worker:
                     if watchdog.ending:  # the watchdog is about to end the process, with its exit code
                         await loop.create_future()
                     await cancel_and_wait(settling, promoting, *companions)
-                    await asyncio.to_thread(unread.close)
+                    await in_own_thread(unread.close)
         await self._leave()
 
     async def _finish(self, executor: Executor, intake: Intake) -> None:
