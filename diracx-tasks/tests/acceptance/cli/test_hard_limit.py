@@ -61,6 +61,12 @@ class Blocks(BaseTask):
         time.sleep(600)
 
 
+class Threaded(Deaf):
+    async def execute(self):
+        Path(self.begun).touch()
+        await asyncio.to_thread(time.sleep, 600)
+
+
 @dataclass
 class Slow(BaseTask):
     begun: str
@@ -210,3 +216,13 @@ def test_with_a_hard_limit_a_worker_stops_normally_if_its_tasks_do(stubborn, red
     worker.process.terminate()
     assert worker.ends() == 0, worker.output
     _starts_again(redis_url, slow)
+
+
+def test_a_call_in_a_thread_does_not_delay_the_end_of_its_worker(stubborn, redis_url, tmp_path, wait_until):
+    worker = _ready(stubborn, "60", "--grace", "0.2")
+    threaded = _submit(stubborn, "Threaded", tmp_path / "begun")
+    wait_until((tmp_path / "begun").exists, "it runs")
+    worker.process.terminate()
+    assert worker.ends() == 0, worker.output
+    assert "stopped" in worker.output
+    _starts_again(redis_url, threaded)

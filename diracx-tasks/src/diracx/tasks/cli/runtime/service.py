@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -35,6 +38,8 @@ logger = logging.getLogger(__package__)
 _Resource = TypeVar("_Resource")
 #: Threshold of the garbage collector: a worker makes thousands of objects without cycles per second.
 _COLLECTED_AFTER = 10_000
+#: Maximum time from the end of a worker or scheduler to that of its process.
+_EXIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +159,18 @@ class Service:
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run until a signal, and stop cleanly. Errors of the start are raised."""
+        code = 1
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
-            _run_until_complete(runner.get_loop(), self._until_signalled(main))
+            loop = runner.get_loop()
+            try:
+                _run_until_complete(loop, self._until_signalled(main))
+                code = 0
+            finally:
+                # Calls of cancelled tasks may go on in threads, for which the loop and then Python would wait.
+                loop.set_default_executor(ThreadPoolExecutor(1))
+                end = threading.Timer(_EXIT_SECONDS, os._exit, [code])
+                end.daemon = True
+                end.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # Python restores the default handlers at its exit
 
