@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from diracx.db.sql.utils import BaseSQLDB
@@ -13,9 +15,11 @@ from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.plumbing.injection.providers import sql_overrides
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
+from diracx.tasks.plumbing.sql.databases import watch_connections
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, func, insert, select, text
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, event, func, insert, make_url, select, text
+from support.network import Network
 from support.waiting import until
 
 metadata = MetaData()
@@ -58,6 +62,11 @@ class Insert(Locked):
         if self.fails:
             raise ValueError("after the insert")
         return int(before)
+
+
+class Ask(BaseTask):
+    async def execute(self, db: RowsDB) -> None:
+        await db.conn.execute(text("SELECT 1"))
 
 
 @pytest.fixture(params=["sqlite", "mariadb", "postgresql"])
@@ -134,3 +143,22 @@ async def test_P36_a_task_that_waits_for_a_lock_has_opened_no_connection(
         await held.release(redis)
         assert not (await system.result(task_id)).is_err
     assert checked_out == 1
+
+
+@pytest.mark.event_loops("asyncio", "uvloop")
+@pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
+async def test_a_connection_that_was_lost_between_two_tasks_fails_neither(
+    kind: str, redis_url: str, empty_database: Callable[[str], Awaitable[str]]
+) -> None:
+    url = make_url(await empty_database(kind))
+    network = Network(f"redis://{url.host}:{url.port}")
+    network.start()
+    db = RowsDB(url.set(host="127.0.0.1", port=urlsplit(network.url).port).render_as_string(hide_password=False))
+    async with db.engine_context(), TaskSystem([Ask], redis_url=redis_url, overrides=sql_overrides(db)) as system:
+        watch_connections(db.engine)
+        for _ in range(2):
+            done = await system.result(await Ask().schedule())
+            assert done.error is None, done.error
+            network.cut()
+            await asyncio.sleep(1.1)  # unused
+    network.stop()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from diracx.core.models.pilot import PilotStatus
 from diracx.db.sql import PilotAgentsDB
 from diracx.db.sql.pilots.schema import JobToPilotMapping, PilotAgents, PilotOutput
-from diracx.tasks.plumbing.sql.databases import database_urls, report_lost_connections
+from diracx.tasks.plumbing.sql.databases import database_urls, watch_connections
 from sqlalchemy import Select, Table, case, delete, insert, select, update
 
 REGISTRY = "PilotAgentsDB"
@@ -45,7 +45,7 @@ async def open_registry() -> AsyncIterator[PilotAgentsDB | None]:
         return
     registry = cast(PilotAgentsDB, PilotAgentsDB.available_implementations(REGISTRY)[0](url))
     async with registry.engine_context():
-        report_lost_connections(registry.engine)
+        watch_connections(registry.engine)
         yield registry
 
 

@@ -15,7 +15,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._util.tasks import in_own_thread
-from ..sql.databases import database_urls, report_lost_connections
+from ..sql.databases import database_urls, watch_connections
 from .placeholders import (
     CONFIG,
     OPENSEARCH,
@@ -148,7 +148,7 @@ async def _open_sql(
             continue
         database = classes[0](db_url=url)
         await stack.enter_async_context(database.engine_context())
-        report_lost_connections(database.engine)
+        watch_connections(database.engine)
         overrides.update(sql_overrides(database, classes))
         databases.update(dict.fromkeys(classes, database))
     return databases

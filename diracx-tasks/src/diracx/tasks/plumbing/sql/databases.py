@@ -7,17 +7,23 @@ the variable that is wrong.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
+import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..exceptions import TaskConfigError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import ConnectionPoolEntry
 
+#: A connection is checked before its use if it was unused for longer, which costs a round trip.
+_UNUSED_SECONDS = 1.0
 PREFIX = "DIRACX_DB_URL_"
 _PREFIXES = (PREFIX, "DIRACX_OS_DB_", "DIRACX_SERVICE_DOTENV")
 _DRIVERS = ("sqlite+aiosqlite", "mysql+aiomysql", "postgresql+asyncpg", "oracle+oracledb_async")
@@ -69,12 +75,33 @@ def _is_valid(url: str) -> bool:
         return False
 
 
-def report_lost_connections(engine: AsyncEngine) -> None:
-    """Convert the RuntimeError of uvloop for a write to a lost connection to an OperationalError, for aiomysql."""
-    if engine.dialect.name in ("mysql", "mariadb"):
-        from sqlalchemy import event
+def watch_connections(engine: AsyncEngine) -> None:
+    """Replace connections of the pool that are lost when a transaction begins, after a restart of the server say.
 
+    For aiomysql, also convert the RuntimeError of uvloop for a write to a lost connection to an OperationalError.
+    """
+    from sqlalchemy import event
+
+    if event.contains(engine.sync_engine, "checkin", _note_use):
+        return
+    event.listen(engine.sync_engine, "checkin", _note_use)
+    event.listen(engine.sync_engine, "checkout", partial(_check_after_idle, engine.dialect))
+    if engine.dialect.name in ("mysql", "mariadb"):
         event.listen(engine.sync_engine, "handle_error", _connection_lost)
+
+
+def _note_use(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _check_after_idle(dialect: Any, connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+    from sqlalchemy.exc import DisconnectionError
+
+    if time.monotonic() - record.info.get("used_at", math.inf) > _UNUSED_SECONDS:
+        try:
+            dialect.do_ping(connection)
+        except Exception as error:
+            raise DisconnectionError("lost while it was unused") from error  # the pool opens another one
 
 
 def _connection_lost(context: ExceptionContext) -> Exception | None:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from .._util import telemetry
 from .._util.retrying import Backoff
 from .clock import DatabaseClock
-from .databases import report_lost_connections
+from .databases import watch_connections
 from .errors import DatabaseError, ErrorKind, connecting, describe, unusable_url
 from .migrations import Migrations, Tables, described
 
@@ -202,7 +202,7 @@ def prepare(engine: AsyncEngine) -> None:
         event.listen(engine.sync_engine, "connect", prepare_one)
     if engine.dialect.name in ("mysql", "mariadb"):
         event.listen(engine.sync_engine, "do_connect", _set_charset)
-    report_lost_connections(engine)
+    watch_connections(engine)
 
 
 def _set_charset(_dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
