@@ -6,6 +6,7 @@ import pytest
 
 ABRUPT = """
 import asyncio
+import os
 from dataclasses import dataclass
 
 from diracx.tasks.plumbing import BaseTask
@@ -28,6 +29,11 @@ class Abrupt(BaseTask):
         if self.where == "callback":
             asyncio.get_running_loop().call_soon(self._raise)
             await asyncio.sleep(0.05)
+        if self.where in ("child", "end of a child"):
+            if child := os.fork():
+                return f"went on, child: {os.waitpid(child, 0)[1] >> 8}"
+            if self.where == "child":
+                raise ERRORS[self.error]
         return "went on"
 
     def _raise(self):
@@ -48,10 +54,10 @@ def test_a_worker_goes_on_when_a_part_of_a_task_would_end_the_process(served, re
     worker = served.start("worker", *MODULE, new_python=True)
     worker.until("ready")
     for error in ("KeyboardInterrupt", "SystemExit"):
-        for where in ("execute", "task group", "callback"):
+        for where in ("execute", "task group", "callback", "child", "end of a child"):
             args = ("--args", f'["{error}", "{where}"]')
             submitted = served("submit", "abrupt:Abrupt", *args, "--wait", *MODULE)
-            expected = "went on" if where == "callback" else error
+            expected = error if where in ("execute", "task group") else "went on"
             assert expected in submitted.stdout + submitted.stderr, worker.output
     assert worker.process.poll() is None, worker.output
     assert worker.output.count("outside of `execute`; the worker continues") >= 4

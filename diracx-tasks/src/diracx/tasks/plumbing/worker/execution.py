@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -186,6 +188,7 @@ class Execution:
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
         """Take custom locks, resolve, execute, commit. Never raises: every error becomes the outcome."""
         self._started = started = time.monotonic()
+        self._process = os.getpid()
         current_message.set(self.message)
         if self._held:
             current_locks.set(self._held)
@@ -203,7 +206,10 @@ class Execution:
             if self._held or self.spec.plan.parameters:
                 value = await self._execute(overrides, redis, arguments)
             else:  # without the cost of a stack
-                value = await self.task.execute(**arguments)
+                try:
+                    value = await self.task.execute(**arguments)
+                finally:
+                    self._exit_if_forked()
                 self._raise_if_cancelled()
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             if self._lease_lost:
@@ -233,9 +239,22 @@ class Execution:
                 if refused := await acquire_custom(stack, custom, redis, lost):
                     return LockRefused(refused)
             dependencies = await resolve(self.spec.plan, overrides, stack)
-            value = await self.task.execute(**{**dependencies, **arguments})
+            try:
+                value = await self.task.execute(**{**dependencies, **arguments})
+            finally:
+                self._exit_if_forked()
             self._raise_if_cancelled()
             return value
+
+    def _exit_if_forked(self) -> None:
+        """End a process that `execute` has forked when it returns: it has copies of the worker's connections."""
+        if os.getpid() == self._process:
+            return
+        error = sys.exception()
+        code = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+        if code == 1:
+            logger.error("a process forked by %s ends", self.message.task_name, exc_info=error)
+        os._exit(code if isinstance(code, int) else code is not None)
 
     def _raise_if_cancelled(self) -> None:
         """Raise the reason of a cancellation that the task swallowed: it must not commit without its lock or after
