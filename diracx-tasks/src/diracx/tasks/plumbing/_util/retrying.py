@@ -108,10 +108,6 @@ class Backoff:
         self._pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return pause * random.uniform(0.5, 1.0)
 
-    def succeeded(self) -> None:
-        """Reset to the shortest pause."""
-        self._pause = _SHORTEST_PAUSE_SECONDS
-
 
 class Outage(Backoff):
     """Unavailability of a server, for a loop that retries: one line in the log when it begins, one when it ends.
@@ -142,7 +138,7 @@ class Outage(Backoff):
         if self.since is not None:
             self.since = None
             self._log.warning("can %s again", self._what)
-            self.succeeded()
+            self._pause = _SHORTEST_PAUSE_SECONDS
 
 
 async def retry_until_available(

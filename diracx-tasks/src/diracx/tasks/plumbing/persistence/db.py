@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import JSON, ColumnElement, RowMapping, Select, and_, cast, func, insert, or_, select, update
+from sqlalchemy import JSON, ColumnElement, RowMapping, Select, cast, false, func, insert, or_, select, update
 
 from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
@@ -161,8 +161,6 @@ class TaskDB(Database):
     @transaction
     async def messages(self, chosen: Sequence[tuple[int, str]]) -> dict[int, bytes]:
         """Return messages by id, for pairs of id and delivery id; dead letters that have changed are omitted."""
-        if not chosen:
-            return {}
         rows = await self.conn.execute(select(DeadLetters.id, DeadLetters.message).where(_these(chosen)))
         return {number: bytes(message) for number, message in rows}
 
@@ -213,8 +211,6 @@ class TaskDB(Database):
 
         Returns id -> time of this step, for those that may be submitted, also if another process began it.
         """
-        if not chosen:
-            return {}
         these = _these(chosen)
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
         query = select(DeadLetters.id, DeadLetters.changed_at)
@@ -224,14 +220,11 @@ class TaskDB(Database):
     @transaction
     async def end_resubmission(self, chosen: Sequence[tuple[int, str]]) -> None:
         """Mark dead letters as re-submitted: the last step. Dead letters that failed again stay pending."""
-        if chosen:
-            await self._decide(_these(chosen), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
+        await self._decide(_these(chosen), DeadLetterStatus.RESUBMITTING, DeadLetterStatus.RESUBMITTED)
 
     @transaction
     async def discard(self, chosen: Sequence[tuple[int, str]]) -> set[int]:
         """Mark pending dead letters (id, delivery id) as discarded. Returns the ids of discarded ones."""
-        if not chosen:
-            return set()
         these = _these(chosen)
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.DISCARDED)
         query = select(DeadLetters.id).where(these, DeadLetters.status == DeadLetterStatus.DISCARDED)
@@ -274,7 +267,8 @@ def _in_full(row: RowMapping) -> dict[str, Any]:
 
 def _these(chosen: Iterable[tuple[int, str]]) -> ColumnElement[bool]:
     """Make the condition for these dead letters, unless they failed again since they were read."""
-    return or_(*(and_(DeadLetters.id == number, DeadLetters.delivery_id == name) for number, name in chosen))
+    each = ((DeadLetters.id == number) & (DeadLetters.delivery_id == name) for number, name in chosen)
+    return or_(false(), *each)
 
 
 def _failure_record(row: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class DeadLetterStore:
     def _enqueue(self, dead_letter: DeadLetter, settlement: Settlement) -> None:
         queued = _Queued(dead_letter, settlement, time.monotonic())
         if self._closed:
-            self._send_to_redis(queued)
+            self._settler.add(settlement)
         elif self._is_full(len(dead_letter.data)) or self._unavailable_for_long():
             self._divert(queued)
         else:
@@ -189,7 +189,7 @@ class DeadLetterStore:
                 await asyncio.wait_for(self._idle.wait(), seconds)
         self._closed = True
         while self._queue:
-            self._send_to_redis(self._pop())
+            self._settler.add(self._pop().settlement)
 
     async def _wait_for_work(self) -> None:
         """Return when a dead letter is queued, the next import is due, or the database is to be tried again."""
@@ -217,21 +217,17 @@ class DeadLetterStore:
                 len(dead_letter.data),
                 error,
             )
-            finish = self._send_to_redis
         else:
-            finish = self._settle_stored
+            for queued in batch:
+                queued.settlement.dead = None
         for queued in batch:
             if self._queue and self._queue[0] is queued:  # else `close` has sent it to Redis meanwhile
-                finish(self._pop())
+                self._settler.add(self._pop().settlement)
 
     def _pop(self) -> _Queued:
         queued = self._queue.popleft()
         self._queued_bytes -= len(queued.dead_letter.data)
         return queued
-
-    def _settle_stored(self, queued: _Queued) -> None:
-        queued.settlement.dead = None
-        self._settler.add(queued.settlement)
 
     def _divert_old(self) -> None:
         while self._queue and time.monotonic() - self._queue[0].since > self._settings.dead_letter_seconds:
@@ -245,9 +241,6 @@ class DeadLetterStore:
                 "%g s waits in Redis, and `dlq waiting` shows it",
                 *(self._settings.max_queued_dead_letters, _MAX_QUEUED_BYTES, self._settings.dead_letter_seconds),
             )
-        self._send_to_redis(queued)
-
-    def _send_to_redis(self, queued: _Queued) -> None:
         self._settler.add(queued.settlement)
 
     # --- import from Redis ------------------------------------------------------------------------------
