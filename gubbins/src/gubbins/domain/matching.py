@@ -31,7 +31,11 @@ class TaskQueue:
 
 def unless_any(values: Collection[str]) -> frozenset[str]:
     """The values; none if they include DIRAC's wildcard `ANY`."""
-    return frozenset() if any(value.lower() == "any" for value in values) else frozenset(values)
+    return frozenset() if _have_any(values) else frozenset(values)
+
+
+def _have_any(values: Collection[str]) -> bool:
+    return any(value.lower() == "any" for value in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class _Resource:
     site: str | None
     platforms: frozenset[str]
     job_types: frozenset[str]
-    tags: frozenset[str]
+    tags: frozenset[str] | None  # None: all
     required_tags: frozenset[str]
     cpu_seconds: int | None
 
@@ -51,7 +55,7 @@ class _Resource:
             and (not queue.grid_ces or self.name in queue.grid_ces)
             and not (queue.platforms and self.platforms and queue.platforms.isdisjoint(self.platforms))
             and not (queue.job_types and self.job_types and queue.job_types.isdisjoint(self.job_types))
-            and queue.tags <= self.tags
+            and (self.tags is None or queue.tags <= self.tags)
             and self.required_tags <= queue.tags
             and (self.cpu_seconds is None or queue.cpu_seconds <= self.cpu_seconds)
         )
@@ -88,8 +92,8 @@ def group_jobs(queues: Iterable[TaskQueue], ces: Mapping[str, CERules]) -> dict[
             rules.site,
             unless_any(rules.platform),
             unless_any(rules.job_types),
-            tags_of(rules),
-            frozenset(rules.required_tags),
+            None if _have_any(rules.tags) else tags_of(rules),
+            unless_any(rules.required_tags),
             rules.max_cpu_seconds,
         )
         for name, rules in ces.items()

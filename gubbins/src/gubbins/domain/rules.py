@@ -76,7 +76,7 @@ class CERules(BaseModel):
     )
     job_types: _Names = Field(default=(), description="Types of jobs that run here; default: all.")
     tags: _Names = Field(
-        default=(), description="Tags of jobs that can run here (`GPU`), beside jobs without tags."
+        default=(), description="Tags of jobs that can run here (`GPU`; `ANY`: all), beside jobs without tags."
     )
     required_tags: _Names = Field(default=(), description="Only jobs with all these tags run here.")
     max_cpu_seconds: Annotated[int, Field(strict=True, ge=1, le=2**53)] | None = Field(
