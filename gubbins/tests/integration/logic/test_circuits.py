@@ -128,12 +128,13 @@ async def test_a_ce_whose_polls_fail_gets_no_pilots_and_is_polled_with_backoff(
     # At 0, 30, 90, 210 and 420 s, and never in between.
     assert scripted.calls == [("ce", "poll")] * 5
     assert (await db.get_pilot(pilot_id))["status"] is MyPilotStatus.SUBMITTED
-    # Nobody cancels there meanwhile; the first check that may ask it does.
-    assert (await db.get_ce("ce"))["circuits"][CECall.STATUS]["state"] == "open"
-    await logic.cancel_pilot(db, pilot_id, by="alice")
-    assert scripted.cancelled == []
+    # Users do not cancel there meanwhile, nor take the probe: the first check that may ask it does.
     scripted.observations["ce"] = Observation(Observed.WAITING)
-    time.passes(200)
+    for state in ("open", "half-open"):
+        assert (await db.get_ce("ce"))["circuits"][CECall.STATUS]["state"] == state
+        await logic.cancel_pilot(db, pilot_id, by="alice")
+        assert scripted.cancelled == []
+        time.passes(200)
     await logic.transition_pilot_states(db, "lhcb")
     assert len(scripted.cancelled) == 1
     assert await circuit(db, CECall.STATUS) == ("closed", 0)

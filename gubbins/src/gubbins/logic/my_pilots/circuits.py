@@ -85,6 +85,11 @@ def half_open(ce: Mapping[str, Any]) -> bool:
     return bool(status["failures"]) or submit["state"] is CircuitState.HALF_OPEN
 
 
+def is_reachable(ce: Mapping[str, Any]) -> bool:
+    """True for calls that only need a closed circuit: the probe of a half-open one is left to a check."""
+    return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
+
+
 async def acquire_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
     """Acquire permission for a submission, in the transaction that reserves its slot.
 

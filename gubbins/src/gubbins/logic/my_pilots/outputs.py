@@ -17,14 +17,14 @@ from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain import clock
-from gubbins.domain.circuit_breaker import CECall, CircuitState
+from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
 from .ce_calls import at_ce, backend_of, describe_failure
-from .circuits import record_call_failure
+from .circuits import is_reachable, record_call_failure
 from .response_validation import check_output
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,8 @@ async def collect_outputs(db: MyPilotDB, vo: str, *, per_ce: int = COLLECTED_PER
     waiting = await db.ces_with_queued_outputs(vo=vo)
     if not waiting:
         return 0
-    ces = [ce for ce in await db.list_ces() if ce["name"] in waiting and _is_reachable(ce)]
+    ces = [ce for ce in await db.list_ces() if ce["name"] in waiting and is_reachable(ce)]
     return sum(await asyncio.gather(*(_collect(db, vo, ce, per_ce) for ce in ces)))
-
-
-def _is_reachable(ce: Mapping[str, Any]) -> bool:
-    # Not urgent enough to probe a half-open circuit.
-    return ce["banned_at"] is None and ce["circuits"][CECall.STATUS]["state"] is CircuitState.CLOSED
 
 
 async def _collect(db: MyPilotDB, vo: str, ce: Mapping[str, Any], per_ce: int) -> int:
@@ -179,7 +174,7 @@ async def fetch_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any
         CEUnavailableError: the compute element does not respond.
     """
     ce = await db.get_ce(pilot["ce_name"])
-    if not _is_reachable(ce):
+    if not is_reachable(ce):
         raise CEUnavailableError(
             f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {ce['name']}`"
         )

@@ -16,7 +16,7 @@ from gubbins.domain.rules import rules_of
 from gubbins.domain.text import one_line
 
 from .ce_calls import at_ce, backend_of, describe_failure
-from .circuits import acquire_call, record_call_failure
+from .circuits import is_reachable, record_call_failure
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ async def get_pilot(db: MyPilotDB, pilot_id: int, vo: str | None = None) -> dict
 async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool = True) -> dict[str, Any]:
     """Cancel a pilot and return it.
 
-    The request is recorded, then sent to the compute element; every check sends it again until the compute element
-    reports that the pilot has ended. Only then does the state change.
+    The request is recorded, then sent to the compute element, unless its circuit is open or half-open; every check
+    sends it again until the compute element reports that the pilot has ended. Only then does the state change.
 
     Args:
         by: user, for the record.
@@ -73,7 +73,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
 
     pilot, ce = await db.run(request)
     target = at_ce(pilot)._replace(cancel_requested=True)
-    if send_now and await acquire_call(db, ce, CECall.STATUS):
+    if send_now and is_reachable(ce):
         try:
             async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):
                 await backend.cancel([target])
