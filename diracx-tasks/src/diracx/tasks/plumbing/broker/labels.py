@@ -69,6 +69,7 @@ _CHECKS: Mapping[str, tuple[_Check, str]] = {
     LABEL_SCHEDULE: (lambda value: isinstance(value, str), "the name of a schedule"),
     LABEL_DUE: (_is_number, "a time in ms since the epoch"),
 }
+_CHECKED = frozenset(_CHECKS)
 
 
 def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -115,11 +116,10 @@ def check_labels(labels: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the label, its value and the possible values.
     """
-    for name, value in labels.items():
-        if name in _CHECKS:
-            is_valid, expected = _CHECKS[name]
-            if not is_valid(value):
-                raise ValueError(f"the label {name} must be {expected}, not {_shown(value)}")
+    for name in _CHECKED.intersection(labels):
+        is_valid, expected = _CHECKS[name]
+        if not is_valid(labels[name]):
+            raise ValueError(f"the label {name} must be {expected}, not {_shown(labels[name])}")
 
 
 def _shown(value: Any) -> str:

@@ -38,15 +38,6 @@ def task_attributes(message: TaskMessage) -> dict[str, str]:
     return {"task.name": message.task_name, "task.id": message.task_id}
 
 
-def set_task_log_context(message: TaskMessage) -> None:
-    """Add name and id of the task to every log record of the current context.
-
-    Does nothing in a process that has not imported the logging of DiracX.
-    """
-    if (logs := sys.modules.get("diracx.core.logs")) is not None:
-        logs.set_log_context(**{"task.name": message.task_name, "task.id": message.task_id})
-
-
 @contextmanager
 def submission_spans(submissions: Iterable[Submission]) -> Iterator[None]:
     """Open a producer span for each submission, until the end of the block; its trace context is put into the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .._util.retrying import may_pass, reason, retry_until_available
 from ..broker.models import TaskMessage
-from ..broker.telemetry import is_traced, set_task_log_context
+from ..broker.telemetry import is_traced
 from ..exceptions import NewerMessageError
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets_of
@@ -177,7 +177,6 @@ class Executor:
 
     async def run(self, execution: Execution) -> None:
         """Run the execution, then settle and report its outcome."""
-        set_task_log_context(execution.message)
         try:
             if is_traced():
                 await self._run_traced(execution)

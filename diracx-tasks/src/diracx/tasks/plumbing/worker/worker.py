@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from .._util.retrying import reason, retry_until_available
 from .._util.tasks import cancel_and_wait, in_own_thread
-from ..base_task import use_broker
+from ..base_task import current_message, use_broker
 from ..broker.server_check import Role
+from ..broker.telemetry import task_attributes
 from ..config import TasksConfig
 from ..registry import TaskRegistry
 from ..submission.client import Binding
@@ -116,6 +118,7 @@ class Worker:
             redis.exceptions.RedisError: when the server does not reply at the start. Later, the worker waits for
                 it.
         """
+        name_tasks_in_logs()
         broker, settings, running, reporter = self._broker, self._settings, self._running, self.reporter
         loop = asyncio.get_running_loop()
         promoter = Promoter(broker, settings.housekeeping_seconds)
@@ -198,6 +201,24 @@ class Worker:
                 await self.reporter.leave()
         except Exception as error:
             logger.warning("cannot remove the worker: %s; its lease will end by itself", reason(error))
+
+
+@cache
+def name_tasks_in_logs() -> None:
+    """Add name and id of the running task to each log record of its context, from now on.
+
+    They are put into the log context of DiracX when a record is made, because most tasks log nothing. A process
+    that has not imported the logging of DiracX gets none.
+    """
+    make = logging.getLogRecordFactory()
+
+    def make_named(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        message, logs = current_message.get(), sys.modules.get("diracx.core.logs")
+        if message is not None and logs is not None:
+            logs.set_log_context(**task_attributes(message))
+        return make(*args, **kwargs)
+
+    logging.setLogRecordFactory(make_named)
 
 
 async def run_supervised(companions: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
