@@ -142,6 +142,17 @@ async def test_P28_two_categories_with_one_class_name_are_reported_with_both_ori
     assert TaskRegistry({"a:Echo": Echo, "b:Urgent": Urgent}).ambiguous_names() == []
 
 
+async def test_two_classes_of_one_package_with_one_name_are_reported() -> None:
+    from diracx.tasks.plumbing.registry import TaskRegistry
+
+    registry = TaskRegistry({"a:Echo": type("Echo", (Echo,), {"__module__": "ext.one"})})
+    registry.add("a:Echo", type("Echo", (Echo,), {"__module__": "diracx.tasks"}))  # overridden by the extension
+    assert registry.ambiguous_names() == []
+    registry.add("a:Echo", type("Echo", (Echo,), {"__module__": "ext.two"}))
+    [line] = registry.ambiguous_names()
+    assert "a:Echo is the name of several classes, in ext.one and ext.two" in line
+
+
 def test_lock_object_types_are_strings() -> None:
     assert TASK == "task"
     assert LockedObjectType("job") == JOB

@@ -275,12 +275,16 @@ asyncio.run(main())
 """
 
 
-def run_with_broken_classes(tmp_path: Path, names: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_with_broken_classes(
+    tmp_path: Path, names: dict[str, str], module: str = "diracx.nowhere"
+) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "diracx").mkdir()
+    (tmp_path / "diracx" / "exits.py").write_text("import sys\nsys.exit(3)\n")
     about = tmp_path / "broken-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "".join(f"[diracx.{group}]\n{name} = diracx.db.nowhere:Nothing\n" for group, name in names.items())
+        "".join(f"[diracx.{group}]\n{name} = {module}:Nothing\n" for group, name in names.items())
     )
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")},
@@ -295,9 +299,12 @@ def run_with_broken_classes(tmp_path: Path, names: dict[str, str]) -> subprocess
     )
 
 
-def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["diracx.nowhere", "diracx.exits"])
+def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(
+    tmp_path: Path, module: str
+) -> None:
     names = {"cacheable_sources": "LostSource", "dbs.os": "LostOSDB", "dbs.sql": "LostSQLDB"}
-    done = run_with_broken_classes(tmp_path, names)
+    done = run_with_broken_classes(tmp_path, names, module)
     assert done.stdout == "[]\n", done.stderr
     for name in ("source LostSource", "database LostOSDB", "database LostSQLDB"):
         assert f"The {name} is left out" in done.stderr

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from diracx.tasks.plumbing.plugins import load_plugin
 from pydantic import BaseModel, ValidationError
 
 from gubbins.domain.exceptions import CESettingsError
@@ -37,7 +38,7 @@ def load_backend(name: str) -> type[CEBackend[Any]]:
         CESettingsError: it is not installed.
     """
     if (entry_point := _installed(entry_points).get(name)) is not None:
-        backend: type[CEBackend[Any]] = entry_point.load()
+        backend: type[CEBackend[Any]] = load_plugin(entry_point.load)
         return backend
     raise CESettingsError(
         [("backend", f"unknown back end {name!r}, installed are {', '.join(available_backends())}")]

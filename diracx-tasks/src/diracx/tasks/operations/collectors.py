@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from ..plumbing.plugins import load_plugin
 from .exposition import MetricsSource, gauge
 from .single_flight import SingleFlightCache
 
@@ -70,7 +71,7 @@ async def open_collectors(task_db: TaskDB | None) -> AsyncIterator[Collectors]:
     async with AsyncExitStack() as stack:
         for name, entry in sorted({entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}.items()):
             try:
-                source: MetricsSource = entry.load()
+                source: MetricsSource = load_plugin(entry.load)
                 collect = await stack.enter_async_context(source())
             except Exception as error:
                 logger.warning("no metrics of %s: %s", name, f"{type(error).__name__}: {error}")

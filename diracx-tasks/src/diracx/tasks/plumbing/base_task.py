@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from .enums import Priority, Size
 from .lock_registry import TASK
 from .locks import BaseLock, ConcurrencyLimiter, MutexLock, RateLimiter
+from .messages.annotations import annotates
 from .messages.arguments import serialize
 from .retry_policies import NoRetry, RetryPolicyBase
 
@@ -234,11 +234,20 @@ class PeriodicBaseTask(BaseTask):
         return [MutexLock(TASK, type(self).__name__)]
 
 
-@dataclass
 class PeriodicVoAwareBaseTask(PeriodicBaseTask):
-    """A periodic task with one schedule and one mutex per VO."""
+    """A periodic task with one schedule and one mutex per VO, which is its first argument."""
 
     vo: str
+
+    def __init__(self, vo: str) -> None:
+        self.vo = vo
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A frozen dataclass cannot be derived from another one: dataclasses and models get their field here.
+        inherited = {*getattr(cls, "__dataclass_fields__", ()), *getattr(cls, "__pydantic_fields__", ())}
+        if "vo" not in inherited and not annotates(cls, "vo"):
+            cls.__annotations__ = {"vo": str, **cls.__annotations__}
 
     @property
     def execution_locks(self) -> list[BaseLock]:

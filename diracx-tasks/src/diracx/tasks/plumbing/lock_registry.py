@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Self
 
+from .plugins import load_plugin
+
 ENTRY_POINT_GROUP = "diracx.lock_object_types"
 _registered: set[str] = set()
 
@@ -64,7 +66,7 @@ def validate_registry() -> None:
 
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            entry_point.load()
+            load_plugin(entry_point.load)
         except Exception as error:
             raise RuntimeError(
                 f"lock object types {entry_point.name!r} ({entry_point.value}) cannot be loaded: {error}"

@@ -12,6 +12,7 @@ from typing import Self
 from .base_task import BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask
 from .exceptions import SendTaskError
 from .messages.arguments import check_secret_fields
+from .plugins import load_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,21 @@ class TaskRegistry(dict[str, type[BaseTask]]):
             ) from None
 
     def ambiguous_names(self) -> list[str]:
-        """Return a warning for each class name in several categories, whose default locks have the same key."""
+        """Return a warning for each class name in several categories, or twice in one package and category.
+
+        Default locks of the former have the same key; of the latter, the first class is executed for all.
+        """
         by_class_name = defaultdict(list)
         for name, task_class in self.items():
             by_class_name[name.partition(":")[2]].append(f"{name} ({task_class.__module__})")
+        by_package = defaultdict(list)
+        for task_class, name in self._names.items():
+            by_package[name, task_class.__module__.partition(".")[0]].append(task_class.__module__)
         return [
+            f"{name} is the name of several classes, in {' and '.join(modules)}: only the first is executed"
+            for (name, _), modules in by_package.items()
+            if len(modules) > 1
+        ] + [
             f"the class name {class_name} is used by {' and '.join(sorted(origins))}: "
             "they share their default locks; rename one, or override its execution_locks"
             for class_name, origins in sorted(by_class_name.items())
@@ -104,15 +115,13 @@ def load_task_registry(groups: Sequence[str] | None = None) -> TaskRegistry:
         for entry_point in select_from_extension(group=group):
             where = f"entry point {entry_point.name!r} of {group} ({entry_point.value})"
             try:
-                task_class = entry_point.load()
+                task_class = load_plugin(entry_point.load)
+                if is_task := inspect.isclass(task_class) and issubclass(task_class, BaseTask):
+                    registry.add(f"{category}:{task_class.__name__}", task_class)
             except Exception as error:
                 raise RuntimeError(f"{where} cannot be loaded: {error}") from error
-            if not (inspect.isclass(task_class) and issubclass(task_class, BaseTask)):
+            if not is_task:
                 raise RuntimeError(f"{where} is not a task class")
-            try:
-                registry.add(f"{category}:{entry_point.name}", task_class)
-            except TypeError as error:
-                raise RuntimeError(f"{where} cannot be loaded: {error}") from error
     return registry
 
 

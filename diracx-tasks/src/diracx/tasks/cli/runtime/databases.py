@@ -7,11 +7,13 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.injection.placeholders import SQL, calls_below, family_of
 from ...plumbing.injection.plan import Plan
+from ...plumbing.plugins import load_plugin
 from ...plumbing.sql.databases import database_urls, join_threads
 from ..errors import CliError
 
@@ -107,7 +109,7 @@ def database_classes(name: str) -> list[type[Any]]:
     from diracx.db.sql.utils import BaseSQLDB
 
     try:
-        return BaseSQLDB.available_implementations(name)
+        return load_plugin(partial(BaseSQLDB.available_implementations, name))
     except Exception as error:
         raise CliError(f"the class of the database {name} cannot be loaded: {error}") from error
 

@@ -17,6 +17,7 @@ from ...plumbing._util.retrying import reason
 from ...plumbing.broker.inspection import note_alerts
 from ...plumbing.broker.server_check import obstacle, read_server
 from ...plumbing.broker.stored import UnreadableKeyError, moment_of
+from ...plumbing.plugins import load_plugin
 from ..models import ReadModel, Snapshot
 from ..single_flight import SingleFlightCache
 from ..visibility import Viewer
@@ -260,7 +261,7 @@ async def health_checks(redis: Redis, task_db: TaskDB | None) -> AsyncIterator[H
     async with AsyncExitStack() as stack:
         for name, entry in sorted({entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}.items()):
             try:
-                source: HealthSource = entry.load()
+                source: HealthSource = load_plugin(entry.load)
                 run_checks = await stack.enter_async_context(source())
             except Exception as error:
                 sources[name] = _failing(error)

@@ -15,6 +15,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._util.tasks import in_own_thread
+from ..plugins import load_plugin
 from ..sql.databases import database_urls, watch_connections
 from .placeholders import (
     CONFIG,
@@ -130,7 +131,7 @@ async def _open_config(overrides: dict[Call, Call]) -> None:
 def _loaded(what: str, load: Callable[[], _Loaded]) -> _Loaded | None:
     """Load a class of an entry point; None if its module cannot be imported, which is logged."""
     try:
-        return load()
+        return load_plugin(load)
     except Exception:
         logger.exception("The %s is left out, its class could not be loaded", what)
         return None

@@ -25,6 +25,7 @@ from ...plumbing._util.passwords import mask
 from ...plumbing.broker.inspection import server_time
 from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
+from ...plumbing.plugins import load_plugin
 from ...plumbing.sql.errors import DatabaseError
 from ..auth.backends import AuthBackend
 from ..auth.middleware import AuthMiddleware, cookie_name, path_below
@@ -57,7 +58,7 @@ def installed_extensions() -> list[Extension]:
     found = []
     for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda each: each.name):
         try:
-            found.append(entry_point.load()())
+            found.append(load_plugin(entry_point.load)())
         except Exception:
             logger.exception("the pages %r of the dashboard cannot be loaded", entry_point.value)
     return found
