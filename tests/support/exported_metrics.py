@@ -11,6 +11,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.distributions import install_distribution
+
 #: Sets up the SDK, as a site may do for its workers. Here it writes to a file.
 SDK = """
 import os
@@ -41,11 +43,7 @@ async def site():
 
 def install_site(directory: Path) -> None:
     """Install the distribution of a site, with a metric `site_weight`, in a directory."""
-    (directory / "site_metrics.py").write_text(_OF_A_SITE)
-    distribution = directory / "site_metrics-1.dist-info"
-    distribution.mkdir()
-    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: site-metrics\nVersion: 1\n")
-    (distribution / "entry_points.txt").write_text("[diracx.tasks_metrics]\nsite = site_metrics:site\n")
+    install_distribution(directory, "site_metrics", _OF_A_SITE, {"diracx.tasks_metrics": "site = site"})
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from diracx.tasks.operations.health.runner import health_checks
 from diracx.tasks.plumbing.lock_registry import validate_registry
 from diracx.tasks.web.dashboard.app import installed_extensions
 from redis.asyncio import Redis
+from support.distributions import install_distribution
 
 MODULES = {
     "raises": "raise ValueError('too old')",
@@ -23,13 +24,10 @@ MODULES = {
 def plugin(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The module of an installed distribution, all of whose plug-ins fail when they are imported."""
     module = f"diracx.{request.param}"
-    (tmp_path / "diracx").mkdir()
-    (tmp_path / "diracx" / f"{request.param}.py").write_text(MODULES[request.param])
-    about = tmp_path / "broken-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     groups = ("lock_object_types", "tasks_dashboard", "tasks_metrics", "tasks_health")
-    (about / "entry_points.txt").write_text("".join(f"[diracx.{g}]\nBroken = {module}:It\n" for g in groups))
+    install_distribution(
+        tmp_path, module, MODULES[request.param], {f"diracx.{group}": "Broken = It" for group in groups}
+    )
     monkeypatch.syspath_prepend(tmp_path)
     return module
 

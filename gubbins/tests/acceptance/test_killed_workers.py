@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from support.distributions import install_distribution
 from support.pilot_requests import request_pilots
 from support.waiting import eventually, until
 from support.warm_commands import Running, WarmCommands
@@ -55,11 +56,7 @@ class Site:
         self.directory = directory
         self._commands = commands
         self.runs = directory / "runs"
-        (directory / "stalling.py").write_text(STALLING)
-        metadata = directory / "stalling-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stalling\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text("[gubbins.ces]\nstalling = stalling:StallingBackend\n")
+        install_distribution(directory, "stalling", STALLING, {"gubbins.ces": "stalling = StallingBackend"})
         path = os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
         ours = {"DIRACX_TASKS_REDIS_URL": redis_url, "DIRACX_DB_URL_MYPILOTDB": db_url, "PYTHONPATH": path}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("DIRACX_")} | ours

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from support.distributions import install_distribution
 
 
 def test_list_describes_each_task(cli):
@@ -120,28 +121,20 @@ def test_an_unknown_command_is_reported_in_one_line(cli, one_line):
     one_line(cli("wrker"), 2, "'wrker'", "'worker'")
 
 
-def install(cli, module: str, code: str, entry_point: str) -> None:
-    """Install a distribution of one module, with a task."""
-    site = cli.directory / "site"
-    path = site.joinpath(*module.split(".")).with_suffix(".py")
-    path.parent.mkdir(parents=True)
-    path.write_text(code)
-    about = site / "no_extension-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: no-extension\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[diracx.tasks.mine]\n{entry_point}\n")
-    cli.environment["PYTHONPATH"] = str(site)
+def install_task(cli, module: str, code: str, entry_point: str) -> None:
+    install_distribution(cli.directory / "site", module, code, {"diracx.tasks.mine": entry_point})
+    cli.environment["PYTHONPATH"] = str(cli.directory / "site")
 
 
 @pytest.mark.parametrize("code", ["raise ValueError('too old')", "import sys\nsys.exit('too old')"])
 def test_a_task_whose_import_fails_is_named_in_one_line(cli, one_line, code: str) -> None:
-    install(cli, "diracx.broken", code, "Broken = diracx.broken:Broken")
+    install_task(cli, "diracx.broken", code, "Broken = Broken")
     one_line(cli("list"), 1, "entry point 'Broken' of diracx.tasks.mine (diracx.broken:Broken) ", "too old")
 
 
 def test_a_task_has_the_name_of_its_class_whatever_its_entry_point_is_called(cli) -> None:
     code = "from diracx.tasks.plumbing import BaseTask\nclass Named(BaseTask):\n    async def execute(self): ...\n"
-    install(cli, "diracx.named", code, "other = diracx.named:Named")
+    install_task(cli, "diracx.named", code, "other = Named")
     names = {row["name"] for row in json.loads(cli("list", "--json").stdout)}
     assert "mine:Named" in names
     assert "mine:other" not in names
@@ -149,7 +142,7 @@ def test_a_task_has_the_name_of_its_class_whatever_its_entry_point_is_called(cli
 
 def test_tasks_of_a_distribution_that_is_no_extension_are_left_out_with_a_warning(cli):
     code = "from diracx.tasks.plumbing import BaseTask\nclass Lost(BaseTask): ...\n"
-    install(cli, "no_extension", code, "Lost = no_extension:Lost")
+    install_task(cli, "no_extension", code, "Lost = Lost")
     result = cli("list", "--json")
     assert "mine:Lost" not in {row["name"] for row in json.loads(result.stdout)}
     [line] = [line for line in result.stderr.splitlines() if "warning" in line]

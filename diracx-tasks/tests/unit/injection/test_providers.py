@@ -25,6 +25,7 @@ from diracx.tasks.plumbing.injection.plan import compile_plan, resolve
 from diracx.tasks.plumbing.injection.providers import setup_dependency_overrides
 from fastapi import Depends
 from sqlalchemy import select
+from support.distributions import install_distribution
 from support.library import run
 
 # --- find_missing_overrides, setup_dependency_overrides ---------------------------------------------------
@@ -276,16 +277,10 @@ asyncio.run(main())
 
 
 def run_with_broken_classes(
-    tmp_path: Path, names: dict[str, str], module: str = "diracx.nowhere"
+    tmp_path: Path, names: dict[str, str], code: str = "raise ImportError"
 ) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "diracx").mkdir()
-    (tmp_path / "diracx" / "exits.py").write_text("import sys\nsys.exit(3)\n")
-    about = tmp_path / "broken-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(
-        "".join(f"[diracx.{group}]\n{name} = {module}:Nothing\n" for group, name in names.items())
-    )
+    entry_points = {f"diracx.{group}": f"{name} = Nothing" for group, name in names.items()}
+    install_distribution(tmp_path, "diracx.broken", code, entry_points)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")},
         "PYTHONPATH": str(tmp_path),
@@ -299,12 +294,10 @@ def run_with_broken_classes(
     )
 
 
-@pytest.mark.parametrize("module", ["diracx.nowhere", "diracx.exits"])
-def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(
-    tmp_path: Path, module: str
-) -> None:
+@pytest.mark.parametrize("code", ["raise ImportError", "import sys\nsys.exit(3)"])
+def test_classes_of_entry_points_that_cannot_be_imported_are_named_and_left_out(tmp_path: Path, code: str) -> None:
     names = {"cacheable_sources": "LostSource", "dbs.os": "LostOSDB", "dbs.sql": "LostSQLDB"}
-    done = run_with_broken_classes(tmp_path, names, module)
+    done = run_with_broken_classes(tmp_path, names, code)
     assert done.stdout == "[]\n", done.stderr
     for name in ("source LostSource", "database LostOSDB", "database LostSQLDB"):
         assert f"The {name} is left out" in done.stderr
