@@ -215,50 +215,6 @@ class VoTask(PeriodicVoAwareBaseTask):
     pass
 
 
-@dataclass
-class VoTaskWithMore(PeriodicVoAwareBaseTask):
-    leaf: Leaf | None = None
-
-
-class VoModelTask(PeriodicVoAwareBaseTask, BaseModel):
-    colour: Colour = Colour.RED
-
-
-@dataclass(frozen=True)
-class FrozenVoTask(PeriodicVoAwareBaseTask):
-    leaf: Leaf | None = None
-
-
-@dataclass
-class OwnOrderOfVoTask(PeriodicVoAwareBaseTask):
-    name: str
-    vo: str = "none"
-
-
-@dataclass
-class DerivedVoTask(OwnOrderOfVoTask):
-    number: int = 0
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        VoTask("lhcb"),
-        VoTaskWithMore("lhcb", Leaf(Path("a"))),
-        VoModelTask(vo="lhcb", colour=Colour.PAIR),
-        FrozenVoTask("lhcb", Leaf(Path("a"))),
-        OwnOrderOfVoTask("x", "lhcb"),
-        DerivedVoTask("x", "lhcb", 1),
-    ],
-    ids=lambda task: type(task).__name__,
-)
-def test_P50_periodic_vo_aware_tasks_round_trip(task):
-    back = travel(task)
-    assert type(back) is type(task)
-    assert back.vo == task.vo == "lhcb"
-    assert back.serialize() == task.serialize()
-
-
 class OwnSerialize(BaseTask):
     def __init__(self, code: str, path: Path = Path()) -> None:
         self.number, self.path = int(code), path
