@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from asyncio import _get_running_loop
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from copy import copy
@@ -188,7 +189,6 @@ class Execution:
     async def run(self, overrides: Mapping[Callable[..., Any], Callable[..., Any]], redis: Redis) -> Outcome:
         """Take custom locks, resolve, execute, commit. Never raises: every error becomes the outcome."""
         self._started = started = time.monotonic()
-        self._process = os.getpid()
         current_message.set(self.message)
         if self._held:
             current_locks.set(self._held)
@@ -209,20 +209,25 @@ class Execution:
                 try:
                     value = await self.task.execute(**arguments)
                 finally:
-                    self._exit_if_forked()
+                    if _get_running_loop() is None:  # in a forked process
+                        self._exit_forked()
                 self._raise_if_cancelled()
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
-            if self._lease_lost:
-                return LeaseLost()
-            if self._cancelled_for is None:
-                return self.failed(error)
-            if not issubclass(type(error), asyncio.CancelledError) and error is not self._cancelled_for:
-                self._cancelled_for.__cause__ = error
-            return self.failed(self._cancelled_for)
+            return self._ended_by(error)
         finally:
             if deadline is not None:
                 deadline.cancel()
         return value if type(value) is LockRefused else Succeeded(value, time.monotonic() - started)
+
+    def _ended_by(self, error: BaseException) -> Failed | LeaseLost:
+        """Outcome of an execution that raised this error; the reason of its cancellation comes first."""
+        if self._lease_lost:
+            return LeaseLost()
+        if self._cancelled_for is None:
+            return self.failed(error)
+        if not issubclass(type(error), asyncio.CancelledError) and error is not self._cancelled_for:
+            self._cancelled_for.__cause__ = error
+        return self.failed(self._cancelled_for)
 
     def _exceed(self) -> None:
         self._cancel(TimeLimitExceededError(f"took longer than its time limit of {self._limit} s"))
@@ -242,14 +247,13 @@ class Execution:
             try:
                 value = await self.task.execute(**{**dependencies, **arguments})
             finally:
-                self._exit_if_forked()
+                if _get_running_loop() is None:  # in a forked process
+                    self._exit_forked()
             self._raise_if_cancelled()
             return value
 
-    def _exit_if_forked(self) -> None:
-        """End a process that `execute` has forked when it returns: it has copies of the worker's connections."""
-        if os.getpid() == self._process:
-            return
+    def _exit_forked(self) -> None:
+        """End this process, which `execute` has forked: it has copies of the worker's connections."""
         error = sys.exception()
         code = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
         if code == 1:
