@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +16,7 @@ from rich.text import Text
 from ..operations import as_json
 from ..operations.masking import masked_json
 from ..operations.models import Page
-from ..operations.views import View
+from ..operations.views import Column, View
 from ..plumbing._util.passwords import mask
 from ..plumbing._util.printable import printable
 from .errors import LONGEST_LINE, CliError, UsageProblem, one_line
@@ -23,6 +24,9 @@ from .errors import LONGEST_LINE, CliError, UsageProblem, one_line
 _Row = TypeVar("_Row")
 _WIDTH_WITHOUT_TERMINAL = 220
 _LABEL_WIDTH = 11
+#: A column that may wrap is not narrower, unless all its texts are shorter.
+_LEGIBLE_WIDTH = 12
+_GAP = 2
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -58,31 +62,52 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
         return
     items, after = (rows.items, rows.after) if isinstance(rows, Page) else (rows, None)
     if items:
-        console().print(table(view, items))
+        terminal = console()
+        terminal.print(table(view, items, terminal.width))
     elif after is None:
         echo(view.empty, err=True)
     if after is not None:
         echo(f"there may be more: --limit, or --after '{one_line(after)}'", err=True)
 
 
-def table(view: View[_Row], rows: Iterable[_Row]) -> Table:
-    """Make the table of a view."""
+def table(view: View[_Row], rows: Iterable[_Row], width: int) -> Table:
+    """Make the table of a view. If it would not be legible within `width`, a line per value is shown instead."""
+    cells = [
+        [_cell(column, row, "" if number else "cyan") for number, column in enumerate(view.columns)]
+        for row in rows
+    ]
+    whole = [column.whole or column.right or column.kind == "id" for column in view.columns]
+    needed = 0
+    for column, is_whole, *texts in zip(view.columns, whole, *cells, strict=True):
+        longest = max([cell_len(column.title), *(text.cell_len for text in texts)])
+        needed += _GAP + (longest if is_whole else min(longest, _LEGIBLE_WIDTH))
+    if needed - _GAP > width:
+        return _records(view, cells)
     made = Table(box=None, header_style="bold", pad_edge=False)
-    for column in view.columns:
+    for column, is_whole in zip(view.columns, whole, strict=True):
         made.add_column(
-            column.title,
-            overflow="fold",
-            no_wrap=column.whole or column.right,
-            justify="right" if column.right else "left",
+            column.title, overflow="fold", no_wrap=is_whole, justify="right" if column.right else "left"
         )
-    for row in rows:
-        cells = []
-        for number, column in enumerate(view.columns):
-            style = "" if column.style is None else column.style(row)
-            text = one_line(column.text(row), column.longest or LONGEST_LINE)
-            cells.append(Text(text, style=style or ("" if number else "cyan")))
-        made.add_row(*cells)
+    for row in cells:
+        made.add_row(*row)
     return made
+
+
+def _records(view: View[_Row], rows: Iterable[Sequence[Text]]) -> Table:
+    made = Table(box=None, show_header=False, pad_edge=False)
+    made.add_column(style="bold", overflow="fold")
+    made.add_column(overflow="fold")
+    for row in rows:
+        if made.row_count:
+            made.add_row()
+        for column, text in zip(view.columns, row, strict=True):
+            made.add_row(column.title, text)
+    return made
+
+
+def _cell(column: Column[_Row], row: _Row, style: str) -> Text:
+    text = one_line(column.text(row), column.longest or LONGEST_LINE)
+    return Text(text, style=(column.style(row) if column.style else "") or style)
 
 
 def report(value: Any, lines: Iterable[str], as_json: bool, *, indent: int | None = None) -> None:

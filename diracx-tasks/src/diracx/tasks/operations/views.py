@@ -251,7 +251,7 @@ DEAD_LETTERS: View[Mapping[str, Any]] = View(
         Column("number", "id", whole=True),
         Column("stored (UTC)", "buried_at", whole=True),
         Column("task", "task_name"),
-        Column("task id", "task_id"),
+        Column("task id", "task_id", kind="id"),
         Column("reason", "reason"),
         Column("status", lambda dead_letter: str(dead_letter["status"]).lower()),
         Column("attempts", "failed_attempts"),

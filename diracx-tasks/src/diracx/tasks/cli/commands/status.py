@@ -68,9 +68,9 @@ def status(
                     if as_json:
                         print_json(health.as_json(), indent=None if watch else 2)
                     elif screen is None:
-                        terminal.print(_page(health))
+                        terminal.print(_page(health, terminal.width))
                     else:
-                        screen.update(_page(health), refresh=True)
+                        screen.update(_page(health, terminal.width), refresh=True)
                     if not watch:
                         return
                     await asyncio.sleep(every)
@@ -109,7 +109,7 @@ def _check_lines(health: Health) -> list[str]:
     return [f"{health.severity.upper()} - {worst}{more}", *alerts[: len(alerts) if more else 0]]
 
 
-def _page(health: Health) -> RenderableType:
+def _page(health: Health, width: int) -> RenderableType:
     """Render alerts with their remedies, and the state of the system."""
     seen = health.snapshot
     now = datetime.now(UTC) if seen is None else seen.at
@@ -123,18 +123,18 @@ def _page(health: Health) -> RenderableType:
         lines.append(Text("no alerts" + (", but not all checks ran" if health.unchecked else ""), style="green"))
     lines += [styled(f"not checked: {each}", "dim") for each in health.unchecked]
     if seen is not None:
-        lines += [Text(), *_figures(seen)]
+        lines += [Text(), *_figures(seen, width)]
     return Group(*lines)
 
 
-def _figures(seen: Snapshot) -> list[RenderableType]:
+def _figures(seen: Snapshot, width: int) -> list[RenderableType]:
     alive = [worker for worker in seen.workers if worker.alive]
     slots = sum(worker.slots or 0 for worker in alive)
     used = sum(worker.slots_used or 0 for worker in alive)
     limit = "" if seen.memory_limit_bytes is None else f" of {size(seen.memory_limit_bytes)}"
     delayed = ", ".join(f"{number} {_DELAY_REASONS[reason]}" for reason, number in seen.delayed.items() if number)
     return [
-        table(QUEUES, seen.queues),
+        table(QUEUES, seen.queues, width),
         Text(),
         Text(f"workers      {len(alive)}, {used} of {slots} slots in use"),
         Text(f"delayed      {delayed or 'nothing'}"),
