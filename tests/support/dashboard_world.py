@@ -37,7 +37,7 @@ from support.fixed_vos import ReaderWithVos
 from support.waiting import until
 
 #: Text of an attacker who wants to run code in an operator's browser.
-HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>"
+HOSTILE = "<script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>" + "\u202e" + "w" * 120
 SECRET = "correct-horse-battery"
 WRITER, READER = "the-token-of-the-writer", "the-token-of-the-reader"
 SITE = register_locked_object_type("dashboard_site")
@@ -176,6 +176,7 @@ async def _world(
     redis_url: str, extensions: list[Extension] | None, stream: StreamSettings | None
 ) -> AsyncIterator[World]:
     tasks = {f"test:{task.__name__}": task for task in TASKS if task is not Urgent}
+    tasks["test:" + "Long" * 25] = type("Long" * 25, (Quick,), {})
     async with TaskSystem(
         tasks, redis_url=redis_url, workers=1, vos=["lhcb", "gridpp"], settings={"grace_seconds": 0.0}
     ) as system:

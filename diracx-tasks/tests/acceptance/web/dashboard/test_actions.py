@@ -8,6 +8,7 @@ from urllib.parse import quote
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
+from diracx.tasks.plumbing._util.printable import printable
 from diracx.tasks.plumbing.broker import keys
 from diracx.tasks.web.dashboard.pages import ACTIONS, PAGES
 from redis.asyncio import Redis
@@ -60,7 +61,9 @@ async def test_a_task_is_cancelled_a_queue_purged_and_a_lock_released(
     [lock] = first.locks
     await tab.open(f"/locks/one?key={quote(lock, safe='')}")
     release = tab.page.get_by_role("button", name="Release lock…")
-    await tab.answer(release, f"Release {lock} of", "Release lock", f"Released: 1, from {first.task_id}")
+    await tab.answer(
+        release, f"Release {printable(lock)} of", "Release lock", f"Released: 1, from {first.task_id}"
+    )
 
     async def next_in_line() -> bool:
         return any(task.task_id != first.task_id for task in await runs(redis, "test:HoldSite"))

@@ -120,6 +120,7 @@ def harmless(text: str, address: str) -> None:
     assert SECRET not in text, address
     assert "<script>window" not in text, address
     assert "<img" not in text, address
+    assert "\u202e" not in re.sub(r' value="[^"]*"', "", text), address  # it would reverse the text after it
     for attribute in re.findall(r'="([^"]*)"', text):
         assert "<" not in attribute, address
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ...operations import as_json, formats
 from ...operations.formats import duration
 from ...plumbing._util.passwords import last_lines, mask
+from ...plumbing._util.printable import printable
 from ..auth.middleware import FORM_FIELD
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ _LONGEST = 160
 def environment(*templates: Path) -> Environment:
     """Make the template environment of the dashboard and its extensions, once per process.
 
-    All values are escaped, and passwords in URLs are masked.
+    All values are escaped, passwords in URLs are masked, and characters that hide or reorder text are replaced.
     """
     made = Environment(
         loader=ChoiceLoader([FileSystemLoader(path) for path in (HERE / "templates", *templates)]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_without_passwords,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -46,6 +47,7 @@ def environment(*templates: Path) -> Environment:
         "bytes": lambda value: dashed(formats.size(value)),
         "clock": clock,
         "compact": lambda value: short(json.dumps(as_json(value), ensure_ascii=False)),
+        "exact": lambda value: escape(mask(str(value))),
         "json": lambda value: json.dumps(as_json(value), indent=2, ensure_ascii=False),
         "dashed": dashed,
         "number": lambda value: dashed(formats.number(value)),
@@ -59,9 +61,9 @@ def environment(*templates: Path) -> Environment:
     return made
 
 
-def _without_passwords(value: Any) -> Any:
-    # Markup was masked before it was escaped.
-    return mask(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+def _shown(value: Any) -> Any:
+    # Markup was made from such values.
+    return printable(mask(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
