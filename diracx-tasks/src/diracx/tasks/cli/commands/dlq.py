@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
@@ -197,9 +198,8 @@ def waiting(
 
     Example: diracx-task-run dlq waiting --json
     """
-    registry = server.registry
-    page = server.query(lambda redis: operations.waiting_dead_letters(redis, limit, after, registry=registry))
-    show(WAITING_DEAD_LETTERS, page, as_json)
+    read = partial(operations.waiting_dead_letters, limit=limit, after=after, registry=server.registry)
+    show(WAITING_DEAD_LETTERS, server.query(read), as_json)
 
 
 @app.command("show")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -56,9 +57,8 @@ def running(
 
     Example: diracx-task-run running --limit 20
     """
-    registry = server.registry
-    page = server.query(lambda redis: operations.running(redis, limit, after, registry=registry))
-    show(RUNNING, page, as_json)
+    read = partial(operations.running, limit=limit, after=after, registry=server.registry)
+    show(RUNNING, server.query(read), as_json)
 
 
 def audit(

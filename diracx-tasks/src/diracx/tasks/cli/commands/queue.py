@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -51,9 +52,8 @@ def peek(
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    registry = server.registry
-    page = server.query(lambda redis: operations.peek(redis, queue, limit, after, registry=registry))
-    show(QUEUED, page, as_json)
+    read = partial(operations.peek, queue=queue, limit=limit, after=after, registry=server.registry)
+    show(QUEUED, server.query(read), as_json)
 
 
 @app.command("delayed")
@@ -69,9 +69,8 @@ def delayed(
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    registry = server.registry
-    page = server.query(lambda redis: operations.delayed(redis, reason, limit, after, registry=registry))
-    show(DELAYED, page, as_json)
+    read = partial(operations.delayed, reason=reason, limit=limit, after=after, registry=server.registry)
+    show(DELAYED, server.query(read), as_json)
 
 
 @app.command("purge")
