@@ -27,6 +27,7 @@ from diracx.tasks.plumbing import (
     spawn_with_callback,
 )
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
+from diracx.tasks.plumbing.broker.inspection import server_time
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
 from diracx.tasks.plumbing.broker.telemetry import bucket_of, end_of_bucket
 from diracx.tasks.plumbing.persistence import DeadLetter
@@ -36,7 +37,7 @@ from redis.asyncio import Redis
 from support.waiting import until
 
 TASK = LockedObjectType("task")
-pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
+pytestmark = pytest.mark.leaves_keys("diracx:tasks:*", "diracx:monitor:flow:*", "lock:*")
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +275,17 @@ async def test_statistics_and_failures_come_from_reports(redis_url: str) -> None
         assert sum(point.done for point in points) == 4
         await system.cancel(flaky_id)
         assert (await monitor.snapshot(redis)).delayed["retry"] == 0
+
+
+async def test_tasks_that_were_submitted_while_none_ended_are_in_the_history(redis: Redis) -> None:
+    """In quiet times, workers note the numbers of the queues every third minute."""
+    last = int(await server_time(redis)) // 60 - 1
+    for minute, added in ((last - 4, 10), (last - 1, 20), (last, 25)):
+        noted = {"at": 60_000 * minute, "diracx:tasks:normal:small added": added}
+        await redis.hset(f"{keys.THROUGHPUT_PREFIX}{minute}", mapping=noted)
+    points = {int(point.at.timestamp()) // 60 - last: point.submitted for point in await monitor.history(redis)}
+    known = {minute: submitted for minute, submitted in points.items() if submitted is not None}
+    assert known == {-4: 3, -3: 3, -2: 4, -1: 5}
 
 
 async def test_a_report_that_is_sent_twice_counts_once(redis: Redis, broker: RedisStreamBroker) -> None:

@@ -302,7 +302,7 @@ class Point(ReadModel):
     at: datetime
     """Start of the minute."""
     submitted: int | None
-    """Tasks submitted to queues; None if no worker reported at its start and end."""
+    """Tasks submitted to queues, averaged over the minutes between two reports; None where one is missing."""
     done: int
     failed: int
     backlog: int | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import msgpack
 from redis.asyncio import Redis
@@ -96,22 +97,21 @@ async def history(redis: Redis) -> list[Point]:
     minutes = list(ended)
     replies = await inspection.throughput(redis, minutes)
     flows = [{text_of(name): int(value) for name, value in reply.items()} for reply in replies]
-    points = []
-    for position, minute in enumerate(minutes):
-        flow, following = flows[position], flows[position + 1] if position + 1 < len(flows) else {}
-        submitted = None
-        if "at" in flow and "at" in following:
-            submitted = max(0, _sum(following, " added") - _sum(flow, " added"))
-        points.append(
-            Point(
-                at=moment_of(60 * minute),
-                submitted=submitted,
-                done=int(sum(counters.get("done", 0) for counters in ended[minute].values())),
-                failed=int(sum(counters.get("failed", 0) for counters in ended[minute].values())),
-                backlog=_sum(flow, " length") if "at" in flow else None,
-            )
+    noted = [(position, _sum(flow, " added")) for position, flow in enumerate(flows) if "at" in flow]
+    submitted: dict[int, int] = {}
+    for (first, before), (last, after) in pairwise(noted):  # in quiet times, every third minute is noted
+        shares = [max(0, after - before) * part // (last - first) for part in range(last - first + 1)]
+        submitted |= {first + part: end - begin for part, (begin, end) in enumerate(pairwise(shares))}
+    return [
+        Point(
+            at=moment_of(60 * minute),
+            submitted=submitted.get(position),
+            done=int(sum(counters.get("done", 0) for counters in ended[minute].values())),
+            failed=int(sum(counters.get("failed", 0) for counters in ended[minute].values())),
+            backlog=_sum(flow, " length") if "at" in flow else None,
         )
-    return points
+        for position, (minute, flow) in enumerate(zip(minutes, flows, strict=True))
+    ]
 
 
 def _sum(flow: Mapping[str, int], suffix: str) -> int:
