@@ -89,7 +89,7 @@ class CommandLog:
                     self._calls.append([command["command"]])
 
     def of_tasks(self, deliveries: int) -> int:
-        """The commands that so many tasks have caused. What cannot be told apart from others counts.
+        """The commands that so many tasks have caused. Those that cannot be distinguished from others count.
 
         Each was delivered by a wait, which is two commands; other waits have ended with nothing.
         """

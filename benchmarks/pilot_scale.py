@@ -142,7 +142,7 @@ async def simulate(world: World, minutes: int, at_most_seconds: float) -> Run:
                 if time.monotonic() - begin > at_most_seconds:
                     break
             quiet = [await _check(db, vo, statements) for vo in world.vo_names]
-            present += world.run + world.queue  # nobody has looked meanwhile, and all have ended
+            present += world.run + world.queue  # no check ran meanwhile, and all have ended
             full = [await _check(db, vo, statements) for vo in world.vo_names]
             for check in full[:1]:
                 print(f"a check of {check.moved:,} pilots that all move: {check}", flush=True)
@@ -234,7 +234,7 @@ async def _active(db: MyPilotDB) -> Counter[tuple[str, str]]:
         return Counter({(ce, vo): number for ce, vo, number in await db.conn.execute(counted)})
 
 
-# --- what is told about it ------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------------------
 
 
 def _say(cycle: Cycle) -> None:

@@ -50,7 +50,7 @@ class Short(BaseTask):
 
 @dataclass
 class Kills(BaseTask):
-    """Takes its worker with it, every time; the first time when it is told to."""
+    """Crashes its worker, every time; the first time on request."""
 
     n: int
     retry_policy = NoRetry()

@@ -19,7 +19,7 @@ from .plan import CONFIGURATIONS, PROFILES
 RAW = RESULTS.with_name("chaos")
 _EPILOG = """\
 Each run leaves benchmarks/chaos/PROFILE-REDIS-SEED.json. What is there and was of the same length is not run
-again, unless it failed; so an interrupted series goes on where it was. A run that fails is told in the report.
+again, unless it failed; so an interrupted series goes on where it was. The report names runs that failed.
 
 example: make chaos-figures ARGS="--cases net,sql,server:rdb --seeds 2 --seconds 60"
 """

@@ -35,7 +35,7 @@ _GROUP_SIZE = 10
 #: Of the Redis servers (`redis_servers.py`), and of the dead letters (`databases.py`).
 CONFIGURATIONS = ("none", "rdb", "everysec", "always", "sentinel", "sentinel-min-replicas")
 DATABASES = ("sqlite", "mariadb", "postgresql")
-#: Profile -> families of disturbances, and the servers that it runs on unless told otherwise.
+#: Profile -> families of disturbances, and the servers that it runs on by default.
 PROFILES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "processes": (("processes",), "none", "sqlite"),
     "net": (("net",), "none", "sqlite"),

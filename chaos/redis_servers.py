@@ -28,7 +28,7 @@ from .plan import Disturbance
 SERVICE = "tasks"
 #: Interval of snapshots in the configuration `rdb`: short, as runs are.
 SNAPSHOT_SECONDS = 5
-#: A primary that has not heard from a replica for so long refuses writes; it is measured in whole seconds.
+#: A primary without an acknowledgement of a replica for so long refuses writes; it is measured in whole seconds.
 _MAX_LAG_SECONDS = 2
 _AOF = ("--appendonly", "yes", "--appendfsync")
 #: Configuration -> options of its servers.
@@ -51,7 +51,7 @@ _LOST_SECONDS = {
     "sentinel": 1.0,
     "sentinel-min-replicas": 1.0,
 }
-#: What the file system had not been told to write to the disk is lost with the power: with `everysec`, one second.
+#: What was not synchronised to the disk is lost with the power: with `everysec`, one second.
 _NOT_SYNCED_SECONDS = 1.0
 #: Shorter than any pause that is to be noticed; longer than a busy machine stands still.
 _DOWN_AFTER_MS = 2000
@@ -250,7 +250,7 @@ class Sentinels:
             # A supervisor would start it at once; here only when it cannot be the primary any more.
             await asyncio.to_thread(self._servers[old].start)
             await self._follow(old, self._primary)
-        # Until then it may accept what nobody will ever see.
+        # Until then it may accept writes that no process will ever read.
         await _until(lambda: self._role(old) == "slave", "the old primary has become a replica")
         outage.over = outage.lost_until = time.monotonic()
         if self.configuration == "sentinel-min-replicas":
@@ -270,11 +270,11 @@ class Sentinels:
         return time.monotonic()
 
     async def _follow(self, replica: int, primary: int) -> None:
-        def told() -> bool:
+        def is_replica() -> bool:
             with Redis.from_url(self._servers[replica].url, socket_timeout=1) as client:
                 return bool(client.replicaof("127.0.0.1", self._servers[primary].port))
 
-        await _until(told, "a server that has started is told to follow the primary")  # it may load its data first
+        await _until(is_replica, "a server that has started follows the primary")  # it may load its data first
 
     def _failover_has_begun(self) -> bool:
         """A sentinel refuses for a while after the last failover, and while it trusts no replica."""

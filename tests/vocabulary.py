@@ -136,7 +136,8 @@ WORDS = (
     Word(r"\bknows_vo\b|\b_?(check|read)_written\b|\.written\(\)", "may_have_vo, check_config, configured"),
     Word(r"(?i)\blast good\b", "last valid"),
     Word(r"\bUNHEARD\b|\bunheard_ms\b", "outage"),
-    Word(r"(?i)\b(un)?(told|tells?|heard|hears?)\b(?!\(\))", "notified, reported, received, renewed", SOURCE),
+    Word(r"(?i)\b(un)?(told|heard)\b", "notified, reported, received, renewed"),
+    Word(r"(?i)\b(tells?|hears?)\b(?!\(\))", "notifies, reports, receives, renews", SOURCE),
     Word(r"(?i)(?<!Schedd )\b(said|says|asked|asks)\b", "reported, replied, requested, has", SOURCE),
     Word(
         r"(?i)\bnobody\b|\bmend(s|ing)?\b|(?<!\.)\bmended\b(?!: int)|\bours\b",

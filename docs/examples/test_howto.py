@@ -189,6 +189,6 @@ async def test_the_spool_back_end(tmp_path: Path) -> None:
     assert (await backend.submit(pilots))["a"].reference == "spool://a"
     (tmp_path / "a.todo").rename(tmp_path / "a.done")
     await backend.cancel(pilots)
-    seen = await backend.poll([*pilots, PilotAtCE("never heard of", "lhcb")])
+    seen = await backend.poll([*pilots, PilotAtCE("unknown", "lhcb")])
     assert {stamp: seen[stamp].state for stamp in seen} == {"a": Observed.DONE, "b": Observed.WAITING}
     assert (tmp_path / "b.cancel").exists()

@@ -155,8 +155,8 @@ def _screen(site: DemoSite, as_json: bool) -> Iterator[Any]:
         hint = "Ctrl-C ends everything. A process that is killed (kill -9) is started again: "
 
         def show(watch: Watch, elapsed: float) -> None:
-            told = Text(hint + watch.describe_processes(), "dim")
-            live.update(Group(watch.table(elapsed), told), refresh=True)
+            below = Text(hint + watch.describe_processes(), "dim")
+            live.update(Group(watch.table(elapsed), below), refresh=True)
 
         yield show
 

@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.sql.migrations import Migrations
 from diracx.tasks.testing.server import free_port
 from sqlalchemy.engine import make_url
 
-PASSWORD = "sesame"  # must not be told
+PASSWORD = "sesame"  # must not be shown
 
 
 @dataclass(frozen=True)

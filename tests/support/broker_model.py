@@ -190,7 +190,7 @@ class ModelOfTasks(RuleBasedStateMachine):
                 task.place = "queued"
             assert places == self._expected(task), f"{task.wish}, {task.place}"
             assert task.ended <= 1
-        assert not found, "nobody knows where these come from"
+        assert not found, "the origin of these is unknown"
         self.may_wake = False
 
     @staticmethod

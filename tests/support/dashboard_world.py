@@ -161,7 +161,7 @@ async def small_world(
 ) -> AsyncIterator[World]:
     """A system in which something of everything has happened, and been reported."""
     try:
-        # Nobody wants to wait for what happens every 5 s.
+        # Reports are sent every 5 s by default.
         with patch.object(reporter, "REPORT_SECONDS", 0.3):
             async with _world(redis_url, extensions, stream) as world:
                 yield world

@@ -15,7 +15,7 @@ def stays_silent(url: str, worker: str) -> None:
     """Make the server treat its leases as expired. The death must have been detected before."""
     with Redis.from_url(url) as redis:
         for stream in keys.EVERY_STREAM:
-            with suppress(ResponseError):  # there is no such stream, or nobody has read it
+            with suppress(ResponseError):  # there is no such stream, or no worker has read it
                 for each in redis.xpending_range(stream, keys.GROUP, "-", "+", 1000, worker):
                     entries = [each["message_id"]]
                     redis.xclaim(stream, keys.GROUP, worker, 0, entries, idle=_LONG_MS, justid=True)

@@ -4,7 +4,7 @@ Python and what a command imports cost up to two seconds of processor time befor
 the tests run more than a thousand commands. `warm_commands` starts one process that has imported everything
 (`forking.py`), and each command is forked from it: a process of its own with its own environment, directory,
 files and end. What is about starting itself (what is imported, how modules are found) asks for a new Python; so
-does, without being told, a command whose environment changes Python's own variables but PYTHONPATH,
+does, automatically, a command whose environment changes Python's own variables but PYTHONPATH,
 which is heeded.
 """
 
@@ -45,7 +45,7 @@ class ForkedCommand:
 
     def poll(self) -> int | None:
         """Its exit code, if it has ended (negative: of a signal)."""
-        return self._heard(0)
+        return self._exit_code(0)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code, when it has ended.
@@ -53,13 +53,13 @@ class ForkedCommand:
         Raises:
             subprocess.TimeoutExpired: it has not within `timeout` seconds.
         """
-        code = self._heard(timeout)
+        code = self._exit_code(timeout)
         if code is None:
             assert timeout is not None
             raise subprocess.TimeoutExpired(self.args, timeout)
         return code
 
-    def _heard(self, timeout: float | None) -> int | None:
+    def _exit_code(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._news], [], [], timeout)[0]:
             self.returncode = self._next()
             self._news.close()

@@ -45,7 +45,7 @@ def measured(version: str, directory: Path, warm_commands: WarmCommands) -> dict
         }
         new.variables = exporting
         processes = new.both(version)
-        new.variables = {}  # nobody asks what those who submit export
+        new.variables = {}  # metrics of submitters are not compared
         new.until(lambda: redis.exists(STREAM) and redis.xinfo_groups(STREAM) != [], "the worker has started")
         redis.xadd(STREAM, {"data": b"no message"})
         run(_SUBMIT)

@@ -204,7 +204,7 @@ async def _put(redis: Redis, made: Bytes, number: int) -> None:
         await redis.xadd(STREAMS[0], {"data": child.dumpb()})
     await redis.zadd(keys.GROUPS, {b"\xff\xfe": 1e13, "odd": 1e13})
     await redis.set(f"{keys.GROUPS_PREFIX}odd:pending", "no children")
-    await redis.xadd(STREAMS[0], {"data": msgpack.packb({"task_id": "child of nobody", "task_name": 7})})
+    await redis.xadd(STREAMS[0], {"data": msgpack.packb({"task_id": "child of no group", "task_name": 7})})
     resumed = STREAMS[2]
     await redis.delete(resumed)
     for entry in ("1-1", "9999999999999-1", "18446744073709551615-18446744073709551615"):

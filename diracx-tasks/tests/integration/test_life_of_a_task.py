@@ -137,13 +137,13 @@ async def test_P8_tasks_that_cannot_be_executed_become_dead_letters_and_the_work
     async with TaskSystem([Echo], redis_url=redis_url) as system:
         await redis.xadd(stream, {"something": "else"})
         await redis.xadd(stream, {"data": b"\x00garbage"})
-        nobody = await submit_task(system.broker, "test:Nobody", [1])
+        missing = await submit_task(system.broker, "test:Missing", [1])
         await submit_task(system.broker, "test:Echo", [1, 2, 3])
         assert (await system.result(await Echo(7).schedule())).return_value == 7
         await system.drain()
-        unknown = await system.result(nobody)
+        unknown = await system.result(missing)
         assert unknown.error is not None, "a client that waits for it learns why"
-        assert "no task is registered as 'test:Nobody'" in unknown.error["message"]
+        assert "no task is registered as 'test:Missing'" in unknown.error["message"]
         assert system.task_db is not None
         async with system.task_db as db:
             dead_letters = await db.search()

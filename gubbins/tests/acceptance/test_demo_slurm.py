@@ -52,7 +52,7 @@ def test_demo_keeps_a_slurm_site_full_and_leaves_nothing_behind(tmp_path: Path) 
 
 def test_demo_reports_a_missing_slurm_in_one_line() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DIRACX_")}
-    # A user who may not start the daemons, or does not have them, is told so.
+    # A user who may not start the daemons, or does not have them, gets an error that says so.
     done = subprocess.run(
         [
             *(sys.executable, "-c"),

@@ -54,7 +54,7 @@ class IdentityProvider:
             while not ended.is_set():
                 server.handle_request()
 
-        # Unlike `serve_forever`, nobody waits for it for ever when a test is broken off.
+        # Unlike `serve_forever`, it ends when a test is interrupted.
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:

@@ -15,8 +15,8 @@ import os
 
 class Look(BaseTask):
     async def execute(self) -> str:
-        told = ("DIRACX_TASKS_SUPERVISOR_SOCKET", "DIRACX_TASKS_PROCESS_NUMBER")
-        return f"told: {[name for name in told if name in os.environ]}"
+        variables = ("DIRACX_TASKS_SUPERVISOR_SOCKET", "DIRACX_TASKS_PROCESS_NUMBER")
+        return f"set: {[name for name in variables if name in os.environ]}"
 """
 
 _SECOND_WAITS = """
@@ -57,7 +57,7 @@ def test_a_killed_process_is_restarted_and_a_signal_stops_all(two, served, wait_
     assert other in children_of(two.process)
     done = served("submit", "my_tasks:Look", "--wait", "--module", "my_tasks.py")
     # A process that a task starts is not bound to the supervisor.
-    assert "told: []" in done.stdout, done.stdout + done.stderr
+    assert "set: []" in done.stdout, done.stdout + done.stderr
     two.process.send_signal(signal.SIGINT)
     assert two.ends() == 0, two.output
     assert "stopped: all 2 processes have ended" in two.output

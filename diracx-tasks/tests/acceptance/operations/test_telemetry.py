@@ -219,7 +219,7 @@ def test_tasks_returned_by_a_stopped_worker_are_not_counted_as_abandoned(
     assert value("tasks_given_up_total") == 0
 
 
-@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # nobody works
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # no worker runs
 def test_the_leading_scheduler_exports_the_same_values_to_opentelemetry_and_prometheus(
     served: Cli, wait_until: Callable[..., None]
 ) -> None:
@@ -245,7 +245,7 @@ def test_the_leading_scheduler_exports_the_same_values_to_opentelemetry_and_prom
         if each["attributes"]["task_name"] == "my_tasks:Tick"
     }
     assert ticks["success"] >= 1
-    assert ticks["failure"] == 0  # told of before there is any: an alert sees the first
+    assert ticks["failure"] == 0  # exported before there is any: an alert sees the first
     wait_until(lambda: "delayed_tasks_pending" in shown(), "the whole system is exported")
     assert shown()["delayed_tasks_pending"][0]["value"] == 0
     assert len(shown()["task_stream_lag"]) == 9
@@ -343,14 +343,14 @@ def _to(collector: _Collector) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("role", ["worker", "scheduler"])
-@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # of the scheduler alone nobody takes anything
+@pytest.mark.leaves_keys("diracx:tasks:normal:medium")  # a scheduler alone fetches nothing
 def test_a_collector_of_diracx_gets_metrics_traces_and_logs(
     collector: _Collector, served: Cli, wait_until: Callable[..., None], role: str
 ) -> None:
     served.environment |= _to(collector)
     process = served.start(role, "--module", "my_tasks.py")
     if role == "scheduler":
-        wait_until(lambda: "task_stream_lag" in collector.metrics, "the whole system is told of")
+        wait_until(lambda: "task_stream_lag" in collector.metrics, "the metrics of the whole system are exported")
         [leader] = collector.metrics["scheduler_leader"].gauge.data_points
         assert leader.as_int == 1
     else:

@@ -411,7 +411,7 @@ class BrokerMachine(ModelOfTasks):
                         self.holds()
             else:
                 for task in self._in("reserved", "running"):
-                    task.locks = []  # nobody reclaimed them: release them as `b` would
+                    task.locks = []  # no worker reclaimed them: release them as `b` would
                 self._reclaim_manually()
                 self._renew("b")
             self._renew("a")

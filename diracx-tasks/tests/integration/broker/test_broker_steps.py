@@ -70,7 +70,7 @@ async def test_P25_tasks_that_need_the_same_two_locks_do_not_livelock(worker: Wo
     assert not (await start(broker, second, both("y", "x")))[0], "x is reserved for one who stands before it"
     # Then y was granted to `fourth`, who stands behind `first`.
     granted, locks = await start(broker, first, both("x", "y"))
-    assert granted, "nobody holds a lock, and nobody stands before it"
+    assert granted, "no task holds a lock or is before it in line"
     ended = {first.data}
     while True:  # some task always gets on
         await broker.settle([Settlement(first, locks=locks)])
@@ -118,7 +118,7 @@ async def test_P9_neighbours_of_a_poison_task_become_no_dead_letters(worker: Wor
     assert len((await first.fetch(5))[0]) == 5
     await dies(redis, first)
     second = await worker("2")
-    assert len((await second.reclaim(10))[0]) == 5, "one death is nobody's fault: all start again at once"
+    assert len((await second.reclaim(10))[0]) == 5, "one crash makes no task a candidate: all start again at once"
     await dies(redis, second)
     third, fourth = await worker("3"), await worker("4")
     [candidate], *_ = await third.reclaim(10)
@@ -334,7 +334,7 @@ async def test_P6_a_repeated_start_that_is_refused_keeps_no_lock(worker: Worker,
     assert await MutexLock(JOB, "y").acquire(redis)
     assert not (await start(broker, delivery, locks))[0]
     for free in (ExclusiveRWLock(JOB, "x"), ExclusiveRWLock(JOB, "z")):
-        assert await free.acquire(redis), "nobody runs that reads"
+        assert await free.acquire(redis), "no reader runs"
     assert not await redis.exists(f"{keys.HELD_PREFIX}a")
 
 

@@ -45,8 +45,8 @@ def _close_gate() -> None:
 async def test_unknown_ids_are_reported_and_leave_no_mark(redis_url: str, redis: Redis) -> None:
     async with TaskSystem(TASKS, redis_url=redis_url, workers=0) as system:
         task_id = await Echo(1).schedule()
-        found = await cancel_tasks(["nobody", task_id, "x" * 300])
-        assert found == {"nobody": TaskPlace.UNKNOWN, task_id: TaskPlace.QUEUED, "x" * 300: TaskPlace.UNKNOWN}
+        found = await cancel_tasks(["unknown", task_id, "x" * 300])
+        assert found == {"unknown": TaskPlace.UNKNOWN, task_id: TaskPlace.QUEUED, "x" * 300: TaskPlace.UNKNOWN}
         assert not await redis.exists(keys.CANCELLED)
         assert await cancel_tasks([]) == {}
         del system

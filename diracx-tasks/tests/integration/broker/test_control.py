@@ -14,17 +14,17 @@ from redis.exceptions import RedisError, ResponseError
 CHANNELS = ("diracx:tasks:cancelled", "diracx:tasks:wake")
 
 
-class Heard:
+class Received:
     """Record of the messages and subscriptions of channels."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[bytes, bytes]] = []
+        self.messages: list[tuple[bytes, bytes]] = []
         self.subscribed = 0
         self.changed = threading.Condition()
 
-    def hear(self, channel: bytes, data: bytes) -> None:
+    def receive(self, channel: bytes, data: bytes) -> None:
         with self.changed:
-            self.said.append((channel, data))
+            self.messages.append((channel, data))
             self.changed.notify()
 
     def connected(self) -> None:
@@ -34,34 +34,34 @@ class Heard:
 
 
 @contextmanager
-def control(url: str) -> Iterator[tuple[ControlConnection, Heard, Redis]]:
-    heard = Heard()
-    connection = ControlConnection(url, CHANNELS, heard.hear, heard.connected, socket_timeout=5)
+def control(url: str) -> Iterator[tuple[ControlConnection, Received, Redis]]:
+    received = Received()
+    connection = ControlConnection(url, CHANNELS, received.receive, received.connected, socket_timeout=5)
     with Redis.from_url(url) as redis:
-        yield connection, heard, redis
+        yield connection, received, redis
     connection.close()
 
 
 def test_a_message_between_a_command_and_its_reply_is_received(redis_url: str) -> None:
-    with control(redis_url) as (connection, heard, _):
+    with control(redis_url) as (connection, received, _):
         for number in range(100):
             message = f"return {{redis.call('PUBLISH', '{CHANNELS[number % 2]}', '{number}'), '{number}'}}"
             assert connection.execute_command("EVAL", message, 0) == [1, b"%d" % number]
         connection.execute_command("PING")
-        assert heard.said == [(CHANNELS[number % 2].encode(), b"%d" % number) for number in range(100)]
-        assert heard.subscribed == 1
+        assert received.messages == [(CHANNELS[number % 2].encode(), b"%d" % number) for number in range(100)]
+        assert received.subscribed == 1
 
 
 def test_commands_get_their_replies_while_another_thread_listens(redis_url: str) -> None:
-    with control(redis_url) as (connection, heard, redis):
+    with control(redis_url) as (connection, received, redis):
         connection.execute_command("PING")
         listening = threading.Thread(target=connection.listen, args=(60.0,))
         listening.start()
         for number in range(200):
             redis.publish(CHANNELS[0], f"{number}")
             assert connection.execute_command("ECHO", f"{number}") == b"%d" % number
-        with heard.changed:
-            assert heard.changed.wait_for(lambda: len(heard.said) == 200, 60)
+        with received.changed:
+            assert received.changed.wait_for(lambda: len(received.messages) == 200, 60)
         connection.interrupt()
         listening.join(60)
         assert not listening.is_alive()
@@ -78,7 +78,7 @@ def test_an_interrupt_before_the_listening_ends_it(redis_url: str) -> None:
 
 
 def test_a_lost_connection_ends_the_listening_and_the_next_command_subscribes_again(redis_url: str) -> None:
-    with control(redis_url) as (connection, heard, redis):
+    with control(redis_url) as (connection, received, redis):
         client = connection.execute_command("CLIENT", "ID")
         lost: list[bool] = []
         listening = threading.Thread(target=lambda: lost.append(connection.listen(60.0)))
@@ -87,19 +87,19 @@ def test_a_lost_connection_ends_the_listening_and_the_next_command_subscribes_ag
         listening.join(60)
         assert lost == [True]
         connection.execute_command("PING")
-        assert heard.subscribed == 2
+        assert received.subscribed == 2
         redis.publish(CHANNELS[1], "here")
         connection.execute_command("PING")
-        assert heard.said == [(CHANNELS[1].encode(), b"here")]
+        assert received.messages == [(CHANNELS[1].encode(), b"here")]
 
 
 def test_a_refused_command_leaves_the_connection_as_it_is(redis_url: str) -> None:
-    with control(redis_url) as (connection, heard, _):
+    with control(redis_url) as (connection, received, _):
         for _ in range(3):
             with pytest.raises(ResponseError):
                 connection.execute_command("NOSUCHCOMMAND")
         assert connection.execute_command("ECHO", "here") == b"here"
-        assert heard.subscribed == 1
+        assert received.subscribed == 1
 
 
 def test_a_user_without_the_right_to_subscribe_may_still_give_commands(
@@ -108,12 +108,12 @@ def test_a_user_without_the_right_to_subscribe_may_still_give_commands(
     with Redis.from_url(redis_url) as redis:
         redis.execute_command("ACL", "SETUSER", "deaf", "on", ">secret", "resetchannels", "~*", "+@all")
         url = redis_url.replace("redis://", "redis://deaf:secret@")
-        with control(url) as (connection, heard, _):
+        with control(url) as (connection, received, _):
             for _ in range(2):
                 client = connection.execute_command("CLIENT", "ID")
                 redis.client_kill_filter(_id=str(client))
                 with pytest.raises(RedisError):
                     connection.execute_command("PING")
         redis.execute_command("ACL", "DELUSER", "deaf")
-    assert heard.subscribed == 0
+    assert received.subscribed == 0
     assert [record.message.startswith("cannot listen") for record in caplog.records] == [True]

@@ -70,7 +70,7 @@ async def test_P33_a_redelivered_child_is_subtracted_once(redis_url: str, redis:
         assert await names(two) == []
 
 
-@pytest.mark.leaves_keys("diracx:tasks:*")  # the name of the dead worker, should nobody have looked again
+@pytest.mark.leaves_keys("diracx:tasks:*")  # the name of the dead worker, if no worker has checked again
 async def test_P33_a_child_of_a_killed_worker_is_restarted_and_the_callback_runs_once(
     redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, warm_commands: WarmCommands
 ) -> None:

@@ -78,7 +78,7 @@ async def test_a_crash_during_the_submission_of_a_group_starts_no_child_and_leav
 ) -> None:
     async with TaskSystem(GROUP_TASKS, redis_url=redis_url) as system:
         await scripts.group(redis, "the-group", FIELDS, [staged(system.broker, n) for n in range(2)], last=False)
-        # The submitter is dead. Nobody may start its children, or its callback.
+        # The submitter has crashed. Neither its children nor its callback may start.
         status = await read_group(redis, "the-group")
         assert status is not None
         assert (status.state, status.pending) == (GroupState.SUBMITTING, 4)

@@ -70,7 +70,7 @@ async def test_a_child_that_the_server_has_lost_fails_and_ends_its_group(redis_u
         await spawn_with_callback([Child("done"), Child("done")], Succeeded(), on_failure=Failed())
         lost = next(iter((await entries(redis)).values()))
         await redis.xdel(QUEUE, lost)
-        # What nobody can read beside it does not matter.
+        # Unreadable entries beside it do not matter.
         await redis.zadd(keys.GROUPS, {b"\xff": 1, "odd": 2})
         await redis.set(f"{keys.GROUPS_PREFIX}odd", "no hash", ex=60)
         assert await fail_lost_children(redis) == 1
@@ -210,7 +210,7 @@ def test_a_message_of_a_later_version_that_cannot_be_decoded_is_known_as_such(ad
     data = msgpack.packb({"task_id": "new", "task_name": "test:Child", **added})
     with pytest.raises(NewerMessageError, match="its format is"):
         TaskMessage.loadb(data)
-    for broken in (data[:-1], data + b"x"):  # else nobody would ever take it
+    for broken in (data[:-1], data + b"x"):  # else no worker would ever fetch it
         with pytest.raises(ValueError, match="not a task message") as caught:
             TaskMessage.loadb(broken)
         assert not isinstance(caught.value, NewerMessageError)

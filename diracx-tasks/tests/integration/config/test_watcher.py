@@ -67,7 +67,7 @@ async def test_a_change_is_reported_once_and_an_invalid_one_never(
             (),
         )
         path.write_text("common: {A: {concurrency_limit: 2}}")
-        await until(lambda: seen.changes, "the change is told")
+        await until(lambda: seen.changes, "the change is reported")
         path.write_text("common: {A: {concurrency_limit: -2}}")
 
         async def complains() -> bool:

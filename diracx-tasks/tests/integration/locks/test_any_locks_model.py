@@ -89,7 +89,7 @@ class LocksMachine(RuleBasedStateMachine):
             return
         submission = replace(Binding(None, REGISTRY).submission(task), stream=keys.stream_name_for(priority, size))
         self.run(self.brokers["a"].submit([submission]))
-        self._next_ms()  # the place in line is told by the clock, where tasks are in streams of their own
+        self._next_ms()  # the clock defines the place in line of tasks in different streams
         order = (list(Priority).index(priority), len(self.tasks))
         self.tasks[submission.message.task_id] = Task(submission.message, order, size)
 
@@ -380,7 +380,7 @@ class LocksMachine(RuleBasedStateMachine):
         for fields in pipe.execute():
             held |= {name.decode().removeprefix("reader:") for name in fields if name.startswith(b"reader:")}
             held |= {owner.decode() for name, owner in fields.items() if name == b"writer_owner"}
-        assert held <= owners, "a lock is held by nobody"
+        assert held <= owners, "a lock is held without an owner"
 
     # --- the end --------------------------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ async def test_a_task_that_can_run_waits_for_one_grant_however_many_without_a_wo
 ) -> None:
     holds = writes if lock is reads else lock
     assert await holds().acquire(redis)
-    await small.park(before, lock, "nobody takes ")
+    await small.park(before, lock, "not fetched ")
     names = await worker.park(5, lock)
     await redis.delete(lock().redis_key)
     await worker.look(lock())
@@ -199,7 +199,7 @@ async def test_a_release_grants_the_first_task_that_a_worker_takes(
 ) -> None:
     await worker.submit("holder")
     assert await worker.step(lambda: [lock()]) == 1
-    await small.park(100, lock, "nobody takes ")
+    await small.park(100, lock, "not fetched ")
     names = await worker.park(20, lock)
     await worker.end("holder")
     await small.grant_expires(lock(), "small")
@@ -221,7 +221,7 @@ async def test_a_line_advances_while_grants_of_other_lines_are_not_taken(
         assert await held.acquire(redis)
         await small.park(1, lambda number=number: other(number), f"other{number} ")  # type: ignore[misc]
     assert await mutex().acquire(redis)
-    await small.park(1, mutex, "nobody takes ")
+    await small.park(1, mutex, "not fetched ")
     for held in others:
         await held.release(redis)
     assert await redis.xlen("diracx:tasks:normal:small:handover") == 600
@@ -261,7 +261,7 @@ async def test_a_late_task_is_not_refused_because_of_tasks_that_no_worker_takes(
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     assert await mutex().acquire(redis)
-    await small.park(3, mutex, "nobody takes ")
+    await small.park(3, mutex, "not fetched ")
     await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     for who, size in ((small, "small"), (worker, "medium")):
@@ -274,7 +274,7 @@ async def test_more_urgent_tasks_have_a_grant_of_their_own_before_they_are_passe
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     assert await mutex().acquire(redis)
-    await small.park(2, mutex, "nobody takes ")
+    await small.park(2, mutex, "not fetched ")
     [waits] = await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
@@ -285,7 +285,7 @@ async def test_more_urgent_tasks_have_a_grant_of_their_own_before_they_are_passe
     await small.broker.fetch_unacknowledged([])
     deliveries = await small.broker.fetch_unacknowledged([])
     assert await small.start(deliveries, lambda: [mutex()]) == 0
-    assert await line_of(redis, mutex(), "small") == ["urgent", "nobody takes 000001"]
+    assert await line_of(redis, mutex(), "small") == ["urgent", "not fetched 000001"]
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())
     assert await redis.xlen("diracx:tasks:realtime:small:handover") == 1

@@ -136,7 +136,7 @@ async def test_no_grant_lasts_longer_because_the_clock_was_set_back(
     worker: Worker, small: Worker, redis: Redis
 ) -> None:
     assert await mutex().acquire(redis)
-    await small.park(1, mutex, "nobody takes ")
+    await small.park(1, mutex, "not fetched ")
     await worker.park(1, mutex)
     await redis.delete(mutex().redis_key)
     await worker.look(mutex())

@@ -143,7 +143,7 @@ async def test_P26_more_items_than_the_limit_are_refused_with_both_numbers(redis
 
 
 async def test_disabled_limiters_grant_without_a_round_trip() -> None:
-    nowhere = Redis(host="127.0.0.1", port=1)  # nobody listens there
+    nowhere = Redis(host="127.0.0.1", port=1)  # no server listens there
     for limiter in (RateLimiter(JOB, 1), ConcurrencyLimiter(JOB, 1)):
         assert await limiter.acquire(nowhere)
         await limiter.release(nowhere)

@@ -369,8 +369,8 @@ async def test_checks_of_fewer_sources_do_not_reset_the_alerts_of_others(redis: 
 
 
 async def test_an_unavailable_server_is_an_alert_with_its_reason() -> None:
-    async with Redis.from_url("redis://127.0.0.1:1") as nobody:
-        health = await HealthChecks(nobody).run()
+    async with Redis.from_url("redis://127.0.0.1:1") as unavailable:
+        health = await HealthChecks(unavailable).run()
     assert health.snapshot is None
     [alert] = health.alerts
     assert (alert.check, alert.severity) == ("server_away", Severity.CRITICAL)

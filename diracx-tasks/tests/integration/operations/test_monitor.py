@@ -195,10 +195,10 @@ async def test_workers_and_running_tasks_are_shown_with_locks_and_without_secret
         assert (worker.size, worker.slots, worker.name) == ("medium", 10, running.worker)
         assert worker.memory_bytes is None or worker.memory_bytes > 1e6
 
-        async def told() -> Any:
+        async def reported() -> Any:
             return [found for found in (await monitor.locks(redis)).items if found.holders[0].task_id]
 
-        [lock] = await until(told)
+        [lock] = await until(reported)
         assert (lock.kind, lock.held, lock.waiters) == ("mutex", 1, 1)
         assert lock.holders[0].task_id == task_id
         assert lock.expires is not None
@@ -320,13 +320,13 @@ async def test_releasing_a_lock_grants_it_to_the_next_waiter_and_names_the_forme
         first = await Held("one").schedule()
         second = await Held("one").schedule()
 
-        async def told() -> Any:
+        async def reported() -> Any:
             found = await monitor.lock(redis, "lock:mutex:task:one")
             return found if found and found.waiters and found.holders[0].task_id else None
 
-        lock = await until(told)
-        nobody = await monitor.release_lock(redis, lock.key, owners=["another"])
-        assert (nobody.released, nobody.hit) == (0, [])
+        lock = await until(reported)
+        unchanged = await monitor.release_lock(redis, lock.key, owners=["another"])
+        assert (unchanged.released, unchanged.hit) == (0, [])
         released = await monitor.release_lock(redis, lock.key, owners=[lock.holders[0].owner])
         assert (released.released, released.hit[0].task_id) == (1, first)
         Gate.event.set()
@@ -420,10 +420,10 @@ async def test_a_name_of_a_megabyte_makes_no_list_long(redis: Redis, redis_url: 
     async with TaskSystem([Held], redis_url=redis_url, workers=1) as system:
         await submit_task(system.broker, "x" * 1_000_000, task_id="t")
 
-        async def told() -> bool:
+        async def reported() -> bool:
             return bool((await monitor.failures(redis)).items)
 
-        await until(told)
+        await until(reported)
         [failure] = (await monitor.failures(redis)).items
         assert len(repr(failure)) < 5_000
         health = await HealthChecks(redis).run()

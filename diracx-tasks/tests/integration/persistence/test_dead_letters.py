@@ -221,7 +221,7 @@ async def test_P12_while_the_database_is_down_the_task_is_kept_and_others_run(
             assert len(await redis.xrange(stream)) >= 3, "acknowledged before it was stored"
             await asyncio.sleep(0.1)
         [pending] = {row["times_delivered"] for row in await redis.xpending_range(stream, keys.GROUP, "-", "+", 9)}
-        assert pending == 1, "its lease is kept, so nobody else runs it"
+        assert pending == 1, "its lease is kept, so no other worker runs it"
         server.start()
         await system.drain(30)
         async with system.task_db as db:

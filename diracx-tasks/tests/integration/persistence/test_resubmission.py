@@ -66,9 +66,9 @@ async def test_P34_a_resubmitted_task_keeps_its_id_and_has_no_attempts(
 async def test_P34_a_dead_letter_that_cannot_be_submitted_is_refused_with_the_reason(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis
 ) -> None:
-    nobody = TaskMessage(task_id="x", task_name="test:Nobody").dumpb()
+    unknown = TaskMessage(task_id="x", task_name="test:Unknown").dumpb()
     too_many = TaskMessage(task_id="y", task_name="test:Work", task_args=[1, 2, 3]).dumpb()
-    await store(db, make(1, data=b"\0garbage"), make(2, data=nobody), make(3, data=too_many), make(4))
+    await store(db, make(1, data=b"\0garbage"), make(2, data=unknown), make(3, data=too_many), make(4))
     stored = await rows(db)
     async with db:
         assert await db.discard([(stored[3]["id"], stored[3]["delivery_id"])]) == {stored[3]["id"]}
@@ -76,7 +76,7 @@ async def test_P34_a_dead_letter_that_cannot_be_submitted_is_refused_with_the_re
     assert [result.status for result in results] == [ResubmitStatus.REFUSED] * 4
     for result, message in zip(
         results,
-        ["cannot be decoded", "'test:Nobody'", "does not accept its arguments", "discarded"],
+        ["cannot be decoded", "'test:Unknown'", "does not accept its arguments", "discarded"],
         strict=True,
     ):
         assert message in result.why

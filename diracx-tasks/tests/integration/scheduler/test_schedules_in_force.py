@@ -214,7 +214,7 @@ async def test_an_occurrence_is_submitted_by_the_leader_when_it_is_due_and_once(
     for part in ("stream", "task", "data"):
         del batch[4][part]
     try:
-        assert await schedule_steps.occur(redis, "old", batch) is None, "nobody leads"
+        assert await schedule_steps.occur(redis, "old", batch) is None, "no scheduler leads"
         await redis.set(keys.LEADER, "new")
         assert await schedule_steps.occur(redis, "old", batch) is None, "another scheduler leads"
         assert await schedule_steps.occur(redis, "new", batch) == [1, 0, 3, 4, 5]

@@ -49,7 +49,7 @@ class Occurrences:
         [reply] = await scheduling.occur(self.redis, "leader", [occurrence]) or [0]
         assert reply in (1, 2)
         waiting = await scheduling.run_now(self.redis, SCHEDULE, QUEUE, name, data) if reply == 2 else None
-        assert (reply == 2) == (waiting is not None), "a run by hand is told the same"
+        assert (reply == 2) == (waiting is not None), "a manual run gets the same reply"
         return reply == 1
 
     async def fetch(self) -> Delivery:

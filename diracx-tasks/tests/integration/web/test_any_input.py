@@ -123,10 +123,10 @@ async def test_any_address_and_form_is_handled_by_every_page(world: World) -> No
 
 async def test_long_addresses_and_forms_are_refused_before_they_are_kept(world: World) -> None:
     transport = httpx.ASGITransport(world.app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as nobody:
-        assert (await nobody.get("/sign-in?next=/" + "x" * 10_000)).status_code == 414
-        assert (await nobody.post("/sign-in", content=b"x=" + b"x" * 40_000)).status_code == 413
-        assert (await nobody.get("/sign-in?next=%00")).status_code == 400
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8790") as anonymous:
+        assert (await anonymous.get("/sign-in?next=/" + "x" * 10_000)).status_code == 414
+        assert (await anonymous.post("/sign-in", content=b"x=" + b"x" * 40_000)).status_code == 413
+        assert (await anonymous.get("/sign-in?next=%00")).status_code == 400
     async with signed_in(world) as client:
         for body, status in ((b"task=" + b"x" * 10_000, 413), (b"task=%00", 400), (b"a=1&" * 3_000, 400)):
             assert (await client.post("/tasks/cancel", content=body)).status_code == status

@@ -126,7 +126,7 @@ class Tidy(PeriodicVoAwareBaseTask):
 @asynccontextmanager
 async def busy_system(redis_url: str) -> AsyncIterator[AppContext]:
     tasks = {f"whose:{task.__name__}": task for task in (Run, Flaky, Fail, Split, Tidy)}
-    with patch.object(reporter, "REPORT_SECONDS", 0.3):  # nobody wants to wait for what happens every 5 s
+    with patch.object(reporter, "REPORT_SECONDS", 0.3):  # reports are sent every 5 s by default
         async with TaskSystem(
             tasks, redis_url=redis_url, workers=1, vos=VOS, settings={"grace_seconds": 0.0}
         ) as system:

@@ -63,7 +63,7 @@ async def test_most_reports_are_left_out_while_there_is_nothing_new(
         await worker_reporter.report(if_new=True)
         worker_reporter.rejected(None, "unparsable", "no task")
         await worker_reporter.report(if_new=True)
-        assert len(reported) == 5, "what is new is told at once"
+        assert len(reported) == 5, "changes are reported at once"
         worker_reporter.dataset = lambda: "another"
         await worker_reporter.report(if_new=True)
         assert len(reported) == 6, "and all of it when the server has lost its data"

@@ -134,7 +134,7 @@ async def test_waiting_workers_get_one_message_each_in_turn(redis_url: str, redi
         fetches.append(asyncio.create_task(intake_of(each).next(10)))
         await clients_wait(redis, number + 1)
     for waiting in fetches:
-        # As the published package submits: it calls nobody.
+        # As the published package submits: it notifies no worker.
         await redis.xadd(NORMAL, {"data": submission("one").message.dumpb()})
         assert len(await waiting) == 1, "who has waited longest"
         assert await in_hand(redis) == sum(each.done() for each in fetches)

@@ -279,14 +279,14 @@ def renew_for(redis: SyncRedis, worker: str, lease_ms: int) -> int:
     return worker_state.renew(redis, worker, lease_ms, [], [])[4]
 
 
-def let_pass(redis: SyncRedis, milliseconds: int, *, heard: str | None = None) -> None:
-    """Let time pass. `heard`: a worker that renews all the time."""
+def let_pass(redis: SyncRedis, milliseconds: int, *, renewing: str | None = None) -> None:
+    """Let time pass. `renewing`: a worker that renews all the time."""
     for worker in redis.zrangebyscore(keys.ALIVE, "(0", "+inf"):
         redis.zincrby(keys.ALIVE, -milliseconds, worker)
-    heard_ms, *known = (redis.get(keys.RENEWED) or b"0").split(b" ", 1)
-    redis.set(keys.RENEWED, b" ".join([str(int(heard_ms) - milliseconds).encode(), *known]))
-    if heard is not None:
-        renew_for(redis, heard, LONG_MS)
+    renewed_ms, *known = (redis.get(keys.RENEWED) or b"0").split(b" ", 1)
+    redis.set(keys.RENEWED, b" ".join([str(int(renewed_ms) - milliseconds).encode(), *known]))
+    if renewing is not None:
+        renew_for(redis, renewing, LONG_MS)
 
 
 def left_ms(redis: SyncRedis, worker: str) -> float:
@@ -323,7 +323,7 @@ def test_a_short_renewal_detects_data_lost_by_the_server(sync: SyncRedis, lost: 
     assert brief(sync, "worker", LONG_MS, (dataset_id, shortest_ms))[:2] == (dataset_id, shortest_ms)
     sync.delete(*(sync.keys("*") if lost == "everything" else [f"diracx:tasks:{lost}"]))
     now = brief(sync, "worker", LONG_MS, (dataset_id, shortest_ms))
-    if lost in ("epoch", "leases"):  # nobody else loses these alone: the next complete renewal notices
+    if lost in ("epoch", "leases"):  # no other fault loses these alone: the next complete renewal notices
         now = worker_state.renew(sync, "worker", LONG_MS, [], [], dataset_id)[3:]
     assert (now[0] != dataset_id) == (lost in ("everything", "epoch"))
     assert sync.zscore(keys.LEASES, "worker") == LONG_MS
@@ -363,8 +363,8 @@ async def look_for_the_dead(redis_url: str, worker: str, lease_ms: int, *, audit
 def test_a_worker_with_a_long_lease_keeps_no_dead_one_alive(sync: SyncRedis, redis_url: str) -> None:
     """Neither by signing on, nor by its renewals."""
     renew_for(sync, "dies", SHORT_MS)
-    let_pass(sync, 2_000, heard="lives")
-    let_pass(sync, 2_000, heard="lives")
+    let_pass(sync, 2_000, renewing="lives")
+    let_pass(sync, 2_000, renewing="lives")
     renew_for(sync, "comes", LONG_MS)
     assert near(left_ms(sync, "dies"), 1_000)
     let_pass(sync, 1_500)

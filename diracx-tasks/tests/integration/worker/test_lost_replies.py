@@ -114,16 +114,16 @@ async def test_P11_a_retry_with_a_lost_reply_happens_once(redis_url: str) -> Non
 
 
 async def test_a_silent_connection_of_the_control_channel_is_replaced(redis_url: str) -> None:
-    proxy, heard = LossyProxy(redis_url), asyncio.Event()
+    proxy, received = LossyProxy(redis_url), asyncio.Event()
     direct = RedisStreamBroker(redis_url)
     loop = asyncio.get_running_loop()
     async with (
         proxy.serve() as silent_url,
-        LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: heard.set()),
+        LeaseKeeper(silent_url, "mine", 0.6, loop, [keys.CANCELLED], lambda channel, data: received.set()),
     ):
         proxy.stop_replying()
         async with asyncio.timeout(60):
-            while not heard.is_set():
+            while not received.is_set():
                 await direct.redis.execute_command("PUBLISH", keys.CANCELLED, "task")
                 await asyncio.sleep(0.01)
     await direct.leave()

@@ -214,7 +214,7 @@ class Note(BaseTask):
         return self.what
 
 
-#: The class, where it raises by itself, and what its group is told.
+#: The class, where it raises by itself, and the error that its group gets.
 WHERE: dict[str, tuple[type[Raises], str, str]] = {
     "execute": (Raises, "execute", "failed"),
     "__init__": (Raises, "__init__", "failed"),

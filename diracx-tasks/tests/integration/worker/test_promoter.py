@@ -62,17 +62,17 @@ async def test_workers_are_notified_of_due_tasks_only_without_a_scheduler(redis:
         await leader.subscribe(keys.WAKE_SCHEDULER)
         await leader.get_message(timeout=5)
         await far_away(broker)
-        heard = await leader.get_message(timeout=5)
-        assert heard is not None
-        assert heard["data"] == b"delayed"
+        received = await leader.get_message(timeout=5)
+        assert received is not None
+        assert received["data"] == b"delayed"
         assert await workers.get_message(timeout=0) is None
         await leader.unsubscribe()
         await leader.get_message(timeout=5)
         await forget(redis)
         await far_away(broker)
-        heard = await workers.get_message(timeout=5)
-        assert heard is not None
-        assert 3_500_000 < int(heard["data"]) <= 3_600_002
+        received = await workers.get_message(timeout=5)
+        assert received is not None
+        assert 3_500_000 < int(received["data"]) <= 3_600_002
         await forget(redis)
     finally:
         await leader.aclose()

@@ -16,7 +16,7 @@ from diracx.tasks.plumbing.worker.settings import WorkerSettings
 from redis.asyncio import Redis
 from support.leased_deliveries import LeasedDeliveries
 
-# What nobody has settled when the test ends.
+# Tasks that are not settled when the test ends.
 pytestmark = pytest.mark.leaves_keys("diracx:tasks:*")
 
 Worker = Callable[..., Awaitable[RedisStreamBroker]]

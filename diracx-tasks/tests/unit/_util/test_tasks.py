@@ -32,7 +32,7 @@ async def test_a_task_that_swallows_its_first_cancellation_is_cancelled_again() 
 
 async def test_closing_after_a_failure_raises_nothing() -> None:
     async def fails() -> None:
-        raise ValueError("nobody asked")
+        raise ValueError("not awaited")
 
     failing = asyncio.create_task(fails())
     await asyncio.wait([failing])

@@ -33,7 +33,7 @@ def of_sqlite(code: int, words: str = "words of the driver") -> exc.DBAPIError:
     return exc.OperationalError("SELECT 'secret'", {}, error)
 
 
-TOLD = [
+CLASSIFIED = [
     *((of_mysql(code), T.CONFLICT) for code in (1213, 1205, 1020, 1305)),
     *((of_mysql(code), T.AWAY) for code in (2003, 2006, 2013, 1040, 1053, 1114, 1290)),
     *((of_mysql(code), T.SETUP) for code in (1044, 1045, 1049, 1142)),
@@ -56,7 +56,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize(("error", "kind"), TOLD)
+@pytest.mark.parametrize(("error", "kind"), CLASSIFIED)
 def test_errors_are_classified_by_their_codes(error: BaseException, kind: ErrorKind | None) -> None:
     assert classify(error) is kind
     description = describe("TaskDB", error)

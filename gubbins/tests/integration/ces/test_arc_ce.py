@@ -173,7 +173,7 @@ async def test_a_token_is_accepted_until_it_expires(arc_site: ArcSite, tmp_path:
         with pytest.raises(CEUnavailableError, match="token has expired at"):
             await backend.poll([pilot])
 
-        token.write_text("nobody.knows.me")
+        token.write_text("not.a.token")
         with pytest.raises(CEUnavailableError, match="403"):
             await backend.poll([pilot])
 

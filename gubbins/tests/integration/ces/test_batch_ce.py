@@ -70,7 +70,7 @@ async def test_a_refusal_of_grid_engine_has_its_message(gridengine_site: GridEng
     for settings, words in (
         ({"queue": "nowhere"}, 'Job was rejected because job requests unknown queue "nowhere"'),
         ({"extra_options": ["-l", "no_such=1"]}, "unknown resource"),
-        ({"extra_options": ["-unheard-of"]}, "invalid option argument"),
+        ({"extra_options": ["-no-such-option"]}, "invalid option argument"),
     ):
         backend = make_backend(gridengine_site, tmp_path, **settings)
         outcome = (await backend.submit([PilotAtCE("s", "vo")]))["s"]

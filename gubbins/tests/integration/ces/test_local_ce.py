@@ -201,14 +201,14 @@ async def test_directories_are_kept_as_configured(make: Make, tmp_path: Path, ke
 
 
 async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp_path: Path) -> None:
-    for stamp in ("old", "new", "active", "unheard", "never", "foreign"):
+    for stamp in ("old", "new", "active", "unlisted", "never", "foreign"):
         (tmp_path / stamp).mkdir()
         (tmp_path / stamp / ("notes" if stamp == "foreign" else "script")).touch()
     await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
     for stamp, mark, days in (
         ("old", "ended", 8),
-        ("unheard", "rc", 36),
+        ("unlisted", "rc", 36),
         ("never", "rc", 38),
         ("foreign", "rc", 38),
     ):
@@ -216,7 +216,7 @@ async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp
         (tmp_path / stamp / mark).touch()
         os.utime(tmp_path / stamp / mark, (before, before))
     await make().cleanup(ended(new=MyPilotStatus.FAILED, unknown=MyPilotStatus.FAILED))
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "active", "unheard", "foreign"}
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "active", "unlisted", "foreign"}
     await make(keep_days=0).cleanup(ended(unknown=MyPilotStatus.FAILED))
     assert {path.name for path in tmp_path.iterdir()} == {"active", "foreign"}
 

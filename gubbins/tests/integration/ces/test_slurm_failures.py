@@ -128,14 +128,14 @@ async def test_time_outs_of_the_site_and_of_ours_are_reported_alike(
         (commands / name).chmod(0o755)
     shell = Patient(inherited_environment() | {"SLURM_CONF": str(slurm_site.slurm_conf)})
     settings = make(commands=commands, timeout_seconds=0.2).settings
-    backend, unheard = SlurmBackend(CEDescription("slurm", 100, 1.0), settings, shell), pilot("unheard")
+    backend, unconfirmed = SlurmBackend(CEDescription("slurm", 100, 1.0), settings, shell), pilot("unconfirmed")
     if command == "squeue":  # which is asked once sbatch has been called
-        directory = backend.settings.directory / unheard.stamp
+        directory = backend.settings.directory / unconfirmed.stamp
         directory.mkdir(parents=True)
         (directory / "tried").touch()
     silent = "the queue" if command == "squeue" else command
     with pytest.raises(CEUnavailableError, match=rf"{silent} has not responded within 0\.2 s"):
-        await backend.submit([unheard])
+        await backend.submit([unconfirmed])
 
 
 async def test_of_two_jobs_of_one_stamp_only_the_first_becomes_a_pilot(
@@ -378,13 +378,13 @@ async def test_directories_are_kept_as_configured(make: Make, tmp_path: Path, ke
 
 
 async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp_path: Path) -> None:
-    for stamp in ("old", "new", "active", "unheard", "never"):
+    for stamp in ("old", "new", "active", "unlisted", "never"):
         (tmp_path / "pilots" / stamp).mkdir(parents=True)
     await make().cleanup(ended(old=MyPilotStatus.FAILED, new=MyPilotStatus.FAILED))
     # As a check leaves it whose tidying has failed: it is done once.
-    for stamp, mark, days in (("old", "ended", 8), ("unheard", "rc", 36), ("never", "rc", 38)):
+    for stamp, mark, days in (("old", "ended", 8), ("unlisted", "rc", 36), ("never", "rc", 38)):
         before = time.time() - days * 24 * 3600
         (tmp_path / "pilots" / stamp / mark).touch()
         os.utime(tmp_path / "pilots" / stamp / mark, (before, before))
     await make().cleanup(ended(new=MyPilotStatus.FAILED))
-    assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active", "unheard"}
+    assert {path.name for path in (tmp_path / "pilots").iterdir()} == {"new", "active", "unlisted"}

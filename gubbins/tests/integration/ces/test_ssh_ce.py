@@ -123,7 +123,7 @@ async def test_the_default_workdir_is_below_the_home_directory_there(make: Make,
     await observe(make(name="ce.1", workdir=""), pilot, Observed.DONE)
     directory = sshd.home / ".local/state/gubbins/ce.1/home"
     assert (directory / "stdout").read_text() == f"{directory}/work\n"
-    assert directory.stat().st_mode & 0o77 == 0  # nobody else's business
+    assert directory.stat().st_mode & 0o77 == 0  # not readable by others
 
 
 async def test_a_script_runs_with_the_interpreter_of_its_first_line(make: Make) -> None:

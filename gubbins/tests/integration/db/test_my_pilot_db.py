@@ -191,7 +191,7 @@ async def test_P61_bulk_moves_only_legal_steps_of_own_pilots(db: MyPilotDB) -> N
     moves = {S.RUNNING: [(id, None) for id in (*mine, theirs)], S.DONE: [(mine[0], None)]}
     assert await db.advance_pilots(moves, vo="lhcb") == {S.RUNNING: 3, S.DONE: 0}
     assert (await db.get_pilot(theirs))["status"] is S.SUBMITTED
-    # One that is no longer where we thought is left out, and nobody's history is written twice.
+    # One that is no longer where we thought is left out, and no history is written twice.
     await db.update_pilot_status(mine[0], S.DONE)
     moves = {S.FAILED: [(mine[0], "exit 1"), (mine[1], "exit 2"), (mine[2], None)]}
     assert await db.advance_pilots(moves, vo="lhcb") == {S.FAILED: 2}

@@ -75,7 +75,7 @@ def _fill(dialect: str, quote: Callable[[str], str]) -> str:
     return statement.replace("%", "%%") if dialect == "mysql" else statement
 
 
-#: Nobody looks whether each of so many rows is allowed.
+#: So many rows are not checked one by one.
 TRUSTING = {
     "sqlite": ("PRAGMA foreign_keys=OFF", "PRAGMA foreign_keys=ON"),
     "postgresql": ("SET session_replication_role = replica", "RESET session_replication_role"),

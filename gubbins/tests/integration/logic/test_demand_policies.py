@@ -35,7 +35,7 @@ async def test_no_more_pilots_are_requested_than_there_are_waiting_jobs(db: MyPi
     await db.add_ce("a", 20, 1.0, rules=JOBS)
     await db.add_ce("b", 10, 1.0, rules=JOBS)
     await db.add_ce("full", 5, 1.0)
-    # Nobody asks the job database for the sake of a compute element that is filled anyway.
+    # The job database is not queried for a compute element that is filled anyway.
     assert await ask(db, 12) == {"a": 7, "b": 5, "full": 5}
     # They are on their way, 17 pilots for 12 jobs.
     assert await ask(db, 12) == {}

@@ -257,7 +257,7 @@ async def test_a_ban_in_diracx_is_a_downtime_until_it_ends(
     assert await down() == {"b", "c"}
     assert len(await logic.list_downtimes(db, "d")) == 1, "what a user has planned is left alone"
     time.at += timedelta(minutes=61)
-    assert await down() == set(), "what nobody confirms expires"
+    assert await down() == set(), "unconfirmed downtimes expire"
 
 
 @pytest.mark.parametrize(("status", "vo"), [("banned", "ALL"), ("ERROR", "All"), ("Banned", "")])

@@ -77,7 +77,7 @@ async def test_a_pilot_accepted_after_its_release_takes_a_slot_beyond_the_capaci
     with caplog.at_level(logging.WARNING), pytest.raises(CERefusedError):
         await logic.submit_pilot(db, "ce", "lhcb")
     assert "2 of 1 slots are taken" in caplog.text
-    # The other is left alone, whatever id it has got, and nobody gets in before both are gone.
+    # The other is left alone, whatever id it has got, and no pilot gets a slot before both are gone.
     [other] = await db.get_pilots_by_status(S.SUBMITTED, vo="dteam")
     assert (other["reference"], other["cancel_requested_at"]) == ("job.2", None)
     [ce] = await db.list_ces(vo=None)

@@ -73,7 +73,7 @@ async def test_a_site_that_lists_no_pilots_gets_no_replacements(
     for _ in range(24 * 3):
         await cycle(sqlite_db, time)
     assert len(site.submitted) == 10
-    # They have been taken for lost, and what stops the submissions is still told.
+    # They have been taken for lost, and the reason that stops the submissions is still shown.
     (ce,) = await logic.list_ces(sqlite_db)
     assert ce["active"] == 0
     assert "10 pilots that it does not list" in ce["last_error"]

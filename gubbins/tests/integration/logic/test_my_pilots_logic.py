@@ -68,7 +68,7 @@ async def test_P62_a_check_is_a_constant_number_of_statements(
             with count_statements(db) as statements:
                 moved = await logic.transition_pilot_states(db, f"vo{pilots}")
             assert sum(moved.values()) == pilots
-            # PostgreSQL is told once per large list how to join it, which is a setting and not a query.
+            # PostgreSQL gets the join method once per large list, which is a setting and not a query.
             counts[pilots, check] = len([s for s in statements if not s.startswith("SET LOCAL")])
     assert len(set(counts.values())) <= 2, counts  # one number for each of the two checks
     assert max(counts.values()) <= 12

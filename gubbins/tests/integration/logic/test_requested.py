@@ -121,7 +121,7 @@ async def test_a_partial_refusal_concerns_only_the_refused_pilots(db: MyPilotDB,
     ce = await db.get_ce("ce")
     assert ce["circuits"][CECall.SUBMIT]["failures"] == 0, "it works"
     assert ce["last_error"] == "no more of you"
-    # A refusal is told once; nothing is left of it.
+    # A refusal is reported once; nothing is left of it.
     assert [await submit(db, stamp, vo) for stamp, vo in requests if stamp in bad] == [None] * 4
     assert sum(map(len, (await logic.request_pilots(db, "lhcb", vos=["lhcb"])).values())) == 4
 
@@ -141,7 +141,9 @@ async def test_a_failed_call_is_one_failure_and_is_not_repeated_by_the_other_tas
         assert "connection reset by peer; the next checks will find out" in str(outcome)
     assert len(site.calls) == 1
     assert (await db.get_ce("ce"))["circuits"][CECall.SUBMIT]["failures"] == 1
-    assert await stamps_held(db) == {stamp for stamp, _ in requests}, "nobody knows: they keep their slots"
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}, (
+        "the outcome is unknown: they keep their slots"
+    )
     scripted.observations["ce"] = Observation(Observed.WAITING, reference="job.1")
     for vo in VOS:
         await logic.transition_pilot_states(db, vo)
@@ -218,7 +220,7 @@ async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: 
     outcomes = [first, *[await submit(db, stamp, vo) for stamp, vo in requests[1:]]]
     assert [type(outcome) for outcome in outcomes] == [int, CERefusedError, int, int, int]
     assert len(site.calls) == 1
-    assert await db.find_submission(bad) is None, "a refusal is told once"
+    assert await db.find_submission(bad) is None, "a refusal is reported once"
 
 
 async def test_submissions_of_a_dead_worker_are_resumed_by_their_stamps(db: MyPilotDB, site: Site) -> None:

@@ -99,7 +99,7 @@ async def test_one_vo_does_not_take_the_slots_of_another(db: MyPilotDB) -> None:
 
 async def test_slots_that_no_other_vo_wants_are_free_for_all(db: MyPilotDB) -> None:
     await db.add_ce("ce", 4, 1.0, vos=["lhcb", "dteam"])
-    # dteam asked once, long ago, and has not been heard of since.
+    # dteam requested pilots once, long ago, and none since.
     with clock.simulated(lambda: datetime.now(UTC) - timedelta(hours=1)):
         assert await request_pilots(db, "dteam", vos=["lhcb", "dteam"]) == {"ce": 2}
     for _ in range(4):

@@ -62,7 +62,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api_db_url: str) -> Any
     }.items():
         monkeypatch.setenv(f"DIRACX_{name}", value)
     application = create_app()
-    # Warm: the first reader would be told to come back later.
+    # Warm: the first reader would get a 503.
     application.dependency_overrides[ConfigSource.create].__self__.read()
     return application
 
@@ -159,12 +159,12 @@ ROUTES: list[tuple[str, str, Any]] = [
 
 @on_sqlite
 def test_P63_every_route_requires_a_token_a_known_vo_and_a_property(client: Any, as_: As) -> None:
-    nobody = [None, {"Authorization": "Bearer invalid"}]
-    strangers = [as_("unheard-of", SERVICE_ADMINISTRATOR), as_("lhcb", "GenericPilot")]
+    anonymous = [None, {"Authorization": "Bearer invalid"}]
+    strangers = [as_("unknown", SERVICE_ADMINISTRATOR), as_("lhcb", "GenericPilot")]
     for method, path, body in ROUTES:
         found = [
             client.request(method, API + path, json=body, headers=headers).status_code
-            for headers in (*nobody, *strangers, as_(), as_("lhcb", SERVICE_ADMINISTRATOR))
+            for headers in (*anonymous, *strangers, as_(), as_("lhcb", SERVICE_ADMINISTRATOR))
         ]
         assert found[:4] == [401, 401, 403, 403], path
         managing = path.startswith("/ces") and method == "POST"

@@ -198,7 +198,7 @@ async def test_P60_P61_three_vos_fill_ces_and_follow_their_pilots(db: MyPilotDB,
             for ce in await db.list_ces(vo=None):
                 assert ce["active"] == ce["capacity"], "every slot is filled, and not one more"
             submitted = await db.count_pilots()
-            # Nobody was left out of the shared one.
+            # No VO was left out of the shared one.
             assert all("reliable" in submitted[vo] for vo in VOS)
             await run(*(MyCheckPilotsTask(vo) for vo in VOS))
             await run(*(MyCheckPilotsTask(vo) for vo in VOS))

@@ -117,7 +117,7 @@ async def test_states_are_the_current_ones_of_the_ce_and_may_go_backwards() -> N
         "SUBMITTING",
         "RUNNING",
         "OTHER",
-        "NEVER HEARD",
+        "UNLISTED",
         "EXITINGLRMS",
         "RUNNING",
         "FINISHED",

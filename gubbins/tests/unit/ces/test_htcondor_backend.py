@@ -222,14 +222,14 @@ async def test_the_bindings_have_no_configuration_of_the_host_and_no_secrets(
     token.write_text("a.b.c\n")
     program = (
         "import json, os, pathlib\n"
-        "told = {name: value for name, value in os.environ.items() if 'CONDOR' in name or 'DIRACX' in name}\n"
-        "told['token'] = pathlib.Path(told['_CONDOR_SEC_TOKEN_DIRECTORY'], 'token').read_text()\n"
-        f"pathlib.Path({str(tmp_path / 'told')!r}).write_text(json.dumps(told))\n"
+        "seen = {name: value for name, value in os.environ.items() if 'CONDOR' in name or 'DIRACX' in name}\n"
+        "seen['token'] = pathlib.Path(seen['_CONDOR_SEC_TOKEN_DIRECTORY'], 'token').read_text()\n"
+        f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps(seen))\n"
         "print(json.dumps({'result': []}))"
     )
     backend = backend_with(program, tmp_path, token=token, configuration={"sec_default_encryption": "NEVER"})
     await backend.poll([PILOT])
-    seen = json.loads((tmp_path / "told").read_text())
+    seen = json.loads((tmp_path / "seen").read_text())
     assert seen.pop("token") == "a.b.c\n"
     assert seen["CONDOR_CONFIG"] == os.devnull
     assert seen["_CONDOR_SEC_CLIENT_AUTHENTICATION_METHODS"] == "IDTOKENS"
@@ -256,7 +256,7 @@ def test_files_are_spooled_once_unless_a_command_may_name_a_file_of_the_worker(
 
 
 def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
-    script = "trap 'echo told; sleep 0.1; exit 7' TERM; touch started; while :; do sleep 0.01; done"
+    script = "trap 'echo stopping; sleep 0.1; exit 7' TERM; touch started; while :; do sleep 0.01; done"
     settings = HTCondorSettings(collector="ce", default_script=script)
     for name, text in submission(settings, "ce", [PILOT])["files"].items():
         (tmp_path / name).write_text(text)
@@ -264,7 +264,7 @@ def test_a_cancelled_pilot_gets_sigterm_and_may_finish(tmp_path: Path) -> None:
         eventually((tmp_path / "started").exists, "it has started", 60)
         run.terminate()
         out, _ = run.communicate(timeout=60)
-    assert (run.returncode, out) == (7, "told\n")
+    assert (run.returncode, out) == (7, "stopping\n")
 
 
 def backend_with(

@@ -56,7 +56,7 @@ def served(queue: dict[str, Any], **rules: Any) -> bool:
         ({"tags": ["4GB"]}, {}, False),
         ({"tags": ["4GB"]}, {"max_memory_mb": 4095}, False),
         ({"tags": ["4GB"]}, {"max_memory_mb": 4096}, True),
-        ({"tags": ["a tag that nobody has described"]}, {"tags": ["GPU"], "processors": 64}, False),
+        ({"tags": ["a tag that is not described"]}, {"tags": ["GPU"], "processors": 64}, False),
         ({"tags": ["GPU", "8Processors"]}, {"tags": ["any"]}, True),
         ({"tags": ["GPU"]}, {"tags": ["ANY"], "required_tags": ["8Processors"]}, False),
         ({"tags": ["GPU"]}, {"tags": ["GPU"], "required_tags": ["Any"]}, True),

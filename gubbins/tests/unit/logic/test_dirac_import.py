@@ -250,8 +250,8 @@ def test_every_option_is_imported_or_listed() -> None:
     sections = []
 
     def add(section: Any, path: str) -> None:
-        section["Unheard"] = "of"
-        sections.append(f"{path}/Unheard")
+        section["Unknown"] = "of"
+        sections.append(f"{path}/Unknown")
         for name, value in section.items():
             if isinstance(value, dict):
                 add(value, f"{path}/{name}")

@@ -233,8 +233,8 @@ def every_route(app: Any) -> list[tuple[str, str]]:
 async def test_every_route_sends_the_security_headers_to_every_client(
     app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with browser(app) as nobody, signed_in(app) as wilma:
-        for client in (nobody, wilma):
+    async with browser(app) as anonymous, signed_in(app) as wilma:
+        for client in (anonymous, wilma):
             for method, path in every_route(app):
                 if path == "/sign-out":
                     continue

@@ -19,10 +19,10 @@ from diracx.tasks.web.dashboard import DashboardApp
 from redis.asyncio import Redis
 from support.dashboard_world import WRITER
 
-NOBODY = "127.0.0.1:1"
+NO_SERVER = "127.0.0.1:1"
 DATABASES = [
-    f"mysql+aiomysql://tasks:sesame@{NOBODY}/tasks",
-    f"postgresql+asyncpg://tasks:sesame@{NOBODY}/tasks",
+    f"mysql+aiomysql://tasks:sesame@{NO_SERVER}/tasks",
+    f"postgresql+asyncpg://tasks:sesame@{NO_SERVER}/tasks",
     "sqlite+aiosqlite:////nowhere/at/all.db",
 ]
 pytestmark = pytest.mark.leaves_keys("diracx:*")
@@ -77,7 +77,7 @@ async def test_without_the_database_of_dead_letters_the_rest_is_shown(
 
 
 async def test_without_redis_the_overview_reports_it() -> None:
-    async with dashboard(f"redis://{NOBODY}", None) as client:
+    async with dashboard(f"redis://{NO_SERVER}", None) as client:
         overview = await client.get("/")
         assert overview.status_code == 200
         assert "Redis does not respond" in overview.text
