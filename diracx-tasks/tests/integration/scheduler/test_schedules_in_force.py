@@ -28,6 +28,7 @@ from diracx.tasks.plumbing.scheduler.occurrences import iter_schedules
 from diracx.tasks.plumbing.schedules import TaskScheduleBase
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
+from support.raised_exceptions import RAISED
 from support.scheduled_tasks import (
     HOUR_MS,
     STREAM,
@@ -334,22 +335,61 @@ async def _is_gone(redis: Redis, key: str) -> bool:
     return not await redis.exists(key)
 
 
-async def test_P44_a_rule_that_raises_is_shown_and_does_not_affect_others(redis_url: str, redis: Redis) -> None:
-    class Broken(TaskScheduleBase):
-        fingerprint = "broken"
+PLACES = ("fingerprint", "first run", "later run", "constructor")
+
+
+def raising(what: str, where: str) -> type[PeriodicBaseTask]:
+    """A class that raises in one of the places where the scheduler runs code of its author."""
+
+    def raise_at(place: str) -> None:
+        if place == where:
+            raise RAISED[what]()
+
+    class Rule(TaskScheduleBase):
+        runs = 0
+
+        @property
+        def fingerprint(self) -> str:
+            raise_at("fingerprint")
+            return "now"
 
         def next_occurrence(self) -> datetime:
-            raise LookupError("no calendar")
+            self.runs += 1
+            raise_at("first run" if self.runs == 1 else "later run")
+            return datetime.now(UTC)
 
     class Lost(PeriodicBaseTask):
-        default_schedule = Broken()
+        default_schedule = Rule()
+
+        def __init__(self) -> None:
+            raise_at("constructor")
 
         async def execute(self) -> None: ...
 
-    async with scheduling(redis_url, Lost, Hourly):
-        found = await look(redis, Lost, Hourly)
-    assert (found["test:Lost"].state, found["test:Hourly"].state) == ("failing", "active")
-    assert found["test:Lost"].problem == "LookupError: no calendar"
+    return type(f"Lost{list(RAISED).index(what)}_{PLACES.index(where)}", (Lost,), {})
+
+
+def expected_state(what: str, where: str) -> str:
+    """A `ValueError` of a rule means that it has no further run."""
+    return "finished" if where.endswith("run") and issubclass(type(RAISED[what]()), ValueError) else "failing"
+
+
+@pytest.mark.leaves_keys(STREAM)
+async def test_P44_code_of_users_that_raises_anything_is_shown_and_does_not_affect_others(
+    redis_url: str, redis: Redis
+) -> None:
+    lost = {raising(what, where): expected_state(what, where) for what in RAISED for where in PLACES}
+    failing = list(lost.values()).count("failing")
+    async with scheduling(redis_url, *lost, Hourly):
+        await until(lambda: _has(redis, keys.PROBLEMS, failing))
+        found = await look(redis, *lost, Hourly)
+    assert {each: str(found[f"test:{each.__name__}"].state) for each in lost} == lost
+    assert found["test:Hourly"].state == "active"
+    assert found["test:Lost0_0"].problem == "Panic: "
+
+
+async def _has(redis: Redis, key: str, number: int) -> bool:
+    return await redis.hlen(key) == number
 
 
 async def test_instances_have_ids_arguments_and_schedules_of_their_own(redis_url: str, redis: Redis) -> None:

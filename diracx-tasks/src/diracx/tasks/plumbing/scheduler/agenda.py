@@ -19,7 +19,9 @@ class Agenda:
         failed: called with the schedule and the exception; must defer the schedule.
     """
 
-    def __init__(self, make: Callable[[str, int], Occurrence], failed: Callable[[str, Exception], None]) -> None:
+    def __init__(
+        self, make: Callable[[str, int], Occurrence], failed: Callable[[str, BaseException], None]
+    ) -> None:
         self._make = make
         self._failed = failed
         self._dues: dict[str, int] = {}
@@ -98,7 +100,7 @@ class Agenda:
     def _try_to_make(self, schedule: str, due_ms: int) -> Occurrence | None:
         try:
             occurrence = self._prepared[schedule] = self._make(schedule, due_ms)
-        except Exception as error:
+        except BaseException as error:  # code of the task class may raise anything
             self._failed(schedule, error)
             return None
         return occurrence

@@ -80,7 +80,7 @@ class ScheduledTask:
             if due_ms <= max(in_ms(latest[key]), in_ms(now)):
                 return None
             return in_ms(self._first_in_phase(datetime.fromtimestamp(due_ms / 1000, UTC), now))
-        except Exception:
+        except BaseException:
             return None  # the rule has ended, or fails: reported when the schedule is due
 
     def next_run_after(self, moment: datetime, now: datetime) -> datetime | None:

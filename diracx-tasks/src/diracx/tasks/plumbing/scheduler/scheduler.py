@@ -20,6 +20,7 @@ from ..broker.listening import listening
 from ..broker.models import in_ms
 from ..broker.server_check import Role
 from ..config import TasksConfig, load_tasks_config
+from ..messages.error_info import describe_exception, one_line
 from ..registry import TaskRegistry, load_task_registry
 from ..submission.client import Binding
 from .agenda import Agenda
@@ -304,7 +305,7 @@ class TaskScheduler:
                 elif (due_ms := scheduled.corrected_ms(planned.get(scheduled.id), now, latest)) is not None:
                     changed.append({"id": scheduled.id, "fingerprint": fingerprint, "due": due_ms})
                     replanned.append(scheduled.id)
-            except Exception as error:
+            except BaseException as error:  # rules may be those of users
                 self._report(scheduled.id, error)
                 del self._scheduled[scheduled.id]
                 self._plan_again_at = time.monotonic() + _RETRY_SECONDS
@@ -389,7 +390,7 @@ class TaskScheduler:
             return True
         try:
             scheduled.set_next(occurrence, now_ms)
-        except Exception as error:
+        except BaseException as error:
             self._failed(schedule, error)
             return False
         return True
@@ -470,14 +471,15 @@ class TaskScheduler:
 
     # --- problems ---------------------------------------------------------------------------------------
 
-    def _failed(self, schedule: str, error: Exception) -> None:
+    def _failed(self, schedule: str, error: BaseException) -> None:
         self._count(schedule, None)
         self._report(schedule, error)
         self._agenda.defer(schedule, _RETRY_SECONDS)
 
-    def _report(self, schedule: str, error: Exception) -> None:
-        logger.error("%s cannot be submitted; trying again in %g s", schedule, _RETRY_SECONDS, exc_info=error)
-        self._problems[schedule] = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
+    def _report(self, schedule: str, error: BaseException) -> None:
+        traceback = describe_exception(error)["traceback"]
+        logger.error("%s cannot be submitted; trying again in %g s\n%s", schedule, _RETRY_SECONDS, traceback)
+        self._problems[schedule] = one_line(error)[:_LONGEST_PROBLEM]
 
     def _defer(self, schedule: str, problem: str) -> None:
         self._count(schedule, None)
