@@ -22,6 +22,7 @@ from diracx.tasks.plumbing.config import check_config, checked_tasks_config
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.plumbing.registry import TaskRegistry
 from pydantic import BaseModel, field_validator
+from support.raised_exceptions import RAISED
 
 VOS = ["lhcb", "cms"]
 
@@ -159,6 +160,20 @@ def test_arguments_that_the_class_does_not_accept_are_all_reported():
         "common.Model.instances.e.args.number: Model: input should be a valid integer, given '2'",
         "common.Model.instances.f.args: Model: argument 'number': must be even, given 3",
     ]
+
+
+@pytest.mark.parametrize("what", RAISED.keys() - {"no name", "no class"})
+def test_a_class_that_raises_anything_is_an_error_of_its_instance(what: str) -> None:
+    class Raising(PeriodicBaseTask):
+        default_schedule = IntervalSeconds(60)
+
+        def __init__(self, number: int) -> None:
+            raise RAISED[what]()
+
+    common = {"Raising": {"instances": {"a": {"args": {"number": 1}}}}}
+    config = SimpleNamespace(systems={"Tasks": {"common": common}})
+    with pytest.raises(TaskConfigError, match=r"common\.Raising\.instances\.a\.args: Raising: \S"):
+        checked_tasks_config(TaskRegistry.of({"test:Raising": Raising}), VOS, config=config)
 
 
 def test_a_vo_is_validated_with_its_merged_settings():

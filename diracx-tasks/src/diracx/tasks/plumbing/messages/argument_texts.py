@@ -45,5 +45,9 @@ def one_line(exc: BaseException, prefix: str = "", given: Any = REQUIRED) -> str
             where = f"{where}: " if where else ""
         message = error["msg"].removeprefix("Value error, ")
         return f"{where}{message[:1].lower()}{message[1:]}, given {shown(error['input'])}"
-    text = " ".join(str(exc).split()) or type(exc).__name__
+    try:
+        text = " ".join(str(exc).split()) if isinstance(exc, Exception) else ""  # a number, of SystemExit
+    except BaseException:
+        text = ""
+    text = text or type(exc).__name__
     return text if given is REQUIRED else f"{prefix}: {text}, given {shown(given)}"

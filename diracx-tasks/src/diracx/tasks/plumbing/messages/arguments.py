@@ -195,7 +195,7 @@ class TaskSignature:
         return found + [value for name, value in kwargs.items() if self.aliases.get(name, name) in self.secret]
 
     def refusal(
-        self, exc: Exception, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, exc: BaseException, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> TaskArgumentsError:
         """Make the error for arguments that the class does not accept."""
         from pydantic import ValidationError

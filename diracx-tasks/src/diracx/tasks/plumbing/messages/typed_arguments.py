@@ -25,7 +25,7 @@ def check_arguments(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]
         signature.check_complete(bound)
         task: T = signature.check(bound, rest)
         checked_arguments(task)
-    except Exception as exc:
+    except BaseException as exc:  # the constructor may raise anything
         raise signature.refusal(exc, "argument ", args, kwargs) from (None if signature.secret else exc)
     return task
 
