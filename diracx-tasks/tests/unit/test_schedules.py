@@ -108,7 +108,11 @@ class TestCron:
         assert [when.day for when in series(schedule, utc(2026, 3, 28, 12), 2)] == [29, 30]
 
     @pytest.mark.parametrize(
-        "expression", ["", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None]
+        "expression",
+        [
+            *("", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None),
+            *("0 9-9 * * *", "0 0 * * 1,fri-fri", "5-5/2 * * * *"),  # every value for croniter
+        ],
     )
     def test_an_invalid_expression_is_refused_at_its_definition_and_named(self, expression):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below

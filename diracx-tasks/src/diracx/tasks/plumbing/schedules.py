@@ -150,7 +150,8 @@ _CRON_YEARS = 130
 class CronSchedule(_RuleSchedule):
     """Cron expression of five fields (six with seconds last), or a nickname such as `@hourly`.
 
-    If both day of month and day of week are given, one of them must match, as in Vixie cron.
+    If both day of month and day of week are given, one of them must match, as in Vixie cron; `*/2` counts as
+    given, unlike there.
 
     It is in UTC, or in the IANA zone `timezone`. In a repeated hour at the end of daylight-saving time, an
     expression with a rhythm continues: one with a `*`, a range or a step as hours, or a `*` as minutes. One with
@@ -168,6 +169,9 @@ class CronSchedule(_RuleSchedule):
         if re.search(r"(^|\s)[RrHh]\b", expression):
             # Random fields of croniter would have another value after each restart.
             raise ValueError(f"bad cron expression {expression!r}: random or hashed fields are not supported")
+        if found := re.search(r"(?<![^\s,])(\w+)-\1(?![^\s,/])", expression):
+            # croniter reads it as every value, other crons as one.
+            raise ValueError(f"bad cron expression {expression!r}: write {found[1]!r} instead of {found[0]!r}")
         super().__init__(expression, timezone)
         self.expression = expression
         try:
