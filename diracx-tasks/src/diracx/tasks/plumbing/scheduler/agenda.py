@@ -30,7 +30,8 @@ class Agenda:
         self._unprepared: list[tuple[int, str]] = []
         self._prepared: dict[str, Occurrence] = {}
         self._deferred: dict[str, tuple[float, int]] = {}
-        self._paused: dict[str, int] = {}
+        self.paused: dict[str, int] = {}
+        """Due time (ms) of each due schedule that is paused."""
 
     def load(self, next_runs: Iterable[tuple[str, int]]) -> None:
         """Set the due times of schedules (ms)."""
@@ -65,19 +66,14 @@ class Agenda:
 
     def pause(self, schedule: str) -> None:
         """Note that a schedule is paused."""
-        self._paused[schedule] = self._dues[schedule]
+        self.paused[schedule] = self._dues[schedule]
         self.forget(schedule)
-
-    @property
-    def has_paused(self) -> bool:
-        """True if a due schedule is paused."""
-        return bool(self._paused)
 
     def resume_except(self, paused: Iterable[str]) -> None:
         """Resume all paused schedules but these."""
         still_paused = set(paused)
-        for schedule in [schedule for schedule in self._paused if schedule not in still_paused]:
-            self.note(schedule, self._paused.pop(schedule))
+        for schedule in [schedule for schedule in self.paused if schedule not in still_paused]:
+            self.note(schedule, self.paused.pop(schedule))
 
     # --- preparation and submission ----------------------------------------------------------------------
 

@@ -265,7 +265,7 @@ class TaskScheduler:
         self._promote_at = 0.0
         await self._poll_clock()
         self._agenda.requeue()
-        if self._agenda.has_paused:
+        if self._agenda.paused:
             self._agenda.resume_except(await scheduling.paused_schedules(self._broker.redis))
         return True
 
