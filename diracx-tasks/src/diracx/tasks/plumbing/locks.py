@@ -91,7 +91,7 @@ class BaseLock(ABC):  # noqa: B024  # subclasses may have abstract methods
         """Renew the lock to its full time to live. Returns False if it is lost, or has no time to live."""
         from .broker import locking
 
-        if not self._kind:
+        if not hasattr(self, "ttl_ms"):
             return False
         return not self.enabled or (await locking.extend(redis, [self.spec()]))[0]
 
@@ -136,10 +136,6 @@ class SharedRWLock(BaseLock):
 
     _kind = "shared"
     _prefix = LOCK_KINDS[_kind].prefix
-
-    async def extend(self, redis: Redis) -> bool:
-        """Return False: a shared lock has no time to live."""
-        return False
 
 
 def _check_whole(lock: BaseLock, name: str, number: float) -> None:
@@ -198,10 +194,6 @@ class RateLimiter(BaseLimiter):
 
     async def release(self, redis: Redis) -> None:
         """No effect: used quota is not returned."""
-
-    async def extend(self, redis: Redis) -> bool:
-        """Return False: a rate limiter has no time to live."""
-        return False
 
 
 class ConcurrencyLimiter(BaseLimiter, _ExpiringLock):
