@@ -11,6 +11,7 @@ from diracx.tasks.plumbing.plugins import load_plugin
 from pydantic import BaseModel, ValidationError
 
 from gubbins.domain.exceptions import CESettingsError
+from gubbins.domain.rules import OF_VOS
 
 from .protocol import CEBackend, CEDescription, CESettings
 
@@ -43,10 +44,6 @@ def load_backend(name: str) -> type[CEBackend[Any]]:
     raise CESettingsError(
         [("backend", f"unknown back end {name!r}, installed are {', '.join(available_backends())}")]
     )
-
-
-OF_VOS = "vos"
-"""Key of the settings for the settings of VOs."""
 
 
 def settings_for(settings: Mapping[str, Any], vo: str | None) -> dict[str, Any]:

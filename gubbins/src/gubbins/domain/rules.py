@@ -165,6 +165,10 @@ class CERules(BaseModel):
         }
 
 
+OF_VOS = "vos"
+"""Setting with the settings that differ for a VO: {VO: {setting: value}}."""
+
+
 def serves(vos: Sequence[str] | None, vo: str) -> bool:
     """True if a compute element that lists `vos` takes pilots of `vo`; None serves all."""
     return vos is None or vo in vos

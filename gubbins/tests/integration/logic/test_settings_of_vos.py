@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
+from support.moving_clock import Clock
 
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
 from gubbins.ces.protocol import CESettings
@@ -27,7 +30,11 @@ class AccountBackend(CEBackend[AccountSettings]):
     Settings = AccountSettings
     calls: ClassVar[list[tuple[str, str, list[str]]]] = []
 
+    expired: ClassVar[str] = ""  # account
+
     def _note(self, call: str, pilots: Sequence[PilotAtCE]) -> None:
+        if self.settings.account == self.expired:
+            raise PermissionError("the proxy has expired")
         self.calls.append((call, self.settings.account, sorted({pilot.vo for pilot in pilots})))
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
@@ -64,6 +71,7 @@ ACCOUNTS = {"lhcb": "prod", "dteam": "test", "gridpp": "shared"}
 def backend(install_backend: Any) -> type[AccountBackend]:
     install_backend("account", AccountBackend)
     AccountBackend.calls.clear()
+    AccountBackend.expired = ""
     return AccountBackend
 
 
@@ -109,6 +117,52 @@ async def test_vos_without_their_own_settings_are_combined(
     stamps = {vo: await db.add_requests("ce", vo=vo, count=2) for vo in VOS}
     await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps["lhcb"][0])
     assert backend.calls == [("submit", "shared", sorted(VOS))]
+
+
+@pytest.mark.parametrize("call", ["status", "submit"])
+async def test_expired_credentials_of_a_vo_stop_no_other_vo(
+    db: MyPilotDB, backend: type[AccountBackend], time: Clock, call: str
+) -> None:
+    await logic.load_ces(db, parse_ce_file(FILE))
+    await logic.submit_pilot(db, "ce", "lhcb")
+    backend.expired = "prod"
+
+    async def make_call() -> None:
+        if call == "status":
+            await logic.transition_pilot_states(db, "lhcb")
+        else:
+            with contextlib.suppress(logic.PilotSubmissionError):
+                await logic.submit_pilot(db, "ce", "lhcb")
+
+    async def requests(vo: str) -> bool:
+        requested = await logic.request_pilots(db, vo, vos=VOS)
+        for name, stamps in requested.items():
+            await logic.withdraw_requests(db, name, stamps)
+        return requested != {}
+
+    for _ in range(7):  # a pause until 240 s has begun
+        await make_call()
+        time.at += timedelta(seconds=30)
+    assert not await requests("lhcb")
+    # The polls of the other VO clear nothing for this one, nor do its failures stop anything there.
+    for _ in range(2):
+        assert await requests("dteam")
+        await logic.submit_pilot(db, "ce", "dteam")
+        assert await logic.transition_pilot_states(db, "dteam")
+        assert not await requests("lhcb")
+        await make_call()
+    for vo, failing in (("lhcb", True), ("dteam", False), (None, True)):
+        [ce] = await logic.list_ces(db, vo)
+        assert (ce["circuits"][call]["state"] != "closed") is failing, vo
+        assert "the proxy has expired" in ce["last_error"]
+    # The next probe finds out that the credentials were renewed, although the other VO has pilots and requests.
+    backend.expired = ""
+    time.at += timedelta(minutes=16)
+    await db.add_requests("ce", vo="dteam", count=1)
+    await logic.transition_pilot_states(db, "lhcb")
+    assert await requests("lhcb")
+    await logic.submit_pilot(db, "ce", "lhcb")
+    assert (await logic.get_ce(db, "ce"))["circuits"][call]["failures"] == 0
 
 
 def test_a_setting_of_every_vo_needs_no_common_value() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, update
 
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
@@ -19,22 +19,25 @@ MAX_DOUBLINGS = 32
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
+def _is_circuit(ce_name: str, call: CECall, vo: str) -> ColumnElement[bool]:
+    return and_(CECircuits.ce_name == ce_name, CECircuits.call == call, CECircuits.vo == vo)
+
+
 class CircuitsMixin(PilotSession):
     """Statements about circuit breakers."""
 
     @transaction
-    async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float) -> bool:
+    async def enter_circuit(self, ce_name: str, call: CECall, *, probe_seconds: float, vo: str = "") -> bool:
         """Acquire permission for a call; True: granted.
 
         Of a half-open circuit one caller at a time may make the probe, which expires after `probe_seconds`.
         """
-        now = clock.now()
+        now, where = clock.now(), _is_circuit(ce_name, call, vo)
         await self.lock_ces([ce_name])
         claimed = await self.conn.execute(
             update(CECircuits)
             .where(
-                CECircuits.ce_name == ce_name,
-                CECircuits.call == call,
+                where,
                 CECircuits.open_until <= now,
                 or_(CECircuits.probe_until.is_(None), CECircuits.probe_until <= now),
             )
@@ -42,9 +45,7 @@ class CircuitsMixin(PilotSession):
         )
         if claimed.rowcount:
             return True
-        open_until = await self.conn.execute(
-            select(CECircuits.open_until).where(CECircuits.ce_name == ce_name, CECircuits.call == call)
-        )
+        open_until = await self.conn.execute(select(CECircuits.open_until).where(where))
         return open_until.scalar_one_or_none() is None
 
     @transaction
@@ -58,6 +59,7 @@ class CircuitsMixin(PilotSession):
         pause_seconds: float,
         max_pause_seconds: float,
         requested_pause_seconds: float = 0,
+        vo: str = "",
     ) -> Circuit:
         """Record a failed call, and return its circuit.
 
@@ -69,8 +71,8 @@ class CircuitsMixin(PilotSession):
         # Locks the compute element.
         if not await self._update_ce(ce_name, last_error=message, last_error_at=now):
             return Circuit()
-        where = (CECircuits.ce_name == ce_name, CECircuits.call == call)
-        row = (await self.conn.execute(select(*_COLUMNS).where(*where))).one_or_none()
+        where = _is_circuit(ce_name, call, vo)
+        row = (await self.conn.execute(select(*_COLUMNS).where(where))).one_or_none()
         before = Circuit() if row is None else Circuit(*row)
         if before.state(now) is CircuitState.OPEN:
             after = replace(before, last_error=message, last_error_at=now)
@@ -82,23 +84,26 @@ class CircuitsMixin(PilotSession):
             after = Circuit(count, open_until, None, message, now)
         values = asdict(after)
         if row is None:
-            await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, **values))
+            await self.conn.execute(insert(CECircuits).values(ce_name=ce_name, call=call, vo=vo, **values))
         else:
-            await self.conn.execute(update(CECircuits).where(*where).values(**values))
+            await self.conn.execute(update(CECircuits).where(where).values(**values))
         return after
 
     @transaction
-    async def record_success(self, ce_name: str, call: CECall) -> None:
+    async def record_success(self, ce_name: str, call: CECall, *, vo: str = "") -> None:
         """Record a successful call: close its circuit, and clear its error."""
         await self.lock_ces([ce_name])
-        await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name, CECircuits.call == call))
+        await self.conn.execute(delete(CECircuits).where(_is_circuit(ce_name, call, vo)))
         await self._restore_last_error(ce_name)
 
-    async def _circuits(self, ce_name: str | None) -> dict[tuple[str, CECall], Circuit]:
-        """Read the circuits (of one compute element, or all) with failures since the last success."""
-        statement = select(CECircuits.ce_name, CECircuits.call, *_COLUMNS)
+    async def _circuits(self, ce_name: str | None) -> dict[tuple[str, CECall], dict[str, Circuit]]:
+        """Read the circuits (of one compute element, or all) with failures since the last success, by VO."""
+        statement = select(CECircuits.ce_name, CECircuits.call, CECircuits.vo, *_COLUMNS)
         statement = statement.where(*if_given(CECircuits.ce_name, ce_name))
-        return {(row[0], row[1]): Circuit(*row[2:]) for row in await self.conn.execute(statement)}
+        circuits: dict[tuple[str, CECall], dict[str, Circuit]] = {}
+        for name, call, vo, *values in await self.conn.execute(statement):
+            circuits.setdefault((name, call), {})[vo] = Circuit(*values)
+        return circuits
 
     async def _delete_circuits(self, ce_name: str) -> None:
         """Close all circuits of a compute element, and reset its quota and count of missing pilots."""
@@ -107,7 +112,7 @@ class CircuitsMixin(PilotSession):
 
     async def _restore_last_error(self, ce_name: str) -> None:
         """Set the last error of a compute element to the latest one of its circuits."""
-        circuits = (await self._circuits(ce_name)).values()
+        circuits = [each for of_vos in (await self._circuits(ce_name)).values() for each in of_vos.values()]
         latest = max(circuits, key=lambda each: each.last_error_at or _NEVER, default=Circuit())
         errors = {"last_error": latest.last_error, "last_error_at": latest.last_error_at}
         await self._update_ce(ce_name, ComputeElements.last_error.is_not(None), **errors)

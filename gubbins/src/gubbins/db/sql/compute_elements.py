@@ -15,7 +15,7 @@ from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit
 from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
-from gubbins.domain.rules import serves
+from gubbins.domain.rules import OF_VOS, serves
 
 from .circuits import CircuitsMixin
 from .downtimes import DowntimesMixin, is_in_downtime
@@ -149,26 +149,32 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         return banned
 
     @transaction
-    async def get_ce(self, name: str) -> dict[str, Any]:
+    async def get_ce(self, name: str, vo: str | None = None) -> dict[str, Any]:
         """Get one compute element with its `circuits` and current `downtime`.
 
-        Also with the numbers of its `active` and `missing` pilots, of all VOs, and of its `available_slots`.
+        Also with the numbers of its `active` and `missing` pilots, of all VOs, and of its `available_slots`. Where
+        VOs have their own settings, each has its own circuits: then `circuits_of` is the VO, and `polled` the
+        number of its active pilots, whose polls close them.
+
+        Args:
+            vo: VO of the circuits; None: of all VOs the circuit with most failures.
 
         Raises:
             UnknownCEError: there is no such compute element.
         """
-        if not (found := await self._read_ces(name)):
+        if not (found := await self._read_ces(name, vo)):
             raise UnknownCEError(name)
         return found[0]
 
     @transaction
-    async def list_ces(self, *, vo: str | None = None) -> list[dict[str, Any]]:
-        """List the compute elements (of one VO, or all) by name, each as `get_ce`."""
-        return [ce for ce in await self._read_ces() if vo is None or serves(ce["vos"], vo)]
+    async def list_ces(self, *, vo: str | None = None, serving: bool = True) -> list[dict[str, Any]]:
+        """List the compute elements by name, each as `get_ce`; `serving`: only those that serve the VO."""
+        return [ce for ce in await self._read_ces(None, vo) if vo is None or not serving or serves(ce["vos"], vo)]
 
-    async def _read_ces(self, name: str | None = None) -> list[dict[str, Any]]:
+    async def _read_ces(self, name: str | None, vo: str | None) -> list[dict[str, Any]]:
         now = clock.now()
-        statement = _SELECT_CE.where(*if_given(ComputeElements.name, name))
+        polled = count_active_at(ComputeElements.name).where(*if_given(Pilots.vo, vo)).scalar_subquery()
+        statement = _SELECT_CE.add_columns(polled.label("polled")).where(*if_given(ComputeElements.name, name))
         statement = statement.outerjoin(CEDowntimes, is_in_downtime(ComputeElements.name, now))
         # Of several downtimes the one that ends last replaces the others.
         statement = statement.order_by(ComputeElements.name, CEDowntimes.ends_at)
@@ -179,14 +185,22 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
             ce["downtime"] = None if downtime.id is None else downtime
             # Not negative, although the capacity may have been lowered.
             ce["available_slots"] = max(0, ce["capacity"] - ce["active"])
-            own = {str(call): circuits.get((ce["name"], call), Circuit()) for call in CECall}
-            ce["circuits"] = {call: circuit.as_dict(now) for call, circuit in own.items()}
+            own = OF_VOS in ce["settings"]
+            ce["circuits_of"] = vo if own and vo is not None else ""
+            ce["polled"] = ce["polled" if own else "active"]
+            ce["circuits"] = {}
+            for call in CECall:
+                of_vos = circuits.get((ce["name"], call), {})
+                shown = list(of_vos.values()) if vo is None else [of_vos.get(ce["circuits_of"], Circuit())]
+                worst = max(shown, key=lambda each: each.failures, default=Circuit())
+                ce["circuits"][str(call)] = worst.as_dict(now)
         return list(found.values())
 
     @transaction
-    async def count_active(self, name: str) -> int:
-        """Count the active pilots of all VOs at the compute element."""
-        return int((await self.conn.execute(count_active_at(name))).scalar_one())
+    async def count_active(self, name: str, vo: str | None = None) -> int:
+        """Count the active pilots (of one VO, or all) at the compute element."""
+        statement = count_active_at(name).where(*if_given(Pilots.vo, vo))
+        return int((await self.conn.execute(statement)).scalar_one())
 
     @transaction
     async def record_quota(self, name: str) -> int:

@@ -113,6 +113,8 @@ class CECircuits(MyPilotDBBase):
         "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
     )
     call: Mapped[CECall] = mapped_column("CallKind", _choice(CECall, "circuit_call"), primary_key=True, key="call")
+    # VO of the calls, at a compute element where VOs have their own settings; else empty.
+    vo: Mapped[str] = mapped_column("VO", _VO, primary_key=True, default="", key="vo")
     # Consecutive failures.
     failures: Mapped[int] = mapped_column("Failures", Integer, key="failures")
     # End of the pause; NULL: there were too few failures for one.

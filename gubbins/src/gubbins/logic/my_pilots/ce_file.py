@@ -8,9 +8,9 @@ from typing import Annotated, Any, TypeGuard
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gubbins.ces.registry import OF_VOS, problem_of, validate_all_settings
+from gubbins.ces.registry import problem_of, validate_all_settings
 from gubbins.domain.exceptions import CEFileError, CESettingsError
-from gubbins.domain.rules import CERules, VORules
+from gubbins.domain.rules import OF_VOS, CERules, VORules
 from gubbins.domain.text import one_line
 
 CE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"

@@ -145,7 +145,7 @@ async def _start_polls(db: MyPilotDB, vo: str, all_but: Collection[str]) -> _Pol
         return {}
     requests = [
         PollRequest(ce, vo, by_ce[ce["name"]])
-        for ce in await db.list_ces()
+        for ce in await db.list_ces(vo=vo, serving=False)
         if ce["name"] in by_ce and await acquire_call(db, ce, CECall.STATUS)
     ]
     return {asyncio.create_task(_poll(request)): request for request in requests}

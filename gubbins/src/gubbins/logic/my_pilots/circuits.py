@@ -33,7 +33,7 @@ def submission_blocker(ce: Mapping[str, Any]) -> CEPausedError | None:
         blocker = CEPausedError(name, f"quota of the site: {ce['quota']}")
     elif (missing := missing_pilots(ce)) is not None:
         blocker = CEPausedError(name, missing)
-    elif status["failures"] and (_is_backing_off(ce) or ce["active"]):
+    elif status["failures"] and (_is_backing_off(ce) or ce["polled"]):
         blocker = CEPausedError(name, "its status cannot be read", status["last_error"])
     elif submit["state"] is CircuitState.OPEN:
         until = f"{submit['open_until']:%H:%M:%S} UTC"
@@ -97,7 +97,7 @@ async def acquire_submission(db: MyPilotDB, ce: Mapping[str, Any]) -> bool:
     """
     if ce["circuits"][CECall.STATUS]["failures"]:
         await db.lock_ces([ce["name"]])
-        if await db.count_active(ce["name"]):
+        if await db.count_active(ce["name"], ce["circuits_of"] or None):
             return False
     return await acquire_call(db, ce, CECall.SUBMIT)
 
@@ -110,7 +110,7 @@ async def acquire_call(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> bo
     if circuit["state"] is CircuitState.CLOSED:
         return True
     probe_seconds = rules_of(ce).timeout_seconds * _PROBE_TIMEOUTS
-    return await db.enter_circuit(ce["name"], call, probe_seconds=probe_seconds)
+    return await db.enter_circuit(ce["name"], call, probe_seconds=probe_seconds, vo=ce["circuits_of"])
 
 
 async def record_call_failure(
@@ -118,7 +118,8 @@ async def record_call_failure(
 ) -> None:
     """Record a failed call; an error of a site that requests a pause opens the circuit at once."""
     seconds = error.requested_pause_seconds if isinstance(error, CEUnavailableError) else 0
-    await db.record_failure(ce["name"], call, message, **rules_of(ce).breaker, requested_pause_seconds=seconds)
+    breaker = {**rules_of(ce).breaker, "requested_pause_seconds": seconds, "vo": ce["circuits_of"]}
+    await db.record_failure(ce["name"], call, message, **breaker)
 
 
 async def record_call_success(db: MyPilotDB, ce: Mapping[str, Any], call: CECall) -> None:
@@ -126,4 +127,4 @@ async def record_call_success(db: MyPilotDB, ce: Mapping[str, Any], call: CECall
     others = [circuit for name, circuit in ce["circuits"].items() if name != call]
     stale_error = ce["last_error"] is not None and not any(circuit["failures"] for circuit in others)
     if ce["circuits"][call]["failures"] or stale_error:
-        await db.record_success(ce["name"], call)
+        await db.record_success(ce["name"], call, vo=ce["circuits_of"])

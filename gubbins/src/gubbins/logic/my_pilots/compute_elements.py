@@ -40,7 +40,7 @@ async def get_ce(db: MyPilotDB, name: str, vo: str | None = None) -> dict[str, A
     Raises:
         UnknownCEError: there is no such compute element, or it does not serve the VO.
     """
-    ce = await db.get_ce(name)
+    ce = await db.get_ce(name, vo)
     if vo is not None and not serves(ce["vos"], vo):
         raise UnknownCEError(name)
     rules = rules_of(ce) if vo is None else rules_of(ce).of(vo)
@@ -130,6 +130,7 @@ def redact_ce(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_last_error(ce: Mapping[str, Any]) -> dict[str, Any]:
     """Set the last error to invalid rules, missing pilots or the quota, if one of them stops submissions."""
+    ce = {key: value for key, value in ce.items() if key not in ("circuits_of", "polled")}
     if (problem := rules_error(ce)) is None:
         quota = None if quota_limit(ce) is None else f"quota of the site: {ce['quota']}"
         return {**ce, "last_error": missing_pilots(ce) or quota or ce["last_error"]}

@@ -100,6 +100,7 @@ class _Situation:
     now: datetime
     held: Counter[tuple[str, str]]  # active pilots and requests, by (compute element, VO)
     submitted: Counter[tuple[str, str]]  # SUBMITTED pilots and requests, by (compute element, VO)
+    requests: Counter[tuple[str, str]]  # by (compute element, VO)
     pending: Counter[str]  # requests of all VOs, by compute element
     active: Counter[str]  # active pilots of all VOs, by compute element
     demand: Mapping[tuple[str, str], Demand]
@@ -122,8 +123,6 @@ class _Situation:
         limit = quota_limit(ce)
         room = (ce["capacity"] if limit is None else limit) - self.active[name] - self.pending[name]
         room = min(room, MAX_REQUESTS - self.pending[name])
-        if half_open(ce):
-            room = min(room, 1 - self.pending[name])
         if rules.max_per_cycle is not None:
             wanted = min(wanted, rules.max_per_cycle)
         of_all = rules_of(ce)
@@ -141,6 +140,8 @@ class _Situation:
             fraction = rules.share / sum(of_all.of(other).share for other in served)
             missing = math.ceil(ce["capacity"] * fraction) - self.held[name, self.vo]
             part = min(part, max(missing, math.ceil(room * fraction)))
+        if half_open(ce):
+            part = min(part, 1 - (self.requests[name, self.vo] if ce["circuits_of"] else self.pending[name]))
         return max(0, part)
 
     def _sharer(self, name: str, vo: str, share: float, wanted: int) -> Sharer:
@@ -158,7 +159,7 @@ async def _read_situation(
     db: MyPilotDB, vo: str, vos: Collection[str], served: Mapping[str, Mapping[str, Any]]
 ) -> _Situation:
     now = clock.now()
-    requests = await db.pending_requests(since=now - REQUEST_LIFETIME)
+    requests = Counter(await db.pending_requests(since=now - REQUEST_LIFETIME))
     slots = await db.count_slots()
     held, submitted = Counter(requests), Counter(requests)
     pending: Counter[str] = Counter()
@@ -175,7 +176,7 @@ async def _read_situation(
         for (name, owner), count in submitted.items()
         if owner == vo and name in served and served[name]["banned_at"] is None
     }
-    return _Situation(vo, vos, now, held, submitted, pending, active, await db.get_demand(), waiting)
+    return _Situation(vo, vos, now, held, submitted, requests, pending, active, await db.get_demand(), waiting)
 
 
 async def _cancel_surplus(

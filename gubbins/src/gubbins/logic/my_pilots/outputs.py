@@ -57,7 +57,8 @@ async def collect_outputs(db: MyPilotDB, vo: str, *, per_ce: int = COLLECTED_PER
     waiting = await db.ces_with_queued_outputs(vo=vo)
     if not waiting:
         return 0
-    ces = [ce for ce in await db.list_ces() if ce["name"] in waiting and is_reachable(ce)]
+    ces = await db.list_ces(vo=vo, serving=False)
+    ces = [ce for ce in ces if ce["name"] in waiting and is_reachable(ce)]
     return sum(await asyncio.gather(*(_collect(db, vo, ce, per_ce) for ce in ces)))
 
 
@@ -173,7 +174,7 @@ async def fetch_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any
         OutputUnavailableError: there is no output, or it was removed.
         CEUnavailableError: the compute element does not respond.
     """
-    ce = await db.get_ce(pilot["ce_name"])
+    ce = await db.get_ce(pilot["ce_name"], pilot["vo"])
     if not is_reachable(ce):
         raise CEUnavailableError(
             f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {ce['name']}`"

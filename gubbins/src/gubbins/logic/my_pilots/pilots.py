@@ -69,7 +69,7 @@ async def cancel_pilot(db: MyPilotDB, pilot_id: int, *, by: str, send_now: bool 
         if pilot["status"] not in ACTIVE:
             raise PilotEndedError(pilot_id, pilot["status"])
         await db.request_cancels([(pilot_id, f"cancellation requested by {one_line(by)}")])
-        return pilot, await db.get_ce(pilot["ce_name"])
+        return pilot, await db.get_ce(pilot["ce_name"], pilot["vo"])
 
     pilot, ce = await db.run(request)
     target = at_ce(pilot)._replace(cancel_requested=True)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gubbins.ces import CEBackend, PilotAtCE
-from gubbins.ces.registry import OF_VOS
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.exceptions import CERefusedError, PilotSubmissionError
-from gubbins.domain.rules import rules_of, serves
+from gubbins.domain.rules import OF_VOS, rules_of, serves
 
 from .circuits import half_open, quota_limit
 from .identity import with_identities

@@ -80,7 +80,7 @@ async def open_for_submission(
     Raises:
         PilotSubmissionError: a subclass for each reason.
     """
-    ce = await db.get_ce(ce_name)
+    ce = await db.get_ce(ce_name, vo)
     if not serves(ce["vos"], vo):  # before any of its errors is shown
         raise VONotServedError(ce_name, vo)
     if ce["enabled"] and (obstacle := submission_blocker(ce)) is not None:
