@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import struct
 import subprocess
+import sys
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diracx.tasks.plumbing.broker.streams import ALL_STREAM_NAMES
 from redis import Redis as SyncRedis
 from support.command_line import Cli
 
@@ -120,6 +128,34 @@ def test_watch_repeats_the_output(served: Cli, wait_until: Callable[..., None]) 
     wait_until(lambda: watching.output.count("\n") >= 2, "two lines")
     lines = [json.loads(line) for line in watching.output.splitlines()[:2]]
     assert lines[0]["at"] < lines[1]["at"]
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+def test_watch_shows_queues_and_worst_alerts_on_a_small_terminal(
+    served: Cli, redis_url: str, wait_until: Callable[..., None]
+) -> None:
+    with SyncRedis.from_url(redis_url) as redis:
+        for stream in ALL_STREAM_NAMES:  # an alert for each: no worker runs
+            redis.xadd(stream, {"data": b"x"})
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    os.set_blocking(ours, False)
+    seen = bytearray()
+
+    def complete() -> bool:
+        with suppress(BlockingIOError):
+            seen.extend(os.read(ours, 65_536))
+        return all(text in seen for text in (b"background:large", b"scheduler leads", b"no worker of size"))
+
+    command = [sys.executable, "-m", "diracx.tasks", "status", "--watch"]
+    environment = served.environment | {"TERM": "xterm"}
+    with subprocess.Popen(command, env=environment, stdin=its, stdout=its, stderr=its) as watching:
+        try:
+            wait_until(complete, "queues and alerts are on the screen")
+        finally:
+            watching.terminate()
+    os.close(its)
+    os.close(ours)
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")

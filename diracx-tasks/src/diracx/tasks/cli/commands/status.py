@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ...operations import Snapshot
 from ...operations.formats import duration, size
 from ...operations.health import Health, health_checks
 from ...operations.views import QUEUES
@@ -68,9 +67,10 @@ def status(
                     if as_json:
                         print_json(health.as_json(), indent=None if watch else 2)
                     elif screen is None:
-                        terminal.print(_page(health, terminal.width))
+                        terminal.print(Group(*_alerts(health), *_figures(health, terminal.width)))
                     else:
-                        screen.update(_page(health, terminal.width), refresh=True)
+                        # The screen is cut at its end; alerts come and go.
+                        screen.update(Group(*_figures(health, terminal.width), *_alerts(health)), refresh=True)
                     if not watch:
                         return
                     await asyncio.sleep(every)
@@ -109,10 +109,9 @@ def _check_lines(health: Health) -> list[str]:
     return [f"{health.severity.upper()} - {worst}{more}", *alerts[: len(alerts) if more else 0]]
 
 
-def _page(health: Health, width: int) -> RenderableType:
-    """Render alerts with their remedies, and the state of the system."""
-    seen = health.snapshot
-    now = datetime.now(UTC) if seen is None else seen.at
+def _alerts(health: Health) -> list[RenderableType]:
+    """Render the time, and the alerts with their remedies."""
+    now = datetime.now(UTC) if health.snapshot is None else health.snapshot.at
     lines: list[RenderableType] = [Text(f"{now:%Y-%m-%d %H:%M:%S} UTC", style="bold")]
     for alert in health.alerts:
         seconds = 0.0 if alert.since is None else (now - alert.since).total_seconds()
@@ -122,18 +121,20 @@ def _page(health: Health, width: int) -> RenderableType:
     if not health.alerts:
         lines.append(Text("no alerts" + (", but not all checks ran" if health.unchecked else ""), style="green"))
     lines += [styled(f"not checked: {each}", "dim") for each in health.unchecked]
-    if seen is not None:
-        lines += [Text(), *_figures(seen, width)]
-    return Group(*lines)
+    return lines
 
 
-def _figures(seen: Snapshot, width: int) -> list[RenderableType]:
+def _figures(health: Health, width: int) -> list[RenderableType]:
+    """Render the state of the system."""
+    if (seen := health.snapshot) is None:
+        return []
     alive = [worker for worker in seen.workers if worker.alive]
     slots = sum(worker.slots or 0 for worker in alive)
     used = sum(worker.slots_used or 0 for worker in alive)
     limit = "" if seen.memory_limit_bytes is None else f" of {size(seen.memory_limit_bytes)}"
     delayed = ", ".join(f"{number} {_DELAY_REASONS[reason]}" for reason, number in seen.delayed.items() if number)
     return [
+        Text(),
         table(QUEUES, seen.queues, width),
         Text(),
         Text(f"workers      {len(alive)}, {used} of {slots} slots in use"),
