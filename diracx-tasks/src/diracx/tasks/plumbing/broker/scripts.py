@@ -73,12 +73,17 @@ class Script:
             return redis.execute_command("EVAL", self.source, len(script_keys), *script_keys, *args)
 
 
+@cache
+def _files() -> dict[str, str]:
+    """All files by name, read at the first use of any: an upgrade may replace them while the process runs."""
+    return {each.name.removesuffix(".lua"): each.read_text() for each in (files(__package__) / "lua").iterdir()}
+
+
 def _source(name: str) -> str:
-    folder = files(__package__) / "lua"
-    source = (folder / f"{name}.lua").read_text()
+    source = _files()[name]
     text = re.sub(
         r"^ *-- #include (.+)$",
-        lambda found: "\n".join((folder / f"{part}.lua").read_text() for part in found[1].split()),
+        lambda found: "\n".join(_files()[part] for part in found[1].split()),
         source,
         flags=re.MULTILINE,
     )
