@@ -29,6 +29,9 @@ class Abrupt(BaseTask):
         if self.where == "callback":
             asyncio.get_running_loop().call_soon(self._raise)
             await asyncio.sleep(0.05)
+        if self.where == "stop":
+            asyncio.get_running_loop().stop()
+            await asyncio.sleep(0.05)
         if self.where in ("child", "end of a child"):
             if child := os.fork():
                 return f"went on, child: {os.waitpid(child, 0)[1] >> 8}"
@@ -54,7 +57,7 @@ def test_a_worker_goes_on_when_a_part_of_a_task_would_end_the_process(served, re
     worker = served.start("worker", *MODULE, new_python=True)
     worker.until("ready")
     for error in ("KeyboardInterrupt", "SystemExit"):
-        for where in ("execute", "task group", "callback", "child", "end of a child"):
+        for where in ("execute", "task group", "callback", "stop", "child", "end of a child"):
             args = ("--args", f'["{error}", "{where}"]')
             submitted = served("submit", "abrupt:Abrupt", *args, "--wait", *MODULE)
             expected = error if where in ("execute", "task group") else "went on"

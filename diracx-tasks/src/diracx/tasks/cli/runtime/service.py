@@ -198,13 +198,13 @@ class Service:
 
 
 def _run_until_complete(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
-    """Run the loop until `main` ends, even if code of a task stops it with KeyboardInterrupt or SystemExit."""
+    """Run the loop until `main` ends, even if code of a task stops it, by an exception or `loop.stop()`."""
     running = loop.create_task(main)
     while True:
         try:
             return loop.run_until_complete(running)
-        except (KeyboardInterrupt, SystemExit) as error:
-            if running.done():
+        except (KeyboardInterrupt, SystemExit, RuntimeError) as error:  # RuntimeError: by `loop.stop()`
+            if running.done() or loop.is_closed():
                 raise
             logger.error(
                 "code of a task raised %s outside of `execute`; the worker continues", type(error).__name__
