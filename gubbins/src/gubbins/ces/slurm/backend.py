@@ -42,6 +42,8 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
 
     Settings = SlurmSettings
     grid_type, queue_setting = "SLURM", "partition"
+    # They would hide jobs from `squeue` and `scancel`, or submit several jobs, or wait for their end.
+    misleading_variables = "(SQUEUE|SCANCEL)_[A-Z0-9_]+|SBATCH_(ARRAY_INX|WAIT)"
 
     def __init__(self, ce: CEDescription, settings: SlurmSettings, shell: Shell | None = None) -> None:
         environment = {} if settings.slurm_conf is None else {"SLURM_CONF": str(settings.slurm_conf)}

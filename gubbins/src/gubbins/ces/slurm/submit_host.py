@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from gubbins.ces.directories.backend import DirectoryBackend, script, text_of_script
 from gubbins.ces.protocol import (
@@ -58,6 +58,8 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
 
     has_directories = True
     """True if the nodes have the pilots' directories."""
+    misleading_variables: ClassVar[str] = ""
+    """Extended regular expression of variables of an account that change what our commands do."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         if shell is None and settings.ssh is not None:
-            shell = SSHShell(settings.ssh, environment)
+            shell = SSHShell(settings.ssh, environment, unset=self.misleading_variables)
         super().__init__(
             ce,
             settings,

@@ -14,12 +14,17 @@ SHELL = "/bin/sh -s"
 """Command line that reads a framed command from its standard input, in any shell of the user."""
 
 
-def frame_command(argv: Sequence[str], stdin: bytes, environment: Mapping[str, str], mark: str) -> bytes:
+def frame_command(
+    argv: Sequence[str], stdin: bytes, environment: Mapping[str, str], mark: str, *, unset: str = ""
+) -> bytes:
     """Make the input of `SHELL` from a command and its input, which gets a final newline.
 
-    In braces, which a shell reads completely before it runs anything: truncated input runs nothing.
+    In braces, which a shell reads completely before it runs anything: truncated input runs nothing. `unset` is an
+    extended regular expression of the variables that the command must not inherit from the log-in scripts.
     """
-    exports = "".join(f"{name}={shlex.quote(value)} export {name}\n" for name, value in environment.items())
+    names = f"$(env | grep -oE {shlex.quote(f'^({unset})=')} | tr -d =)"
+    exports = f'for name in {names}; do unset "$name"; done\n' if unset else ""
+    exports += "".join(f"{name}={shlex.quote(value)} export {name}\n" for name, value in environment.items())
     begin = f"printf '\\n%s\\n' {mark}"
     source = f"<<'{mark}'\n" if stdin else "< /dev/null\n"
     head = f"{{\n{begin}\n{begin} >&2\n(\n{exports}{shlex.join(argv)}\n) {source}"

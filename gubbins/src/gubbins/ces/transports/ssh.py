@@ -93,6 +93,7 @@ class SSHShell:
         host: settings of the host.
         environment: additional environment variables of the commands.
         max_bytes: limit of stdout, and of stderr.
+        unset: extended regular expression of variables that the commands do not inherit from the log-in scripts.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class SSHShell:
         host: SSHHost,
         environment: Mapping[str, str] | None = None,
         max_bytes: int = MAX_RESPONSE_BYTES,
+        unset: str = "",
     ) -> None:
         self._max_bytes = max_bytes
+        self._unset = unset
         self._host = host
         self._environment = dict(environment or {})
         self._jump = None if host.jump is None else SSHShell(host.jump)
@@ -121,7 +124,7 @@ class SSHShell:
         asyncssh = _asyncssh()
         timeout = self._host.command_timeout_seconds if timeout is None else timeout
         mark = secrets.token_hex(12)
-        text = frame_command(argv, stdin, self._environment, mark)
+        text = frame_command(argv, stdin, self._environment, mark, unset=self._unset)
         async with self._sessions:
             connection = await self._connected()
             try:
