@@ -153,6 +153,7 @@ TOOLS = (
     Tool("Grid Engine", "gridengine-master gridengine-exec gridengine-client", _gridengine),
     Tool("Prometheus", "prometheus", lambda: output(program("promtool"), "--version")),
     Tool("tcsh", "tcsh", lambda: output(program("tcsh"), "--version")),
+    Tool("busybox", "busybox", lambda: output(program("busybox"))),
     Tool("OpenSSH", "openssh-server openssh-client", _sshd),
     Tool(
         "ARC",

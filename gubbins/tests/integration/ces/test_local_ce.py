@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import servers
 from support.pilot_waiters import ENDED, alive, ended, observe, written
 from support.sites.dead_mount import read_only
 from support.waiting import until
@@ -142,12 +143,22 @@ def parent_of_orphans() -> Iterator[None]:
     prctl(set_child_subreaper, 0, 0, 0, 0)
 
 
+class Busybox(LocalShell):
+    """Runs our scripts by the shell and the programs of busybox, as on a host with Alpine Linux."""
+
+    async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float) -> Completed:
+        return await super().run(["busybox", "sh", *argv[1:]], stdin=stdin, timeout=timeout)
+
+
 @pytest.mark.usefixtures("parent_of_orphans")
-@pytest.mark.parametrize("zombie", [True, False])
+@pytest.mark.parametrize(("zombie", "shell"), [(True, LocalShell), (False, LocalShell), (False, Busybox)])
 async def test_a_pilot_goes_on_without_its_wrapper_and_can_be_cancelled(
-    make: Make, tmp_path: Path, zombie: bool
+    tmp_path: Path, zombie: bool, shell: type[LocalShell]
 ) -> None:
-    backend = make(default_script="echo $$ > child; sleep 600 & wait")
+    if shell is Busybox and (obstacle := servers.obstacle("busybox")) is not None:
+        pytest.skip(obstacle)
+    settings = LocalSettings(directory=tmp_path, default_script="echo $$ > child; sleep 600 & wait")
+    backend = LocalBackend(CEDescription("ce", 10, 1.0), settings, shell())
     pilot = PilotAtCE("s", "vo")
     await backend.submit([pilot])
     child = tmp_path / "s" / "work" / "child"

@@ -174,7 +174,7 @@ is_running() {
         esac
     fi
     # Zombies count as well.
-    ! has_ended "$1" && kill -s 0 -- "-$pid" || return 1
+    ! has_ended "$1" && kill -0 "-$pid" || return 1
     [ -n "$groups" ] || find_groups
     case $groups in
         *" $pid "*) return 0 ;;
@@ -256,5 +256,5 @@ cancel() {
     # Not its content, by which a pilot could end this shell.
     ! is_file "$1/cancelled" || since=$(stat -c %Y "$1/cancelled")
     if [ $((now - since)) -ge "$kill_after" ]; then signal=KILL; else signal=TERM; fi
-    kill -s "$signal" -- "-$pid"
+    kill "-$signal" "-$pid"
 } 2> /dev/null
