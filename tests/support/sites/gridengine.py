@@ -46,6 +46,8 @@ _NONE = [
     *("suspend_method", "resume_method", "terminate_method", "owner_list", "user_lists", "xuser_lists"),
     *("subordinate_list", "complex_values", "projects", "xprojects", "calendar"),
 ]
+# Defaults of the site for commands, which the back end has to override.
+_OPTIONS = {"sge_qstat": "-s p -u nobody\n", "sge_request": "-b y\n"}
 _LIMITS = ("rt", "cpu", "fsize", "data", "stack", "core", "rss", "vmem")
 
 
@@ -77,7 +79,8 @@ class GridEngineSite(LocalShell):
             "qmaster_spool_dir": self._spool / "qmaster",
         }
         self._change((_DEFAULTS / "default-bootstrap").read_text(), self._cell / "bootstrap", own)
-        (self._cell / "act_qmaster").write_text("localhost\n")
+        for name, text in ({"act_qmaster": "localhost\n"} | _OPTIONS).items():
+            (self._cell / name).write_text(text)
         init = [_DEFAULTS / "scripts" / "init_cluster", self._directory, "default", self._spool / "db", "root"]
         subprocess.run(init, env=self.environment, check=True, capture_output=True, timeout=_SECONDS)
         with (self._directory / "log").open("wb") as log:
@@ -148,11 +151,11 @@ class GridEngineSite(LocalShell):
     def holding(self) -> Iterator[None]:
         """Inside this context all new jobs are put on hold by the site's request file."""
         requests = self._cell / "sge_request"
-        requests.write_text("-h\n")
+        requests.write_text(f"{_OPTIONS[requests.name]}-h\n")
         try:
             yield
         finally:
-            requests.unlink()
+            requests.write_text(_OPTIONS[requests.name])
             self.command("qrls", "*")
 
     @contextlib.contextmanager

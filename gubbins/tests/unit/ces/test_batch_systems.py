@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gubbins.ces import CEDescription, PilotAtCE
+from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE
 from gubbins.ces.batch import BatchBackend, BatchSettings
 from gubbins.ces.batch.systems import SYSTEMS
-from gubbins.ces.slurm.jobs import Job
+from gubbins.ces.slurm.jobs import Job, observe_jobs
 from gubbins.ces.transports.shell import Completed
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -132,7 +132,10 @@ def backend(system: str, **more: object) -> BatchBackend:
 
 
 def test_jobs_of_pbs_are_identified_by_the_stamp_in_their_environment() -> None:
-    assert dict(SYSTEMS["pbs"].parse(PBS_QSTAT)) == {
+    jobs = SYSTEMS["pbs"].parse(PBS_QSTAT)
+    held = Observation(Observed.WAITING, "PBS: Job held by root on Mon Jun 1 10:00:00")
+    assert observe_jobs(jobs["held"], None, reference="1235") == held
+    assert dict(jobs) == {
         STAMP: [Job("1234", "RUNNING", "", "")],
         "held": [Job("1235", "PENDING", "", "PBS: Job held by root on Mon Jun  1 10:00:00")],
         "strange": [Job("1238", "?", "", "")],
@@ -151,9 +154,12 @@ def test_jobs_of_lsf_are_identified_by_their_names_and_have_waiting_reasons() ->
     }
 
 
-def test_incomplete_output_of_grid_engine_is_an_error() -> None:
+def test_output_of_grid_engine_without_its_end_is_an_error() -> None:
     with pytest.raises(CEUnavailableError, match="incomplete output"):
         SYSTEMS["gridengine"].parse("<?xml version='1.0'?><job_info><queue_info>")
+    assert (
+        SYSTEMS["gridengine"].parse("<job_info></job_info>\n" + "The use of this system is logged.\n" * 99) == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def job(state: str, reason: str = "None", number: str = "7", exit_code: str = "0
     ],
 )
 def test_each_state_of_a_job_maps_to_a_state_of_a_pilot(state: str, reason: str, expected: Observation) -> None:
-    seen = observe_jobs([job(state, reason)], None, reference="7")
+    jobs = parse_queue(f"7|{state}|0|{reason}|one|c|\n")["one"]
+    seen = observe_jobs(jobs, None, reference="7")
     assert seen is not None
     assert seen.state is expected.state
     if expected.reason is not None or expected.state is not Observed.FAILED:

@@ -72,18 +72,21 @@ def _limits(**values: object) -> list[str]:
 
 # -- Grid Engine
 
+# All of our jobs, also if the account or the site has other defaults.
+_QSTAT = ["qstat", "-xml", "-s", "a", "-u", "$user"]
+
 
 def _gridengine(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
     memory = settings.memory_mb and f"{settings.memory_mb}M"
     return [
-        *("qsub", "-terse", "-r", "n", "-S", "/bin/sh", "-wd", "/"),
+        *("qsub", "-terse", "-b", "n", "-r", "n", "-S", "/bin/sh", "-wd", "/"),
         *_options(N=name_of(pilot.stamp), o="/dev/null", e="/dev/null", q=settings.queue, A=settings.account),
         *_limits(h_rt=_clock(settings.wall_minutes), h_vmem=memory),
     ]
 
 
 def _gridengine_jobs(text: str) -> Jobs:
-    if "</job_info>" not in text[-200:]:
+    if "</job_info>" not in text:
         raise CEUnavailableError("qstat: incomplete output")
     jobs: Jobs = defaultdict(list)
     for row in text.split("<job_list")[1:]:
@@ -101,7 +104,7 @@ def _gridengine_jobs(text: str) -> Jobs:
 def _gridengine_find(stamp: str) -> str:
     row = rf"s#.*<JB_job_number>\([0-9]*\)</JB_job_number>.*<JB_name>{name_of(stamp)}</JB_name>.*#\1#p"
     rows = r"""printf '%s' "$xml" | tr -d '\n' | sed 's#</job_list>#&\n#g'"""
-    return f"xml=$(qstat -xml) || exit; {rows} | sed -n {shlex.quote(row)}"
+    return f"xml=$({shlex.join(_QSTAT)}) || exit; {rows} | sed -n {shlex.quote(row)}"
 
 
 # -- PBS (PBS Professional, OpenPBS; Torque)
@@ -193,7 +196,7 @@ SYSTEMS = {
         number=r's/^\(Your job \)\{0,1\}\([0-9]\{1,18\}\)\( (".*") has been submitted\)\{0,1\}[[:space:]]*$/\2/p',
         variable="$JOB_ID",
         find=_gridengine_find,
-        queue=["qstat", "-xml"],
+        queue=_QSTAT,
         parse=_gridengine_jobs,
         cancel="qdel",
         errors=SiteErrors(

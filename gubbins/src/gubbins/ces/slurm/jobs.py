@@ -96,6 +96,8 @@ def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
         fields = [field.strip() for field in line.split("|")]
         if len(fields) >= 6 and is_job_number(fields[0]):
             number, state, status, reason, name, cluster = fields[:6]
+            if state in _WAITING and reason not in _PLAIN_REASONS:
+                reason = f"Slurm: {reason}"
             jobs[name].append(Job(number, state, _exit_code(status), reason, cluster if clusters else ""))
     return jobs
 
@@ -176,7 +178,7 @@ def observe_jobs(jobs: Sequence[Job], record: Record | None, *, reference: str |
         return _with_reference(_of_ended(job, record), job.reference, reference)
     if record.exit_code:
         return _with_reference(_of_record(record), record.number, reference)
-    return Observation(Observed.NO_NEWS, "Slurm: another cluster has it (REVOKED)") if elsewhere else None
+    return Observation(Observed.NO_NEWS, "another cluster has it (REVOKED)") if elsewhere else None
 
 
 def _with_reference(seen: Observation, number: str, reference: str | None) -> Observation:
@@ -185,9 +187,7 @@ def _with_reference(seen: Observation, number: str, reference: str | None) -> Ob
 
 def _of_active(job: Job) -> Observation:
     if job.state in _WAITING:
-        return Observation(
-            Observed.WAITING, None if job.reason in _PLAIN_REASONS else one_line(f"Slurm: {job.reason}")
-        )
+        return Observation(Observed.WAITING, None if job.reason in _PLAIN_REASONS else one_line(job.reason))
     if job.state in _RUNNING:
         return Observation(Observed.RUNNING)
     return Observation(Observed.NO_NEWS, one_line(f"unknown state {job.state}"))
