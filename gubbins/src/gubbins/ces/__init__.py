@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "CEBackend",
     "CEDescription",
+    "NothingDoneError",
     "Observation",
     "Observed",
     "PilotAtCE",
@@ -22,6 +23,7 @@ __all__ = [
 from .protocol import (
     CEBackend,
     CEDescription,
+    NothingDoneError,
     Observation,
     Observed,
     PilotAtCE,

@@ -71,6 +71,20 @@ class SubmitOutcome:
     quota: bool = False  # refused for the quota of our pilots, which is not a failure of the site
 
 
+class NothingDoneError(CEUnavailableError):
+    """A call failed before it had any effect: the compute element was not reached, or refused the whole call.
+
+    `quota` as in `SubmitOutcome`.
+    """
+
+    quota = False
+
+    @property
+    def outcome(self) -> SubmitOutcome:
+        """Outcome of each pilot of the call."""
+        return SubmitOutcome(error=one_line(self), quota=self.quota)
+
+
 class Observed(StrEnum):
     """State of a pilot reported by its compute element."""
 
@@ -98,9 +112,14 @@ class PilotOutput(NamedTuple):
 
 SettingsT = TypeVar("SettingsT", bound=CESettings)
 ResponseT = TypeVar("ResponseT")
-PartT = TypeVar("PartT")
+ItemT = TypeVar("ItemT")
 
 _MAX_ERRORS = 8  # of a site that has not responded to any part of a submission
+
+
+def batches(items: Sequence[ItemT], size: int) -> list[Sequence[ItemT]]:
+    """Split items into parts of at most this size."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 class CEBackend(ABC, Generic[SettingsT]):
@@ -153,8 +172,8 @@ class CEBackend(ABC, Generic[SettingsT]):
 
     async def gather_outcomes(
         self,
-        submit: Callable[[PartT], Awaitable[Mapping[str, SubmitOutcome | Exception]]],
-        parts: Iterable[PartT],
+        submit: Callable[[Sequence[PilotAtCE]], Awaitable[Mapping[str, SubmitOutcome | Exception]]],
+        parts: Iterable[Sequence[PilotAtCE]],
         *,
         known: Mapping[str, SubmitOutcome] | None = None,
         at_once: int = 1,
@@ -162,18 +181,21 @@ class CEBackend(ABC, Generic[SettingsT]):
         """Submit pilots in parts, and return the known outcomes by stamp; errors of the others become warnings.
 
         Args:
-            submit: submits one part; an error, raised or returned, means that the outcome is not known.
+            submit: submits one part; an error, raised or returned, means that the outcome is not known, unless a
+                `NothingDoneError` is raised.
             known: outcomes of other pilots of the call.
             at_once: number of concurrent calls of `submit`.
 
         Raises:
-            Exception: the first error, if no outcome is known.
+            NothingDoneError: no pilot was submitted.
+            Exception: the first other error, if no outcome is known.
         """
         self.outcomes = outcomes = dict(known or {})
         errors: list[Exception] = []
+        refused: dict[str, SubmitOutcome] = {}
         limit = asyncio.Semaphore(at_once)
 
-        async def submit_part(part: PartT) -> None:
+        async def submit_part(part: Sequence[PilotAtCE]) -> None:
             async with limit:
                 if len(errors) >= _MAX_ERRORS and not outcomes:
                     return
@@ -181,6 +203,8 @@ class CEBackend(ABC, Generic[SettingsT]):
                     response = await submit(part)
                 except Exception as error:
                     errors.append(error)
+                    if isinstance(error, NothingDoneError):
+                        refused.update((pilot.stamp, error.outcome) for pilot in part)
                     return
             for stamp, outcome in response.items():
                 if isinstance(outcome, Exception):
@@ -191,10 +215,12 @@ class CEBackend(ABC, Generic[SettingsT]):
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(submit_part(part))
+        unknown = [error for error in errors if not isinstance(error, NothingDoneError)]
         if errors and not outcomes:
-            raise errors[0]
-        for error in dict.fromkeys(map(str, errors)):
+            raise (unknown or errors)[0]
+        for error in dict.fromkeys(map(str, unknown)):
             self.warn(error)
+        outcomes |= refused
         return outcomes
 
     @classmethod
@@ -211,7 +237,7 @@ class CEBackend(ABC, Generic[SettingsT]):
         """Submit pilots, and return their outcomes by stamp. A repeated stamp must not start a second pilot.
 
         A missing stamp means that the pilot may or may not have been submitted. An error is raised only if no
-        outcome is known. See `gather_outcomes`.
+        outcome is known, and `NothingDoneError` only if no pilot was submitted. See `gather_outcomes`.
         """
 
     @abstractmethod

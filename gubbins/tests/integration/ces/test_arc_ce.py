@@ -19,7 +19,7 @@ from support.sites.glewlwyd import Glewlwyd
 from support.sites.token_issuer import published
 from support.waiting import until
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, PilotOutput
+from gubbins.ces import CEDescription, NothingDoneError, Observation, Observed, PilotAtCE, PilotOutput
 from gubbins.ces.arc import ArcBackend, ArcSettings
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
@@ -141,8 +141,8 @@ async def test_unknown_credentials_are_refused_until_the_file_is_replaced(
         pilot = _pilot("vo")
         with pytest.raises(CEUnavailableError, match=r"403 .*not authorized"):
             await backend.poll([pilot])
-        first = pilot._replace(maybe_submitted=False)
-        assert "not authorized" in ((await backend.submit([first]))[pilot.stamp].error or "")
+        with pytest.raises(NothingDoneError, match=r"403 .*not authorized"):
+            await backend.submit([pilot._replace(maybe_submitted=False)])
 
         arc_site.make_proxy(proxy)
         assert (await backend.submit([pilot]))[pilot.stamp].reference

@@ -17,7 +17,7 @@ from support.pilot_waiters import ENDED, alive, ended, observe, written
 from support.sites.dead_mount import read_only
 from support.waiting import until
 
-from gubbins.ces import CEDescription, Observation, Observed, PilotAtCE, make_backend
+from gubbins.ces import CEDescription, NothingDoneError, Observation, Observed, PilotAtCE, make_backend
 from gubbins.ces.local import LocalBackend, LocalSettings
 from gubbins.ces.transports.shell import Completed, LocalShell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -234,9 +234,8 @@ async def test_directories_are_deleted_after_the_configured_time(make: Make, tmp
 
 async def test_a_command_that_cannot_be_started_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    outcome = (await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")]))["s"]
-    assert outcome.reference is None
-    assert outcome.error
+    with pytest.raises(NothingDoneError, match="Not a directory"):
+        await make(directory=str(tmp_path / "file" / "below")).submit([PilotAtCE("s", "vo")])
 
 
 class LostResponse(LocalShell):

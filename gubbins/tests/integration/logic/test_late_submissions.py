@@ -1,9 +1,10 @@
-"""Pilots accepted after their slot was released are restored and cancelled."""
+"""Submissions that are late, and those that never reach their site."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.pilot_requests import request_pilots
 
 from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
+from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CERefusedError
 from gubbins.logic import my_pilots as logic
 
@@ -110,3 +112,30 @@ async def test_a_faster_repeated_submission_is_the_pilot(
     assert pilot["reference"] == ("job.1" if same else "job.2")
     assert pilot["cancel_requested_at"] is None
     assert len(scripted.cancelled) == (0 if same else 1)
+
+
+HOST = {"host": "127.0.0.1", "port": 1, "known_hosts": "/dev/null"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "words"),
+    [
+        ("arc", {"url": "https://127.0.0.1:1/arex", "token": "FILE"}, "connection"),
+        ("arc", {"url": "https://127.0.0.1:1/arex", "token": "/absent"}, "cannot read the token"),
+        ("ssh", HOST, "no SSH connection"),
+        ("slurm", {"directory": "/pilots", "ssh": HOST}, "no SSH connection"),
+        ("batch", {"system": "pbs", "directory": "/pilots", "ssh": HOST}, "no SSH connection"),
+        ("htcondor", {"collector": "127.0.0.1:1"}, "Connection refused"),
+        ("htcondor", {"collector": "127.0.0.1:1", "token": "/absent"}, "cannot read the token"),
+    ],
+)
+async def test_a_submission_that_does_not_reach_its_site_keeps_no_slot(
+    sqlite_db: MyPilotDB, tmp_path: Path, backend: str, settings: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "token").write_text("token")
+    own = {name: str(tmp_path / "token") if value == "FILE" else value for name, value in settings.items()}
+    await sqlite_db.add_ce("ce", 3, 1.0, backend=backend, settings={"default_script": "true", **own})
+    with pytest.raises(CERefusedError, match=words):
+        await logic.submit_pilot(sqlite_db, "ce", "lhcb")
+    ce = await sqlite_db.get_ce("ce")
+    assert (ce["active"], ce["circuits"][CECall.SUBMIT]["failures"]) == (0, 1)

@@ -124,6 +124,8 @@ async def test_submissions_pause_as_long_as_the_site_asks_for_up_to_the_longest_
     with pytest.raises(CERefusedError, match=str(code)):
         await logic.submit_pilot(sqlite_db, "ce", "lhcb")
     assert await pause(sqlite_db, CECall.SUBMIT, at) == seconds
+    # A response 429 means that the request was not executed.
+    assert (await sqlite_db.get_ce("ce"))["active"] == (0 if code == 429 else 1)
 
 
 async def test_no_request_is_made_during_the_pause_and_pilots_are_submitted_after_it(

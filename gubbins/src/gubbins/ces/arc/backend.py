@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,13 +18,13 @@ from gubbins.ces.protocol import (
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
+    batches,
 )
-from gubbins.ces.transports.tokens import CredentialsError
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import STDERR, STDOUT, describe
-from .rest import SITE_ERRORS, ArcRest, NotAcceptedError
+from .rest import SITE_ERRORS, ArcRest, JobResponse
 from .settings import ArcSettings
 
 # Other states (OTHER, or those of newer CEs) are NO_NEWS.
@@ -148,28 +147,23 @@ class ArcBackend(CEBackend[ArcSettings]):
             else:
                 variables = self.settings.variables(self.ce.name, pilot.vo, pilot.stamp, pilot.identity)
                 secret = None if pilot.identity is None else pilot.identity.secret
-                described[pilot.stamp] = describe(self.settings, script, pilot.stamp, variables, secret)
-        remaining = iter(described.items())
-        batches = iter(lambda: dict(islice(remaining, _MAX_SUBMITTED)), {})
-        return await self.gather_outcomes(self._submit_batch, batches, known=outcomes)
+                described[pilot] = describe(self.settings, script, pilot.stamp, variables, secret)
 
-    async def _submit_batch(self, described: Mapping[str, str]) -> Mapping[str, SubmitOutcome | Exception]:
-        """Submit jobs with these descriptions, by stamp, in one request."""
-        try:
-            responses = await self._rest.submit(list(described.values()))
-        except (NotAcceptedError, CredentialsError) as error:
-            return dict.fromkeys(described, _refusal(str(error)))
-        outcomes: dict[str, SubmitOutcome | Exception] = {}
-        for stamp, response in zip(described, responses, strict=True):
-            job = str(response.job.get("id", ""))
-            if response.code >= 300:
-                outcomes[stamp] = _refusal(f"{response.code} {response.reason}")
-            elif _ID.match(job):
-                outcomes[stamp] = SubmitOutcome(self._reference(job))
-            else:  # the next checks find it by its name
-                why = f"{self.ce.name} has accepted a job without an id: {job[:80]!r}"
-                outcomes[stamp] = CEUnavailableError(why)
-        return outcomes
+        async def submit(batch: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
+            responses = await self._rest.submit([described[pilot] for pilot in batch])
+            return {pilot.stamp: self._outcome(each) for pilot, each in zip(batch, responses, strict=True)}
+
+        return await self.gather_outcomes(submit, batches(list(described), _MAX_SUBMITTED), known=outcomes)
+
+    def _outcome(self, response: JobResponse) -> SubmitOutcome | Exception:
+        job = str(response.job.get("id", ""))
+        if response.code >= 300:
+            message = f"{response.code} {response.reason}"
+            return SITE_ERRORS.outcome(message) or SubmitOutcome(error=one_line(message))
+        if _ID.match(job):
+            return SubmitOutcome(self._reference(job))
+        # The next checks find it by its name.
+        return CEUnavailableError(f"{self.ce.name} has accepted a job without an id: {job[:80]!r}")
 
     async def _ids_of(self, pilots: Iterable[PilotAtCE], others: Collection[str] = ()) -> dict[str, str]:
         """Get the ids of jobs by stamp; pilots without a reference are searched by their stamp."""
@@ -214,10 +208,6 @@ class ArcBackend(CEBackend[ArcSettings]):
 
     def _reference(self, job: str) -> str:
         return f"{self.settings.url}/rest/1.0/jobs/{job}"
-
-
-def _refusal(message: str) -> SubmitOutcome:
-    return SITE_ERRORS.outcome(message) or SubmitOutcome(error=one_line(message))
 
 
 def _failure_reason(pilot: PilotAtCE, state: str, info: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from gubbins.ces.protocol import NothingDoneError, batches
 from gubbins.ces.site_errors import SiteErrors
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
@@ -34,10 +35,6 @@ _ADVICE = {
     403: "not authorized: check that the CE allows this certificate or token",
     404: "not found: check that the URL is that of A-REX",
 }
-
-
-class NotAcceptedError(CEUnavailableError):
-    """The CE refused a request, and nothing was done."""
 
 
 class JobResponse(NamedTuple):
@@ -64,7 +61,7 @@ class ArcRest:
         """Submit jobs by one request, and return their results in order.
 
         Raises:
-            NotAcceptedError, CredentialsError: no job was submitted.
+            NothingDoneError: no job was submitted.
             CEUnavailableError: some jobs may have been submitted.
         """
         found = _job_responses(await self._request("?action=new", join(descriptions).encode(), "application/rsl"))
@@ -116,7 +113,7 @@ class ArcRest:
         }
         # The record of a new job has no name yet: read it from the description.
         new = [job for job in info if job not in names]
-        for batch in _batches(new, _MAX_READS):
+        for batch in batches(new, _MAX_READS):
             texts = await asyncio.gather(*(self.read(job, "diagnose/description", 1 << 20) for job in batch))
             for job, text in zip(batch, texts, strict=True):
                 if text is None:
@@ -143,7 +140,7 @@ class ArcRest:
     async def _call(self, action: str, ids: Sequence[str], batch_size: int) -> dict[str, JobResponse]:
         """Get the results of an action by id, without those of jobs unknown to the CE."""
         responses = dict.fromkeys(ids, _NO_RESULT)
-        for batch in _batches(ids, batch_size):
+        for batch in batches(ids, batch_size):
             body = json.dumps({"job": [{"id": each} for each in batch]}).encode()
             for response in _job_responses(await self._request(f"?action={action}", body, "application/json")):
                 if isinstance(job := response.job.get("id"), str) and job in responses:
@@ -192,7 +189,8 @@ class ArcRest:
         except (TimeoutError, httpx.TimeoutException) as error:
             raise CEUnavailableError(f"{url}: no response within {seconds:g} s") from error
         except httpx.HTTPError as error:
-            raise CEUnavailableError(f"{url}: {one_line(error)}") from error
+            kind = NothingDoneError if isinstance(error, httpx.ConnectError) else CEUnavailableError
+            raise kind(f"{url}: {one_line(error)}") from error
 
     async def connect(self) -> httpx.AsyncClient:
         """Return the HTTP client, a new one if the credentials have changed."""
@@ -226,9 +224,12 @@ def _accept(response: httpx.Response) -> None:
     if advice := _ADVICE.get(code):
         status = f"{status} ({advice})"
     message = one_line(f"{response.url.host} returned {status}")
-    if (400 <= code < 500 and code not in (408, 425, 429)) or SITE_ERRORS.outcome(message) is not None:
-        raise NotAcceptedError(message)
-    error = CEUnavailableError(message)
+    outcome = SITE_ERRORS.outcome(message)
+    # Also a redirection, which is not followed; other than 303, the response to a request that was executed.
+    done = outcome is None and (code >= 500 or code in (303, 408))
+    error = CEUnavailableError(message) if done else NothingDoneError(message)
+    if isinstance(error, NothingDoneError):
+        error.quota = outcome is not None and outcome.quota
     error.requested_pause_seconds = _retry_after(response.headers.get("retry-after", ""))
     raise error
 
@@ -266,7 +267,3 @@ def _job_responses(content: bytes) -> list[JobResponse]:
             raise CEUnavailableError(f"invalid response without a status: {str(job)[:80]}")
         found.append(JobResponse(int(code), one_line(job.get("reason") or "") or "no reason given", job))
     return found
-
-
-def _batches(items: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

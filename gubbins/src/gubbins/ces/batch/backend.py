@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
-from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome, batches
 from gubbins.ces.slurm.batch import job_script
 from gubbins.ces.slurm.error_parsing import error_line, error_lines, is_unreachable
 from gubbins.ces.slurm.jobs import Job, Record
@@ -81,8 +80,7 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         return found, True
 
     async def cancel_jobs(self, jobs: Iterable[Job]) -> None:
-        numbers = (job.number for job in jobs)
-        while batch := list(islice(numbers, _MAX_IDS)):
+        for batch in batches([job.number for job in jobs], _MAX_IDS):
             done = await self.run_command(self.command(self._system.cancel, *batch))
             if done.returncode == 0:
                 continue

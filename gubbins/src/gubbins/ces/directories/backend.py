@@ -88,7 +88,7 @@ class DirectoryBackend(CEBackend[SettingsT]):
         try:
             return await self._shell.run(argv, stdin=stdin, timeout=self._timeout_seconds)
         except CEUnavailableError as error:
-            raise CEUnavailableError(str(error).replace(argv[0], what or argv[0], 1)) from error
+            raise type(error)(str(error).replace(argv[0], what or argv[0], 1)) from error
 
 
 def is_stamp(stamp: str) -> bool:

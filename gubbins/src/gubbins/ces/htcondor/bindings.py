@@ -56,10 +56,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
     htcondor2.enable_debug("D_ERROR")
     call: Callable[..., Any] = _CALLS[request["call"]]
+    schedd = None
     try:
-        response = {"result": call(_schedd(**request["where"]), **request["arguments"])}
+        schedd = _schedd(**request["where"])
+        response = {"result": call(schedd, **request["arguments"])}
     except _ERRORS as error:
-        response = {"error": str(error) or type(error).__name__}
+        response = {"error" if schedd else "unreachable": str(error) or type(error).__name__}
     with os.fdopen(response_to, "w") as file:
         json.dump(response, file)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gubbins.ces.protocol import NothingDoneError
 from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
 from gubbins.ces.transports.tokens import TokenIssuer, bearer_token
 from gubbins.domain.exceptions import CEUnavailableError
@@ -56,6 +57,7 @@ class Bindings:
 
         Raises:
             BindingsRefusal: an error of the bindings.
+            NothingDoneError: the schedd was not found.
             CEUnavailableError: no response within the time limit, or an invalid one.
         """
         token = (
@@ -103,8 +105,10 @@ class Bindings:
             response = None
         if isinstance(response, Mapping) and "result" in response:
             return response["result"]
-        if isinstance(response, Mapping) and "error" in response:
-            raise BindingsRefusal(_error_line(str(response["error"]), done.stderr))
+        if isinstance(response, Mapping):
+            for word, kind in (("error", BindingsRefusal), ("unreachable", NothingDoneError)):
+                if word in response:
+                    raise kind(_error_line(str(response[word]), done.stderr))
         if "ModuleNotFoundError" in done.stderr:
             raise CEUnavailableError(
                 "HTCondor's bindings are not installed: pip install 'gubbins-pilots[htcondor]'"

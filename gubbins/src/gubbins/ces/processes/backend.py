@@ -13,7 +13,15 @@ from typing import ClassVar, TypeVar
 from pydantic import Field
 
 from gubbins.ces.directories.backend import DirectoryBackend, DirectorySettings, is_stamp, text_of_script
-from gubbins.ces.protocol import CEDescription, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import (
+    CEDescription,
+    NothingDoneError,
+    Observation,
+    Observed,
+    PilotAtCE,
+    SubmitOutcome,
+    batches,
+)
 from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 from gubbins.ces.transports.shell import Shell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -25,8 +33,8 @@ _FUNCTIONS = Path(__file__).with_name("jobs.sh").read_text()
 WRAPPER = Path(__file__).with_name("wrapper.sh").read_text()
 
 
-class Refused(CEUnavailableError):
-    """The command was refused, and nothing was done."""
+class Refused(NothingDoneError):
+    """The host has refused the command."""
 
 
 class ProcessSettings(DirectorySettings):
@@ -97,7 +105,7 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
         alike: dict[tuple[str, str], list[PilotAtCE]] = defaultdict(list)
         for pilot in pilots:
             alike[pilot.vo, pilot.identity.url if pilot.identity else ""].append(pilot)
-        parts = [part for own in alike.values() for part in self._parts(own)]
+        parts = [part for own in alike.values() for part in batches(own, self.pilots_per_command)]
         return await self.gather_outcomes(self._submit, parts, at_once=_CONCURRENT_SUBMISSIONS)
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
@@ -126,19 +134,15 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
         def line(pilot: PilotAtCE) -> str:
             return f"secret={quote(pilot.identity.secret if pilot.identity else '')}\nsubmit {pilot.stamp}"
 
-        try:
-            records = await self._run(
-                pilots,
-                line,
-                f"script={quote(script)}",
-                f"wrapper={quote(WRAPPER)}",
-                f"environment={quote(exports(variables))}",
-                *self.preparation(),
-                f"prepare {quote(self._directory)}",
-            )
-        except Refused as error:
-            # Nothing was started by this call; an earlier one may have started the same stamps.
-            return {stamp: SubmitOutcome(error=one_line(error)) for stamp in stamps}
+        records = await self._run(
+            pilots,
+            line,
+            f"script={quote(script)}",
+            f"wrapper={quote(WRAPPER)}",
+            f"environment={quote(exports(variables))}",
+            *self.preparation(),
+            f"prepare {quote(self._directory)}",
+        )
         outcomes: dict[str, SubmitOutcome | Exception] = {
             stamp: CEUnavailableError(f"{self._host}: no outcome of a submission")
             if is_stamp(stamp)
@@ -166,7 +170,7 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
             Refused: nothing was done.
             CEUnavailableError: no response to a command, which may have been run.
         """
-        parts = self._parts([pilot for pilot in pilots if is_stamp(pilot.stamp)])
+        parts = batches([pilot for pilot in pilots if is_stamp(pilot.stamp)], self.pilots_per_command)
         printed: list[str] = []
         for part in parts:
             enter = f"enter {quote(self._directory)}"
@@ -178,10 +182,6 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
                 raise Refused(f"{self._host}: {one_line(done.stderr)}")
             printed += text_of_script(done, self._host).split("\n")
         return [(word, data) for word, _, data in (line.partition(" ") for line in printed) if word]
-
-    def _parts(self, pilots: Sequence[PilotAtCE]) -> list[Sequence[PilotAtCE]]:
-        size = self.pilots_per_command
-        return [pilots[start : start + size] for start in range(0, len(pilots), size)]
 
     def _observation(self, stamp: str, word: str, detail: str) -> Observation:
         state, reason = Observed.NO_NEWS, None

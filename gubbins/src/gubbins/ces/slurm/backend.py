@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 
-from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome
+from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome, batches
 from gubbins.ces.transports.shell import Completed, Shell
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -66,8 +65,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         for job in jobs:
             by_cluster[job.cluster].append(job.number)
         for cluster, numbers in by_cluster.items():
-            remaining = iter(numbers)
-            while batch := list(islice(remaining, _MAX_IDS)):
+            for batch in batches(numbers, _MAX_IDS):
                 done = await self.run_command(self.command("scancel", *_of_clusters(cluster), *batch))
                 if done.returncode != 0 and is_unreachable(done):
                     raise CEUnavailableError(f"scancel: {error_line(done)}")
@@ -98,7 +96,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         if not pilots:
             return {}, True
         stamps = [pilot.stamp for pilot in pilots]
-        sources = [self._accounts(stamps[at : at + _MAX_NAMES]) for at in range(0, len(stamps), _MAX_NAMES)]
+        sources = [self._accounts(some) for some in batches(stamps, _MAX_NAMES)]
         responses = [await self.secondary_source(source) for source in (*sources, self._completion_log(stamps))]
         found = {stamp: jobs for response in responses if response is not None for stamp, jobs in response.items()}
         wanted = set(stamps)

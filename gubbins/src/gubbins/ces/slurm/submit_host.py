@@ -101,10 +101,11 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
         """Cancel these jobs."""
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        async def submit(pilot: PilotAtCE) -> Mapping[str, SubmitOutcome]:
-            return {pilot.stamp: await self._submit(pilot)}
+        async def submit(part: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+            return {pilot.stamp: await self._submit(pilot) for pilot in part}
 
-        response = await self.gather_outcomes(submit, pilots, at_once=self.settings.concurrent_submissions)
+        parts, at_once = [[pilot] for pilot in pilots], self.settings.concurrent_submissions
+        response = await self.gather_outcomes(submit, parts, at_once=at_once)
         refused = [("remove", stamp) for stamp, outcome in response.items() if outcome.error is not None]
         await self.secondary_source(self.clean_directories(refused))
         return response

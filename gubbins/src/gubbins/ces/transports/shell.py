@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO, NamedTuple, Protocol, Self
 
+from gubbins.ces.protocol import NothingDoneError
 from gubbins.domain.exceptions import CEUnavailableError
 
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
@@ -39,7 +40,8 @@ class Shell(Protocol):
         """Run a command to its end, with any exit code; `timeout` in seconds.
 
         Raises:
-            CEUnavailableError: it could not be started, did not end in time, or has too much output.
+            NothingDoneError: it could not be started.
+            CEUnavailableError: it did not end in time, or has too much output.
         """
         ...
 
@@ -74,7 +76,7 @@ class LocalShell:
                         start_new_session=True,
                     )
             except OSError as error:
-                raise CEUnavailableError(f"{argv[0]} cannot be started: {error.strerror}") from error
+                raise NothingDoneError(f"{argv[0]} cannot be started: {error.strerror}") from error
             try:
                 async with asyncio.timeout(timeout):
                     async with asyncio.TaskGroup() as group:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from gubbins.ces.protocol import CESettings
+from gubbins.ces.protocol import CESettings, NothingDoneError
 from gubbins.ces.transports.framing import SHELL, extract_response, frame_command
 from gubbins.ces.transports.shell import MAX_RESPONSE_BYTES, Completed
 from gubbins.domain.exceptions import CEUnavailableError
@@ -79,8 +79,8 @@ class SSHHost(CESettings):
     )
 
 
-class SSHError(CEUnavailableError):
-    """A remote command failed: no connection, wrong host key, no response in time."""
+class SSHError(NothingDoneError):
+    """There is no connection: no command was run."""
 
 
 class SSHShell:
@@ -119,7 +119,8 @@ class SSHShell:
         the command after it.
 
         Raises:
-            SSHError: the command may or may not have been run.
+            SSHError: the command was not run.
+            CEUnavailableError: the command may or may not have been run.
         """
         asyncssh = _asyncssh()
         timeout = self._host.command_timeout_seconds if timeout is None else timeout
@@ -132,9 +133,11 @@ class SSHShell:
                     response = await _run(connection, SHELL, text, self._max_bytes)
                 return extract_response(response, mark, host=self._name)
             except TimeoutError as error:
-                raise SSHError(f"{self._name}: no response from {argv[0]} within {timeout:g} s") from error
+                raise CEUnavailableError(
+                    f"{self._name}: no response from {argv[0]} within {timeout:g} s"
+                ) from error
             except (OSError, asyncssh.Error) as error:
-                raise SSHError(f"{self._name}: {one_line(error)} while {argv[0]} was running") from error
+                raise CEUnavailableError(f"{self._name}: {one_line(error)} while {argv[0]} was running") from error
 
     async def close(self) -> None:
         """Close the connection, or abort it if the host does not respond."""

@@ -20,9 +20,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from gubbins.ces.protocol import CESettings
+from gubbins.ces.protocol import CESettings, NothingDoneError
 from gubbins.ces.settings import AbsolutePath
-from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
 
 _MAX_TOKEN_BYTES = 64 * 1024
@@ -38,7 +37,7 @@ _MAX_TOKENS = 1_000
 _Text = Annotated[str, Field(min_length=1, max_length=2_000, pattern=r"^[^\x00-\x1f]+$")]
 
 
-class CredentialsError(CEUnavailableError):
+class CredentialsError(NothingDoneError):
     """Our own credentials are missing, unreadable or expired: the CE was not contacted."""
 
 
