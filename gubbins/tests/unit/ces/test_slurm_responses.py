@@ -27,7 +27,7 @@ from gubbins.ces.slurm.jobs import (
     parse_queue,
     parse_records,
 )
-from gubbins.ces.slurm.submit_host import text_of
+from gubbins.ces.slurm.submit_host import jobs_of
 from gubbins.ces.transports.shell import Completed
 from gubbins.domain.exceptions import CEUnavailableError
 
@@ -291,18 +291,20 @@ def test_messages_of_a_command_are_quoted_from_stdout_and_stderr() -> None:
         ("", "sacct: warning: deprecated\n", True),
         ("", "sacct: error: Sending PersistInit msg: Connection refused\n", False),
         ("", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", False),
+        ("Maintenance on Tuesday\n", "squeue: error: Unable to contact slurm controller\n", False),
+        ("Maintenance on Tuesday\n", "", True),
         ("7|PENDING|0|None|one|c|\n", "squeue: error: Unable to contact the primary controller\n", True),
     ],
 )
-def test_an_empty_response_with_an_error_is_a_failure_despite_exit_code_0(
+def test_a_response_without_jobs_and_with_an_error_is_a_failure_despite_exit_code_0(
     stdout: str, stderr: str, is_response: bool
 ) -> None:
     done = Completed(0, stdout, stderr)
     if is_response:
-        assert text_of(done, "squeue") == stdout
+        assert jobs_of(done, "squeue", parse_queue) == parse_queue(stdout)
     else:
         with pytest.raises(CEUnavailableError, match=r"(Connection refused|Unable to contact)"):
-            text_of(done, "squeue")
+            jobs_of(done, "squeue", parse_queue)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome, batche
 from gubbins.ces.slurm.batch import job_script
 from gubbins.ces.slurm.error_parsing import error_line, error_lines, is_unreachable
 from gubbins.ces.slurm.jobs import Job, Record
-from gubbins.ces.slurm.submit_host import Submission, SubmitHostBackend, text_of
+from gubbins.ces.slurm.submit_host import Submission, SubmitHostBackend, jobs_of
 from gubbins.ces.transports.shell import Completed, Shell
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
@@ -65,7 +65,7 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         nothing = any(re.search(self._system.nothing, line, re.IGNORECASE) for line in error_lines(done))
         if done.returncode != 0 and nothing and not is_unreachable(done):
             return {}
-        return self._system.parse(text_of(done, command))
+        return jobs_of(done, command, self._system.parse)
 
     async def completions(
         self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome, batches
 from gubbins.ces.transports.shell import Completed, Shell
@@ -23,7 +24,7 @@ from .jobs import (
     parse_queue,
 )
 from .settings import SlurmSettings
-from .submit_host import Submission, SubmitHostBackend, lines_of, text_of
+from .submit_host import Submission, SubmitHostBackend, jobs_of, lines_of
 
 _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
@@ -79,13 +80,13 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         for clusters in [self.settings.clusters] if self.settings.clusters else dict.fromkeys(("", elsewhere)):
             options = ("-h", "--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)
             done = await self.run_command(self.command("squeue", *_of_clusters(clusters), *options))
-            text = text_of(done, "squeue")
+            jobs_by_stamp = jobs_of(done, "squeue", partial(parse_queue, clusters=bool(clusters)))
             # The output has no jobs of an unavailable cluster.
             if clusters and any(
                 "warning" not in line.lower() for line in done.stderr.splitlines() if line.strip()
             ):
                 raise CEUnavailableError(f"squeue: {error_line(done)}")
-            for stamp, jobs in parse_queue(text, clusters=bool(clusters)).items():
+            for stamp, jobs in jobs_by_stamp.items():
                 found[stamp] += jobs
         return found
 
@@ -106,7 +107,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         if (log := self.settings.completion_log) is None:
             return {}
         done = await self.run_command(["grep", "-a", "-F", "-f", "-", "--", str(log)], lines_of(stamps))
-        return parse_completions(done.stdout if done.returncode == 1 else text_of(done, "grep"))
+        return {} if done.returncode == 1 else jobs_of(done, "grep", parse_completions)
 
     async def _accounts(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
         if not self.settings.accounting:
@@ -116,7 +117,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
         clusters = _of_clusters(self.settings.clusters)
         done = await self.run_command(self.command("sacct", *clusters, *listed, *since, names))
-        return parse_accounts(text_of(done, "sacct"))
+        return jobs_of(done, "sacct", parse_accounts)
 
 
 def _of_clusters(clusters: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
@@ -192,13 +192,13 @@ def lines_of(stamps: Iterable[str]) -> bytes:
     return "".join(f"{stamp}\n" for stamp in stamps).encode()
 
 
-def text_of(done: Completed, what: str) -> str:
-    """Get the output of a command.
+def jobs_of(done: Completed, what: str, parse: Callable[[str], dict[str, list[Job]]]) -> dict[str, list[Job]]:
+    """Parse the output of a command.
 
     Raises:
-        CEUnavailableError: it failed, or has exit code 0 and nothing but an error.
+        CEUnavailableError: it failed, or has exit code 0 and an error in place of jobs.
     """
-    silent = not done.stdout.strip() and done.stderr.strip() and is_unreachable(done)
-    if done.returncode != 0 or silent:
+    jobs = parse(done.stdout) if done.returncode == 0 else {}
+    if done.returncode != 0 or (not jobs and done.stderr.strip() and is_unreachable(done)):
         raise CEUnavailableError(f"{what}: {error_line(done)} (exit code {done.returncode})")
-    return done.stdout
+    return jobs
