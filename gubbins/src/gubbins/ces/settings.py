@@ -33,10 +33,6 @@ def _variable_name(name: str) -> str:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Text = Annotated[str, AfterValidator(without_nul)]
 Script = Annotated[str, Field(min_length=1), AfterValidator(without_nul)]
-DefaultScript = Annotated[
-    Script | None,
-    Field(description="Script for VOs without their own; default: the default pilot script."),
-]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 KeepDays = Annotated[float, Field(ge=0, allow_inf_nan=False, description="Days for which kept files stay.")]
 
@@ -47,6 +43,10 @@ class PilotSettings(CESettings):
     scripts: dict[str, Script] = Field(
         default={},
         description="Pilot script per VO, as text; run by /bin/sh unless its first line begins with #!.",
+    )
+    default_script: Script | None = Field(
+        default=None,
+        description="Script for VOs without their own; default: the default pilot script, or none at an ARC CE.",
     )
     payloads: dict[str, Script] = Field(
         default={},
@@ -72,15 +72,14 @@ class PilotSettings(CESettings):
 
     def script_of(self, vo: str) -> str | None:
         """Script of the VO's pilots; None: the VO is not supported."""
-        default: str | None = PILOT_SCRIPT if vo in self.payloads else getattr(self, "default_script", None)
-        return self.scripts.get(vo, default)
+        return self.scripts.get(vo, PILOT_SCRIPT if vo in self.payloads else self.default_script)
+
+    def executable(self, vo: str) -> str:
+        """Content of an executable file for the VO's pilots: their script, or else the default pilot script."""
+        script = self.script_of(vo) or PILOT_SCRIPT
+        text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
+        return text if text.endswith("\n") else f"{text}\n"
 
     def keeps(self, status: MyPilotStatus) -> bool:
         """True if the files of a pilot with this final state are kept."""
         return self.keep == "all" or (self.keep == "failed" and status is MyPilotStatus.FAILED)
-
-
-def executable_script(script: str) -> str:
-    """Complete a script to an executable file: with an interpreter line and a final newline."""
-    text = script if script.startswith("#!") else f"#!/bin/sh\n{script}"
-    return text if text.endswith("\n") else f"{text}\n"

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography import x509
 
-from gubbins.ces.transports.tokens import CredentialsError, TokenIssuer, bearer_token, expiry_of_token
+from gubbins.ces.transports.tokens import CredentialsError, TokenIssuer, bearer_token
 from gubbins.domain.text import one_line
 
 from .settings import ArcSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """TLS context and token of requests."""
 
     context: ssl.SSLContext
     token: str | None
-    expires_at: datetime | None  # None: not known
 
 
 def fingerprint(settings: ArcSettings) -> tuple[object, ...]:
@@ -53,18 +51,13 @@ def read_identity(settings: ArcSettings) -> Identity:
         CredentialsError: one of them is missing, invalid or expired.
     """
     context = _trust(settings.ca)
-    if settings.certificate is not None:
-        expires_at: datetime | None = _load_certificate(context, settings.certificate, settings.key)
-        token = None
-        path: Path | str = settings.certificate
-    else:
+    if (path := settings.certificate) is None:
         assert settings.token is not None
-        path = settings.token if isinstance(settings.token, Path) else settings.token.issuer
-        token = bearer_token(settings.token)
-        expires_at = expiry_of_token(token)
-    if expires_at is not None and expires_at <= datetime.now(tz=UTC):
+        return Identity(context, bearer_token(settings.token))
+    expires_at = _load_certificate(context, path, settings.key)
+    if expires_at <= datetime.now(tz=UTC):
         raise CredentialsError(f"{path} has expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC: renew it")
-    return Identity(context, token, expires_at)
+    return Identity(context, None)
 
 
 def _trust(ca: Path | None) -> ssl.SSLContext:

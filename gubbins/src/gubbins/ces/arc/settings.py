@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from gubbins.ces.settings import PILOT_SCRIPT, AbsolutePath, PilotSettings, Script
+from gubbins.ces.settings import PILOT_SCRIPT, AbsolutePath, PilotSettings
 from gubbins.ces.transports.tokens import TokenSource
 
 from .xrsl import AttributeValue, check_attribute, check_text, pack
@@ -43,9 +43,6 @@ class ArcSettings(PilotSettings):
     attributes: dict[str, AttributeValue] = Field(
         default={},
         description="Additional xRSL attributes: a text, a number, a list of texts, or a list of such lists.",
-    )
-    default_script: Script | None = Field(
-        default=None, description="Script for VOs without their own; default: they get no pilots."
     )
     timeout_seconds: float = Field(
         default=30, gt=0, le=300, allow_inf_nan=False, description="Time limit of one request."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, CEBackend, CEDescription, PilotAtCE, PilotOutput
-from gubbins.ces.settings import DefaultScript, KeepDays, PilotSettings
+from gubbins.ces.settings import KeepDays, PilotSettings
 from gubbins.ces.transports.shell import Completed, Shell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
@@ -23,7 +23,6 @@ _NOT_FOUND, _NO_DIRECTORY = 66, 69
 class DirectorySettings(PilotSettings):
     """Settings of a compute element with directories of pilots."""
 
-    default_script: DefaultScript = None
     keep_days: KeepDays = 7
 
 

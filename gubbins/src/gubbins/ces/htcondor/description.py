@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from gubbins.ces.protocol import OUTPUT_LIMIT_BYTES, PilotAtCE
-from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 
 from .settings import HTCondorSettings
 
@@ -111,5 +110,5 @@ def _files(settings: HTCondorSettings, ce_name: str, pilot: PilotAtCE) -> dict[s
     return {
         # In one pass: inserted text is not searched.
         "run": re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text()),
-        "pilot": executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT),
+        "pilot": settings.executable(pilot.vo),
     }

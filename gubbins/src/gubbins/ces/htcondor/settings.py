@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gubbins.ces.settings import DefaultScript, PilotSettings
+from gubbins.ces.settings import PilotSettings
 from gubbins.ces.transports.tokens import TokenSource
 
 # Commands set by the back end, and commands that would not submit one job per pilot.
@@ -72,7 +72,6 @@ class HTCondorSettings(PilotSettings):
         default={},
         description="HTCondor configuration of the bindings; files of the host's own configuration are not read.",
     )
-    default_script: DefaultScript = None
     held_minutes: float = Field(
         default=10,
         ge=0,

@@ -22,7 +22,6 @@ from gubbins.ces.protocol import (
     SubmitOutcome,
     batches,
 )
-from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 from gubbins.ces.transports.shell import Shell
 from gubbins.domain.exceptions import CEUnavailableError
 from gubbins.domain.text import one_line
@@ -128,7 +127,6 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
     async def _submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
         """Submit pilots of one VO, all with an identity of the same service or all without, by one command."""
         vo, stamps = pilots[0].vo, [pilot.stamp for pilot in pilots]
-        script = executable_script(self.settings.script_of(vo) or PILOT_SCRIPT)
         variables = self.settings.variables(self.ce.name, vo, identity=pilots[0].identity)
 
         def line(pilot: PilotAtCE) -> str:
@@ -137,7 +135,7 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
         records = await self._run(
             pilots,
             line,
-            f"script={quote(script)}",
+            f"script={quote(self.settings.executable(vo))}",
             f"wrapper={quote(WRAPPER)}",
             f"environment={quote(exports(variables))}",
             *self.preparation(),

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 from gubbins.ces.protocol import PilotAtCE
-from gubbins.ces.settings import PILOT_SCRIPT, executable_script
 
 from .settings import SlurmSettings, SubmitHostSettings
 
@@ -67,7 +66,6 @@ def job_script(
     """
     identity = pilot.identity
     variables = settings.variables(ce_name, pilot.vo, pilot.stamp, identity)
-    script = executable_script(settings.script_of(pilot.vo) or PILOT_SCRIPT)
     parts = {
         "exports": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         "job": "" if job is None else shlex.quote(str(job)),
@@ -75,7 +73,7 @@ def job_script(
         "id": id,
         "output": output,
         "secret": "" if identity is None or shown_to_others else shlex.quote(identity.secret),
-        "script": base64.encodebytes(script.encode()).decode().strip(),
+        "script": base64.encodebytes(settings.executable(pilot.vo).encode()).decode().strip(),
     }
     text = re.sub(r"@(\w+)@", lambda match: parts[match[1]], _TEMPLATE.read_text())
     return text.encode()
