@@ -155,6 +155,8 @@ async def test_expired_credentials_of_a_vo_stop_no_other_vo(
         [ce] = await logic.list_ces(db, vo)
         assert (ce["circuits"][call]["state"] != "closed") is failing, vo
         assert "the proxy has expired" in ce["last_error"]
+        named = f"{ce['circuits'][call]['last_error']}".startswith("VO lhcb: the proxy has expired")
+        assert named is (vo is None), "the operator sees whose failures these are"
     # The next probe finds out that the credentials were renewed, although the other VO has pilots and requests.
     backend.expired = ""
     time.at += timedelta(minutes=16)

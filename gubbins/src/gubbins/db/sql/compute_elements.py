@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
@@ -191,9 +191,12 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
             ce["circuits"] = {}
             for call in CECall:
                 of_vos = circuits.get((ce["name"], call), {})
-                shown = list(of_vos.values()) if vo is None else [of_vos.get(ce["circuits_of"], Circuit())]
-                worst = max(shown, key=lambda each: each.failures, default=Circuit())
-                ce["circuits"][str(call)] = worst.as_dict(now)
+                failing = max(of_vos, key=lambda each: of_vos[each].failures, default="")
+                of = failing if vo is None else ce["circuits_of"]
+                circuit = of_vos.get(of, Circuit())
+                if of and vo is None:
+                    circuit = replace(circuit, last_error=f"VO {of}: {circuit.last_error}")
+                ce["circuits"][str(call)] = circuit.as_dict(now)
         return list(found.values())
 
     @transaction
