@@ -104,9 +104,18 @@ def _check(server: Server, as_json: bool) -> int:
 def _check_lines(health: Health) -> list[str]:
     """Format the output of a Nagios check: state and worst alert on the first line, then all alerts."""
     alerts = [f"{alert.severity.upper()}: {one_line(alert.summary)}" for alert in health.alerts]
-    worst = one_line(health.alerts[0].summary) if health.alerts else "all health checks passed"
+    worst = one_line(health.alerts[0].summary) if health.alerts else _no_alerts(health)
     more = f" (and {len(alerts) - 1} more)" if len(alerts) > 1 else ""
-    return [f"{health.severity.upper()} - {worst}{more}", *alerts[: len(alerts) if more else 0]]
+    state = f"{health.severity.upper()} - {worst}{more}"
+    return [state, *alerts[: len(alerts) if more else 0], *_not_checked(health)]
+
+
+def _no_alerts(health: Health) -> str:
+    return "no alerts" + (", but not all checks ran" if health.unchecked else "")
+
+
+def _not_checked(health: Health) -> list[str]:
+    return [f"not checked: {each}" for each in health.unchecked]
 
 
 def _alerts(health: Health) -> list[RenderableType]:
@@ -119,8 +128,8 @@ def _alerts(health: Health) -> list[RenderableType]:
         lines.append(styled(f"! {alert.summary}", _STYLES[alert.severity]))
         lines.append(Text(f"  {alert.severity}{lasts}: {one_line(alert.remedy)}"))
     if not health.alerts:
-        lines.append(Text("no alerts" + (", but not all checks ran" if health.unchecked else ""), style="green"))
-    lines += [styled(f"not checked: {each}", "dim") for each in health.unchecked]
+        lines.append(Text(_no_alerts(health), style="green"))
+    lines += [styled(line, "dim") for line in _not_checked(health)]
     return lines
 
 
