@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ from diracx.tasks.plumbing.schedules import CronSchedule, IntervalSeconds, RRule
 from pydantic import ValidationError
 
 SUBMIT = "my_pilots:MySubmitPilotsTask"
+#: "Billion laughs": each line repeats the one before.
+LAUGHS = "common: &0 [1, 1]\n" + "".join(f"x{n}: &{n} [{f'*{n - 1}, ' * 9}]\n" for n in range(1, 12))
 
 
 @pytest.fixture(autouse=True)
@@ -309,14 +312,20 @@ class TestLoad:
             ("common: [1]", "common: must be a mapping"),
             ("!!python/object:os.system {}", "not valid YAML: "),
             ("common: {1: {}}", "common.1"),
+            ("common: !!timestamp x", "not valid YAML: line 1, column 9: this is no valid timestamp"),
+            ("common: !!bool x", "not valid YAML: line 1, column 9: this is no valid bool"),
+            (LAUGHS, "not valid YAML: line 1, column 1: its aliases repeat too many values"),
+            ("&a [*a]", "the top level: must be a mapping"),
         ],
     )
     def test_values_other_than_mappings_of_names_are_refused(self, tmp_path, text, start):
         [line] = problems(written(tmp_path, text))
         assert line.startswith(start)
 
-    def test_a_missing_file_is_named(self, tmp_path):
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path):
         assert problems(tmp_path / "nowhere.yaml") == ["cannot be read: No such file or directory"]
+        os.mkfifo(tmp_path / "fifo")
+        assert problems(tmp_path / "fifo") == ["cannot be read: it is no regular file"]
 
 
 def test_P46_unknown_tasks_and_vos_are_reported_with_the_nearest_name():

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator
 from typing import Annotated, Any, TypeGuard
 
 import yaml
+from diracx.tasks.plumbing.config.safe_yaml import SafeLoader
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gubbins.ces.registry import problem_of, validate_all_settings
@@ -92,16 +93,8 @@ class CESpec(BaseModel):
         return {**entry, "vos": list(own), "settings": {**settings, OF_VOS: own}}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, and reports all errors as `YAMLError`."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:  # 2026-02-30, !!bool x, !!timestamp x
-            kind = node.tag.rpartition(":")[2]
-            what = f"this is no valid {kind}; in quotes it would be text"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
+class _Loader(SafeLoader):
+    """YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -48,9 +48,14 @@ def read_raw_config(path: FilePath | None = None, config: object | None = None) 
 def _read_yaml(path: FilePath) -> tuple[Any, Source]:
     import yaml
 
+    from .safe_yaml import SafeLoader
+
     try:
+        if path.is_fifo() or path.is_char_device():  # reading it would never end
+            raise OSError(None, "it is no regular file")
         text = path.read_text(encoding="utf-8")
-        raw, source = yaml.safe_load(text), Source(str(path), yaml.compose(text, Loader=yaml.SafeLoader))
+        # Twice, as making values changes the nodes.
+        source, raw = Source(str(path), yaml.compose(text, SafeLoader)), yaml.load(text, SafeLoader)  # noqa: S506
         if isinstance(raw, dict) and raw.keys() == {"tasks"}:
             raw, source = raw["tasks"], source.below("tasks")
         return from_published_layout(raw), source
@@ -60,7 +65,7 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
         mark = exc.problem_mark or exc.context_mark
         at = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         raise TaskConfigError(f"{path}: not valid YAML: {at}{exc.problem or exc.context}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as exc:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as exc:
         raise TaskConfigError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from exc
 
 
