@@ -12,7 +12,7 @@ import typer
 from ...operations.settings import settings_records
 from ...operations.views import ACTIVE_CONFIGS, SETTINGS
 from ...plumbing.config import CONFIG_PATH_VARIABLE, Problem, Source, TasksConfig, check_config
-from ...plumbing.config.active import ActiveConfig, active_configs
+from ...plumbing.config.active import active_configs, notes_of
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError, UsageProblem, one_line
@@ -143,21 +143,12 @@ def in_force(*, as_json: JsonOption = False, server: Server) -> None:
         print_json([entry.as_dict() for entry in entries])
     else:
         show(ACTIVE_CONFIGS, entries, as_json)
-        _print_notes(entries)
+        for kind, line, processes in notes_of(entries):
+            where = processes[0] if len(processes) == 1 else f"{len(processes)} processes"
+            style = "red" if kind == "problems" else "yellow"
+            console().print(styled(f"{line} ({where})", style), soft_wrap=True)
     if any(entry.problems for entry in entries):
         raise typer.Exit(1)
-
-
-def _print_notes(entries: Sequence[ActiveConfig]) -> None:
-    """Print each problem and warning once, with the processes that have it."""
-    for kind, style in (("problems", "red"), ("warnings", "yellow")):
-        lines: dict[str, list[str]] = {}
-        for entry in entries:
-            for line in getattr(entry, kind):
-                lines.setdefault(line, []).append(entry.process)
-        for line, processes in lines.items():
-            where = processes[0] if len(processes) == 1 else f"{len(processes)} processes"
-            console().print(styled(f"{line} ({where})", style), soft_wrap=True)
 
 
 def _read(

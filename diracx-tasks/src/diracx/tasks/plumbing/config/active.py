@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -123,3 +124,13 @@ async def active_configs(redis: Redis) -> list[ActiveConfig]:
             known = {name: value for name, value in content.items() if name in ActiveConfig.__slots__}
             found.append(ActiveConfig(**known | {"process": process, "seen": seen}))
         return sorted(found, key=lambda entry: (entry.role, entry.process))
+
+
+def notes_of(entries: Sequence[ActiveConfig]) -> Iterator[tuple[str, str, list[str]]]:
+    """Iterate over `problems` and `warnings`: this kind, the text, and the processes that have it."""
+    for kind in ("problems", "warnings"):
+        lines: dict[str, list[str]] = {}
+        for entry in entries:
+            for line in getattr(entry, kind):
+                lines.setdefault(line, []).append(entry.process)
+        yield from ((kind, line, processes) for line, processes in lines.items())

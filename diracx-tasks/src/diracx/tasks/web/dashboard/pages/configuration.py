@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ....operations.settings import limit_records, task_records
-from ....plumbing.config.active import ActiveConfig, active_configs
+from ....plumbing.config.active import active_configs, notes_of
 from ..page import AppContext, Page, Request
 
 #: Maximum number of tasks whose settings are on one page.
@@ -25,7 +25,7 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
     return {
         "entries": entries,
         "digests": sorted({entry.digest for entry in entries}),
-        "lines": _lines(entries),
+        "notes": list(notes_of(entries)),
         "source": context.reader.source,
         "problems": settings.problems,
         "tasks": [record | {"rows": list(_rows(record))} for record in tasks],
@@ -42,16 +42,6 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     for key, settings in record["instances"].items():
         rows += [(key, name, setting) for name, setting in settings.items()]
     return rows
-
-
-def _lines(entries: list[ActiveConfig]) -> list[tuple[str, str, int]]:
-    """Return kind, text and number of processes of each problem and warning, without duplicates."""
-    found: dict[tuple[str, str], int] = {}
-    for entry in entries:
-        for kind, lines in (("bad", entry.problems), ("warn", entry.warnings)):
-            for line in lines:
-                found[kind, line] = found.get((kind, line), 0) + 1
-    return [(kind, line, number) for (kind, line), number in found.items()]
 
 
 PAGES = [Page("/configuration", "configuration", "Configuration", _load, section="Control", live=False)]
