@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from shlex import quote
 from typing import Any
 
 from diracx.tasks.operations.health import Alert, Severity
@@ -65,7 +66,7 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
             severity=Severity.WARNING,
             summary=f"{ce['name']} is banned, with {ce['active']} pilots that are not polled: "
             f"{ce['ban_reason'] or 'no reason was given'}",
-            remedy=f"`gubbins ce enable {ce['name']}` lifts the ban",
+            remedy=f"`gubbins ce enable {quote(ce['name'])}` lifts the ban",
             count=max(1, ce["active"]),
             subject=ce["name"],
             since=ce["banned_at"],
@@ -81,7 +82,8 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
                 severity=Severity.CRITICAL,
                 summary=f"{ce['name']}: {circuit['failures']} {call} calls in a row have failed: "
                 f"{circuit['last_error']}",
-                remedy=f"resolve the error, then `gubbins ce enable {ce['name']}`, or wait for the next probe",
+                remedy=f"resolve the error, then `gubbins ce enable {quote(ce['name'])}`, or wait for the next "
+                "probe",
                 count=circuit["failures"],
                 subject=f"{ce['name']} {call}",
                 path="/pilots?state=failing",
@@ -110,7 +112,7 @@ def _failing(ce: Mapping[str, Any], ended: Mapping[str, int]) -> Iterator[Alert]
             check="ce_pilots_failing",
             severity=Severity.CRITICAL if failed >= _CRITICAL_SHARE * total else Severity.WARNING,
             summary=f"{ce['name']}: {failed:,} of {total:,} pilots that ended within the past hour have failed",
-            remedy=f"check their output; to drain it meanwhile: `gubbins ce disable {ce['name']}`",
+            remedy=f"check their output; to drain it meanwhile: `gubbins ce disable {quote(ce['name'])}`",
             count=failed,
             subject=ce["name"],
             path=f"/pilots?ce={ce['name']}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.metadata import entry_points
 
 import pytest
@@ -14,18 +15,20 @@ from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
+NAME = "it's broken; now"
+
 
 async def test_bans_circuits_and_failing_pilots_raise_alerts(
     sqlite_db: MyPilotDB, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sqlite_db:
-        for name in ("banned", "broken", "failing", "good", "closed", "few"):
+        for name in ("banned", NAME, "failing", "good", "closed", "few"):
             await sqlite_db.add_ce(name, 20, 1.0, enabled=name != "closed")
     monkeypatch.setenv(URL_VARIABLE, sqlite_url)
     async with health.source() as ask:
         assert callable(ask)
         assert await ask() == [], "before that all is well"
-        for name in ("banned", "broken"):
+        for name in ("banned", NAME):
             await sqlite_db.record_failure(
                 name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
             )
@@ -41,12 +44,14 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     found = {(alert.check, alert.subject): alert for alert in alerts}
     assert {where: (alert.severity, alert.count) for where, alert in found.items()} == {
         ("ce_banned", "banned"): (Severity.WARNING, 1),
-        ("ce_circuit_open", "broken submit"): (Severity.CRITICAL, 1),
+        ("ce_circuit_open", f"{NAME} submit"): (Severity.CRITICAL, 1),
         ("ce_pilots_failing", "failing"): (Severity.WARNING, 6),
     }
     assert "flood" in found["ce_banned", "banned"].summary
     assert found["ce_banned", "banned"].since is not None
-    assert "down" in found["ce_circuit_open", "broken submit"].summary
+    assert "down" in found["ce_circuit_open", f"{NAME} submit"].summary
+    command = found["ce_circuit_open", f"{NAME} submit"].remedy.split("`")[1]
+    assert shlex.split(command) == ["gubbins", "ce", "enable", NAME], "it can be copied to a shell"
     assert "6 of 8" in found["ce_pilots_failing", "failing"].summary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shlex
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -152,7 +153,7 @@ async def poison_candidate(redis: Redis) -> None:
 
 
 async def lock_held(redis: Redis) -> None:
-    await a_worker(redis, running=[running(locks=[["lock:mutex:site:one", "me"]])])
+    await a_worker(redis, running=[running(task_id="it's; now", locks=[["lock:mutex:site:one", "me"]])])
     await redis.zadd(keys.WAITING_PREFIX + "small:lock:mutex:site:one", {"t2": 1.0, "t3": 2.0})
 
 
@@ -323,6 +324,8 @@ async def test_an_alert_has_severity_number_since_when_and_remedy(redis: Redis, 
     assert health.severity is severity
     assert expected in alert.summary
     assert alert.remedy
+    commands = alert.remedy.split("`")[1::2]
+    assert all(";" not in command or "it's; now" in shlex.split(command) for command in commands)
     assert alert.since is not None
     assert (datetime.now(UTC) - alert.since).total_seconds() == pytest.approx(ago or 0, abs=20)
     labels = {"check": check, "severity": str(severity), "subject": alert.subject}

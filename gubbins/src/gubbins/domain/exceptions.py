@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 #: Limit of names in messages, which is the longest valid name.
 _NAME = 128
 
@@ -43,7 +45,7 @@ class CEDisabledError(PilotSubmissionError):
     """The compute element is disabled for new pilots."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"compute element {name!r} is disabled: `gubbins ce enable {name}` opens it again")
+        super().__init__(f"compute element {name!r} is disabled: `gubbins ce enable {quote(name)}` opens it again")
 
 
 class CEPausedError(PilotSubmissionError):
@@ -58,9 +60,10 @@ class CEPausedError(PilotSubmissionError):
 
     def __init__(self, name: str, reason: str, site_error: str = "", remedy: str = "") -> None:
         paused = f"compute element {name!r} is paused: {reason}"
+        show, enable = f"`gubbins ce show {quote(name)}`", f"`gubbins ce enable {quote(name)}`"
         super().__init__(
-            f"{paused}{f' ({site_error})' if site_error else ''}; `gubbins ce show {name}` shows until when, "
-            f"{remedy or f'`gubbins ce enable {name}` ends the pause'}",
+            f"{paused}{f' ({site_error})' if site_error else ''}; {show} shows until when, "
+            f"{remedy or f'{enable} ends the pause'}",
             paused,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def show(view: View[_Row], rows: Page[_Row] | Sequence[_Row], as_json: bool) -> 
     elif after is None:
         echo(view.empty, err=True)
     if after is not None:
-        echo(f"there may be more: --limit, or --after '{one_line(after)}'", err=True)
+        echo(f"there may be more: --limit, or --after {shlex.quote(one_line(after))}", err=True)
 
 
 def table(view: View[_Row], rows: Iterable[_Row], width: int) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from shlex import quote
 from typing import Any
 
 from gubbins.db.sql import MyPilotDB
@@ -65,7 +66,7 @@ def missing_pilots(ce: Mapping[str, Any]) -> str | None:
     if never_seen >= rules.max_missing and never_seen >= rules.max_missing_share * (known + never_seen):
         return (
             f"it has accepted {never_seen} pilots that it does not list, and lists {known}: "
-            f"when that is corrected, `gubbins ce enable {ce['name']}`"
+            f"when that is corrected, `gubbins ce enable {quote(ce['name'])}`"
         )
     if missing >= rules.max_missing and missing >= rules.max_missing_share * active:
         return f"{missing} of its {active} pilots are missing: it responds, and does not list them"

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from gubbins.ces import CEBackend
@@ -177,7 +178,7 @@ async def fetch_output(db: MyPilotDB, pilot: Mapping[str, Any]) -> dict[str, Any
     ce = await db.get_ce(pilot["ce_name"], pilot["vo"])
     if not is_reachable(ce):
         raise CEUnavailableError(
-            f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {ce['name']}`"
+            f"compute element {ce['name']!r} is banned or paused: `gubbins ce show {quote(ce['name'])}`"
         )
     try:
         async with backend_of(ce, pilot["vo"]) as backend, asyncio.timeout(rules_of(ce).timeout_seconds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 import socket
 import subprocess
@@ -99,7 +100,7 @@ async def _run(port: int | None, components: list[list[Child]], modules: Sequenc
     with _embedded_server(port) as url:
         show("dev", f"Valkey at {url}; in other terminals:")
         show("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
-        with_modules = "".join(f" --module {module}" for module in modules)
+        with_modules = "".join(f" --module {shlex.quote(module)}" for module in modules)
         show("dev", f"  diracx-task-run submit CATEGORY:TASK --wait{with_modules}")
         try:
             await supervisor.run({"DIRACX_TASKS_REDIS_URL": url, "PYTHONUNBUFFERED": "1"})

@@ -5,6 +5,7 @@ The first line of a check's docstring is shown to users who may not see its aler
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import partial, wraps
@@ -240,7 +241,8 @@ def tasks_failing(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
             severity=Severity.CRITICAL if rate >= facts.limits.failure_critical_share else Severity.WARNING,
             summary=f"{each.task_name} fails in {rate:.0%} of its attempts: "
             f"{each.failed:,} of {attempts:,} within the past hour",
-            remedy=f"`diracx-task-run tasks stats --task {each.task_name} --failures 3` shows the errors",
+            remedy=f"`diracx-task-run tasks stats --task {shlex.quote(each.task_name)} --failures 3` shows the "
+            "errors",
             count=each.failed,
             subject=each.task_name,
             path=f"/failures?task={quote(each.task_name, safe='')}",
@@ -353,7 +355,8 @@ def locks_held(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
             yield alert(
                 summary=f"{lock.key}: {lock.task_name} {lock.task_id} has held it for {duration(held)}, and "
                 f"{counted(lock.waiters, 'task waits', 'tasks wait')} for it",
-                remedy=f"`diracx-task-run cancel {lock.task_id}` if it is not needed; give its class a time limit",
+                remedy=f"`diracx-task-run cancel {shlex.quote(lock.task_id)}` if it is not needed; give its "
+                "class a time limit",
                 count=lock.waiters,
                 subject=lock.key,
                 since=lock.since,
