@@ -221,6 +221,8 @@ def test_a_process_that_has_lost_its_server_can_be_stopped(cli, command):
         (["--max-concurrent-tasks", "many"], ["--max-concurrent-tasks", "'many'"]),
         (["--worker-sise", "small"], ["--worker-sise", "--worker-size"]),
         (["--result-ttl", "0"], ["--result-ttl"]),
+        (["--lease-seconds", "1e7"], ["--lease-seconds", "86400"]),
+        (["--lease-seconds", "inf"], ["--lease-seconds", "86400"]),
     ],
 )
 def test_an_invalid_option_is_reported_in_one_line(cli, one_line, args, said):

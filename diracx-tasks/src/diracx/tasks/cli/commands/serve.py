@@ -24,7 +24,7 @@ from ...plumbing.enums import Size
 from ...plumbing.persistence.resubmission import Resubmitter
 from ...plumbing.scheduler import TaskScheduler
 from ...plumbing.worker import Worker
-from ...plumbing.worker.settings import WorkerSettings
+from ...plumbing.worker.settings import LONGEST_LEASE_SECONDS, WorkerSettings
 from ..errors import CliError, one_line
 from ..runtime.configuration import CONFIG_VARIABLE
 from ..runtime.databases import NO_TASK_DB, check_databases, open_database, open_task_db, unchecked_task_db
@@ -40,7 +40,12 @@ def worker(
     worker_size: Annotated[Size, typer.Option(help="Size of the tasks to run.")] = Size.MEDIUM,
     max_concurrent_tasks: Annotated[int, typer.Option(min=1, help="Maximum number of concurrent tasks.")] = 10,
     lease_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time without heartbeat after which other workers reclaim its tasks.")
+        float,
+        typer.Option(
+            min=0.1,
+            max=LONGEST_LEASE_SECONDS,
+            help="Time without heartbeat after which other workers reclaim its tasks.",
+        ),
     ] = 30.0,
     max_deliveries: Annotated[
         int, typer.Option(min=1, help="Store a task as a dead letter after this many of its workers crashed.")

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..broker.sizes import MAX_BYTES
 
+#: As long as the server keeps the time of the last renewal.
+LONGEST_LEASE_SECONDS = 86_400
+
 
 class WorkerSettings(BaseModel):
     """Settings of a worker. All times are in seconds."""
@@ -14,7 +17,7 @@ class WorkerSettings(BaseModel):
 
     max_concurrent_tasks: int = Field(default=10, ge=1)
     """Slots: the number of tasks that run at a time."""
-    lease_seconds: float = Field(default=30.0, gt=0)
+    lease_seconds: float = Field(default=30.0, gt=0, le=LONGEST_LEASE_SECONDS)
     """Time without a renewal after which other workers reclaim the tasks of the worker."""
     max_deliveries: int = Field(default=3, ge=1)
     """A task that has lost this many workers is poison: it becomes a dead letter."""
