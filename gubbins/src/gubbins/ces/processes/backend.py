@@ -172,8 +172,8 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
         printed: list[str] = []
         for part in parts:
             enter = f"enter {quote(self._directory)}"
-            found = f"find_files {' '.join(pilot.stamp for pilot in part)}"
-            lines = ["{", _FUNCTIONS, *before, enter, found, *map(line, part), "exit 0", "} < /dev/null\n"]
+            find = f"find_bad_files {' '.join(pilot.stamp for pilot in part)}"
+            lines = ["{", _FUNCTIONS, *before, enter, find, *map(line, part), "exit 0", "} < /dev/null\n"]
             text = "\n".join(lines).encode(errors="replace")
             done = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
             if done.returncode == _REFUSED and part is parts[0]:

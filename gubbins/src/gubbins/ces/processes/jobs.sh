@@ -68,19 +68,18 @@ write() {
         { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1"; }; }
 }
 
-# find_files STAMP…: add the small regular files of the pilots to $files. Only these are read, since pilots could replace
-# them by links, FIFOs or large files.
-files=
-find_files() {
-    files="$files $(find "$@" -maxdepth 1 -type f -size -2 \( -name pid -o -name rc -o -name cancelled \) 2> /dev/null |
-        tr '\n' ' ')"
+# find_bad_files STAMP…: set $bad to the files of the pilots that are not to be read: pilots could replace them by links,
+# FIFOs or large files.
+find_bad_files() {
+    bad=" $(find "$@" -maxdepth 1 \( -name pid -o -name rc -o -name cancelled \) \( ! -type f -o -size +1 \) \
+        2> /dev/null | tr '\n' ' ')"
 }
 
 is_file() {
-    case $files in
-        *" $1 "*) return 0 ;;
+    case $bad in
+        *" $1 "*) return 1 ;;
     esac
-    return 1
+    is_text "$1"
 }
 
 # is_unreadable DIRECTORY: true if the directory cannot be read (stale file handle, lost connection), with the error in
@@ -98,7 +97,7 @@ is_text() {
     [ -f "$1" ] && ! [ -h "$1" ]
 }
 
-# observe STAMP, after find_files
+# observe STAMP, after find_bad_files
 # -> prepared STAMP SECONDS | elsewhere STAMP HOST | running STAMP | restarted STAMP
 #    | ended STAMP CODE CANCELLED LAST-LINE; CODE is - if there is none | unreadable STAMP ERROR
 # No record for an unknown stamp.
@@ -128,8 +127,7 @@ observe() {
             say restarted "$1"
             return
         fi
-        # It may have ended since `find_files`.
-        find_files "$1"
+        # It may have ended meanwhile.
         has_ended "$1" || code=-
     fi 2> /dev/null
     [ -e "$1/cancelled" ] || [ -h "$1/cancelled" ] && cancelled=1 || cancelled=0
@@ -238,7 +236,7 @@ has_stamp() {
     tr '\0' '\n' < "$1/environ" | grep -qx "PILOT_STAMP=$2"
 }
 
-# cancel STAMP, after find_files, with $now (s since 1970) and $kill_after (s): send SIGTERM, or SIGKILL if it was
+# cancel STAMP, after find_bad_files, with $now (s since 1970) and $kill_after (s): send SIGTERM, or SIGKILL if it was
 # cancelled more than $kill_after ago.
 # -> unmarked STAMP ERROR: it cannot be marked as cancelled
 cancel() {
