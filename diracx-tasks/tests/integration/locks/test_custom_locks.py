@@ -21,6 +21,7 @@ from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from support.raised_exceptions import Panic
 from support.standard_tasks import SEEN
 from support.waiting import until
 
@@ -48,7 +49,7 @@ class Window(BaseLimiter):
     """Grants when the window is open; `extended` is the result of an extension."""
 
     ttl_ms = 60
-    extended: ClassVar[list[bool]] = []
+    extended: ClassVar[list[Any]] = []
 
     async def acquire(self, redis: Redis) -> bool:
         SEEN.append("asked")
@@ -62,10 +63,15 @@ class Window(BaseLimiter):
     async def release(self, redis: Redis) -> None:
         SEEN.append("released")
         if "window" not in OPEN:
-            raise ValueError("cannot")
+            raise Panic("cannot")
 
     async def extend(self, redis: Redis) -> bool:
-        return self.extended.pop(0) if self.extended else True
+        found = self.extended.pop(0) if len(self.extended) > SEEN.count("released") else True
+        if found == "hangs":
+            await asyncio.Event().wait()
+        if isinstance(found, BaseException):
+            raise found
+        return bool(found)
 
 
 class AskingMutex(MutexLock):
@@ -155,9 +161,12 @@ async def test_an_overridden_acquire_of_a_subclass_is_called(redis_url: str, red
     assert not await redis.exists("lock:mutex:job:4")
 
 
-async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(redis_url: str) -> None:
+@pytest.mark.parametrize(
+    "lost", [False, RedisConnectionError(), Panic(), SystemExit(3), asyncio.CancelledError(), "hangs"]
+)
+async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(redis_url: str, lost: Any) -> None:
     OPEN.add("window")
-    Window.extended[:] = [True, False]
+    Window.extended[:] = [True, *[lost] * 100]
     async with TaskSystem([Long], redis_url=redis_url, workers=1, settings=SOON) as system:
         assert (await system.result(await Long("window").schedule())).return_value == "window"
     assert SEEN.count("begins") == SEEN.count("released") == 2
@@ -185,7 +194,7 @@ async def test_a_failing_release_does_not_change_the_outcome(
     OPEN.add("window")
     async with TaskSystem([Locked], redis_url=redis_url, workers=1, settings=SOON) as system:
         assert (await system.result(await Locked("window").schedule())).return_value == "done"
-    assert "cannot release <Window job:3>: cannot" in caplog.text
+    assert "cannot release <Window job:3>: Panic: cannot" in caplog.text
 
 
 async def test_task_wrapper_acquires_custom_locks_and_skips_limiters_in_interactive_mode(redis: Redis) -> None:

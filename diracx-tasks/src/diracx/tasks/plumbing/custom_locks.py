@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from ._util.retrying import is_transient
+from .locks import LONGEST_MS, SAFETY_MARGIN
+from .messages.error_info import one_line
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -48,22 +52,34 @@ async def acquire_custom(
 async def _release(lock: BaseLock, redis: Redis) -> None:
     try:
         await lock.release(redis)
-    except Exception as error:
-        logger.error("cannot release %r: %s", lock, error)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # code of users may raise anything
+        logger.error("cannot release %r: %s", lock, one_line(error))
 
 
 async def _extend(locks: Sequence[BaseLock], redis: Redis, on_lost: Callable[[str], None]) -> None:
-    """Extend the locks every third of the shortest `ttl_ms`. False means lost only after a True."""
-    seconds = min([_EXTEND_SECONDS, *(lock.ttl_ms / 3000 for lock in locks if hasattr(lock, "ttl_ms"))])
-    extended = [False] * len(locks)
+    """Extend the locks every third of the shortest `ttl_ms`.
+
+    Only after a True, False means lost; so do errors and calls that hang, when the lock is about to expire.
+    """
+    ttls = [getattr(lock, "ttl_ms", LONGEST_MS) / 1000 for lock in locks]
+    seconds = min(_EXTEND_SECONDS, *(ttl / 3 for ttl in ttls))
+    lost_at = [math.inf] * len(locks)
     while True:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(min(seconds, min(lost_at) - time.monotonic()))
         for at, lock in enumerate(locks):
+            now = time.monotonic()
             try:
-                kept = await lock.extend(redis)
-            except Exception as error:
-                logger.warning("cannot extend %r: %s", lock, error)
-                continue
-            if extended[at] and not kept:
+                async with asyncio.timeout(min(LONGEST_MS / 1000, max(seconds / 10, lost_at[at] - now))):
+                    kept = await lock.extend(redis)
+                if kept:
+                    lost_at[at] = now + ttls[at] * (1 - SAFETY_MARGIN)
+            except BaseException as error:  # code of users may raise anything
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                logger.warning("cannot extend %r: %s", lock, one_line(error))
+                kept = time.monotonic() < lost_at[at]
+            if not kept and lost_at[at] < math.inf:
                 return on_lost(f"could not be extended: {lock!r}")
-            extended[at] = bool(kept)
