@@ -381,7 +381,13 @@ ACTIVE_CONFIGS: View[ActiveConfig] = View(
         Column("process", "process"),
         Column("role", "role", whole=True),
         Column("configuration", "digest", whole=True),
-        Column("since", "since", lambda at: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%SZ}", whole=True),
+        Column(
+            "since",
+            "since",
+            lambda at: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%SZ}",
+            whole=True,
+            kind="age",
+        ),
         Column(
             "state",
             _config_state,

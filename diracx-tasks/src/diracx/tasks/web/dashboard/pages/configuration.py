@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ....operations.settings import limit_records, task_records
+from ....operations.views import ACTIVE_CONFIGS
 from ....plumbing.config.active import active_configs, notes_of
 from ..page import AppContext, Page, Request
+from ..tables import Table
 
 #: Maximum number of tasks whose settings are on one page.
 _UNFOLDED = 20
@@ -22,9 +24,11 @@ async def _load(request: Request, context: AppContext) -> dict[str, Any]:
         if not chosen or name == chosen
         for record in task_records(settings.tasks, name, context.registry[name], None)
     ]
+    different = len({entry.digest for entry in entries})
+    same = "All processes use the same settings."
+    caption = same if different == 1 else f"{different} different settings are in force."
     return {
-        "entries": entries,
-        "digests": sorted({entry.digest for entry in entries}),
+        "in_force": Table(view=ACTIVE_CONFIGS, rows=entries, caption=caption),
         "notes": list(notes_of(entries)),
         "source": context.reader.source,
         "problems": settings.problems,
