@@ -197,7 +197,7 @@ async def test_any_number_of_compute_elements_is_paged_and_filtered(
         response = await client.get(address)
         assert len(response.content) < 200_000  # scripts and styles come on top
         table, _, pilots = response.text.rpartition("<h2>Pilots</h2>")
-        seen += re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', table)
+        seen += re.findall(r'<th scope="row" class="nowrap"><a [^>]*>(ce-[^<]+)</a>', table)
         following = re.search(
             r'href="([^"]+)" rel="next">Next page<span class="unseen"> of the comp', response.text
         )
@@ -212,7 +212,7 @@ async def test_any_number_of_compute_elements_is_paged_and_filtered(
         "ce=nowhere": [],
     }.items():
         text = (await client.get(f"/pilots?{query}")).text
-        assert re.findall(r'<th scope="row"><a [^>]*>(ce-[^<]+)</a>', text) == wanted, query
+        assert re.findall(r'<th scope="row" class="nowrap"><a [^>]*>(ce-[^<]+)</a>', text) == wanted, query
     assert "10 of 10 rows" in (await client.get("/pilots?ce=CE-01")).text
     second = (await client.get("/pilots?rows=60")).text
     assert "First page<span" in second
