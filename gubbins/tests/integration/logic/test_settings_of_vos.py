@@ -13,6 +13,7 @@ from support.moving_clock import Clock
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain.exceptions import CEQuotaError
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CEFileError, parse_ce_file
 
@@ -31,6 +32,7 @@ class AccountBackend(CEBackend[AccountSettings]):
     calls: ClassVar[list[tuple[str, str, list[str]]]] = []
 
     expired: ClassVar[str] = ""  # account
+    full: ClassVar[str] = ""
 
     def _note(self, call: str, pilots: Sequence[PilotAtCE]) -> None:
         if self.settings.account == self.expired:
@@ -39,7 +41,8 @@ class AccountBackend(CEBackend[AccountSettings]):
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
         self._note("submit", pilots)
-        return {pilot.stamp: SubmitOutcome(reference=pilot.stamp) for pilot in pilots}
+        full = SubmitOutcome(error="enough", quota=True) if self.settings.account == self.full else None
+        return {pilot.stamp: full or SubmitOutcome(reference=pilot.stamp) for pilot in pilots}
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
         self._note("poll", pilots)
@@ -71,7 +74,7 @@ ACCOUNTS = {"lhcb": "prod", "dteam": "test", "gridpp": "shared"}
 def backend(install_backend: Any) -> type[AccountBackend]:
     install_backend("account", AccountBackend)
     AccountBackend.calls.clear()
-    AccountBackend.expired = ""
+    AccountBackend.expired = AccountBackend.full = ""
     return AccountBackend
 
 
@@ -165,6 +168,32 @@ async def test_expired_credentials_of_a_vo_stop_no_other_vo(
     assert await requests("lhcb")
     await logic.submit_pilot(db, "ce", "lhcb")
     assert (await logic.get_ce(db, "ce"))["circuits"][call]["failures"] == 0
+
+
+async def test_the_quota_of_a_vo_limits_no_other_vo(
+    db: MyPilotDB, backend: type[AccountBackend], time: Clock
+) -> None:
+    await logic.load_ces(db, parse_ce_file(FILE))
+    for vo in ("lhcb", "lhcb", "dteam"):
+        await logic.submit_pilot(db, "ce", vo)
+    backend.full = "prod"
+    with pytest.raises(CEQuotaError, match="quota of the site: 2"):
+        await logic.submit_pilot(db, "ce", "lhcb")
+
+    async def requests(vo: str) -> int:
+        [stamps] = (await logic.request_pilots(db, vo, vos=[vo])).values() or [[]]
+        await logic.withdraw_requests(db, "ce", stamps)
+        return len(stamps)
+
+    assert [await requests(vo) for vo in VOS] == [0, 47, 47]
+    await logic.submit_pilot(db, "ce", "dteam")
+    time.at += timedelta(minutes=3)
+    # A tenth more, but at least one, for each minute: 5, of which it has 2.
+    assert [await requests(vo) for vo in VOS] == [3, 46, 46]
+    backend.full = ""
+    [stamp, *_] = await db.add_requests("ce", vo="lhcb", count=9)
+    await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
+    assert await db.count_active("ce", "lhcb") == 5
 
 
 def test_a_setting_of_every_vo_needs_no_common_value() -> None:

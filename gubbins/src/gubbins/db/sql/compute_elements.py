@@ -206,10 +206,10 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         return int((await self.conn.execute(statement)).scalar_one())
 
     @transaction
-    async def record_quota(self, name: str) -> int:
-        """Set the quota of the site to its present number of active pilots, and return it."""
-        quota = await self.count_active(name)
-        await self._update_ce(name, quota=quota, quota_at=clock.now())
+    async def record_quota(self, name: str, vo: str = "") -> int:
+        """Set the quota of the site (for one VO, or all) to its present number of active pilots, and return it."""
+        quota = await self.count_active(name, vo or None)
+        await self._update_ce(name, quota=quota, quota_at=clock.now(), quota_of=vo)
         return quota
 
     @transaction

@@ -94,6 +94,8 @@ class ComputeElements(MyPilotDBBase):
     # Number of pilots at the last refusal for quota, and its time; NULL: none.
     quota: Mapped[int | None] = mapped_column("Quota", Integer, key="quota")
     quota_at: Mapped[datetime | None] = mapped_column("QuotaAt", UTCDateTime, key="quota_at")
+    # VO whose quota that is, at a compute element where VOs have their own settings; else empty.
+    quota_of: Mapped[str | None] = mapped_column("QuotaOf", _VO, key="quota_of")
     created_at: Mapped[datetime] = mapped_column("CreatedAt", UTCDateTime, key="created_at")
     updated_at: Mapped[datetime] = mapped_column("UpdatedAt", UTCDateTime, key="updated_at")
 

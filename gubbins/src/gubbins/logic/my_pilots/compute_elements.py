@@ -16,6 +16,8 @@ from gubbins.domain.text import one_line
 from .ce_file import CESpec
 from .circuits import missing_pilots, quota_limit
 
+_INTERNAL = ("circuits_of", "polled", "quota_of")
+
 get_available_ces = MyPilotDB.get_available_ces
 set_ce_enabled = MyPilotDB.set_ce_enabled
 
@@ -130,12 +132,12 @@ def redact_ce(vo: str | None, ce: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_last_error(ce: Mapping[str, Any]) -> dict[str, Any]:
     """Set the last error to invalid rules, missing pilots or the quota, if one of them stops submissions."""
-    ce = {key: value for key, value in ce.items() if key not in ("circuits_of", "polled")}
     if (problem := rules_error(ce)) is None:
         quota = None if quota_limit(ce) is None else f"quota of the site: {ce['quota']}"
-        return {**ce, "last_error": missing_pilots(ce) or quota or ce["last_error"]}
-    error = f"its rules in the database are wrong ({problem}), `gubbins ce load` corrects them"
-    return {**ce, "last_error": error}
+        error = missing_pilots(ce) or quota or ce["last_error"]
+    else:
+        error = f"its rules in the database are wrong ({problem}), `gubbins ce load` corrects them"
+    return {key: value for key, value in ce.items() if key not in _INTERNAL} | {"last_error": error}
 
 
 def _fields(spec: CESpec) -> dict[str, Any]:

@@ -120,9 +120,10 @@ class _Situation:
     def part(self, ce: Mapping[str, Any], rules: CERules, wanted: int) -> int:
         """Number of wanted pilots that the VO gets now: its part of the free slots."""
         name = ce["name"]
-        limit = quota_limit(ce)
-        room = (ce["capacity"] if limit is None else limit) - self.active[name] - self.pending[name]
-        room = min(room, MAX_REQUESTS - self.pending[name])
+        taken = self.active[name] + self.pending[name]
+        room = min(ce["capacity"] - taken, MAX_REQUESTS - self.pending[name])
+        if (limit := quota_limit(ce)) is not None:
+            room = min(room, limit - (self.held[name, self.vo] if ce["circuits_of"] else taken))
         if rules.max_per_cycle is not None:
             wanted = min(wanted, rules.max_per_cycle)
         of_all = rules_of(ce)

@@ -80,7 +80,7 @@ async def _reserve(
     is_probe = half_open(ce)
     at_most = 1 if is_probe else rules_of(ce).max_batch
     if (limit := quota_limit(ce)) is not None:
-        at_most = max(1, min(at_most, limit - await db.count_active(ce["name"])))
+        at_most = max(1, min(at_most, limit - await db.count_active(ce["name"], ce["circuits_of"] or None)))
     # VOs with their own settings are not combined: the call uses the credentials of one VO.
     alone = vo if OF_VOS in ce["settings"] else None
     waiting = dict(await db.waiting_requests(ce["name"], vo=alone, at_most=at_most))

@@ -237,4 +237,4 @@ async def _record(
         taken = await db.restore_pilot(
             name, vos[stamp], stamp=stamp, reference=references[stamp], reason=_ABANDONED
         )
-    return confirmed, await db.record_quota(name) if outcomes.over_quota else 0, taken
+    return confirmed, await db.record_quota(name, ce["circuits_of"]) if outcomes.over_quota else 0, taken
