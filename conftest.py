@@ -6,7 +6,9 @@ import asyncio
 import functools
 import gc
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, get_args
 
 import fastapi._compat.v2
@@ -165,3 +167,14 @@ async def browser() -> AsyncIterator[Any]:
 
     async with chromium() as started:
         yield started
+
+
+@pytest.fixture
+async def no_free_thread() -> AsyncIterator[None]:
+    """Calls of tasks occupy all threads of `asyncio.to_thread`."""
+    end = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.submit(end.wait, 60)
+        yield
+        end.set()

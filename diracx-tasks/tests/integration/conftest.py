@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -35,14 +32,3 @@ async def worker(redis_url: str, redis: Redis) -> AsyncIterator[Callable[..., Aw
     yield enter
     for broker in brokers:
         await broker.shutdown()
-
-
-@pytest.fixture
-async def no_free_thread() -> AsyncIterator[None]:
-    """Calls of tasks occupy all threads of `asyncio.to_thread`."""
-    end = threading.Event()
-    with ThreadPoolExecutor(1) as threads:
-        asyncio.get_running_loop().set_default_executor(threads)
-        threads.submit(end.wait, 60)
-        yield
-        end.set()

@@ -45,6 +45,11 @@ async def test_a_command_with_endless_output_is_killed_with_its_children(stream:
     await until(lambda: not alive(int(written(tmp_path / "child"))))
 
 
+@pytest.mark.usefixtures("no_free_thread")
+async def test_commands_run_while_calls_of_tasks_occupy_all_threads() -> None:
+    assert await LocalShell().run(["/bin/echo", "done"], timeout=10) == (0, "done\n", "")
+
+
 async def test_binary_output_is_accepted() -> None:
     done = await LocalShell().run(["printf", r"\377x"], timeout=10)
     assert done.stdout == "\ufffdx"

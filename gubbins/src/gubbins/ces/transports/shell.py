@@ -81,12 +81,12 @@ class LocalShell:
                 async with asyncio.timeout(timeout):
                     async with asyncio.TaskGroup() as group:
                         output = [group.create_task(pipe.read()) for pipe in (out, err)]
-                    returncode = await asyncio.to_thread(process.wait)
+                    returncode = await _ended(process)
             except BaseException as error:
                 # The whole process group, which exists: its leader was not waited for, or others hold the pipes.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-                await asyncio.to_thread(process.wait)
+                await _ended(process)
                 if isinstance(error, TimeoutError):
                     raise CEUnavailableError(f"{argv[0]} has not responded within {timeout:g} s") from error
                 if isinstance(error, ExceptionGroup):
@@ -96,6 +96,15 @@ class LocalShell:
 
     async def close(self) -> None:
         pass
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end of a process without output; not in a thread, as tasks may occupy all for hours."""
+    pause = 0.001
+    while (returncode := process.poll()) is None:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return returncode
 
 
 class _Pipe:
