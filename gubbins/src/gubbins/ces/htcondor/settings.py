@@ -82,7 +82,7 @@ class HTCondorSettings(PilotSettings):
         default=10,
         ge=0,
         allow_inf_nan=False,
-        description="A pilot whose files have not been spooled after so long is removed.",
+        description="A pilot whose files are not spooled after so long is removed; more than `timeout_seconds`.",
     )
     keep_days: float = Field(
         default=7, gt=0, le=3650, allow_inf_nan=False, description="How long they stay there, in days."
