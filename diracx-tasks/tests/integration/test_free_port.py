@@ -25,3 +25,25 @@ def test_no_two_processes_are_given_the_same_port() -> None:
     finally:
         for holder in holders:
             holder.communicate("\n")
+
+
+_WITHOUT_FILES = """
+import os, resource
+from diracx.tasks.testing.server import EmbeddedServerError, free_port
+last = os.dup(0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, last + 1))
+os.close(last)  # for the probe; none is left for the reservation
+try:
+    free_port()
+except EmbeddedServerError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")
+def test_an_error_that_no_other_port_avoids_ends_the_search() -> None:
+    command = [sys.executable, "-c", _WITHOUT_FILES]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "cannot listen on 127.0.0.1: [Errno 24] Too many open files" in done.stdout

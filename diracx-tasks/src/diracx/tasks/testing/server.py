@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from random import SystemRandom
 
@@ -28,14 +29,21 @@ def free_port(ports: Sequence[int] = _PORTS) -> int:
     """Return a free loopback port, below the ephemeral ports, that no other process is given (on Linux).
 
     With an ephemeral port, a client that retries to connect to a stopped server could connect to itself.
+
+    Raises:
+        EmbeddedServerError: there is none, as on a machine without IPv4.
     """
     while True:
         port = _random.choice(ports)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if sys.platform == "linux":
-                _reserve(port)
-            return port
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+                if sys.platform == "linux":
+                    _reserve(port)
+                return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise EmbeddedServerError(f"the embedded server cannot listen on 127.0.0.1: {error}") from error
 
 
 def _reserve(port: int) -> None:
