@@ -108,17 +108,27 @@ class TestCron:
         assert [when.day for when in series(schedule, utc(2026, 3, 28, 12), 2)] == [29, 30]
 
     @pytest.mark.parametrize(
-        "expression",
-        [
-            *("", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None),
-            *("0 9-9 * * *", "0 0 * * 1,fri-fri", "5-5/2 * * * *"),  # every value for croniter
-        ],
+        "expression", ["", "bad", "61 * * * *", "* * * *", "0 0 30 2 *", "R * * * *", "H * * * *", 5, None]
     )
     def test_an_invalid_expression_is_refused_at_its_definition_and_named(self, expression):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
             CronSchedule(expression)
         assert repr(expression) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("written", "same"),
+        [
+            ("0 9-9 * * *", "0 9 * * *"),
+            ("5-5/20 09-9 * * *", "5 9 * * *"),
+            ("0 0 1-1 * MON,Fri-fri", "0 0 1 * mon,fri"),
+            ("0 0 * * 0-0,6", "0 0 * * 0,6"),
+            ("0 0 1-10 10-10 * 0-0 2030-2030", "0 0 1-10 10 * 0 2030"),
+        ],
+    )
+    def test_a_range_of_one_value_is_that_value(self, written, same):
+        assert series(CronSchedule(written), utc(2026, 1, 1), 5) == series(CronSchedule(same), utc(2026, 1, 1), 5)
+        assert CronSchedule(written).expression == written
 
     def test_an_unknown_zone_is_refused_and_named(self):
         with pytest.raises(ValueError, match="Europe/Atlantis"):

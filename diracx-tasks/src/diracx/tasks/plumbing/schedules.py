@@ -169,14 +169,13 @@ class CronSchedule(_RuleSchedule):
         if re.search(r"(^|\s)[RrHh]\b", expression):
             # Random fields of croniter would have another value after each restart.
             raise ValueError(f"bad cron expression {expression!r}: random or hashed fields are not supported")
-        if found := re.search(r"(?<![^\s,])(\w+)-\1(?![^\s,/])", expression):
-            # croniter reads it as every value, other crons as one.
-            raise ValueError(f"bad cron expression {expression!r}: write {found[1]!r} instead of {found[0]!r}")
         super().__init__(expression, timezone)
         self.expression = expression
+        # croniter reads `9-9` as every value, other crons as one.
+        self._fields = re.sub(r"(?i)(?<![^\s,])0*(\w+)-0*\1(/\d+)?(?![^\s,])", r"\1", expression)
         try:
             # From the first year of croniter: an expression for past years is exhausted, not invalid.
-            fields = croniter(expression, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
+            fields = croniter(self._fields, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
             fields.get_next(datetime)
         except Exception as exc:
             raise ValueError(f"bad cron expression {expression!r}: {exc}") from exc
@@ -187,7 +186,7 @@ class CronSchedule(_RuleSchedule):
 
         local = (moment + offset).replace(tzinfo=None)
         try:
-            found: datetime = croniter(self.expression, local, max_years_between_matches=_CRON_YEARS).get_next(
+            found: datetime = croniter(self._fields, local, max_years_between_matches=_CRON_YEARS).get_next(
                 datetime
             )
         except CroniterError:
