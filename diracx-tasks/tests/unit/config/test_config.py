@@ -260,6 +260,8 @@ class TestLoad:
     def test_empty_files_and_sections_are_empty(self, tmp_path):
         for text in ("", "common:\nvo_overrides:\n", "vo_overrides:\n  lhcb:\n"):
             assert load_tasks_config(written(tmp_path, text)).common == {}
+        (tmp_path / "none.yaml").symlink_to(os.devnull)
+        assert load_tasks_config(tmp_path / "none.yaml").common == {}
 
     def test_P46_every_error_in_one_report_with_its_path(self, tmp_path):
         path = written(

@@ -51,7 +51,7 @@ def _read_yaml(path: FilePath) -> tuple[Any, Source]:
     from .safe_yaml import SafeLoader
 
     try:
-        if path.is_fifo() or path.is_char_device():  # reading it would never end
+        if (path.is_fifo() or path.is_char_device()) and not path.samefile(os.devnull):  # might never end
             raise OSError(None, "it is no regular file")
         text = path.read_text(encoding="utf-8")
         # Twice, as making values changes the nodes.
