@@ -44,6 +44,10 @@ class Flag(BaseLock):
     async def release(self, redis: Redis) -> None:
         await redis.delete(self.redis_key)
 
+    async def extend(self, redis: Redis) -> bool:
+        await asyncio.Event().wait()  # must not delay the extension of others
+        return True
+
 
 class Window(BaseLimiter):
     """Grants when the window is open; `extended` is the result of an extension."""
@@ -162,11 +166,18 @@ async def test_an_overridden_acquire_of_a_subclass_is_called(redis_url: str, red
 
 
 @pytest.mark.parametrize(
-    "lost", [False, RedisConnectionError(), Panic(), SystemExit(3), asyncio.CancelledError(), "hangs"]
+    "extended",
+    [
+        [True, False],
+        *([True] * first + [error] * 100 for first in (0, 1) for error in (RedisConnectionError(), "hangs")),
+        *([True] + [error] * 100 for error in (Panic(), SystemExit(3), asyncio.CancelledError())),
+    ],
 )
-async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(redis_url: str, lost: Any) -> None:
+async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(
+    redis_url: str, extended: list[Any]
+) -> None:
     OPEN.add("window")
-    Window.extended[:] = [True, *[lost] * 100]
+    Window.extended[:] = extended
     async with TaskSystem([Long], redis_url=redis_url, workers=1, settings=SOON) as system:
         assert (await system.result(await Long("window").schedule())).return_value == "window"
     assert SEEN.count("begins") == SEEN.count("released") == 2

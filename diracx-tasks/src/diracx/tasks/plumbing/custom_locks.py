@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -30,7 +29,7 @@ async def acquire_custom(
     """Acquire locks in order, until one refuses. The stack extends them, and releases them in reverse order.
 
     Args:
-        on_lost: called once, when a lock can no longer be extended.
+        on_lost: called with the reason when a lock can no longer be extended.
 
     Returns:
         None if all are held, else a message with the lock that refused, or whose server does not respond.
@@ -45,7 +44,7 @@ async def acquire_custom(
         if not granted:
             return f"held by another owner: {lock!r}"
         stack.push_async_callback(_release, lock, redis)
-    stack.callback(asyncio.create_task(_extend(locks, redis, on_lost)).cancel)
+        stack.callback(asyncio.create_task(_extend(lock, redis, on_lost)).cancel)
     return None
 
 
@@ -58,28 +57,27 @@ async def _release(lock: BaseLock, redis: Redis) -> None:
         logger.error("cannot release %r: %s", lock, one_line(error))
 
 
-async def _extend(locks: Sequence[BaseLock], redis: Redis, on_lost: Callable[[str], None]) -> None:
-    """Extend the locks every third of the shortest `ttl_ms`.
+async def _extend(lock: BaseLock, redis: Redis, on_lost: Callable[[str], None]) -> None:
+    """Extend a lock three times in its `ttl_ms`, or every 10 s.
 
     Only after a True, False means lost; so do errors and calls that hang, when the lock is about to expire.
     """
-    ttls = [getattr(lock, "ttl_ms", LONGEST_MS) / 1000 for lock in locks]
-    seconds = min(_EXTEND_SECONDS, *(ttl / 3 for ttl in ttls))
-    lost_at = [math.inf] * len(locks)
+    ttl = getattr(lock, "ttl_ms", LONGEST_MS) / 1000
+    term = ttl * (1 - SAFETY_MARGIN)
+    lost_at, extended = time.monotonic() + term, False
     while True:
-        await asyncio.sleep(min(seconds, min(lost_at) - time.monotonic()))
-        for at, lock in enumerate(locks):
-            now = time.monotonic()
-            try:
-                async with asyncio.timeout(min(LONGEST_MS / 1000, max(seconds / 10, lost_at[at] - now))):
-                    kept = await lock.extend(redis)
-                if kept:
-                    lost_at[at] = now + ttls[at] * (1 - SAFETY_MARGIN)
-            except BaseException as error:  # code of users may raise anything
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                logger.warning("cannot extend %r: %s", lock, one_line(error))
-                kept = time.monotonic() < lost_at[at]
-            if not kept and lost_at[at] < math.inf:
-                return on_lost(f"could not be extended: {lock!r}")
+        await asyncio.sleep(min(_EXTEND_SECONDS, ttl / 3, lost_at - time.monotonic()))
+        now = time.monotonic()
+        try:
+            async with asyncio.timeout(max(ttl / 30, lost_at - now)):
+                kept = await lock.extend(redis)
+            lost = extended and not kept
+            extended, lost_at = kept, now + term
+        except BaseException as error:  # code of users may raise anything
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            logger.warning("cannot extend %r: %s", lock, one_line(error))
+            lost = time.monotonic() >= lost_at
+        if lost:
+            return on_lost(f"could not be extended: {lock!r}")
