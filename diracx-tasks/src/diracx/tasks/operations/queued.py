@@ -29,8 +29,8 @@ from .cursors import (
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
 
-#: Maximum number of delayed tasks that one call of `delayed` searches for a reason, and of one step of it.
-_DELAYED_SEARCHED = 20_000
+#: Maximum number of delayed tasks that are searched for a reason, and of one step of it.
+DELAYED_SEARCHED = 20_000
 _SEARCHED_AT_ONCE = 500
 #: More than stream and reason at the head of a delayed task.
 _REASON_BYTES = 100
@@ -178,10 +178,11 @@ async def delayed(
     after: str | None = None,
     *,
     registry: Registry | None = None,
+    at_most: int = DELAYED_SEARCHED,
 ) -> Page[DelayedTask]:
     """Return delayed tasks by due time.
 
-    With a reason, a call searches 20,000 tasks: a page with few items need not be the last.
+    With a reason, a call searches `at_most` tasks: a page with few items need not be the last.
     """
     if reason is not None and reason not in DELAY_REASONS:
         raise ValueError(f"no reason {reason!r}; the reasons are {', '.join(DELAY_REASONS)}")
@@ -190,7 +191,7 @@ async def delayed(
     begin, searched = repr(place[0]), 0
     offset = 0 if after is None else await inspection.delayed_offset(redis, *place)
     found: list[DelayedTask] = []
-    while len(found) < min(limit, existing) and searched < _DELAYED_SEARCHED:
+    while len(found) < min(limit, existing) and searched < at_most:
         count = PAGE if reason is None else _SEARCHED_AT_ONCE
         page = await inspection.delayed_page(redis, begin, offset + searched, count)
         if not page:

@@ -52,6 +52,10 @@ class Viewer:
         """Return the snapshot with `workers` of it."""
         return replace(seen, workers=self.workers(seen.workers))
 
+    def share(self, number: int) -> int:
+        """Return what one call of `read` by `page` may search, if a page may search `number` items."""
+        return number if self.vo is None else number // _PAGES_READ
+
     async def page(
         self, read: Callable[[int, str | None], Awaitable[Page[_Item]]], limit: int, after: str | None
     ) -> Page[_Item]:

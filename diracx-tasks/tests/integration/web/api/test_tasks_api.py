@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
+from diracx.tasks.plumbing.broker import keys
 from redis import Redis
 from support.config_repository import ConfigRepository
 from support.dashboard_world import HOSTILE, SECRET, World, small_world
@@ -103,6 +105,23 @@ async def test_an_unavailable_database_of_dead_letters_is_503(
             assert response.status_code == 503, (path, response.text)
             assert "is not an SQLite database" in response.json()["detail"]
             assert "DIRACX_DB_URL_TASKDB" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("role", ["Operator", "ServiceAdministrator"])
+async def test_a_reader_of_one_vo_makes_the_server_search_no_more_delayed_tasks_than_an_administrator(
+    client: httpx.AsyncClient, token: Token, redis_url: str, role: str
+) -> None:
+    """Of 45,000 delayed tasks of others, the one that is asked for is the last."""
+    ids, due = [f"{number:032x}" for number in range(45_000)], time.time() * 1000 + 36_000_000
+    with Redis.from_url(redis_url) as redis:
+        redis.flushall()
+        redis.zadd(keys.DELAYED, {task: due + number for number, task in enumerate(ids)})
+        redis.hset(keys.DELAYED_DATA, mapping=dict.fromkeys(ids[:-1], "diracx:tasks:normal:medium at_time 0\n"))
+        redis.hset(keys.DELAYED_DATA, ids[-1], "diracx:tasks:normal:medium retry 0\n")
+        redis.hset(keys.DELAYED_REASONS, mapping={"at_time": len(ids) - 1, "retry": 1})
+    response = await client.get("/api/tasks/delayed?reason=retry", headers=bearer(token(role)))
+    page = response.json()
+    assert (page["items"], page["after"].split(" ")[1]) == ([], ids[20_000 - 1])
 
 
 async def test_an_invalid_cursor_is_not_found(client: httpx.AsyncClient, token: Token) -> None:

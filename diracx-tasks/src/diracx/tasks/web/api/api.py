@@ -21,6 +21,7 @@ from ...operations.dead_letters import (
     dead_letter_summary,
     find_dead_letter,
 )
+from ...operations.queued import DELAYED_SEARCHED
 from ...operations.settings import settings_records
 from ...operations.visibility import no_such_vo
 from ...plumbing.broker.groups import GroupStatus, read_group
@@ -105,7 +106,9 @@ async def get_delayed_tasks(
     after: After = None,
 ) -> Any:
     """Tasks that wait for a time, a retry, a lock or quota, by due time."""
-    read = partial(operations.delayed, reader.system.redis, reason, registry=reader.system.registry)
+    at_most = reader.viewer.share(DELAYED_SEARCHED)
+    system = reader.system
+    read = partial(operations.delayed, system.redis, reason, registry=system.registry, at_most=at_most)
     return await reader.viewer.page(read, limit, after)
 
 

@@ -9,6 +9,7 @@ from .... import operations
 from ....operations import DelayedTask, QueuedTask, RunningTask
 from ....operations.cursors import queue_of
 from ....operations.formats import duration, number
+from ....operations.queued import DELAYED_SEARCHED
 from ....operations.views import DELAYED, QUEUED, QUEUES, RUNNING
 from ....plumbing.broker.streams import ALL_STREAM_NAMES
 from ..page import (
@@ -92,8 +93,10 @@ async def _running(request: Request, context: AppContext) -> dict[str, Any]:
 
 async def _delayed(request: Request, context: AppContext) -> dict[str, Any]:
     reason: Any = request.query_params.get("reason") or None  # checked by `delayed`
-    read = partial(operations.delayed, context.redis, reason, registry=context.registry)
-    page = await viewer_of(request).page(read, _PAGE, request.query_params.get("after"))
+    viewer = viewer_of(request)
+    at_most = viewer.share(DELAYED_SEARCHED)
+    read = partial(operations.delayed, context.redis, reason, registry=context.registry, at_most=at_most)
+    page = await viewer.page(read, _PAGE, request.query_params.get("after"))
     snapshot = await context.snapshot()
     links = [Link("All", "/delayed", reason is None, sum(snapshot.delayed.values()))]
     links += [
