@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any
 
 from diracx.tasks.operations.health import Alert, Severity
+from diracx.tasks.operations.health.alerts import counted
 
 from gubbins.db import URL_VARIABLE
 from gubbins.domain import clock
@@ -77,11 +78,11 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
 def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
     for call, circuit in ce["circuits"].items() if ce["banned_at"] is None else ():
         if circuit["state"] != CircuitState.CLOSED:
+            failed = counted(circuit["failures"], f"{call} call has", f"{call} calls in a row have")
             yield Alert(
                 check="ce_circuit_open",
                 severity=Severity.CRITICAL,
-                summary=f"{ce['name']}: {circuit['failures']} {call} calls in a row have failed: "
-                f"{circuit['last_error']}",
+                summary=f"{ce['name']}: {failed} failed: {circuit['last_error']}",
                 remedy=f"resolve the error, then `gubbins ce enable {quote(ce['name'])}`, or wait for the next "
                 "probe",
                 count=circuit["failures"],

@@ -49,7 +49,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     }
     assert "flood" in found["ce_banned", "banned"].summary
     assert found["ce_banned", "banned"].since is not None
-    assert "down" in found["ce_circuit_open", f"{NAME} submit"].summary
+    assert found["ce_circuit_open", f"{NAME} submit"].summary.startswith(f"{NAME}: 1 submit call has failed: ")
     command = found["ce_circuit_open", f"{NAME} submit"].remedy.split("`")[1]
     assert shlex.split(command) == ["gubbins", "ce", "enable", NAME], "it can be copied to a shell"
     assert "6 of 8" in found["ce_pilots_failing", "failing"].summary

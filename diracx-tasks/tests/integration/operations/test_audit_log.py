@@ -102,6 +102,24 @@ async def test_the_rate_of_audited_actions_is_limited_per_user(
         assert await perform(admin, "ce") == "done"
 
 
+@pytest.mark.parametrize("fails", ["action", "log"])
+async def test_an_action_that_fails_at_redis_is_not_reported_as_one_that_was_not_written(
+    perform: Callable[..., Awaitable[Any]], redis: Redis, fails: str
+) -> None:
+    async def act() -> str:
+        return str(await redis.lpush("a-string", 1))
+
+    broken = f"{keys.AUDIT_PREFIX}lhcb" if fails == "log" else "a-string"
+    await redis.set(broken, "x")
+    with pytest.raises(HTTPException) as problem:
+        await perform(user("wilma", "lhcb", NORMAL_USER), "ce", act)
+    await redis.delete(broken)
+    assert problem.value.status_code == 503
+    expected = "the audit log cannot be written: " if fails == "log" else "the action failed: WRONGTYPE"
+    assert problem.value.detail.startswith(expected)
+    assert [entry.ok for entry in await read_audit(redis, vo="lhcb")] == ([] if fails == "log" else [False])
+
+
 async def test_an_audit_entry_is_bounded_for_any_request(redis: Redis) -> None:
     async def long() -> str:
         return "o" * 100_000

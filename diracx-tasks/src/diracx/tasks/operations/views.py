@@ -254,8 +254,8 @@ DEAD_LETTERS: View[Mapping[str, Any]] = View(
         Column("task id", "task_id", kind="id"),
         Column("reason", "reason"),
         Column("status", lambda dead_letter: str(dead_letter["status"]).lower()),
-        Column("attempts", "failed_attempts"),
-        Column("size", "message_bytes", size),
+        Column("attempts", "failed_attempts", right=True),
+        Column("size", "message_bytes", size, right=True),
         Column("detail", "detail", longest=_LONGEST_TEXT),
     ),
 )
@@ -319,7 +319,8 @@ GROUPS: View[GroupStatus] = View(
     (
         Column("group", "group_id", whole=True, link=lambda group: f"/groups/{_quoted(group.group_id)}"),
         Column("state", "state", style=lambda group: "red" if group.state == "failed" else ""),
-        *(Column[Any](title, title) for title in ("total", "succeeded", "failed", "pending", "callback")),
+        *(Column[Any](title, title, number, right=True) for title in ("total", "succeeded", "failed", "pending")),
+        Column("callback", "callback"),
         Column("created", "created", lambda moment: moment.isoformat(timespec="seconds"), kind="age"),
     ),
 )

@@ -111,7 +111,7 @@ async def test_an_unavailable_database_of_dead_letters_is_503(
 async def test_a_reader_of_one_vo_makes_the_server_search_no_more_delayed_tasks_than_an_administrator(
     client: httpx.AsyncClient, token: Token, redis_url: str, role: str
 ) -> None:
-    """Of 45,000 delayed tasks of others, the one that is asked for is the last."""
+    """The task that is asked for is the last of 45,000."""
     ids, due = [f"{number:032x}" for number in range(45_000)], time.time() * 1000 + 36_000_000
     with Redis.from_url(redis_url) as redis:
         redis.flushall()

@@ -57,13 +57,20 @@ class AuditLogger:
 
         Raises:
             HTTPException: 503 if the audit log cannot be written, 429 if the user exceeds the rate limit; then the
-                action is not performed.
-            Exception: raised by `do`.
+                action is not performed. 503 if `do` raises a RedisError.
+            Exception: any other, raised by `do`.
         """
         if not broker_url():
             outcome = await do()
             logger.info("%s, %s, %s: %s", self._who, action, target, summary(outcome))
             return outcome
+        problem = "the audit log cannot be written"
+
+        async def begin() -> _Outcome:
+            nonlocal problem
+            problem = "the action failed"
+            return await do()
+
         try:
             redis = (await context_from_environment()).redis
             if not self._is_admin and not await UserActionRate(API_USER, self._user.sub).acquire(redis):
@@ -71,11 +78,9 @@ class AuditLogger:
                 detail = f"more than {limit} actions in {seconds} s: try again after that time"
                 raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, detail, {"Retry-After": seconds})
             vo = None if self._is_admin else self._user.vo
-            return await AuditLog(redis, self._who, "api", vo).perform(action, target, do, summary)
+            return await AuditLog(redis, self._who, "api", vo).perform(action, target, begin, summary)
         except RedisError as error:
-            raise HTTPException(
-                HTTPStatus.SERVICE_UNAVAILABLE, f"the audit log cannot be written: {error}"
-            ) from error
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"{problem}: {error}") from error
 
 
 Audited = Annotated[AuditLogger, Depends(AuditLogger)]
