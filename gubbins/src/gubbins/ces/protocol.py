@@ -72,16 +72,17 @@ class SubmitOutcome:
 
 
 class NothingDoneError(CEUnavailableError):
-    """A call failed before it had any effect: the compute element was not reached, or refused the whole call.
+    """A step of a call failed before it had any effect: the compute element was not reached, or refused all of it.
 
-    `quota` as in `SubmitOutcome`.
+    It counts in `CEBackend.gather_outcomes`. From `submit` it is like any other error, since there may have been
+    other steps. `quota` as in `SubmitOutcome`.
     """
 
     quota = False
 
     @property
     def outcome(self) -> SubmitOutcome:
-        """Outcome of each pilot of the call."""
+        """Outcome of each pilot of the step."""
         return SubmitOutcome(error=one_line(self), quota=self.quota)
 
 
@@ -182,45 +183,44 @@ class CEBackend(ABC, Generic[SettingsT]):
 
         Args:
             submit: submits one part; an error, raised or returned, means that the outcome is not known, unless a
-                `NothingDoneError` is raised.
+                `NothingDoneError` is raised: the pilots of this part are refused.
             known: outcomes of other pilots of the call.
             at_once: number of concurrent calls of `submit`.
 
         Raises:
-            NothingDoneError: no pilot was submitted.
-            Exception: the first other error, if no outcome is known.
+            Exception: the first error, if the compute element has not responded to any part.
         """
         self.outcomes = outcomes = dict(known or {})
         errors: list[Exception] = []
-        refused: dict[str, SubmitOutcome] = {}
+        responded = bool(outcomes)
         limit = asyncio.Semaphore(at_once)
 
         async def submit_part(part: Sequence[PilotAtCE]) -> None:
+            nonlocal responded
             async with limit:
-                if len(errors) >= _MAX_ERRORS and not outcomes:
-                    return
                 try:
+                    if len(errors) >= _MAX_ERRORS and not responded:
+                        raise errors[0]
                     response = await submit(part)
                 except Exception as error:
                     errors.append(error)
                     if isinstance(error, NothingDoneError):
-                        refused.update((pilot.stamp, error.outcome) for pilot in part)
+                        outcomes.update((pilot.stamp, error.outcome) for pilot in part)
                     return
             for stamp, outcome in response.items():
                 if isinstance(outcome, Exception):
                     errors.append(outcome)
                 else:
-                    outcomes[stamp] = outcome
+                    outcomes[stamp], responded = outcome, True
 
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(submit_part(part))
         unknown = [error for error in errors if not isinstance(error, NothingDoneError)]
-        if errors and not outcomes:
+        if errors and not responded:
             raise (unknown or errors)[0]
         for error in dict.fromkeys(map(str, unknown)):
             self.warn(error)
-        outcomes |= refused
         return outcomes
 
     @classmethod
@@ -237,7 +237,7 @@ class CEBackend(ABC, Generic[SettingsT]):
         """Submit pilots, and return their outcomes by stamp. A repeated stamp must not start a second pilot.
 
         A missing stamp means that the pilot may or may not have been submitted. An error is raised only if no
-        outcome is known, and `NothingDoneError` only if no pilot was submitted. See `gather_outcomes`.
+        outcome is known; then those in `outcomes` count. See `gather_outcomes`.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ from support.pilot_waiters import ENDED, ended, observe
 from support.waiting import until
 
 from examples.demo.slurm import SlurmSite
-from gubbins.ces import CEDescription, Observed, PilotAtCE
+from gubbins.ces import CEDescription, NothingDoneError, Observed, PilotAtCE
 from gubbins.ces.slurm import SlurmBackend, SlurmSettings
 from gubbins.ces.slurm.batch import batch_script, sbatch_options
 from gubbins.ces.transports.shell import Completed, LocalShell, inherited_environment
@@ -284,6 +284,35 @@ async def test_a_refused_pilot_has_a_reason_and_leaves_no_files(make: Make, tmp_
     assert outcome.error
     assert await make().poll([nowhere, greedy]) == {}
     assert list((tmp_path / "pilots").iterdir()) == []
+
+
+async def test_a_command_that_cannot_be_started_removes_no_directory_of_a_pilot(
+    make: Make, slurm_site: SlurmSite
+) -> None:
+    class Full(LocalShell):
+        async def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 0) -> Completed:
+            if old.stamp in argv:
+                raise NothingDoneError("no more processes")
+            return await super().run(argv, stdin=stdin, timeout=timeout)
+
+    backend, old, new = make(default_script="sleep 300"), pilot("old"), pilot("new")
+    reference = (await backend.submit([old]))[old.stamp].reference
+    shell = Full(inherited_environment() | {"SLURM_CONF": str(slurm_site.slurm_conf)})
+    full = SlurmBackend(backend.ce, make(partition="nowhere").settings, shell)
+    outcomes = await full.submit([old, new])
+    assert "no more processes" in str(outcomes[old.stamp].error)
+    assert "Invalid partition name specified" in str(outcomes[new.stamp].error)
+    assert (await backend.submit([old]))[old.stamp].reference == reference
+    await backend.cancel([old])
+
+
+async def test_an_empty_queue_is_no_failure_whatever_its_wrapper_reports(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text(
+        f'#!/bin/sh\n{shutil.which("squeue")} "$@" --user=nobody\n'
+        "echo 'squeue: error: Unable to contact the primary controller' >&2\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    assert await make(commands=tmp_path).queue([]) == {}
 
 
 async def test_a_refused_cancellation_of_slurm_is_a_warning(

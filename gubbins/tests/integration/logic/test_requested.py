@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event
 
-from gubbins.ces import Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces import NothingDoneError, Observation, Observed, PilotAtCE, SubmitOutcome
+from gubbins.ces.transports.shell import LocalShell
 from gubbins.db.sql import MyPilotDB, MyPilotStatus
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
@@ -189,14 +191,15 @@ async def test_outcomes_known_before_an_error_or_the_time_limit_are_kept(
     db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch, silent: bool
 ) -> None:
     async def submit_all(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
-        async def submit_one(pilot: PilotAtCE) -> Mapping[str, SubmitOutcome]:
+        async def submit_one(part: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+            (pilot,) = part
             if pilot.stamp == requests[0][0]:
                 if silent:
                     await asyncio.Event().wait()
                 raise ConnectionError("connection reset by peer")
             return {pilot.stamp: SubmitOutcome(f"job.{pilot.stamp}")}
 
-        return await self.gather_outcomes(submit_one, pilots, at_once=2)
+        return await self.gather_outcomes(submit_one, [[pilot] for pilot in pilots], at_once=2)
 
     monkeypatch.setattr(scripted, "submit", submit_all)
     requests = await requested(db, 6, rules={"timeout_seconds": 0.5})
@@ -207,6 +210,43 @@ async def test_outcomes_known_before_an_error_or_the_time_limit_are_kept(
     ce = await db.get_ce("ce")
     assert ce["circuits"][CECall.SUBMIT]["failures"] == 0
     assert reason in ce["last_error"]
+
+
+@pytest.mark.parametrize("responds", [True, False])
+async def test_only_a_part_that_certainly_had_no_effect_is_refused(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch, responds: bool
+) -> None:
+    async def submit_all(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
+        async def submit_one(part: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+            (pilot,) = part
+            if pilot.stamp == requests[0][0]:
+                raise ConnectionError("connection reset by peer")
+            if pilot.stamp == requests[1][0] and responds:
+                return {pilot.stamp: SubmitOutcome("job")}
+            raise NothingDoneError("connection refused")
+
+        return await self.gather_outcomes(submit_one, [[pilot] for pilot in pilots])
+
+    monkeypatch.setattr(scripted, "submit", submit_all)
+    requests = await requested(db, 6)
+    for stamp, vo in requests:
+        await submit(db, stamp, vo)
+    assert await stamps_held(db) == {stamp for stamp, _ in requests[: 1 + responds]}
+
+
+async def test_an_error_of_one_command_says_nothing_about_those_before_it(
+    db: MyPilotDB, scripted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def submit_one_by_one(self: Any, pilots: Sequence[PilotAtCE]) -> Any:
+        shell = LocalShell()
+        for pilot, command in zip(pilots, ["true", str(tmp_path / "absent")], strict=True):
+            await shell.run([command, pilot.stamp], timeout=10)
+
+    monkeypatch.setattr(scripted, "submit", submit_one_by_one)
+    requests = await requested(db, 2)
+    outcomes = [await submit(db, stamp, vo) for stamp, vo in requests]
+    assert all("the next checks will find out" in str(outcome) for outcome in outcomes)
+    assert await stamps_held(db) == {stamp for stamp, _ in requests}
 
 
 async def test_tasks_of_other_processes_find_their_outcomes_in_the_database(db: MyPilotDB, site: Site) -> None:

@@ -78,7 +78,7 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         elsewhere = ",".join(sorted({name for pilot in pilots if (name := cluster_of(pilot.reference))}))
         found: dict[str, list[Job]] = defaultdict(list)
         for clusters in [self.settings.clusters] if self.settings.clusters else dict.fromkeys(("", elsewhere)):
-            options = ("-h", "--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)
+            options = ("--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)  # with a header, also without jobs
             done = await self.run_command(self.command("squeue", *_of_clusters(clusters), *options))
             jobs_by_stamp = jobs_of(done, "squeue", partial(parse_queue, clusters=bool(clusters)))
             # The output has no jobs of an unavailable cluster.

@@ -30,8 +30,8 @@ _MISUSE = SiteErrors(
 )
 _HELP = re.compile(r"^Try .*--help", re.I)
 _UNREACHABLE = re.compile(
-    r"contact|connect|communicat|timed out|zero bytes|authenticat|munge|standby|temporar|socket|transport"
-    r"|message receive|unexpected message",
+    r"(to|not|n't) contact|contacting|connect|communicat|timed out|zero bytes|authenticat|munge|standby|temporar"
+    r"|socket|transport|message receive|unexpected message",
     re.I,
 )
 
@@ -51,8 +51,8 @@ def error_line(done: Completed) -> str:
 
 
 def is_unreachable(done: Completed) -> bool:
-    """True if the controller was unreachable."""
-    return any(_UNREACHABLE.search(line) for line in error_lines(done))
+    """True if the controller was unreachable; warnings do not say so."""
+    return any(_UNREACHABLE.search(line) and "warning" not in line.lower() for line in error_lines(done))
 
 
 def has_ended(done: Completed) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -16,6 +17,7 @@ from gubbins.ces.protocol import (
     PilotAtCE,
     PilotOutput,
     SubmitOutcome,
+    batches,
 )
 from gubbins.ces.transports.shell import Completed, LocalShell, Shell, inherited_environment
 from gubbins.ces.transports.ssh import SSHShell
@@ -29,6 +31,8 @@ _HERE = Path(__file__).parent
 # Exit codes of records.sh, and of submit.sh.
 _NOT_FOUND = 66
 _NOT_SUBMITTED, _UNKNOWN, _TIMED_OUT = 73, 75, 124
+# What squeue and qstat print of a queue without jobs.
+_EMPTY_QUEUE = re.compile(r"^JOBID\b|</job_info>", re.MULTILINE)
 
 SettingsT = TypeVar("SettingsT", bound=SubmitHostSettings)
 
@@ -101,12 +105,17 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
         """Cancel these jobs."""
 
     async def submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-        async def submit(part: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
-            return {pilot.stamp: await self._submit(pilot) for pilot in part}
+        refused = []
 
-        parts, at_once = [[pilot] for pilot in pilots], self.settings.concurrent_submissions
+        async def submit(part: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome]:
+            (pilot,) = part
+            outcome = await self._submit(pilot)
+            if outcome.error is not None:
+                refused.append(("remove", pilot.stamp))
+            return {pilot.stamp: outcome}
+
+        parts, at_once = batches(pilots, 1), self.settings.concurrent_submissions
         response = await self.gather_outcomes(submit, parts, at_once=at_once)
-        refused = [("remove", stamp) for stamp, outcome in response.items() if outcome.error is not None]
         await self.secondary_source(self.clean_directories(refused))
         return response
 
@@ -199,6 +208,7 @@ def jobs_of(done: Completed, what: str, parse: Callable[[str], dict[str, list[Jo
         CEUnavailableError: it failed, or has exit code 0 and an error in place of jobs.
     """
     jobs = parse(done.stdout) if done.returncode == 0 else {}
-    if done.returncode != 0 or (not jobs and done.stderr.strip() and is_unreachable(done)):
+    complete = jobs or not done.stderr.strip() or _EMPTY_QUEUE.search(done.stdout)
+    if done.returncode != 0 or (not complete and is_unreachable(done)):
         raise CEUnavailableError(f"{what}: {error_line(done)} (exit code {done.returncode})")
     return jobs

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gubbins.ces import CEBackend, NothingDoneError, PilotAtCE
+from gubbins.ces import CEBackend, PilotAtCE
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.schema import MAX_REASON_CHARS
 from gubbins.domain.circuit_breaker import CECall
@@ -182,8 +182,6 @@ async def _call(ce: Mapping[str, Any], backend: CEBackend[Any], pilots: Sequence
         reason = backend.warning
     except Exception as error:
         response, reason, outcomes.failure = backend.outcomes, describe_failure(ce, error), error
-        if isinstance(error, NothingDoneError):
-            response = dict.fromkeys((pilot.stamp for pilot in pilots), error.outcome)
     for stamp in (pilot.stamp for pilot in pilots):
         try:
             if reason and isinstance(response, Mapping) and stamp not in response:
