@@ -348,6 +348,13 @@ def test_many_users_take_linear_time(user: str, path: str) -> None:
     assert found.remarks[0] == ("Registry", "not about compute elements")
 
 
+@pytest.mark.parametrize("users", ["{{Users{{a{{DN=x\n}}}}}}\n", "\n{{\nUsers {{ a\n{{\nDN=x }}\n}}}}}}\n"])
+def test_the_braces_of_other_sections_may_be_anywhere(users: str) -> None:
+    users = f"Registry {users.format()}"
+    for text in (users + one_ce("CEType = SSH") + "\n", one_ce("CEType = SSH") + "\n" + users):
+        assert [entry["name"] for entry in import_dirac(text).compute_elements] == ["ce.example.org"]
+
+
 def one_ce(options: str) -> str:
     names = ("Resources", "Sites", "LCG", "LCG.Example.org", "CEs", "ce.example.org")
     return "".join(f"{name}\n{{\n" for name in names) + options + "\n}" * len(names)

@@ -187,19 +187,18 @@ def _without_other_sections(text: str) -> str:
     """Remove the contents of sections that are not translated: the parser takes quadratic time for many users."""
     kept, depth, name, top = [], 0, "", ""
     for line in map(str.strip, text.split("\n")):
-        lowest = depth
-        for word in [] if line.startswith("#") or _is_option(line) else re.findall(r"[{}]|[^{}]+", line):
+        for word in [line] if line.startswith("#") or _is_option(line) else re.findall(r"[{}]|[^{}]+", line):
+            if word == "}":
+                depth = max(0, depth - 1)
+            if depth == 0 or top in _TRANSLATED:
+                kept.append(word)
             if word == "{":
                 top = top if depth else name
                 depth += 1
-            elif word == "}":
-                depth = max(0, depth - 1)
-                lowest = min(lowest, depth)
-            else:
+            elif word != "}":
                 name = word.strip()
-        if lowest == 0 or top in _TRANSLATED:
-            kept.append(line)
-    return "\n".join(kept)
+        kept.append("\n")
+    return "".join(kept)
 
 
 def _site_directors(tree: Any, path: str) -> Iterator[Remark]:
