@@ -161,7 +161,7 @@ async def _end_downtime(form: Form, operator: Operator) -> str:
     name, number = form.one("ce"), integer(form.one("downtime"), 1)
 
     async def end() -> str:
-        await logic.remove_downtime(READ_MODELS.database(), number)
+        await logic.remove_downtime(READ_MODELS.database(), number, name)
         return "ended"
 
     return f"{name}: downtime {await _perform(operator, AuditAction.REMOVE_DOWNTIME, name, end)}."

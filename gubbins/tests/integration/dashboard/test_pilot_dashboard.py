@@ -22,8 +22,10 @@ from redis.asyncio import Redis
 from gubbins.dashboard import extension
 from gubbins.db.sql import MyPilotDB
 from gubbins.db.sql.outputs import Output
+from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
+from gubbins.logic import my_pilots as logic
 
 HOSTILE = "<script>window.hacked=1</script>\"'>"
 
@@ -181,6 +183,21 @@ async def test_a_compute_element_is_banned_with_a_reason_and_opened_again(
     assert (ce["banned_at"], ce["enabled"]) == (None, False)
     entries = [(entry.action, entry.target, entry.ok) for entry in await read_audit(redis)]
     assert entries == [("close compute element", "ce01", True), ("ban compute element", "ce01", True)]
+
+
+async def test_only_a_downtime_of_the_named_compute_element_is_ended(
+    client: httpx.AsyncClient, db: MyPilotDB, redis: Redis
+) -> None:
+    found = re.search(r'name="form_token" value="(\w+)"', (await client.get("/pilots")).text)
+    assert found
+    now = clock.now()
+    planned = await logic.add_downtime(db, "ce01", now, now + timedelta(hours=1), "new switches", by="alice")
+    form = {"form_token": found[1], "downtime": str(planned.id), "next": "/pilots", "confirmed": "yes"}
+    for ce, left in ((HOSTILE, [planned]), ("ce01", [])):
+        await client.post("/pilots/ce/downtime/end", data=form | {"ce": ce})
+        assert await logic.list_downtimes(db) == left
+    entries = [(entry.action, entry.target) for entry in await read_audit(redis) if entry.ok]
+    assert entries == [("remove downtime", "ce01")]
 
 
 async def test_any_number_of_compute_elements_is_paged_and_filtered(

@@ -89,18 +89,18 @@ async def ces_in_downtime(db: MyPilotDB, since: datetime) -> set[str]:
     return {each.ce_name for each in await db.get_downtimes(ends_after=since) if each.starts_at <= now}
 
 
-async def remove_downtime(db: MyPilotDB, downtime_id: int) -> Downtime:
+async def remove_downtime(db: MyPilotDB, downtime_id: int, ce_name: str | None = None) -> Downtime:
     """Remove a downtime, and return it.
 
     If it has started, it ends, and stays for the alerts about failures in it; if only just, it was a mistake.
 
     Raises:
-        DowntimeNotFoundError: there is no such downtime, or it has ended.
+        DowntimeNotFoundError: there is no such downtime (of this compute element, if given), or it has ended.
     """
 
     async def remove() -> Downtime:
         downtime, now = await db.get_downtime(downtime_id), clock.now()
-        if downtime.ends_at <= now:
+        if downtime.ends_at <= now or ce_name not in (None, downtime.ce_name):
             raise DowntimeNotFoundError(downtime_id)
         if downtime.starts_at <= now - _CORRECTED_WITHIN:
             await db.set_downtime_end([downtime_id], now)
