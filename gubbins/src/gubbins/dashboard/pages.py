@@ -54,12 +54,6 @@ async def _known_vos(context: AppContext) -> set[str]:
     return {*(await context.settings()).vos, *await READ_MODELS.summary(None), *served}
 
 
-async def _ces(vo: str | None, own: str | None) -> list[dict[str, Any]]:
-    """Compute elements that serve the VO, with what members of the VO `own` may see."""
-    served = (ce for ce in await READ_MODELS.ces() if vo is None or ce["vos"] is None or vo in ce["vos"])
-    return [logic.redact_ce(own, ce) for ce in served]
-
-
 async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     vo = await _selected_vo(request, context)
     query = request.query_params
@@ -69,7 +63,8 @@ async def _overview(request: Request, context: AppContext) -> dict[str, Any]:
     summary = await READ_MODELS.summary(request.state.principal.vo)
     reports = await READ_MODELS.reports(request.state.principal.vo)
     statistics = await READ_MODELS.statistics(vo)
-    known = [_with_state(ce, statistics) for ce in await _ces(vo, request.state.principal.vo)]
+    visible = (logic.redact_ce(request.state.principal.vo, ce) for ce in await READ_MODELS.ces(vo))
+    known = [_with_state(ce, statistics) for ce in visible]
     # Sorted by Python, not by the database: a page begins after the last name of the previous one.
     ces = sorted((ce for ce in known if _matches_filter(ce, text, state)), key=lambda ce: str(ce["name"]))
     of_state = {ce["name"] for ce in ces}
@@ -164,7 +159,7 @@ async def _list(request: Request, context: AppContext) -> dict[str, Any]:
         "problem": problem,
         "states": [*_STATES, _STALE],
         "vos": sorted(await READ_MODELS.summary(request.state.principal.vo)),
-        "ces": [ce["name"] for ce in await _ces(request.state.principal.vo, request.state.principal.vo)],
+        "ces": [ce["name"] for ce in await READ_MODELS.ces(request.state.principal.vo)],
     }
 
 

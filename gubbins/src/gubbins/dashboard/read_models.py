@@ -72,9 +72,9 @@ class PilotReadModels:
             raise UnavailableError(f"No database of pilots is configured here; set {URL_VARIABLE}.")
         return self.db
 
-    async def ces(self) -> list[dict[str, Any]]:
-        """All compute elements with their slots; not cached."""
-        return await logic.list_ces(self.database())
+    async def ces(self, vo: str | None = None) -> list[dict[str, Any]]:
+        """Compute elements (of one VO, or all) with their slots; not cached."""
+        return await logic.list_ces(self.database(), vo)
 
     async def summary(self, vo: str | None) -> dict[str, dict[str, dict[str, int]]]:
         """{VO: {compute element: {state: number}}}, cached."""

@@ -19,6 +19,7 @@ from support.diracx_application import with_short_streams
 from gubbins.dashboard.actions import ACTIONS
 from gubbins.dashboard.read_models import READ_MODELS
 from gubbins.db.sql import MyPilotDB
+from gubbins.domain.circuit_breaker import CECall
 
 BELOW = "http://diracx.example.org/api/tasks/dashboard"
 
@@ -134,6 +135,19 @@ async def test_an_operator_sees_only_pilots_and_compute_elements_of_the_own_vo(
     foreign = (await client.get(f"/pilots/{pilots['dteam']}")).text
     assert "There is no pilot" in unknown
     assert "There is no pilot" in foreign
+
+
+async def test_an_operator_sees_the_circuits_of_the_own_vo(sign_in: SignIn, sqlite_db: MyPilotDB) -> None:
+    own = {"vos": {"lhcb": {}, "dteam": {}}}
+    await sqlite_db.set_ce("shared-ce", capacity=5, success_rate=1.0, settings=own, vos=["lhcb", "dteam"])
+    pause = {"failures": 1, "pause_seconds": 3600, "max_pause_seconds": 3600, "vo": "dteam"}
+    await sqlite_db.record_failure("shared-ce", CECall.SUBMIT, "the proxy has expired", **pause)
+    for vo, name, seen in (
+        ("lhcb", OPERATOR, False),
+        ("dteam", OPERATOR, True),
+        ("lhcb", SERVICE_ADMINISTRATOR, True),
+    ):
+        assert ("submit paused" in (await (await sign_in(vo, name)).get("/pilots")).text) is seen, (vo, name)
 
 
 async def test_the_charts_of_an_operator_count_only_pilots_of_the_own_vo(sign_in: SignIn) -> None:
