@@ -325,7 +325,7 @@ def test_db_upgrade_and_downgrade_report_their_steps(run: Run) -> None:
     current = run("db", "current")
     assert f"at base: it has no tables, needed: {newest}" in current.stdout
     assert f"to do: {newest}" in current.stdout
-    refused(run("db", "upgrade", "no such"), 1, "no revision 'no such'", "0006")
+    refused(run("db", "upgrade", "no such"), 1, "no revision 'no such'", "0007")
     assert run("db", "upgrade").stdout.endswith(f"MyPilotDB is at {newest}\n")
     assert json.loads(run("db", "current", "--check", "--json").stdout)["pending"] == []
     assert run("ce", "list").returncode == 0

@@ -34,6 +34,7 @@ class TestPilotSchema(SchemaPromises):
             await db.set_ce("ce2", capacity=10, success_rate=1.0, rules={"max_waiting": 3})
             await db.ban_ce("ce2", reason="maintenance 🚧")
             await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)
+            await db.record_quota("ce1", "lhcb")
             await db.replace_demand("lhcb", {"ce1": Demand(3, datetime.now(tz=UTC), None)})
             await db.queue_outputs(pilots[:1])
             now = datetime.now(tz=UTC)

@@ -13,7 +13,9 @@ from support.moving_clock import Clock
 from gubbins.ces import CEBackend, Observation, Observed, PilotAtCE, PilotOutput, SubmitOutcome
 from gubbins.ces.protocol import CESettings
 from gubbins.db.sql import MyPilotDB
-from gubbins.domain.exceptions import CEQuotaError
+from gubbins.domain.circuit_breaker import CECall, CircuitState
+from gubbins.domain.exceptions import CEPausedError, CEQuotaError
+from gubbins.health import find_alerts
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CEFileError, parse_ce_file
 
@@ -194,6 +196,41 @@ async def test_the_quota_of_a_vo_limits_no_other_vo(
     [stamp, *_] = await db.add_requests("ce", vo="lhcb", count=9)
     await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
     assert await db.count_active("ce", "lhcb") == 5
+
+
+async def test_the_quota_of_a_vo_stays_when_another_vo_reaches_its_own(
+    db: MyPilotDB, backend: type[AccountBackend], time: Clock
+) -> None:
+    await logic.load_ces(db, parse_ce_file(FILE))
+    for number, vo in enumerate(("lhcb", "dteam")):
+        for _ in range(number):
+            await logic.submit_pilot(db, "ce", vo)
+        backend.full = ACCOUNTS[vo]
+        time.at += timedelta(seconds=1)
+        with pytest.raises(CEQuotaError, match=f"quota of the site: {number}"):
+            await logic.submit_pilot(db, "ce", vo)
+    for vo in ("lhcb", "dteam"):
+        with pytest.raises(CEPausedError, match="quota of the site"):
+            await logic.submit_pilot(db, "ce", vo)
+    [ce] = await logic.list_ces(db)
+    assert ce["last_error"] == "quota of the site: 1", "the last one"
+    await logic.set_ce_enabled(db, "ce", True)
+    backend.full = ""
+    for vo in VOS:
+        await logic.submit_pilot(db, "ce", vo)
+
+
+async def test_of_the_circuits_of_vos_administrators_see_the_one_with_the_longest_pause(
+    sqlite_db: MyPilotDB, backend: type[AccountBackend], time: Clock
+) -> None:
+    await logic.load_ces(sqlite_db, parse_ce_file(FILE))
+    breaker = {"failures": 9, "pause_seconds": 60, "max_pause_seconds": 600}
+    for vo, pause in (("lhcb", 0), ("dteam", 300), ("gridpp", 0), ("gridpp", 0)):
+        await sqlite_db.record_failure("ce", CECall.SUBMIT, vo, **breaker, requested_pause_seconds=pause, vo=vo)
+    [ce] = await logic.list_ces(sqlite_db)
+    circuit = ce["circuits"][CECall.SUBMIT]
+    assert (circuit["state"], circuit["last_error"]) == (CircuitState.OPEN, "VO dteam: dteam")
+    assert [alert.check for alert in find_alerts([ce], {})] == ["ce_circuit_open"]
 
 
 def test_a_setting_of_every_vo_needs_no_common_value() -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, update
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall, Circuit, CircuitState
 
-from .schema import CECircuits, ComputeElements, columns_of, if_given
+from .schema import CECircuits, CEQuotas, ComputeElements, columns_of, if_given
 from .session import PilotSession
 
 _COLUMNS = columns_of(CECircuits, "failures", "open_until", "probe_until", "last_error", "last_error_at")
@@ -21,6 +21,11 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 
 def _is_circuit(ce_name: str, call: CECall, vo: str) -> ColumnElement[bool]:
     return and_(CECircuits.ce_name == ce_name, CECircuits.call == call, CECircuits.vo == vo)
+
+
+def severity(circuit: Circuit) -> tuple[datetime, int]:
+    """Rank circuits of several VOs: the last to close first, then that with most failures."""
+    return circuit.open_until or _NEVER, circuit.failures
 
 
 class CircuitsMixin(PilotSession):
@@ -108,7 +113,8 @@ class CircuitsMixin(PilotSession):
     async def _delete_circuits(self, ce_name: str) -> None:
         """Close all circuits of a compute element, and reset its quota and count of missing pilots."""
         await self.conn.execute(delete(CECircuits).where(CECircuits.ce_name == ce_name))
-        await self._update_ce(ce_name, never_seen=None, quota=None, quota_at=None)
+        await self.conn.execute(delete(CEQuotas).where(CEQuotas.ce_name == ce_name))
+        await self._update_ce(ce_name, never_seen=None)
 
     async def _restore_last_error(self, ce_name: str) -> None:
         """Set the last error of a compute element to the latest one of its circuits."""

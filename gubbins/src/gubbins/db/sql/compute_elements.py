@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 from diracx.tasks.plumbing.sql.session import transaction
-from sqlalchemy import and_, case, func, insert, or_, select
+from sqlalchemy import and_, case, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from gubbins.domain import clock
@@ -17,9 +17,18 @@ from gubbins.domain.downtimes import Downtime
 from gubbins.domain.exceptions import CEExistsError, UnknownCEError
 from gubbins.domain.rules import OF_VOS, serves
 
-from .circuits import CircuitsMixin
+from .circuits import CircuitsMixin, severity
 from .downtimes import DowntimesMixin, is_in_downtime
-from .schema import SELECT_CE, CEDowntimes, ComputeElements, Pilots, columns_of, count_active_at, if_given
+from .schema import (
+    SELECT_CE,
+    CEDowntimes,
+    CEQuotas,
+    ComputeElements,
+    Pilots,
+    columns_of,
+    count_active_at,
+    if_given,
+)
 
 _IS_MISSING = and_(Pilots.ce_name == ComputeElements.name, Pilots.missing_since.is_not(None))
 # A subquery per compute element, since SQLite would read ended pilots, too, for one GROUP BY.
@@ -27,6 +36,7 @@ _SELECT_CE = SELECT_CE.add_columns(
     select(func.count()).where(_IS_MISSING).scalar_subquery().label("missing"),
     count_active_at(ComputeElements.name).scalar_subquery().label("active"),
     *columns_of(CEDowntimes),
+    *columns_of(CEQuotas, "quota", "quota_at"),
 )
 
 
@@ -157,7 +167,7 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         number of its active pilots, whose polls close them.
 
         Args:
-            vo: VO of the circuits; None: of all VOs the circuit with most failures.
+            vo: VO of the circuits; None: of all VOs the circuit with the longest pause.
 
         Raises:
             UnknownCEError: there is no such compute element.
@@ -176,8 +186,10 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
         polled = count_active_at(ComputeElements.name).where(*if_given(Pilots.vo, vo)).scalar_subquery()
         statement = _SELECT_CE.add_columns(polled.label("polled")).where(*if_given(ComputeElements.name, name))
         statement = statement.outerjoin(CEDowntimes, is_in_downtime(ComputeElements.name, now))
-        # Of several downtimes the one that ends last replaces the others.
-        statement = statement.order_by(ComputeElements.name, CEDowntimes.ends_at)
+        of_vo = () if vo is None else (CEQuotas.vo.in_(["", vo]),)
+        statement = statement.outerjoin(CEQuotas, and_(CEQuotas.ce_name == ComputeElements.name, *of_vo))
+        # Of several downtimes the one that ends last, and of several quotas the last one, replaces the others.
+        statement = statement.order_by(ComputeElements.name, CEDowntimes.ends_at, CEQuotas.quota_at)
         found = {row.name: dict(row._mapping) for row in await self.conn.execute(statement)}
         circuits = await self._circuits(name)
         for ce in found.values():
@@ -191,8 +203,8 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
             ce["circuits"] = {}
             for call in CECall:
                 of_vos = circuits.get((ce["name"], call), {})
-                failing = max(of_vos, key=lambda each: of_vos[each].failures, default="")
-                of = failing if vo is None else ce["circuits_of"]
+                worst = max(of_vos, key=lambda each: severity(of_vos[each]), default="")
+                of = worst if vo is None else ce["circuits_of"]
                 circuit = of_vos.get(of, Circuit())
                 if of and vo is None:
                     circuit = replace(circuit, last_error=f"VO {of}: {circuit.last_error}")
@@ -209,7 +221,9 @@ class ComputeElementsMixin(DowntimesMixin, CircuitsMixin):
     async def record_quota(self, name: str, vo: str = "") -> int:
         """Set the quota of the site (for one VO, or all) to its present number of active pilots, and return it."""
         quota = await self.count_active(name, vo or None)
-        await self._update_ce(name, quota=quota, quota_at=clock.now(), quota_of=vo)
+        where, values = (CEQuotas.ce_name == name, CEQuotas.vo == vo), {"quota": quota, "quota_at": clock.now()}
+        if not (await self.conn.execute(update(CEQuotas).where(*where).values(values))).rowcount:
+            await self.conn.execute(insert(CEQuotas).values(ce_name=name, vo=vo, **values))
         return quota
 
     @transaction

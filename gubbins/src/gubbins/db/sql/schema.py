@@ -91,11 +91,6 @@ class ComputeElements(MyPilotDBBase):
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
     # Confirmed pilots that were never seen, less a share of those that ended properly since; NULL: none.
     never_seen: Mapped[int | None] = mapped_column("MissingInRow", Integer, key="never_seen")
-    # Number of pilots at the last refusal for quota, and its time; NULL: none.
-    quota: Mapped[int | None] = mapped_column("Quota", Integer, key="quota")
-    quota_at: Mapped[datetime | None] = mapped_column("QuotaAt", UTCDateTime, key="quota_at")
-    # VO whose quota that is, at a compute element where VOs have their own settings; else empty.
-    quota_of: Mapped[str | None] = mapped_column("QuotaOf", _VO, key="quota_of")
     created_at: Mapped[datetime] = mapped_column("CreatedAt", UTCDateTime, key="created_at")
     updated_at: Mapped[datetime] = mapped_column("UpdatedAt", UTCDateTime, key="updated_at")
 
@@ -125,6 +120,22 @@ class CECircuits(MyPilotDBBase):
     probe_until: Mapped[datetime | None] = mapped_column("ProbeUntil", UTCDateTime, key="probe_until")
     last_error: Mapped[str | None] = mapped_column("LastError", _Reason, key="last_error")
     last_error_at: Mapped[datetime | None] = mapped_column("LastErrorAt", UTCDateTime, key="last_error_at")
+
+
+class CEQuotas(MyPilotDBBase):
+    """Last refusal for a quota of the site."""
+
+    __tablename__ = "CEQuotas"
+    __table_args__ = UTF8
+
+    ce_name: Mapped[str] = mapped_column(
+        "CEName", _CEName, ForeignKey(ComputeElements.name, ondelete="CASCADE"), primary_key=True, key="ce_name"
+    )
+    # VO that was refused, at a compute element where VOs have their own settings; else empty.
+    vo: Mapped[str] = mapped_column("VO", _VO, primary_key=True, default="", key="vo")
+    # Number of its pilots at that time.
+    quota: Mapped[int] = mapped_column("Quota", Integer, key="quota")
+    quota_at: Mapped[datetime] = mapped_column("QuotaAt", UTCDateTime, key="quota_at")
 
 
 class CEDowntimes(MyPilotDBBase):

@@ -49,7 +49,7 @@ def quota_limit(ce: Mapping[str, Any]) -> int | None:
     The limit is 0 for `breaker_pause_seconds` after the refusal, then the quota plus a tenth of it for each such
     period without another refusal.
     """
-    if ce["quota"] is None or (ce["circuits_of"] and ce["quota_of"] != ce["circuits_of"]):
+    if ce["quota"] is None:
         return None
     steps = (clock.now() - ce["quota_at"]) // timedelta(seconds=rules_of(ce).breaker_pause_seconds)
     limit = int(ce["quota"]) + steps * max(1, ce["quota"] // 10) if steps > 0 else 0

@@ -16,7 +16,7 @@ from gubbins.domain.text import one_line
 from .ce_file import CESpec
 from .circuits import missing_pilots, quota_limit
 
-_INTERNAL = ("circuits_of", "polled", "quota_of")
+_INTERNAL = ("circuits_of", "polled")
 
 get_available_ces = MyPilotDB.get_available_ces
 set_ce_enabled = MyPilotDB.set_ce_enabled

@@ -8,7 +8,7 @@ from alembic import op
 
 from gubbins.db.sql.schema import MyPilotDBBase
 
-revision = "0006"
+revision = "0007"
 down_revision = None
 
 
