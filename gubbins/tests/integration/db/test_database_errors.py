@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from functools import partial
 
 import httpx
@@ -56,7 +57,7 @@ async def test_the_dashboard_responds_with_503(
             text = html.unescape(response.text)
             assert PASSWORD not in text
             for words in troubled.says:
-                assert words.casefold() in text.casefold(), (page, text)
+                assert words.casefold() in re.sub("</?code>", "`", text).casefold(), (page, text)
         assert (await client.get("/queues")).status_code == 200  # the others go on
     await app.aclose()
     await broker.shutdown()
