@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from diracx.tasks.plumbing import (
     schedule_many,
     task_wrapper,
 )
+from diracx.tasks.plumbing.custom_locks import acquire_custom
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.testing import TaskSystem
 from redis.asyncio import Redis
@@ -181,6 +183,17 @@ async def test_task_is_cancelled_and_starts_again_when_a_custom_lock_is_lost(
     async with TaskSystem([Long], redis_url=redis_url, workers=1, settings=SOON) as system:
         assert (await system.result(await Long("window").schedule())).return_value == "window"
     assert SEEN.count("begins") == SEEN.count("released") == 2
+
+
+@pytest.mark.parametrize("extended", [False, NotImplementedError()])
+async def test_a_custom_lock_that_is_never_extended_is_never_lost(redis: Redis, extended: Any) -> None:
+    lost: list[str] = []
+    Window.extended[:] = [extended] * 100
+    OPEN.add("window")
+    async with AsyncExitStack() as stack:
+        assert await acquire_custom(stack, [Window(JOB, 6)], redis, lost.append) is None
+        await asyncio.sleep(3 * Window.ttl_ms / 1000)
+    assert not lost
 
 
 async def test_an_unavailable_server_is_a_refusal_and_an_error_is_a_failure(redis_url: str) -> None:
