@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.scanner import ScannerError
 
 #: Values of a document, those of repeated aliases included: "billion laughs" have 10^9 in ten lines.
 _MOST_VALUES = 1_000_000
@@ -17,7 +18,10 @@ class SafeLoader(yaml.SafeLoader):
 
     def get_single_node(self) -> yaml.Node | None:
         """Parse the document, without its values."""
-        node: yaml.Node | None = super().get_single_node()
+        try:
+            node: yaml.Node | None = super().get_single_node()
+        except (ValueError, OverflowError) as error:  # "\U00110000"
+            raise ScannerError(None, None, "found no such character", self.get_mark()) from error
         if node is not None and _values(node, {}) > _MOST_VALUES:
             raise ComposerError(None, None, "its aliases repeat too many values", node.start_mark)
         return node
@@ -26,7 +30,7 @@ class SafeLoader(yaml.SafeLoader):
         """Make the value of a node."""
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:  # 2026-02-30, !!bool x, !!timestamp x
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:  # 2026-02-30, !!bool x
             kind = node.tag.rpartition(":")[2]
             what = f"this is no valid {kind}; in quotes it would be text"
             raise ConstructorError(None, None, what, node.start_mark) from error
