@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -27,14 +27,10 @@ def add_migration_commands(group: Commands, program: str, database: str, missing
         missing: error message where the database is not configured.
     """
 
-    def run(work: Callable[[Migrations, str], Awaitable[_Result]]) -> _Result:
+    def run(work: Callable[[Migrations, str], Coroutine[Any, Any, _Result]]) -> _Result:
         url = database_url(database, missing)
-
-        async def migrate() -> _Result:
-            return await work(database_classes(database)[0].migrations, url)
-
         with explained_database(database):
-            return asyncio.run(migrate())
+            return asyncio.run(work(database_classes(database)[0].migrations, url))
 
     def report_move(move: Move, as_json: bool) -> None:
         lines = [f"  done: {step.revision} {step.what}" for step in move.steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -22,6 +22,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 LimitOption = Annotated[int, typer.Option("--limit", min=1, metavar="N", help="Maximum number of rows.")]
 AfterOption = Annotated[
     str | None, typer.Option("--after", metavar="CURSOR", help="Next page: `after` of the previous one (--json).")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", metavar="NAME", help="Only this task: category:ClassName, or ClassName alone."),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
@@ -65,13 +69,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             continue
         groups[parameter.name] = group
         hints = get_type_hints(group, include_extras=True)
-        for field in fields(group):
-            default = inspect.Parameter.empty if field.default is MISSING else field.default
-            parameters.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
-                )
-            )
+        options = inspect.signature(group).parameters.values()
+        parameters += (option.replace(annotation=hints[option.name]) for option in options)
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:

@@ -73,7 +73,7 @@ def call(
     if as_json:
         echo_json(_to_json(value))
     else:
-        _print_value(value)
+        typer.echo(f"Result: {printable(str(value))}")  # as the published package does
 
 
 class _TaskFailedError(CliError):
@@ -181,11 +181,6 @@ def _to_json(value: Any) -> Any:
     return to_jsonable_python(value, fallback=repr, bytes_mode="base64", inf_nan_mode="strings")
 
 
-def _print_value(value: Any) -> None:
-    """Print the return value of a task as the published package does."""
-    typer.echo(f"Result: {printable(str(value))}")
-
-
 #: Time to live of the result with --wait.
 _RESULT_TTL_SECONDS = 3600
 
@@ -213,18 +208,12 @@ def submit(
     """
     if timeout is not None and not wait:
         raise UsageProblem("--timeout has no effect without --wait; add --wait")
-    at_time = _moment(at)
+    try:
+        at_time = None if at is None else datetime.fromisoformat(at)
+    except ValueError as error:
+        raise UsageProblem(f"--at {at!r} is not a time; write it as 2030-01-31T12:00:00+01:00") from error
     checked = options.checked(alone=True)
     asyncio.run(_submit(checked, at_time, wait, timeout, as_json))
-
-
-def _moment(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError as error:
-        raise UsageProblem(f"--at {text!r} is not a time; write it as 2030-01-31T12:00:00+01:00") from error
 
 
 async def _submit(
@@ -269,7 +258,7 @@ def _report_result(result: TaskResult[Any], report: dict[str, Any], as_json: boo
         }
         echo_json(report | state)
     elif not result.is_err:
-        _print_value(result.return_value)
+        typer.echo(f"Result: {printable(str(result.return_value))}")
     if result.is_err:
         failure = result.error or {}
         what = f"{failure.get('type', 'Exception')}: {failure.get('message', '')}"

@@ -16,7 +16,7 @@ from ...plumbing.config.active import active_configs, notes_of
 from ...plumbing.exceptions import TaskConfigError
 from ...plumbing.registry import TaskRegistry
 from ..errors import CliError, UsageProblem, one_line
-from ..options import JsonOption, ModuleOption, command_group
+from ..options import JsonOption, ModuleOption, TaskOption, command_group
 from ..output import console, echo, echo_json, print_json, show, styled
 from ..runtime.configuration import CONFIG_VARIABLE, diracx_config
 from ..runtime.registry import find_task, load_registry
@@ -70,9 +70,7 @@ def check(file: FileArgument = None, as_json: JsonOption = False, module: Module
 @app.command("show")
 def show_settings(
     file: FileArgument = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only this task; category:ClassName, or the class alone.")
-    ] = None,
+    task: TaskOption = None,
     vo: Annotated[str | None, typer.Option(metavar="VO", help="The values for this VO.")] = None,
     as_json: JsonOption = False,
     module: ModuleOption = None,

@@ -89,9 +89,7 @@ def dashboard(
     url = server.url
     backend, token = _backend(read_only)
     names: set[str] = {"localhost", "127.0.0.1", "::1", host_name(host)} if loopback else set()
-    tls: dict[str, Any] = {}
-    if tls_certificate is not None:
-        tls = {"ssl_certfile": str(tls_certificate), "ssl_keyfile": str(tls_key)}
+    tls = {} if tls_certificate is None else {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
     with _listening(host, port) as listening:
         name = host if loopback else public_names[0]
         name = f"[{name}]" if ":" in name else name

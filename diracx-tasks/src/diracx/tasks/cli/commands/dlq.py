@@ -10,7 +10,6 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
@@ -28,12 +27,12 @@ from ...operations.views import DEAD_LETTERS, WAITING_DEAD_LETTERS
 from ...plumbing.persistence.dead_letter import DeadLetterReason
 from ...plumbing.persistence.resubmission import Resubmitter
 from ..errors import CliError, UsageProblem, one_line, shortened
-from ..options import AfterOption, JsonOption, YesOption, command_group
+from ..options import JsonOption, TaskOption, YesOption, command_group
 from ..options import LimitOption as PageOption
 from ..output import confirm, echo, echo_json, echo_traceback, field_lines, print_json, report, show
 from ..runtime.configuration import tasks_config
 from ..runtime.databases import NO_TASK_DB, open_database
-from ..runtime.server import Server, ServerAndTasks
+from ..runtime.server import Listing, Server, ServerAndTasks
 
 if TYPE_CHECKING:
     from ...plumbing.broker import RedisStreamBroker
@@ -56,10 +55,7 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Maximum
 class Filters:
     """Options that filter dead letters."""
 
-    task: Annotated[
-        str | None,
-        typer.Option("--task", metavar="NAME", help="Only of this task: category:ClassName, or ClassName alone."),
-    ] = None
+    task: TaskOption = None
     reason: Annotated[
         DeadLetterReason | None, typer.Option("--reason", case_sensitive=False, help="Only with this reason.")
     ] = None
@@ -189,17 +185,14 @@ def list_dead_letters(
 
 
 @app.command()
-def waiting(
-    *, limit: PageOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
-) -> None:
+def waiting(*, limit: PageOption = 100, listing: Listing) -> None:
     """List the dead letters that wait in Redis, oldest first.
 
     A worker with DIRACX_DB_URL_TASKDB moves them into the database; `dlq list` has them then.
 
     Example: diracx-task-run dlq waiting --json
     """
-    read = partial(operations.waiting_dead_letters, limit=limit, after=after, registry=server.registry)
-    show(WAITING_DEAD_LETTERS, server.query(read), as_json)
+    listing.show(WAITING_DEAD_LETTERS, operations.waiting_dead_letters, limit=limit)
 
 
 @app.command("show")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 from redis.asyncio import Redis
 
 from ... import operations
-from ...operations import Failure, Window
+from ...operations import Window
 from ...operations.audit import audit_page
 from ...operations.task_classes import task_classes
 from ...operations.views import AUDIT, GROUPS, RUNNING, STATISTICS, TASK_CLASSES, WORKERS
@@ -19,10 +18,10 @@ from ...plumbing.broker.groups import GroupStatus, read_group
 from ...plumbing.registry import unselected_tasks
 from ...plumbing.task_names import resolve_task_name
 from ..errors import CliError, one_line
-from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, command_group
+from ..options import AfterOption, JsonOption, LimitOption, ModuleOption, TaskOption, command_group
 from ..output import echo, echo_traceback, field_lines, print_json, report, show
 from ..runtime.registry import find_task, load_registry
-from ..runtime.server import Server, ServerAndTasks
+from ..runtime.server import Listing, Server, ServerAndTasks
 
 
 def list_tasks(*, as_json: JsonOption = False, module: ModuleOption = None) -> None:
@@ -48,17 +47,14 @@ def workers(*, as_json: JsonOption = False, server: Server) -> None:
     show(WORKERS, server.query(operations.workers), as_json)
 
 
-def running(
-    *, limit: LimitOption = 100, after: AfterOption = None, as_json: JsonOption = False, server: ServerAndTasks
-) -> None:
+def running(*, limit: LimitOption = 100, listing: Listing) -> None:
     """List the running tasks, longest first: run time, attempt, worker, locks, arguments.
 
     Workers report every 5 s, and at most 200 tasks each. Secret arguments are shown as •••.
 
     Example: diracx-task-run running --limit 20
     """
-    read = partial(operations.running, limit=limit, after=after, registry=server.registry)
-    show(RUNNING, server.query(read), as_json)
+    listing.show(RUNNING, operations.running, limit=limit)
 
 
 def audit(
@@ -92,10 +88,7 @@ def stats(
     failures: Annotated[
         int, typer.Option(min=0, metavar="N", help="Show the last N failures, too, with their tracebacks.")
     ] = 0,
-    task: Annotated[
-        str | None,
-        typer.Option("--task", metavar="NAME", help="Only this task: category:ClassName, or ClassName alone."),
-    ] = None,
+    task: TaskOption = None,
     as_json: JsonOption = False,
     server: ServerAndTasks,
 ) -> None:
@@ -123,12 +116,7 @@ def stats(
         print_json({"stats": statistics, "failures": failed})
         return
     show(STATISTICS, statistics, as_json)
-    _print_failures(failed)
-
-
-def _print_failures(failures: Sequence[Failure]) -> None:
-    """Print failures with their tracebacks, the newest last."""
-    for failure in reversed(failures):
+    for failure in reversed(failed):
         where = f"{failure.at:%Y-%m-%d %H:%M:%S} on {failure.worker}, attempt {failure.attempt}, {failure.outcome}"
         title = f"{failure.task_name or '(no task)'} {failure.task_id}: {where}"
         echo_traceback(title, failure.traceback or f"{failure.type}: {failure.message}")
@@ -185,12 +173,8 @@ def _fields(status: GroupStatus) -> Iterator[tuple[str, str]]:
     yield "on failure", status.on_failure or "-"
     yield "created", status.created.isoformat(timespec="seconds")
     yield "expires", status.expires.isoformat(timespec="seconds")
-    yield from _children("failed", [f"{child}  {error}" for child, error in status.failed_children.items()])
-    yield from _children("pending", status.pending_children)
-
-
-def _children(state: str, lines: list[str]) -> Iterator[tuple[str, str]]:
-    for line in lines[:_NAMED_CHILDREN]:
-        yield state, line
-    if len(lines) > _NAMED_CHILDREN:
-        yield state, f"and {len(lines) - _NAMED_CHILDREN} more; all of them with --json"
+    failed = [f"{child}  {error}" for child, error in status.failed_children.items()]
+    for state, lines in ("failed", failed), ("pending", status.pending_children):
+        yield from ((state, line) for line in lines[:_NAMED_CHILDREN])
+        if len(lines) > _NAMED_CHILDREN:
+            yield state, f"and {len(lines) - _NAMED_CHILDREN} more; all of them with --json"

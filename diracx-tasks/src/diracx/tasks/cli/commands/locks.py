@@ -75,19 +75,18 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
     found = server.query(lambda redis: operations.lock(redis, key))
     if found is None or not found.held:
         raise CliError(f"{key} is not held")
-    is_quota = found.is_quota
-    if is_quota:
+    if found.is_quota:
         question = f"Reset {found.held} used units of quota of {key}?"
     else:
         for holder in found.holders:
             echo(one_line(_consequence(holder)), err=True)
         question = f"Release {key} of {'this holder' if found.held == 1 else f'these {len(found.holders)}'}?"
     confirm(question, yes)
-    owners = None if is_quota else [holder.owner for holder in found.holders]
+    owners = None if found.is_quota else [holder.owner for holder in found.holders]
     done = server.query(lambda redis: AuditedActions.for_command_line(redis).release_lock(key, owners))
     if not done.released and not as_json:
         raise CliError(f"{key} was released meanwhile: nothing was changed")
-    report(done, [f"{done.released} {'units of quota' if is_quota else 'released'}"], as_json, indent=2)
+    report(done, [f"{done.released} {'units of quota' if found.is_quota else 'released'}"], as_json, indent=2)
 
 
 def _consequence(holder: Holder) -> str:

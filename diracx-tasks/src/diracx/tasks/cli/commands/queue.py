@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -15,9 +14,9 @@ from ...operations.cursors import streams_of_queue
 from ...operations.views import DELAYED, QUEUED, QUEUES
 from ...plumbing.broker import published
 from ..errors import CliError, one_line
-from ..options import AfterOption, JsonOption, LimitOption, YesOption, command_group
+from ..options import JsonOption, LimitOption, YesOption, command_group
 from ..output import confirm, report, show
-from ..runtime.server import Server, ServerAndTasks
+from ..runtime.server import Listing, Server
 
 app = command_group("queue", "Inspect the nine queues and the delayed tasks; purge a queue.")
 
@@ -38,22 +37,14 @@ def list_(*, as_json: JsonOption = False, server: Server) -> None:
 
 
 @app.command("peek")
-def peek(
-    *,
-    queue: QueueArgument,
-    limit: LimitOption = 20,
-    after: AfterOption = None,
-    as_json: JsonOption = False,
-    server: ServerAndTasks,
-) -> None:
+def peek(*, queue: QueueArgument, limit: LimitOption = 20, listing: Listing) -> None:
     """List the tasks that wait in a queue, in the order in which workers will fetch them. Removes nothing.
 
     Secret arguments are shown as •••.
 
     Example: diracx-task-run queue peek normal:medium --limit 5
     """
-    read = partial(operations.peek, queue=queue, limit=limit, after=after, registry=server.registry)
-    show(QUEUED, server.query(read), as_json)
+    listing.show(QUEUED, operations.peek, queue=queue, limit=limit)
 
 
 @app.command("delayed")
@@ -61,16 +52,13 @@ def delayed(
     *,
     reason: Annotated[DelayReason | None, typer.Option(help="Only those delayed for this reason.")] = None,
     limit: LimitOption = 20,
-    after: AfterOption = None,
-    as_json: JsonOption = False,
-    server: ServerAndTasks,
+    listing: Listing,
 ) -> None:
     """List delayed tasks by due time: those that wait for a time, a retry, a lock, or quota.
 
     Example: diracx-task-run queue delayed --reason lock
     """
-    read = partial(operations.delayed, reason=reason, limit=limit, after=after, registry=server.registry)
-    show(DELAYED, server.query(read), as_json)
+    listing.show(DELAYED, operations.delayed, reason=reason, limit=limit)
 
 
 @app.command("purge")

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from redis.asyncio import Redis
@@ -41,9 +41,13 @@ from ...plumbing.exceptions import SendTaskError
 from ...plumbing.registry import TaskRegistry
 from ...plumbing.submission.client import bound_to
 from ..errors import CliError, UsageProblem
-from ..options import ModuleOption
+from ..options import AfterOption, JsonOption, ModuleOption
 from .configuration import tasks_config
 from .registry import load_registry, make_task
+
+if TYPE_CHECKING:
+    from ...operations.models import Page
+    from ...operations.views import View
 
 #: Timeout of the first connection. Commands report a server that is down within 5 s.
 REPLY_SECONDS = 2.0
@@ -196,6 +200,21 @@ class ServerAndTasks(Server):
     def registry(self) -> TaskRegistry:
         """The tasks; errors as of `load_registry`."""
         return load_registry(self.module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing(ServerAndTasks):
+    """Options of commands that list tasks by pages."""
+
+    after: AfterOption = None
+    as_json: JsonOption = False
+
+    def show(self, view: View[Any], read: Callable[..., Awaitable[Page[Any]]], **arguments: Any) -> None:
+        """Print the page that `read` returns for these arguments."""
+        from ..output import show  # slow to import
+
+        page = partial(read, after=self.after, registry=self.registry, **arguments)
+        show(view, self.query(page), self.as_json)
 
 
 @dataclass(frozen=True, kw_only=True)
