@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from diracx.tasks.testing.server import free_port
 from redis import Redis
 from support.network import Network
 
 STUBBORN = """
 import asyncio
+import atexit
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +65,11 @@ class Blocks(BaseTask):
 
 class Threaded(Deaf):
     async def execute(self):
+        atexit.register(Path(self.begun).with_suffix(".flushed").touch)
+        print("buffered until the end")
         Path(self.begun).touch()
-        await asyncio.to_thread(time.sleep, 600)
+        # More calls than there are threads.
+        await asyncio.gather(*(asyncio.to_thread(time.sleep, 600) for _ in range(40)))
 
 
 @dataclass
@@ -218,11 +223,29 @@ def test_with_a_hard_limit_a_worker_stops_normally_if_its_tasks_do(stubborn, red
     _starts_again(redis_url, slow)
 
 
-def test_a_call_in_a_thread_does_not_delay_the_end_of_its_worker(stubborn, redis_url, tmp_path, wait_until):
-    worker = _ready(stubborn, "60", "--grace", "0.2")
+@pytest.mark.parametrize("event_loop", ["asyncio", "uvloop"])
+def test_calls_in_threads_delay_neither_a_new_connection_nor_the_end_of_their_worker(
+    stubborn, redis_url, tmp_path, wait_until, event_loop
+):
+    stubborn.environment |= {
+        "DIRACX_TASKS_REDIS_URL": redis_url.replace("127.0.0.1", "localhost"),
+        "PYTHONPATH": str(tmp_path),
+    }
+    if event_loop == "asyncio":
+        (tmp_path / "uvloop.py").write_text("raise ImportError('not installed')")
+    worker = stubborn.start(
+        "worker", "--grace", "0.2", "--metrics-port", str(free_port()), *MODULE, new_python=True
+    )
+    worker.until("ready")
     threaded = _submit(stubborn, "Threaded", tmp_path / "begun")
     wait_until((tmp_path / "begun").exists, "it runs")
+    with Redis.from_url(redis_url) as redis:
+        redis.client_kill_filter(_type="normal", skipme=True)
     worker.process.terminate()
     assert worker.ends() == 0, worker.output
     assert "stopped" in worker.output
+    assert "the process ends without it" in worker.output
+    assert "without the last settlements" not in worker.output
+    assert "buffered until the end" in worker.output
+    assert (tmp_path / "begun.flushed").exists()
     _starts_again(redis_url, threaded)

@@ -21,6 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler
 from prometheus_client import Metric
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from ..plumbing._util.tasks import in_own_thread
 from .exposition import CONTENT_TYPE, as_text
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ async def serve_metrics(
     try:
         yield
     finally:
-        await asyncio.to_thread(server.shutdown)
+        await in_own_thread(server.shutdown)
         server.server_close()
 
 

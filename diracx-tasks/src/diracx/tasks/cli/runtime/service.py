@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ...operations.metrics_server import Collect, serve_metrics
-from ...plumbing._util.tasks import cancel_and_wait
+from ...plumbing._util.tasks import cancel_and_wait, in_own_thread
 from ...plumbing.broker import RedisStreamBroker
 from ...plumbing.broker.server_check import Role
 from ...plumbing.broker.telemetry import is_collected
@@ -168,9 +172,10 @@ class Service:
             finally:
                 # Calls of cancelled tasks may go on in threads, for which the loop and then Python would wait.
                 loop.set_default_executor(ThreadPoolExecutor(1))
-                end = threading.Timer(_EXIT_SECONDS, os._exit, [code])
+                end = threading.Timer(_EXIT_SECONDS, _exit_without_threads, [code])
                 end.daemon = True
                 end.start()
+                atexit.register(end.cancel)  # the first exit handler to run: no thread is waited for any more
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # Python restores the default handlers at its exit
 
@@ -197,6 +202,16 @@ class Service:
             self.on_second_signal()
 
 
+def _exit_without_threads(code: int) -> None:
+    """End the process without waiting for threads, but with its exit handlers, which flush telemetry."""
+    logger.warning("code of tasks still runs %g s after the end: the process ends without it", _EXIT_SECONDS)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
 def _run_until_complete(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, None]) -> None:
     """Run the loop until `main` ends, even if code of a task stops it, by an exception or `loop.stop()`."""
     running = loop.create_task(main)
@@ -211,10 +226,18 @@ def _run_until_complete(loop: asyncio.AbstractEventLoop, main: Coroutine[Any, An
             )
 
 
-def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return the factory of uvloop if it is installed (`pip install diracx-tasks[fast]`), else None."""
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return the factory of uvloop if it is installed (`pip install diracx-tasks[fast]`), else that of asyncio."""
     try:
         import uvloop
     except ImportError:
-        return None
+        return _Loop
     return uvloop.new_event_loop
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Event loop of asyncio that resolves host names though tasks occupy all of its threads, as uvloop does."""
+
+    async def getaddrinfo(self, host: Any, port: Any, **options: int) -> Any:
+        """Resolve a host name."""
+        return await in_own_thread(partial(socket.getaddrinfo, host, port, **options))
