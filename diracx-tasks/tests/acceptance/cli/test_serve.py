@@ -221,6 +221,7 @@ def test_a_process_that_has_lost_its_server_can_be_stopped(cli, command):
         (["--max-concurrent-tasks", "many"], ["--max-concurrent-tasks", "'many'"]),
         (["--worker-sise", "small"], ["--worker-sise", "--worker-size"]),
         (["--result-ttl", "0"], ["--result-ttl"]),
+        (["--result-ttl", "315576001"], ["--result-ttl", "315576000"]),
         (["--lease-seconds", "1e7"], ["--lease-seconds", "86400"]),
         (["--lease-seconds", "inf"], ["--lease-seconds", "86400"]),
     ],

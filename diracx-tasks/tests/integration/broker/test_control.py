@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,3 +119,28 @@ def test_a_user_without_the_right_to_subscribe_may_still_give_commands(
         redis.execute_command("ACL", "DELUSER", "deaf")
     assert received.subscribed == 0
     assert [record.message.startswith("cannot listen") for record in caplog.records] == [True]
+
+
+def _serve(server: socket.socket, reply: bytes) -> None:
+    """Accept a connection and all of its commands; send `reply` behind that to INFO."""
+    replies = {b"HELLO": b"%1\r\n+proto\r\n:3\r\n", b"INFO": b"$8\r\nrun_id:0\r\n" + reply}
+    client, _ = server.accept()
+    with client:
+        while commands := client.recv(65_536):
+            for name in re.findall(rb"\*\d+\r\n\$\d+\r\n(\w+)", commands):
+                client.sendall(replies.get(name, b"+OK\r\n"))
+
+
+@pytest.mark.parametrize("reply", [b">1\r\n+message\r\n", b"?\r\n"])
+def test_a_reply_that_cannot_be_understood_is_a_lost_connection(reply: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        serving = threading.Thread(target=_serve, args=(server, reply))
+        serving.start()
+        received = Received()
+        connection = ControlConnection(
+            f"redis://127.0.0.1:{server.getsockname()[1]}", (), received.receive, received.connected
+        )
+        assert connection.run_id() == "0"
+        assert connection.listen(60.0)
+        connection.close()
+        serving.join(60)

@@ -17,6 +17,7 @@ from ...operations.health import health_checks
 from ...operations.metrics import scheduler_metrics, worker_metrics
 from ...plumbing._util.passwords import mask
 from ...plumbing.base_task import PeriodicVoAwareBaseTask
+from ...plumbing.broker.labels import LONGEST_TTL_SECONDS
 from ...plumbing.broker.server_check import Role
 from ...plumbing.broker.sizes import MAX_BYTES
 from ...plumbing.broker.telemetry import is_collected
@@ -63,7 +64,12 @@ def worker(
     ] = None,
     result_ttl: Annotated[
         int | None,
-        typer.Option(min=1, metavar="SECONDS", help="Store the results of all tasks for this time."),
+        typer.Option(
+            min=1,
+            max=LONGEST_TTL_SECONDS,
+            metavar="SECONDS",
+            help="Store the results of all tasks for this time.",
+        ),
     ] = None,
     max_result_bytes: Annotated[
         int,

@@ -128,18 +128,18 @@ class ControlConnection:
         """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
+            # Before the wait: the reply to a command may have been read together with a message behind it.
+            if self._connection._sock is not None and not self._read_messages():
+                return True
             events = select.poll()
             events.register(self._wake_read, select.POLLIN)
             with self._in_use:
                 socket = self._connection._sock
                 if socket is not None:
                     events.register(socket, select.POLLIN)
-            ready = [descriptor for descriptor, _ in events.poll(1000 * left)]
-            if self._wake_read in ready:
+            if self._wake_read in [descriptor for descriptor, _ in events.poll(1000 * left)]:
                 os.read(self._wake_read, 4096)
                 return False
-            if ready and not self._read_messages():
-                return True
         return False
 
     def _read_messages(self) -> bool:
@@ -150,7 +150,7 @@ class ControlConnection:
                 while connection._sock is not None and connection.can_read(0):
                     if not self._is_message(connection.read_response(push_request=True)):
                         raise RedisError("a reply without a command")
-            except RedisError as error:
+            except Exception as error:  # of any kind, as this thread also renews the lease
                 logger.debug("a connection is lost: %s", error)
                 connection.disconnect()
             return connection._sock is not None

@@ -76,7 +76,8 @@ class Script:
 @cache
 def _files() -> dict[str, str]:
     """All files by name, read at the first use of any: an upgrade may replace them while the process runs."""
-    return {each.name.removesuffix(".lua"): each.read_text() for each in (files(__package__) / "lua").iterdir()}
+    folder = files(__package__) / "lua"
+    return {each.name[:-4]: each.read_text() for each in folder.iterdir() if each.name.endswith(".lua")}
 
 
 def _source(name: str) -> str:

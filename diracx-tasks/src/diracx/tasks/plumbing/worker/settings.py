@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..broker.labels import LONGEST_TTL_SECONDS
 from ..broker.sizes import MAX_BYTES
 
 #: As long as the server keeps the time of the last renewal.
@@ -29,7 +30,7 @@ class WorkerSettings(BaseModel):
     """An execution that ignores its cancellation for this time is reported and cancelled again."""
     report_blocked_seconds: float = Field(default=5.0, gt=0)
     """A task that blocks the event loop for this time is reported, with the stack of its thread."""
-    result_ttl_seconds: int | None = Field(default=None, ge=1)
+    result_ttl_seconds: int | None = Field(default=None, ge=1, le=LONGEST_TTL_SECONDS)
     """Keep the results of all tasks for this time; None: only of tasks submitted with that label."""
     max_result_bytes: int = Field(default=MAX_BYTES, ge=100_000)
     """A larger result is replaced by an error; the task still counts as succeeded."""
