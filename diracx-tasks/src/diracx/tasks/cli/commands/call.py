@@ -99,7 +99,8 @@ async def _run(checked: CheckedTask, debugger: str) -> Any:
                 await check_databases([plan])
                 overrides = await stack.enter_async_context(setup_dependency_overrides([plan]))
                 if missing := find_missing_overrides(plan, overrides):
-                    raise CliError(f"{name} needs {', '.join(missing)}: set {_variables(missing)}")
+                    variables = ", ".join(dict.fromkeys(map(_variable, missing)))
+                    raise CliError(f"{name} needs {', '.join(missing)}: set {variables}")
             locks = [lock for lock in task.execution_locks if not isinstance(lock, BaseLimiter)]
             at_prompt = debugger == "before"
             async with holding(locks, broker.redis, renew=not at_prompt):
@@ -162,18 +163,12 @@ def breakpoint_before(task: BaseTask) -> None:
     debugger.set_trace(sys._getframe(1))
 
 
-def _variables(missing: Sequence[str]) -> str:
-    """Return the environment variables that configure missing dependencies, such as `JobDB.transaction`."""
-    found = []
-    for name in missing:
-        owner, _, method = name.rpartition(".")
-        if owner == "ConfigSource":
-            found.append("DIRACX_CONFIG_BACKEND_URL")
-        elif method in _VARIABLES:
-            found.append(f"{_VARIABLES[method]}{owner.upper()}")
-        else:
-            found.append(f"the variables of {owner}")
-    return ", ".join(dict.fromkeys(found))
+def _variable(missing: str) -> str:
+    """Return the environment variable that configures a missing dependency, such as `JobDB.transaction`."""
+    owner, _, method = missing.rpartition(".")
+    if owner == "ConfigSource":
+        return "DIRACX_CONFIG_BACKEND_URL"
+    return f"{_VARIABLES[method]}{owner.upper()}" if method in _VARIABLES else f"the variables of {owner}"
 
 
 def _to_json(value: Any) -> Any:

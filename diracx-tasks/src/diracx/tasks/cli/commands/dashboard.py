@@ -73,7 +73,7 @@ def dashboard(
         raise CliError(
             f"the dashboard needs {' and '.join(missing)}; install it with `pip install 'diracx-tasks[dashboard]'`"
         )
-    loopback, public_names = is_loopback(host), _public_names(public_name or [])
+    loopback, public_names = is_loopback(host), list(map(_public_name, public_name or ()))
     if not loopback and not os.environ.get(_TOKEN_VARIABLE):
         raise UsageProblem(
             f"--host {host} can be reached from other hosts: set {_TOKEN_VARIABLE} to the token to sign in with, "
@@ -118,16 +118,13 @@ def dashboard(
         asyncio.run(run())
 
 
-def _public_names(given: list[str]) -> list[str]:
-    names = []
-    for name in given:
-        try:
-            names.append(host_name(name))
-        except ValueError as error:
-            raise UsageProblem(
-                f"--public-name {name}: give a host name without scheme, port and path, as tasks.example.org"
-            ) from error
-    return names
+def _public_name(given: str) -> str:
+    try:
+        return host_name(given)
+    except ValueError as error:
+        raise UsageProblem(
+            f"--public-name {given}: give a host name without scheme, port and path, as tasks.example.org"
+        ) from error
 
 
 def _backend(read_only: bool) -> tuple[TokenBackend, str]:

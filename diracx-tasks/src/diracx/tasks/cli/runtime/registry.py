@@ -113,9 +113,9 @@ def find_task(registry: Mapping[str, type[BaseTask]], name: str) -> str:
     if (found := resolve_task_name(name, registry)) is not None:
         return found
     names = "\n".join(["known tasks:", *(f"  {each}" for each in sorted(registry))])
-    if suggestions := nearest(name, registry):
-        raise CliError(f"unknown task {name!r}; did you mean {' or '.join(map(repr, suggestions))}?", detail=names)
-    raise CliError(f"unknown task {name!r}; --module loads a file's tasks", detail=names)
+    similar = " or ".join(map(repr, nearest(name, registry)))
+    hint = f"did you mean {similar}?" if similar else "--module loads a file's tasks"
+    raise CliError(f"unknown task {name!r}; {hint}", detail=names)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:

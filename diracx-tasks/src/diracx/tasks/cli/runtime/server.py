@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -57,21 +57,20 @@ REPLY_SECONDS = 2.0
 async def open_broker(
     url: str, size: Size | None = None, *, role: Role | None = None
 ) -> AsyncIterator[RedisStreamBroker]:
-    """Open a broker, after checking that its server replies.
+    """Open a broker, after checking that its server replies; Redis errors of the block become a CliError.
 
     Args:
         size: size of the worker that will fetch through it.
         role: role of a service process: check the rights of its Redis user, and warn if the server may lose data.
     """
-    with explained_redis(url):
-        broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
     async with AsyncExitStack() as stack:
+        stack.enter_context(explained_redis(url))
+        broker = RedisStreamBroker(url, worker_size=size or Size.MEDIUM)
         stack.push_async_callback(broker.shutdown)
         try:
-            with explained_redis(url):
-                async with asyncio.timeout(REPLY_SECONDS):
-                    await broker.startup(role)
-                    server = await report_risks(broker.redis) if role is not None else None
+            async with asyncio.timeout(REPLY_SECONDS):
+                await broker.startup(role)
+                server = await report_risks(broker.redis) if role is not None else None
         except TimeoutError:
             raise CliError(
                 f"cannot reach Redis at {mask(url)}: no reply within {REPLY_SECONDS:g} s; check host and port "
@@ -165,13 +164,9 @@ class Server:
         except AddressError as error:
             raise (UsageProblem if given else CliError)(str(error)) from error
 
-    @asynccontextmanager
-    async def connected(self) -> AsyncIterator[RedisStreamBroker]:
-        """Open a broker as `open_broker` does; Redis errors inside the block become a CliError."""
-        url = self.url
-        async with open_broker(url) as broker:
-            with explained_redis(url):
-                yield broker
+    def connected(self) -> AbstractAsyncContextManager[RedisStreamBroker]:
+        """Open a broker as `open_broker` does."""
+        return open_broker(self.url)
 
     def run(self, work: Callable[[RedisStreamBroker], Awaitable[_Result]]) -> _Result:
         """Call `work` with an open broker."""
@@ -250,8 +245,8 @@ class CheckedTask:
 
     @asynccontextmanager
     async def broker(self) -> AsyncIterator[RedisStreamBroker]:
-        """Open a broker as `Server.connected` does, and bind it, so that `schedule()` of tasks uses it."""
+        """Open a broker as `open_broker` does, and bind it, so that `schedule()` of tasks uses it."""
         config = tasks_config()
         async with open_broker(self.url) as broker:
-            with explained_redis(self.url), bound_to(broker, self.registry, config):
+            with bound_to(broker, self.registry, config):
                 yield broker

@@ -34,7 +34,7 @@ from ..errors import CliError
 from ..options import LogLevelOption
 from .configuration import Configuration, read_configuration
 from .logs import set_task_log_level
-from .server import ServerAndTasks, explained_redis, open_broker
+from .server import ServerAndTasks, open_broker
 from .supervisor import own_number, report_to_supervisor
 
 logger = logging.getLogger(__package__)
@@ -138,8 +138,7 @@ class Service:
             warn=lambda tasks, vos: unknown_names(tasks, self.options.registry.keys(), vos),
         )
         await self.enter(watcher)
-        with explained_redis(self.url):
-            await serving.run(self.stop)
+        await serving.run(self.stop)
 
     def _announce(self, ready: asyncio.Event, line: str) -> None:
         """Log the line, and report to the supervisor, once `ready` is set."""
