@@ -27,23 +27,23 @@ class Model(PeriodicVoAwareBaseTask, BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen(PeriodicVoAwareBaseTask):
+class Frozen(PeriodicVoAwareBaseTask):  # type: ignore[misc]
     path: Path | None = None
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
-class FrozenWithChecks(PeriodicVoAwareBaseTask):
+class FrozenWithChecks(PeriodicVoAwareBaseTask):  # type: ignore[misc]
     path: Path | None = None
 
 
 @dataclass
 class OwnOrder(PeriodicVoAwareBaseTask):
-    name: str
+    name: str  # type: ignore[misc]
     vo: str = "none"
 
 
 @dataclass
-class Derived(OwnOrder):
+class Derived(OwnOrder):  # type: ignore[misc]
     number: int = 0
 
 
@@ -67,7 +67,7 @@ PATH = Path("a")
         (Frozen("lhcb", PATH), ("lhcb", PATH)),
         (FrozenWithChecks("lhcb", PATH), ("lhcb", PATH)),
         (OwnOrder("x", "lhcb"), ("x", "lhcb")),
-        (OwnOrder("x"), ("x", "none")),
+        (OwnOrder(name="x"), ("x", "none")),
         (Derived("x", "lhcb", 1), ("x", "lhcb", 1)),
         (DerivedModel(vo="lhcb"), ("lhcb", 0)),
         (DerivedModel(), ("none", 0)),

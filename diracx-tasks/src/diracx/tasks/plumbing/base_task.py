@@ -16,9 +16,16 @@ from .messages.arguments import serialize
 from .retry_policies import NoRetry, RetryPolicyBase
 
 if TYPE_CHECKING:
+    from dataclasses import dataclass as _has_fields
+
     from .broker.models import Submission, TaskMessage
     from .broker.redis_streams import RedisStreamBroker
     from .schedules import TaskScheduleBase
+else:
+
+    def _has_fields(cls: type) -> type:
+        return cls
+
 
 current_message: ContextVar[TaskMessage | None] = ContextVar("diracx_tasks_message", default=None)
 current_locks: ContextVar[Sequence[BaseLock]] = ContextVar("diracx_tasks_locks", default=())
@@ -234,6 +241,7 @@ class PeriodicBaseTask(BaseTask):
         return [MutexLock(TASK, type(self).__name__)]
 
 
+@_has_fields  # type checkers take it for a dataclass
 class PeriodicVoAwareBaseTask(PeriodicBaseTask):
     """A periodic task with one schedule and one mutex per VO, which is its first argument."""
 
