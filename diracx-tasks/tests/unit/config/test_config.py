@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from diracx.tasks.plumbing.config import (
     PeriodicTaskConfig,
     TaskOverride,
@@ -15,6 +16,7 @@ from diracx.tasks.plumbing.config import (
     load_tasks_config,
     unknown_names,
 )
+from diracx.tasks.plumbing.config.safe_yaml import SafeLoader
 from diracx.tasks.plumbing.enums import Priority
 from diracx.tasks.plumbing.exceptions import TaskConfigError
 from diracx.tasks.plumbing.lock_registry import TASK
@@ -326,6 +328,10 @@ class TestLoad:
     def test_values_other_than_mappings_of_names_are_refused(self, tmp_path, text, start):
         [line] = problems(written(tmp_path, text))
         assert line.startswith(start)
+
+    def test_long_files_may_repeat_aliases(self):
+        text = f"a: &a [{'0, ' * 25_000}]\nb: [{'*a, ' * 45}]"
+        assert yaml.load(text, SafeLoader)["b"] == [[0] * 25_000] * 45
 
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path):
         assert problems(tmp_path / "nowhere.yaml") == ["cannot be read: No such file or directory"]

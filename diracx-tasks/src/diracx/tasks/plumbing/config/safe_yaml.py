@@ -11,6 +11,8 @@ from yaml.scanner import ScannerError
 
 #: Values of a document, those of repeated aliases included: "billion laughs" have 10^9 in ten lines.
 _MOST_VALUES = 1_000_000
+#: More are allowed in a document that has so many itself, and repeats them this often on average.
+_MOST_REPETITIONS = 50
 
 
 class SafeLoader(yaml.SafeLoader):
@@ -22,7 +24,8 @@ class SafeLoader(yaml.SafeLoader):
             node: yaml.Node | None = super().get_single_node()
         except (ValueError, OverflowError) as error:  # "\U00110000"
             raise ScannerError(None, None, "found no such character", self.get_mark()) from error
-        if node is not None and _values(node, {}) > _MOST_VALUES:
+        known: dict[int, int] = {}
+        if node is not None and _values(node, known) > max(_MOST_VALUES, _MOST_REPETITIONS * len(known)):
             raise ComposerError(None, None, "its aliases repeat too many values", node.start_mark)
         return node
 
