@@ -14,8 +14,10 @@ from diracx.db.sql import JobDB, JobLoggingDB, TaskQueueDB
 from diracx.db.sql.utils import BaseSQLDB
 from diracx.logic.jobs.submission import submit_jdl_jobs
 from diracx.tasks.jobs import DummyJobExecutorMonitorTask, DummyJobExecutorTask
+from diracx.tasks.jobs.dummy_job_executor import DummyJobExecutorSettings
 from diracx.tasks.plumbing.injection.providers import sql_overrides
 from diracx.tasks.testing import TaskSystem
+from pydantic import ValidationError
 
 Overrides = dict[Callable[..., Any], Callable[..., Any]]
 CONFIG = Config.model_validate(
@@ -72,3 +74,17 @@ async def test_received_jobs_reach_the_state_done(
         async with job_db:
             _, jobs = await job_db.search(["JobID", "Status"], [], [])
         assert sorted((job["JobID"], job["Status"]) for job in jobs) == [(job_id, "Done") for job_id in job_ids]
+
+
+@pytest.mark.parametrize("spelling", [str.upper, str.lower])
+def test_settings_of_the_simulated_execution_are_variables(
+    spelling: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled, interval = (f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name}" for name in ("ENABLED", "INTERVAL_SECONDS"))
+    monkeypatch.setenv(spelling(enabled), "true")
+    monkeypatch.setenv(spelling(interval), "3")
+    expected = DummyJobExecutorSettings(enabled=True, interval_seconds=3)
+    assert DummyJobExecutorSettings.from_environment() == expected
+    monkeypatch.setenv(spelling(interval), "0")
+    with pytest.raises(ValidationError, match=interval):
+        DummyJobExecutorSettings.from_environment()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..plumbing.base_task import BaseTask, PeriodicBaseTask
 from ..plumbing.enums import Priority, Size
@@ -38,6 +38,10 @@ class DummyJobExecutorSettings(BaseModel):
     They are read when this module is imported, without the settings classes of DiracX, which are slow to import.
     """
 
+    model_config = ConfigDict(
+        alias_generator=lambda name: f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name.upper()}", populate_by_name=True
+    )
+
     enabled: bool = False
     """Schedule the monitor."""
     interval_seconds: int = Field(default=10, gt=0)
@@ -45,13 +49,12 @@ class DummyJobExecutorSettings(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read the settings from the environment.
+        """Read the settings from the environment; names of variables may be in lower case.
 
         Raises:
-            pydantic.ValidationError: one of them is invalid.
+            pydantic.ValidationError: names the invalid variable.
         """
-        variables = {name: f"DIRACX_TASKS_DUMMY_JOB_EXECUTOR_{name.upper()}" for name in cls.model_fields}
-        return cls.model_validate({name: os.environ[key] for name, key in variables.items() if key in os.environ})
+        return cls.model_validate({name.upper(): value for name, value in os.environ.items()})
 
 
 def _update(status: JobStatus) -> JobStatusUpdate:
