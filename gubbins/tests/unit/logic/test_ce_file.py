@@ -144,10 +144,12 @@ def test_entries_can_be_merged_with_others() -> None:
     text = """
 compute_elements:
   - &first {name: a, capacity: 1, rules: &rules {trickle: 2, max_waiting: 3}}
-  - {<<: *first, name: b, rules: {<<: *rules, trickle: 0}}
+  - {<<: *first, name: b, rules: {<<: *rules, trickle: 0, vos: {lhcb: &own {<<: *rules, max_waiting: 2}}}}
+  - {<<: *first, name: c, rules: {<<: *own}}
 """
-    _, b = parse_ce_file(text)
+    _, b, c = parse_ce_file(text)
     assert (b.name, b.capacity, b.rules.trickle, b.rules.max_waiting) == ("b", 1, 0, 3)
+    assert (c.rules.trickle, c.rules.max_waiting) == (2, 2)
 
 
 def test_invalid_yaml_and_duplicate_keys_are_reported_with_their_line() -> None:

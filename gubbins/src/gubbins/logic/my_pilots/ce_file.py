@@ -96,7 +96,9 @@ class CESpec(BaseModel):
 class _Loader(SafeLoader):
     """YAML loader that refuses duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Parse a mapping. Its keys are checked here, as `<<` adds keys to it later."""
+        node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -106,7 +108,7 @@ class _Loader(SafeLoader):
                 what = f"key {key!r} appears twice" if isinstance(key, Hashable) else "a key must be one word"
                 raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def parse_ce_file(text: str) -> list[CESpec]:
