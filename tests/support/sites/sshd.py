@@ -244,8 +244,9 @@ def jump_sshd() -> Iterator[Sshd]:
 
 @pytest.fixture
 def csh_sshd(_csh_sshd: Sshd) -> Iterator[Sshd]:
-    """A server whose user has tcsh as login shell, which prints and sets options of Slurm at each log-in."""
+    """A server whose user has tcsh as login shell, which prints and sets options of commands at each log-in."""
     options = {"SQUEUE_NAMES": "x", "SQUEUE_SORT": "x", "SCANCEL_STATE": "PENDING", "SBATCH_ARRAY_INX": "1-3"}
+    options["BSUB_QUIET"] = "y"
     settings = "".join(f"setenv {name} {value}\n" for name, value in options.items())
     _csh_sshd.home.joinpath(".cshrc").write_text(f"echo Welcome\necho 42\n{settings}")
     _csh_sshd.start()

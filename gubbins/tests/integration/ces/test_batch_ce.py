@@ -11,6 +11,7 @@ from support.pilot_secrets import Place, assert_only_the_pilot_can_read_its_secr
 from support.pilot_waiters import observe
 from support.recorded_starts import PilotDirectories
 from support.sites.gridengine import GridEngineSite
+from support.sites.sshd import Sshd
 
 from gubbins.ces import CEDescription, Observed, PilotAtCE
 from gubbins.ces.batch import BatchBackend, BatchSettings
@@ -94,6 +95,17 @@ async def test_a_job_that_is_submitted_with_a_warning_is_found_by_its_name(
         gridengine_site.command("qconf", "-rattr", "queue", "xuser_lists", "NONE", "pilots")
     await backend.cancel([pilot])
     assert (await observe(backend, pilot, Observed.FAILED)).reason == "cancelled"
+
+
+async def test_an_account_in_which_bsub_is_quiet_can_submit(csh_sshd: Sshd, tmp_path: Path) -> None:
+    (tmp_path / "bsub").write_text(
+        "#!/bin/sh\n[ -n \"${BSUB_QUIET+set}\" ] || echo 'Job <7> is submitted to queue <q>.'\n"
+    )
+    (tmp_path / "bsub").chmod(0o755)
+    settings = {"system": "lsf", "directory": tmp_path / "pilots", "commands": tmp_path, "ssh": csh_sshd.settings}
+    backend = BatchBackend(CEDescription("lsf", 9, 1.0), BatchSettings.model_validate(settings))
+    assert (await backend.submit([PilotAtCE("s", "vo")]))["s"].reference == "7"
+    await backend.close()
 
 
 async def test_only_the_pilot_can_read_its_secret(

@@ -29,6 +29,8 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
 
     Settings = BatchSettings
     queue_setting = "queue"
+    # `bsub` would not print the number of the job, wait for its end, or only check its resources.
+    misleading_variables = "BSUB_(QUIET2?|BLOCK|CHK_RESREQ)"
 
     @classmethod
     def grid_type_of(cls, settings: Mapping[str, Any]) -> str:
