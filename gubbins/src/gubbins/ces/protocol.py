@@ -171,6 +171,26 @@ class CEBackend(ABC, Generic[SettingsT]):
             self.warn(error)
             return None
 
+    async def poll_parts(
+        self,
+        poll: Callable[[Sequence[ItemT]], Awaitable[Mapping[str, ResponseT]]],
+        parts: Iterable[Sequence[ItemT]],
+    ) -> tuple[dict[str, ResponseT], list[ItemT]]:
+        """Poll in parts, the first of which is the main source: an error of a later one is a warning.
+
+        Also returns the items from that part on, which are NO_NEWS.
+        """
+        found: dict[str, ResponseT] = {}
+        silent: list[ItemT] = []
+        for number, part in enumerate(parts):
+            response = poll(part) if number == 0 else None if silent else self.secondary_source(poll(part))
+            known = None if response is None else await response
+            if known is None:
+                silent += part
+            else:
+                found |= known
+        return found, silent
+
     async def gather_outcomes(
         self,
         submit: Callable[[Sequence[PilotAtCE]], Awaitable[Mapping[str, SubmitOutcome | Exception]]],

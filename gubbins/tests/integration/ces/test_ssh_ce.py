@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from support.waiting import until
 
 from gubbins.ces import CEDescription, NothingDoneError, Observed, PilotAtCE
 from gubbins.ces.ssh import SSHBackend, SSHSettings
+from gubbins.ces.transports.shell import Completed
+from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.pilot_states import MyPilotStatus
 from gubbins.testing.ce_conformance import CERemoteConformance, MakeBackend, Scenario
@@ -305,6 +307,30 @@ async def test_a_bulk_call_uses_one_connection(make: Make, sshd: Sshd) -> None:
     await backend.submit(pilots)
     await asyncio.gather(*(observe(backend, pilot, Observed.DONE) for pilot in pilots))
     assert sshd.logins() == logged_in + 1
+
+
+async def test_a_poll_keeps_what_it_knows_when_a_later_command_fails(make: Make, sshd: Sshd) -> None:
+    pilots = [PilotAtCE(f"s{number}", "vo") for number in range(9)]
+    backend = make(default_script="exit 0", pilots_per_command=3)
+    await backend.submit(pilots)
+    await asyncio.gather(*(observe(backend, pilot, Observed.DONE) for pilot in pilots))
+    with ExitStack() as until_the_end:
+
+        class Dying(SSHShell):
+            async def run(
+                self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float | None = None
+            ) -> Completed:
+                done = await super().run(argv, stdin=stdin, timeout=timeout)
+                await self.close()
+                until_the_end.enter_context(sshd.down())
+                return done
+
+        dying = SSHBackend(backend.ce, backend.settings, Dying(backend.settings))
+        seen = await dying.poll(pilots)
+        assert [seen[pilot.stamp].state for pilot in pilots] == [Observed.DONE] * 3 + [Observed.NO_NEWS] * 6
+        assert "no SSH connection" in str(dying.warning)
+        with pytest.raises(CEUnavailableError, match="no SSH connection"):
+            await dying.poll(pilots)
 
 
 async def test_directories_are_kept_as_configured_and_for_the_configured_time(make: Make, tmp_path: Path) -> None:

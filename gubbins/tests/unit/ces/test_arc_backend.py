@@ -214,6 +214,24 @@ async def test_a_second_job_that_cannot_be_killed_is_searched_again() -> None:
     assert arex.killed == ["b"]
 
 
+@pytest.mark.parametrize("responses", [1, 2])
+async def test_a_poll_keeps_what_it_knows_when_a_later_request_fails(responses: int) -> None:
+    arex = FakeArex(dict.fromkeys((f"j{number:04}" for number in range(1000)), "RUNNING"))
+    arex.states["lost"], arex.infos["lost"] = "RUNNING", {"Name": "lost"}
+
+    def some(request: httpx.Request) -> httpx.Response:
+        unavailable = request.url.params.get("action") == "status" and arex.asked.count("status") == responses
+        return httpx.Response(503) if unavailable else arex(request)
+
+    backend = backend_that_hears(some)
+    pilots = [*pilots_of(arex)[:1000], PilotAtCE("lost", "vo")]
+    seen = await backend.poll(pilots)
+    known = 500 * responses
+    states = [Observed.RUNNING] * known + [Observed.NO_NEWS] * (1001 - known)
+    assert [seen[pilot.stamp].state for pilot in pilots] == states
+    assert "503" in str(backend.warning)
+
+
 async def test_a_failing_secondary_source_does_not_affect_other_pilots() -> None:
     arex = FakeArex({"a": "RUNNING", "b": "FAILED"})
 

@@ -24,7 +24,7 @@ from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import STDERR, STDOUT, describe
-from .rest import SITE_ERRORS, ArcRest, JobResponse
+from .rest import MAX_POLLED, SITE_ERRORS, ArcRest, JobResponse
 from .settings import ArcSettings
 
 # Other states (OTHER, or those of newer CEs) are NO_NEWS.
@@ -84,14 +84,17 @@ class ArcBackend(CEBackend[ArcSettings]):
         if not pilots:
             return {}
         ids = await self._ids_of([pilot for pilot in pilots if pilot.reference])
-        states = await self._rest.status(list(ids.values()))
+        states = await self._states(list(ids.values()))
         lost = [pilot for pilot in pilots if not pilot.reference]
         search = self._ids_of(lost, set(ids.values()))
         # With known pilots the list of jobs is a secondary source, whose failure is a warning.
         found = await self.secondary_source(search) if ids else await search
         seen = {pilot.stamp: Observation(Observed.NO_NEWS) for pilot in lost if found is None}
         if found:
-            states |= await self._rest.status(list(found.values()))
+            jobs = list(found.values())
+            more = self._states(jobs)
+            known = await (self.secondary_source(more) if ids else more)
+            states |= dict.fromkeys(jobs, "") if known is None else known
             ids |= found
         failed = [job for job, state in states.items() if _STATES.get(state) is Observed.FAILED]
         info = await self.secondary_source(self._rest.info(failed)) or {}
@@ -109,6 +112,10 @@ class ArcBackend(CEBackend[ArcSettings]):
                 reference = self._reference(job) if pilot.reference is None else None
                 seen[pilot.stamp] = Observation(observed, reason, reference)
         return seen
+
+    async def _states(self, jobs: Sequence[str]) -> dict[str, str]:
+        states, silent = await self.poll_parts(self._rest.status, batches(jobs, MAX_POLLED))
+        return states | dict.fromkeys(silent, "")
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if pilots and (ids := await self._ids_of(pilots)):

@@ -25,7 +25,7 @@ SITE_ERRORS = SiteErrors(quota=r"\bno more jobs allowed\b", refusal=r"(?!)")
 """Error messages of A-REX. Results of single jobs have a status code instead."""
 
 _API = "/rest/1.0"
-_MAX_POLLED = 500
+MAX_POLLED = 500
 _MAX_INFO = 100
 _MAX_READS = 10
 _MAX_RESPONSE_BYTES = 64 << 20
@@ -74,7 +74,7 @@ class ArcRest:
 
     async def status(self, ids: Sequence[str]) -> dict[str, str]:
         """Get the states of jobs by id, without those that the CE does not know; empty: there is no state."""
-        responses = await self._call("status", ids, _MAX_POLLED)
+        responses = await self._call("status", ids, MAX_POLLED)
         return {job: str(response.job.get("state") or "") for job, response in responses.items()}
 
     async def info(self, ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -88,12 +88,12 @@ class ArcRest:
 
     async def kill(self, ids: Sequence[str]) -> list[str]:
         """Kill jobs, and return the errors, without those for unknown jobs."""
-        responses = await self._call("kill", ids, _MAX_POLLED)
+        responses = await self._call("kill", ids, MAX_POLLED)
         return [f"{code} {reason}" for code, reason, _ in responses.values() if code >= 400]
 
     async def clean(self, ids: Sequence[str]) -> None:
         """Remove ended jobs with their session directories."""
-        await self._call("clean", ids, _MAX_POLLED)
+        await self._call("clean", ids, MAX_POLLED)
 
     async def list_jobs(self) -> list[str]:
         """List the ids of all our jobs."""

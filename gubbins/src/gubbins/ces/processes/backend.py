@@ -108,21 +108,26 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
         return await self.gather_outcomes(self._submit, parts, at_once=_CONCURRENT_SUBMISSIONS)
 
     async def poll(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
-        observations = {}
-        with _ignore_missing_directory(pilots):
-            for word, rest in await self._run(pilots, lambda pilot: f"observe {pilot.stamp}"):
-                stamp, _, detail = rest.partition(" ")
-                try:
-                    observations[stamp] = self._observation(stamp, word, detail)
-                except ValueError as error:
-                    raise CEUnavailableError(f"{self._host}: invalid response: {one_line(rest)}") from error
-        return observations
+        async def poll(part: Sequence[PilotAtCE]) -> Mapping[str, Observation]:
+            observations = {}
+            with _ignore_missing_directory(pilots):
+                for word, rest in await self._run(part, lambda pilot: f"observe {pilot.stamp}"):
+                    stamp, _, detail = rest.partition(" ")
+                    try:
+                        observations[stamp] = self._observation(stamp, word, detail)
+                    except ValueError as error:
+                        raise CEUnavailableError(f"{self._host}: invalid response: {one_line(rest)}") from error
+            return observations
+
+        observations, silent = await self.poll_parts(poll, batches(pilots, self.pilots_per_command))
+        return observations | {pilot.stamp: Observation(Observed.NO_NEWS) for pilot in silent}
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         times = f"now=$(date +%s) kill_after={math.ceil(self.settings.kill_after_seconds)}"
         with _ignore_missing_directory(pilots):
-            for _, rest in await self._run(pilots, lambda pilot: f"cancel {pilot.stamp}", times):
-                self.warn(f"{self._host}: {rest}")
+            for part in batches(pilots, self.pilots_per_command):
+                for _, rest in await self._run(part, lambda pilot: f"cancel {pilot.stamp}", times):
+                    self.warn(f"{self._host}: {rest}")
 
     async def _submit(self, pilots: Sequence[PilotAtCE]) -> Mapping[str, SubmitOutcome | Exception]:
         """Submit pilots of one VO, all with an identity of the same service or all without, by one command."""
@@ -160,25 +165,25 @@ class ProcessBackend(DirectoryBackend[SettingsT]):
     async def _run(
         self, pilots: Iterable[PilotAtCE], line: Callable[[PilotAtCE], str], *before: str
     ) -> list[tuple[str, str]]:
-        """Run commands with these lines and one for each pilot, and return the printed words, and their data.
+        """Run a command with these lines and one for each pilot, and return the printed words, and their data.
 
         Pilots with invalid stamps are skipped.
 
         Raises:
             Refused: nothing was done.
-            CEUnavailableError: no response to a command, which may have been run.
+            CEUnavailableError: no response to the command, which may have been run.
         """
-        parts = batches([pilot for pilot in pilots if is_stamp(pilot.stamp)], self.pilots_per_command)
-        printed: list[str] = []
-        for part in parts:
-            enter = f"enter {quote(self._directory)}"
-            find = f"find_bad_files {' '.join(pilot.stamp for pilot in part)}"
-            lines = ["{", _FUNCTIONS, *before, enter, find, *map(line, part), "exit 0", "} < /dev/null\n"]
-            text = "\n".join(lines).encode(errors="replace")
-            done = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
-            if done.returncode == _REFUSED and part is parts[0]:
-                raise Refused(f"{self._host}: {one_line(done.stderr)}")
-            printed += text_of_script(done, self._host).split("\n")
+        part = [pilot for pilot in pilots if is_stamp(pilot.stamp)]
+        if not part:
+            return []
+        enter = f"enter {quote(self._directory)}"
+        find = f"find_bad_files {' '.join(pilot.stamp for pilot in part)}"
+        lines = ["{", _FUNCTIONS, *before, enter, find, *map(line, part), "exit 0", "} < /dev/null\n"]
+        text = "\n".join(lines).encode(errors="replace")
+        done = await self._shell.run(["/bin/sh", "-s"], stdin=text, timeout=self._timeout_seconds)
+        if done.returncode == _REFUSED:
+            raise Refused(f"{self._host}: {one_line(done.stderr)}")
+        printed = text_of_script(done, self._host).split("\n")
         return [(word, data) for word, _, data in (line.partition(" ") for line in printed) if word]
 
     def _observation(self, stamp: str, word: str, detail: str) -> Observation:
