@@ -80,11 +80,6 @@ class NothingDoneError(CEUnavailableError):
 
     quota = False
 
-    @property
-    def outcome(self) -> SubmitOutcome:
-        """Outcome of each pilot of the step."""
-        return SubmitOutcome(error=one_line(self), quota=self.quota)
-
 
 class Observed(StrEnum):
     """State of a pilot reported by its compute element."""
@@ -183,12 +178,12 @@ class CEBackend(ABC, Generic[SettingsT]):
         found: dict[str, ResponseT] = {}
         silent: list[ItemT] = []
         for number, part in enumerate(parts):
-            response = poll(part) if number == 0 else None if silent else self.secondary_source(poll(part))
-            known = None if response is None else await response
-            if known is None:
+            if silent:
                 silent += part
-            else:
+            elif (known := await (self.secondary_source(poll(part)) if number else poll(part))) is not None:
                 found |= known
+            else:
+                silent += part
         return found, silent
 
     async def gather_outcomes(
@@ -225,7 +220,8 @@ class CEBackend(ABC, Generic[SettingsT]):
                 except Exception as error:
                     errors.append(error)
                     if isinstance(error, NothingDoneError):
-                        outcomes.update((pilot.stamp, error.outcome) for pilot in part)
+                        refusal = SubmitOutcome(error=one_line(error), quota=error.quota)
+                        outcomes.update((pilot.stamp, refusal) for pilot in part)
                     return
             for stamp, outcome in response.items():
                 if isinstance(outcome, Exception):

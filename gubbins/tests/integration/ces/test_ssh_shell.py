@@ -16,7 +16,8 @@ import pytest
 from support.sites.sshd import Sshd
 from support.waiting import eventually
 
-from gubbins.ces.transports.ssh import SSHError, SSHHost, SSHShell
+from gubbins.ces import NothingDoneError
+from gubbins.ces.transports.ssh import SSHHost, SSHShell
 from gubbins.domain.exceptions import CEUnavailableError
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
@@ -115,7 +116,9 @@ async def test_a_host_with_an_unknown_key_is_refused_with_a_working_remedy(
     for content in (None, "", "# nobody\nanother.example " + sshd.host_key() + "\n"):
         if content is not None:
             path.write_text(content)
-        with pytest.raises(SSHError, match=r"has the host key SHA256:\S+, and .*new knows none: ") as refusal:
+        with pytest.raises(
+            NothingDoneError, match=r"has the host key SHA256:\S+, and .*new knows none: "
+        ) as refusal:
             await shell(known_hosts=str(path)).run(["true"])
     advice = re.search(r"add it: (ssh-keyscan .*)$", str(refusal.value))
     assert advice is not None
@@ -127,7 +130,9 @@ async def test_a_host_with_an_unknown_key_is_refused_with_a_working_remedy(
 async def test_a_host_whose_key_has_changed_is_refused_and_runs_nothing(
     shell: Shell, sshd: Sshd, tmp_path: Path, kind: str
 ) -> None:
-    refusal = pytest.raises(SSHError, match=rf"127\.0\.0\.1:{sshd.port} .*{sshd.known_hosts}.*ssh-keygen -R")
+    refusal = pytest.raises(
+        NothingDoneError, match=rf"127\.0\.0\.1:{sshd.port} .*{sshd.known_hosts}.*ssh-keygen -R"
+    )
     with sshd.another_host_key(kind=kind), refusal:
         await shell().run(["touch", f"{tmp_path}/owned"])
     assert not (tmp_path / "owned").exists()
@@ -136,7 +141,7 @@ async def test_a_host_whose_key_has_changed_is_refused_and_runs_nothing(
 
 async def test_a_revoked_host_key_is_refused(shell: Shell, sshd: Sshd, forgetful: Path) -> None:
     forgetful.write_text(f"{forgetful.read_text()}@revoked * {sshd.host_key()}\n")
-    with pytest.raises(SSHError, match="revoked"):
+    with pytest.raises(NothingDoneError, match="revoked"):
         await shell(known_hosts=str(forgetful)).run(["true"])
 
 
@@ -149,7 +154,7 @@ async def test_without_readable_known_hosts_no_host_is_trusted(
     )
     forgetful.write_bytes(invalid)
     for path, message in ((forgetful, f"{forgetful} knows none"), (tmp_path, f"known hosts in {tmp_path}")):
-        with pytest.raises(SSHError, match=message):
+        with pytest.raises(NothingDoneError, match=message):
             await shell(known_hosts=str(path)).run(["true"])
     forgetful.write_bytes(invalid + known)  # invalid lines do not hide the others
     assert (await shell(known_hosts=str(forgetful)).run(["true"])).returncode == 0
@@ -163,18 +168,20 @@ async def test_hashed_names_in_known_hosts_are_supported(shell: Shell, forgetful
 
 async def test_a_key_that_is_not_authorized_is_named(shell: Shell, sshd: Sshd, tmp_path: Path) -> None:
     key = sshd.make_key(tmp_path / "stranger")
-    with pytest.raises(SSHError, match=f"refuses {sshd.user} with the keys tried .*stranger.*authorized_keys"):
+    with pytest.raises(
+        NothingDoneError, match=f"refuses {sshd.user} with the keys tried .*stranger.*authorized_keys"
+    ):
         await shell(client_keys=[str(key)]).run(["true"])
 
 
 async def test_a_key_that_cannot_be_used_is_named(shell: Shell, sshd: Sshd, tmp_path: Path) -> None:
     locked = sshd.make_key(tmp_path / "locked", passphrase="open sesame")
-    with pytest.raises(SSHError, match=r"locked.*agent"):
+    with pytest.raises(NothingDoneError, match=r"locked.*agent"):
         await shell(client_keys=[str(locked)]).run(["true"])
-    with pytest.raises(SSHError, match="absent"):
+    with pytest.raises(NothingDoneError, match="absent"):
         await shell(client_keys=[str(tmp_path / "absent")]).run(["true"])
     (tmp_path / "garbage").write_text("no key")
-    with pytest.raises(SSHError, match="garbage"):
+    with pytest.raises(NothingDoneError, match="garbage"):
         await shell(client_keys=[str(tmp_path / "garbage")]).run(["true"])
 
 
@@ -204,7 +211,7 @@ async def test_with_key_files_the_agent_is_not_used(shell: Shell, sshd: Sshd, ag
     stranger = str(sshd.make_key(tmp_path / "stranger"))
     os.environ["SSH_AUTH_SOCK"] = str(agent)
     try:
-        with pytest.raises(SSHError, match="refuses"):
+        with pytest.raises(NothingDoneError, match="refuses"):
             await shell(client_keys=[stranger]).run(["true"])
     finally:
         del os.environ["SSH_AUTH_SOCK"]
@@ -230,7 +237,7 @@ async def test_a_host_is_reached_through_jump_hosts_with_verified_keys(
     await ours.close()
     stranger = jump_sshd.settings | {"known_hosts": str(tmp_path / "none")}
     untrusted = SSHShell(SSHHost(**sshd.settings, jump=stranger))
-    with pytest.raises(SSHError, match=rf"127\.0\.0\.1:{jump_sshd.port} has the host key .* knows none"):
+    with pytest.raises(NothingDoneError, match=rf"127\.0\.0\.1:{jump_sshd.port} has the host key .* knows none"):
         await untrusted.run(["true"])
     await untrusted.close()
 
@@ -253,22 +260,22 @@ async def test_a_configured_file_of_openssh_is_read(sshd: Sshd, jump_sshd: Sshd,
     # The keys of both are verified as always.
     (tmp_path / "none").touch()
     stranger = SSHShell(SSHHost(host="site", ssh_config=config, known_hosts=tmp_path / "none"))
-    with pytest.raises(SSHError, match="knows none"):
+    with pytest.raises(NothingDoneError, match="knows none"):
         await stranger.run(["true"])
     await stranger.close()
     config.write_text(config.read_text().replace(str(jump_sshd.settings["known_hosts"]), str(tmp_path / "none")))
     stranger = SSHShell(SSHHost(host="site", ssh_config=config, known_hosts=sshd.settings["known_hosts"]))
-    with pytest.raises(SSHError, match=f"or a host on the way to it, with {config}"):
+    with pytest.raises(NothingDoneError, match=f"or a host on the way to it, with {config}"):
         await stranger.run(["true"])
     await stranger.close()
     assert sshd.logins() == before[0] + 1
 
 
 async def test_an_unavailable_host_is_an_error_after_the_time_out(shell: Shell, sshd: Sshd) -> None:
-    with sshd.down(), pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{sshd.port}"):
+    with sshd.down(), pytest.raises(NothingDoneError, match=f"no SSH connection to 127.0.0.1:{sshd.port}"):
         await shell().run(["true"])
     begin = time.monotonic()
-    with sshd.frozen(), pytest.raises(SSHError, match="no log-in within 1 s"):
+    with sshd.frozen(), pytest.raises(NothingDoneError, match="no log-in within 1 s"):
         await shell(connect_timeout_seconds=1).run(["true"])
     assert time.monotonic() - begin < 20
 
@@ -281,7 +288,7 @@ async def test_a_host_without_ssh_is_an_error(shell: Shell) -> None:
     server = await asyncio.start_server(garbage, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(SSHError, match=f"no SSH connection to 127.0.0.1:{port}: ."):
+        with pytest.raises(NothingDoneError, match=f"no SSH connection to 127.0.0.1:{port}: ."):
             await shell(port=port).run(["true"])
 
 
@@ -309,7 +316,7 @@ async def test_a_lost_connection_is_an_error_and_the_next_command_makes_a_new_on
     sshd.cut()
     with pytest.raises(CEUnavailableError, match=f"127.0.0.1:{sshd.port}: .") as lost:
         await hanging
-    assert not isinstance(lost.value, SSHError), "the command may have been run"
+    assert not isinstance(lost.value, NothingDoneError), "the command may have been run"
     assert (await ours.run(["echo", "again"])).stdout == "again\n"
 
 
@@ -331,5 +338,5 @@ async def test_closing_does_not_wait_for_a_host_that_hangs(shell: Shell, sshd: S
 
 async def test_without_the_extra_the_error_says_how_to_get_it(shell: Shell, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "asyncssh", None)
-    with pytest.raises(SSHError, match=r"pip install 'gubbins-pilots\[ssh\]'"):
+    with pytest.raises(NothingDoneError, match=r"pip install 'gubbins-pilots\[ssh\]'"):
         await shell().run(["true"])

@@ -24,7 +24,7 @@ from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 from gubbins.domain.text import one_line
 
 from .description import submission
-from .jobs import ABANDONED, ATTRIBUTES, Job, by_stamp, judge, parse_jobs, pilots_own, unused_carriers
+from .jobs import ABANDONED, ATTRIBUTES, COMPLETED, Job, by_stamp, judge, parse_jobs, pilots_own, unused_carriers
 from .process import Bindings, BindingsRefusal
 from .settings import HTCondorSettings
 
@@ -87,7 +87,7 @@ class HTCondorBackend(CEBackend[HTCondorSettings]):
             raise OutputUnavailableError(
                 pilot.stamp, f"the queue of {self.ce.name} has it no longer, or never had it"
             )
-        if not job.completed:
+        if job.status != COMPLETED:
             raise OutputUnavailableError(pilot.stamp, "there is none of a job that was removed or has not ended")
         texts = await self._bindings.call(
             "output",

@@ -22,7 +22,7 @@ ATTRIBUTES = tuple(_KINDS)
 ABANDONED = "its files have never come to the schedd"
 """Reason of the removal of jobs whose files were never spooled."""
 
-_REMOVED, _COMPLETED, _HELD = 3, 4, 5
+_REMOVED, COMPLETED, _HELD = 3, 4, 5
 _SPOOLING = 16
 
 
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     @property
     def ended(self) -> bool:
         """True if the job has ended; a removed job may still be running."""
-        return self.status == _COMPLETED or (self.status == _REMOVED and self.remote_host is None)
+        return self.status == COMPLETED or (self.status == _REMOVED and self.remote_host is None)
 
     def lasts(self, seconds: float) -> bool:
         """True if it has been in this state for longer than this."""
@@ -63,11 +63,6 @@ class Job(NamedTuple):
     def abandoned(self, spool_seconds: float) -> bool:
         """True if the files of the job were not spooled within this time: it would wait forever."""
         return self.status == _HELD and self.hold_code == _SPOOLING and self.lasts(spool_seconds)
-
-    @property
-    def completed(self) -> bool:
-        """True if the job has completed: its output is available."""
-        return self.status == _COMPLETED
 
 
 def parse_jobs(rows: object) -> list[Job]:

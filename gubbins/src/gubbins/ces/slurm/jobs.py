@@ -129,14 +129,8 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
         fields = {name: value for name, _, value in (word.partition("=") for word in reversed(before.split(" ")))}
         number, name, state = (fields.get(field, "") for field in ("JobId", "Name", "JobState"))
         code, _, signal = ended.partition(":")
-        if (
-            line.startswith("JobId=")
-            and is_job_number(number)
-            and name
-            and state
-            and is_job_number(code)
-            and signal
-        ):
+        numbers = is_job_number(number) and is_job_number(code)
+        if line.startswith("JobId=") and numbers and name and state and signal:
             jobs[name].append(Job(number, state, ended.strip(), ""))
     return jobs
 

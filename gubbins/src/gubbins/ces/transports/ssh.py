@@ -79,10 +79,6 @@ class SSHHost(CESettings):
     )
 
 
-class SSHError(NothingDoneError):
-    """There is no connection: no command was run."""
-
-
 class SSHShell:
     """Runs commands on a remote host; see `Shell`.
 
@@ -119,7 +115,7 @@ class SSHShell:
         the command after it.
 
         Raises:
-            SSHError: the command was not run.
+            NothingDoneError: the command was not run.
             CEUnavailableError: the command may or may not have been run.
         """
         asyncssh = _asyncssh()
@@ -209,22 +205,22 @@ class SSHShell:
                     # The host may have no key of the known types: connect again to learn its key.
                     return await connect(server_host_key_algs="default")
         except TimeoutError as error:
-            raise SSHError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
+            raise NothingDoneError(f"{self._name}: no log-in within {host.connect_timeout_seconds:g} s") from error
         except asyncssh.HostKeyNotVerifiable as error:
-            raise SSHError(self._host_key_error(known_hosts, seen, error)) from error
+            raise NothingDoneError(self._host_key_error(known_hosts, seen, error)) from error
         except asyncssh.PermissionDenied as error:
             keys = ", ".join(map(str, host.client_keys)) or "the agent's, ~/.ssh/id_*"
             user = host.username or "the worker's user name"
-            raise SSHError(
+            raise NothingDoneError(
                 f"{self._name} refuses {user} with the keys tried ({keys}): is one in authorized_keys there?"
             ) from error
         except asyncssh.KeyImportError as error:
             keys = ", ".join(map(str, host.client_keys))
-            raise SSHError(
+            raise NothingDoneError(
                 f"cannot use a key of {keys}: {error}; one with a passphrase belongs in an agent"
             ) from error
         except (OSError, ValueError, asyncssh.Error) as error:
-            raise SSHError(f"no SSH connection to {self._name}: {one_line(error)}") from error
+            raise NothingDoneError(f"no SSH connection to {self._name}: {one_line(error)}") from error
 
     def _known_hosts(self) -> asyncssh.SSHKnownHosts:
         import asyncssh
@@ -235,7 +231,7 @@ class SSHShell:
         except FileNotFoundError:
             lines = []
         except OSError as error:
-            raise SSHError(f"cannot read the known hosts in {path}: {error}") from error
+            raise NothingDoneError(f"cannot read the known hosts in {path}: {error}") from error
         known_hosts = asyncssh.SSHKnownHosts()
         for line in lines:
             with contextlib.suppress(ValueError):  # OpenSSH also skips an invalid line
@@ -270,7 +266,7 @@ def _asyncssh() -> Any:
     try:
         import asyncssh
     except ModuleNotFoundError as error:
-        raise SSHError("SSH is not installed here: pip install 'gubbins-pilots[ssh]'") from error
+        raise NothingDoneError("SSH is not installed here: pip install 'gubbins-pilots[ssh]'") from error
     if (logger := logging.getLogger("asyncssh")).level == logging.NOTSET:
         logger.setLevel(logging.WARNING)  # it logs every connection and command
     return asyncssh
