@@ -120,17 +120,13 @@ class ControlConnection:
             self._receive(reply[1], reply[2])
         return True
 
-    def listen(self, seconds: float) -> bool:
-        """Receive messages for `seconds`, or until `interrupt` is called or the connection is lost.
-
-        Returns:
-            True if the connection was lost.
-        """
+    def listen(self, seconds: float) -> None:
+        """Receive messages for `seconds`, or until `interrupt` is called or the connection is lost."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             # Before the wait: the reply to a command may have been read together with a message behind it.
             if self._connection._sock is not None and not self._read_messages():
-                return True
+                return
             events = select.poll()
             events.register(self._wake_read, select.POLLIN)
             with self._in_use:
@@ -139,8 +135,7 @@ class ControlConnection:
                     events.register(socket, select.POLLIN)
             if self._wake_read in [descriptor for descriptor, _ in events.poll(1000 * left)]:
                 os.read(self._wake_read, 4096)
-                return False
-        return False
+                return
 
     def _read_messages(self) -> bool:
         """Receive the messages that have arrived. False when the connection is lost."""
