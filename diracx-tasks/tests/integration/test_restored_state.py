@@ -242,7 +242,7 @@ class _EndsMeanwhile(PendingAck):
     keeper: LeaseKeeper | None = None
 
     def __getattribute__(self, name: str) -> object:
-        if name == "locks" and self.keeper is not None:
+        if name == "delivery" and self.keeper is not None:
             keeper, self.keeper = self.keeper, None
             keeper.forget([self.delivery])
         return super().__getattribute__(name)

@@ -50,7 +50,7 @@ async def test_dashboard_and_routes_return_503(troubled_database: Troubled, redi
 
     def check(response: httpx.Response) -> None:
         assert response.status_code == 503, response.text
-        text = html.unescape(response.text)
+        text = html.unescape(response.text).replace("<code>", "`").replace("</code>", "`")
         assert PASSWORD not in text
         for words in troubled.says:
             assert words.casefold() in text.casefold()

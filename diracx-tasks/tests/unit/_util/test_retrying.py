@@ -7,7 +7,7 @@ import socket
 import pytest
 from diracx.tasks.plumbing._util.retrying import (
     NO_PRIMARY,
-    Backoff,
+    Outage,
     is_transient,
     may_pass,
     reason,
@@ -111,12 +111,12 @@ async def test_a_call_is_repeated_until_it_works() -> None:
 
 
 def test_pauses_grow_to_a_limit_and_begin_again() -> None:
-    pauses = Backoff()
-    grown = [pauses.next() for _ in range(20)]
+    pauses = Outage("count")
+    grown = [pauses.failed("none") for _ in range(20)]
     assert grown[0] <= 0.05
     assert all(1.0 <= pause <= 2.0 for pause in grown[-10:])
-    pauses.succeeded()
-    assert pauses.next() <= 0.05
+    pauses.over()
+    assert pauses.failed("none") <= 0.05
 
 
 async def test_the_error_of_sentinels_without_a_primary_contains_no_objects_of_redis_py() -> None:

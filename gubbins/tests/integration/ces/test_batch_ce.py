@@ -91,10 +91,10 @@ async def test_a_job_that_is_submitted_with_a_warning_is_found_by_its_name(
             await backend.submit([pilot])
         seen = await observe(backend, pilot, Observed.WAITING)
         assert (await backend.submit([pilot]))["s"].reference == seen.reference
+        await backend.cancel([pilot])
+        assert (await observe(backend, pilot, Observed.FAILED)).reason == "cancelled"
     finally:
         gridengine_site.command("qconf", "-rattr", "queue", "xuser_lists", "NONE", "pilots")
-    await backend.cancel([pilot])
-    assert (await observe(backend, pilot, Observed.FAILED)).reason == "cancelled"
 
 
 async def test_an_account_in_which_bsub_is_quiet_can_submit(csh_sshd: Sshd, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class CronSchedule(_RuleSchedule):
         super().__init__(expression, timezone)
         self.expression = expression
         # croniter reads `9-9` as every value, other crons as one.
-        self._fields = re.sub(r"(?i)(?<![^\s,])0*(\w+)-0*\1(/\d+)?(?![^\s,])", r"\1", expression)
+        self._fields = re.sub(r"[^\s,]+", lambda part: _one_value(part[0]), expression)
         try:
             # From the first year of croniter: an expression for past years is exhausted, not invalid.
             fields = croniter(self._fields, datetime(1970, 1, 1), max_years_between_matches=_CRON_YEARS)
@@ -192,6 +192,14 @@ class CronSchedule(_RuleSchedule):
         except CroniterError:
             return None
         return found.replace(tzinfo=UTC) - offset
+
+
+def _one_value(part: str) -> str:
+    """Part of a cron field, as a value if it is a range of one value."""
+    first, _, rest = part.partition("-")
+    last, slash, step = rest.partition("/")
+    is_one = first and last and first.lstrip("0").casefold() == last.lstrip("0").casefold()
+    return first if is_one and (step.isdecimal() or not slash) else part
 
 
 def _hours_of_rhythm(fields: list[str], hours: list[Any]) -> Collection[int]:
