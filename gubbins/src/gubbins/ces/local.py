@@ -95,7 +95,8 @@ class LocalBackend(ProcessBackend[LocalSettings]):
 
     def _is_here(self, pilot: PilotAtCE) -> bool:
         """True unless the pilot is on another host, according to its reference."""
-        return pilot.reference is None or pilot.reference.startswith(self.reference(""))
+        here, local = self.reference(""), f"{self.scheme}://"  # unlike those of an earlier back end
+        return pilot.reference is None or pilot.reference.startswith(here) or not pilot.reference.startswith(local)
 
 
 def _account(name: str) -> pwd.struct_passwd:

@@ -194,10 +194,11 @@ async def test_unknown_pilots_pilots_on_other_hosts_and_unstarted_pilots_are_dis
 ) -> None:
     elsewhere = PilotAtCE("there", "vo", reference="local://another-host/there")
     unknown = PilotAtCE("nowhere", "vo")
+    of_earlier_backend = PilotAtCE("before", "vo", reference="ssh://another-host/before")
     (tmp_path / "s").mkdir()
     stuck = PilotAtCE("s", "vo")
-    seen = await make().poll([elsewhere, unknown, stuck])
-    assert "nowhere" not in seen
+    seen = await make().poll([elsewhere, unknown, of_earlier_backend, stuck])
+    assert seen.keys() == {"there", "s"}
     assert seen["there"].state is Observed.NO_NEWS
     assert seen["s"].state is Observed.WAITING
     assert (await make(start_seconds=0).poll([stuck]))["s"].state is Observed.FAILED
