@@ -101,7 +101,7 @@ async def test_similar_names_of_vos_and_compute_elements_are_distinguished(pilot
     for name in SHORT_NAMES:
         await db.add_ce(name, 1, 1.0)
         pilots[name] = await db.submit_pilot(name, vo=name)
-        requested[name] = await db.add_requests(name, vo=name, count=1)
+        requested[name] = (await db.add_requests(name, {name: 1}))[name]
         await db.replace_demand(name, {name: Demand(1, NOW, None)})
         await db.record_failure(name, CECall.SUBMIT, name, failures=1, pause_seconds=1, max_pause_seconds=1)
     kept = {truncate(name, 128) for name in SHORT_NAMES}

@@ -76,7 +76,7 @@ async def test_a_round_can_be_withdrawn_and_cancelled_in_any_number(db: MyPilotD
     """PostgreSQL has at most 32,767 parameters in a statement."""
     many = 33_000
     await db.add_ce("ce", many, 1.0)
-    stamps = await db.add_requests("ce", vo="lhcb", count=many)
+    stamps = (await db.add_requests("lhcb", {"ce": many}))["ce"]
     assert await db.delete_requests("ce", stamps) == many
     now = clock.now()
     row = {"vo": "lhcb", "ce_name": "ce", "submitted_at": now, "last_update": now}

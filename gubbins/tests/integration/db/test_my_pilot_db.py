@@ -248,11 +248,11 @@ async def test_search_is_paged_and_filtered(db: MyPilotDB) -> None:
 
 
 async def test_requests_are_counted_deleted_refused_and_expire(db: MyPilotDB) -> None:
-    first, second, third = await db.add_requests("ce", vo="lhcb", count=3)
-    [other] = await db.add_requests("ce", vo="dteam", count=1)
+    first, second, third = (await db.add_requests("lhcb", {"ce": 3}))["ce"]
+    [other] = (await db.add_requests("dteam", {"ce": 1}))["ce"]
     assert await db.delete_requests("ce", [first]) == 1
     assert await db.delete_requests("ce", [first, other]) == 1
-    [last] = await db.add_requests("ce", vo="dteam", count=1)
+    [last] = (await db.add_requests("dteam", {"ce": 1}))["ce"]
     await db.refuse_requests("ce", {first: ("lhcb", "no"), other: ("dteam", "no")})
     assert await db.waiting_requests("ce", at_most=9) == [(second, "lhcb"), (third, "lhcb"), (last, "dteam")]
     assert await db.waiting_requests("ce", vo="lhcb", at_most=1) == [(second, "lhcb")]
@@ -275,14 +275,14 @@ async def test_concurrent_submissions_each_delete_their_request(db: MyPilotDB) -
     for name in names:
         await db.add_ce(name, 100, 1.0)
         for vo in vos:
-            stamps[name, vo] = iter(await db.add_requests(name, vo=vo, count=25))
+            stamps[name, vo] = iter((await db.add_requests(vo, {name: 25}))[name])
 
     async def ask(vo: str) -> None:
         for _ in range(5):
             async with db:
                 await db.pending_requests(since=now - timedelta(minutes=1))
                 for name in names:
-                    await db.add_requests(name, vo=vo, count=1)
+                    await db.add_requests(vo, {name: 1})
 
     async def start(name: str, vo: str) -> None:
         for _ in range(5):

@@ -103,7 +103,7 @@ async def many(db: MyPilotDB) -> MyPilotDB:
             insert(ComputeElements), [{"name": name, "rules": rules.get(name)} | ce for name in names]
         )
         for number in range(20):
-            await db.add_requests(f"ce{number}", vo="vo1", count=50)
+            await db.add_requests("vo1", {f"ce{number}": 50})
     dialect = db.engine.dialect.name.replace("mariadb", "mysql")
     async with db.engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")

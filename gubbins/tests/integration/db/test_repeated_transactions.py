@@ -71,13 +71,13 @@ async def _submit(db: MyPilotDB, scripted: Any) -> Any:
 
 
 async def _submit_requested(db: MyPilotDB, scripted: Any) -> Any:
-    stamps = await db.add_requests("ce", vo="lhcb", count=2)
+    stamps = (await db.add_requests("lhcb", {"ce": 2}))["ce"]
     return await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps[1])
 
 
 async def _refused(db: MyPilotDB, scripted: Any) -> Any:
     scripted.submissions["ce"] = SubmitOutcome(None, "no")
-    stamps = await db.add_requests("ce", vo="lhcb", count=2)
+    stamps = (await db.add_requests("lhcb", {"ce": 2}))["ce"]
     for stamp in stamps:
         with pytest.raises(CERefusedError):
             await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)

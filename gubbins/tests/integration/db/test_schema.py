@@ -30,7 +30,7 @@ class TestPilotSchema(SchemaPromises):
             for status in (MyPilotStatus.RUNNING, MyPilotStatus.FAILED):
                 await db.advance_pilots({status: [(pilots[0], "why")]}, vo="lhcb")
             await db.set_pilots_missing(pilots[1:2], datetime.now(tz=UTC))
-            await db.add_requests("ce2", vo="lhcb", count=2)
+            await db.add_requests("lhcb", {"ce2": 2})
             await db.set_ce("ce2", capacity=10, success_rate=1.0, rules={"max_waiting": 3})
             await db.ban_ce("ce2", reason="maintenance 🚧")
             await db.record_failure("ce1", CECall.SUBMIT, "ü", failures=1, pause_seconds=1, max_pause_seconds=1)

@@ -43,6 +43,18 @@ async def test_no_more_pilots_are_requested_than_there_are_waiting_jobs(db: MyPi
     assert await ask(db, 1000) == {"a": 11, "b": 4}
 
 
+async def test_a_round_is_a_constant_number_of_statements(db: MyPilotDB, count_statements: Any) -> None:
+    await db.add_ce("a", 2, 1.0)
+    with count_statements(db) as of_one:
+        assert await ask(db, 0) == {"a": 2}
+    names = [f"ce{number}" for number in range(12)]
+    for name in names:
+        await db.add_ce(name, 2, 1.0)
+    with count_statements(db) as of_many:
+        assert await ask(db, 0, vo="dteam", vos=("dteam",)) == dict.fromkeys(names, 2)
+    assert len(of_many) == len(of_one)
+
+
 async def test_waiting_pilots_reduce_the_demand(db: MyPilotDB) -> None:
     await db.add_ce("a", 50, 1.0, rules=JOBS)
     await db.add_ce("elsewhere", 50, 1.0, settings={"queue_seconds": 1e9})

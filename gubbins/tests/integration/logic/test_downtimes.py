@@ -76,7 +76,7 @@ async def test_a_refusal_for_a_downtime_names_the_remedy(db: MyPilotDB, time: Cl
 
 async def test_a_downtime_stops_submissions_that_were_checked_before_it_was_added(db: MyPilotDB) -> None:
     await db.add_ce("ce", 50, 1.0)
-    [stamp] = await db.add_requests("ce", vo="lhcb", count=1)
+    [stamp] = (await db.add_requests("lhcb", {"ce": 1}))["ce"]
     number = await plan(db, 0, 2)
     with pytest.raises(CEPausedError, match="in downtime until"):
         await db.submit_pilot("ce", "lhcb")

@@ -169,7 +169,7 @@ async def test_a_quota_is_not_a_failure_and_refuses_the_pilots_beyond_it(db: MyP
     assert (ce["quota"], ce["circuits"][CECall.SUBMIT]["failures"]) == (2, 0)
     assert len(await stamps_held(db)) == 2
     # After a pause, no more than the quota may have grown to, whatever waits.
-    later = [(stamp, "lhcb") for stamp in await db.add_requests("ce", vo="lhcb", count=4)]
+    later = [(stamp, "lhcb") for stamp in (await db.add_requests("lhcb", {"ce": 4}))["ce"]]
     with clock.simulated(lambda: datetime.now(UTC) + timedelta(seconds=61)):
         await submit(db, *later[0])
     assert [len(call) for call in site.calls] == [6, 1]
@@ -287,7 +287,7 @@ async def test_requests_beyond_the_limits_are_refused_one_by_one(db: MyPilotDB, 
     assert [each for each in outcomes if isinstance(each, int)] == outcomes[:2]
     assert outcomes[2:] == [None] * 4
     assert len(await stamps_held(db)) == 2
-    [late] = await db.add_requests("ce", vo="lhcb", count=1)
+    [late] = (await db.add_requests("lhcb", {"ce": 1}))["ce"]
     assert isinstance(await submit(db, late, "lhcb"), NoRoomError)
 
 
@@ -295,7 +295,7 @@ async def test_a_probe_is_a_single_pilot(db: MyPilotDB, site: Site, monkeypatch:
     requests = await requested(db, 4, rules={"breaker_failures": 1, "breaker_pause_seconds": 0.001})
     site.response = lambda pilots: {p.stamp: SubmitOutcome(error="no") for p in pilots}
     assert isinstance(await submit(db, *requests[0]), CERefusedError)
-    new = [(stamp, "lhcb") for stamp in await db.add_requests("ce", vo="lhcb", count=3)]
+    new = [(stamp, "lhcb") for stamp in (await db.add_requests("lhcb", {"ce": 3}))["ce"]]
     await asyncio.sleep(0.01)  # the pause
     outcome = await submit(db, *new[0])
     assert isinstance(outcome, CERefusedError | CEPausedError)
@@ -304,7 +304,7 @@ async def test_a_probe_is_a_single_pilot(db: MyPilotDB, site: Site, monkeypatch:
 
 async def test_requests_of_a_vo_that_is_not_served_do_not_delay_others(db: MyPilotDB, site: Site) -> None:
     await db.add_ce("ce", 4, 1.0, backend="scripted", vos=["dteam"])
-    requests = [(stamp, vo) for vo in VOS for stamp in await db.add_requests("ce", vo=vo, count=2)]
+    requests = [(stamp, vo) for vo in VOS for stamp in (await db.add_requests(vo, {"ce": 2}))["ce"]]
     outcomes = {stamp: await submit(db, stamp, vo) for stamp, vo in sorted(requests, key=lambda each: each[1])}
     for stamp, vo in requests:
         assert isinstance(outcomes[stamp], int if vo == "dteam" else PilotSubmissionError)

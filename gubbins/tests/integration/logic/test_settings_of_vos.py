@@ -103,7 +103,7 @@ async def test_requests_of_vos_with_other_credentials_are_not_submitted_in_the_s
 ) -> None:
     db = sqlite_db
     await logic.load_ces(db, parse_ce_file(FILE))
-    stamps = {vo: await db.add_requests("ce", vo=vo, count=3) for vo in VOS}
+    stamps = {vo: (await db.add_requests(vo, {"ce": 3}))["ce"] for vo in VOS}
     pilots = [
         await logic.submit_requested_pilot(db, "ce", vo, stamp=stamp)
         for vo, own in stamps.items()
@@ -119,7 +119,7 @@ async def test_vos_without_their_own_settings_are_combined(
 ) -> None:
     db = sqlite_db
     await db.add_ce("ce", 50, 1.0, backend="account", settings={"account": "shared"}, vos=VOS)
-    stamps = {vo: await db.add_requests("ce", vo=vo, count=2) for vo in VOS}
+    stamps = {vo: (await db.add_requests(vo, {"ce": 2}))["ce"] for vo in VOS}
     await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamps["lhcb"][0])
     assert backend.calls == [("submit", "shared", sorted(VOS))]
 
@@ -165,7 +165,7 @@ async def test_expired_credentials_of_a_vo_stop_no_other_vo(
     # The next probe finds out that the credentials were renewed, although the other VO has pilots and requests.
     backend.expired = ""
     time.at += timedelta(minutes=16)
-    await db.add_requests("ce", vo="dteam", count=1)
+    await db.add_requests("dteam", {"ce": 1})
     await logic.transition_pilot_states(db, "lhcb")
     assert await requests("lhcb")
     await logic.submit_pilot(db, "ce", "lhcb")
@@ -193,7 +193,7 @@ async def test_the_quota_of_a_vo_limits_no_other_vo(
     # A tenth more, but at least one, for each minute: 5, of which it has 2.
     assert [await requests(vo) for vo in VOS] == [3, 46, 46]
     backend.full = ""
-    [stamp, *_] = await db.add_requests("ce", vo="lhcb", count=9)
+    [stamp, *_] = (await db.add_requests("lhcb", {"ce": 9}))["ce"]
     await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=stamp)
     assert await db.count_active("ce", "lhcb") == 5
 

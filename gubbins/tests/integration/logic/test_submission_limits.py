@@ -151,7 +151,7 @@ async def test_a_refused_request_is_deleted_and_holds_no_slot(db: MyPilotDB) -> 
     pilot_id = await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=first)
     assert pilot_id == await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=first)
     assert await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=second) is None
-    [third] = await db.add_requests("ce", vo="lhcb", count=1)
+    [third] = (await db.add_requests("lhcb", {"ce": 1}))["ce"]
     with pytest.raises(SubmissionLimitError):
         await logic.submit_requested_pilot(db, "ce", "lhcb", stamp=third)
     assert await db.waiting_requests("ce", at_most=9) == []

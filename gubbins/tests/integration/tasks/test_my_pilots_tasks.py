@@ -246,7 +246,7 @@ async def test_tasks_of_expired_requests_submit_nothing(
 
 async def test_a_repeated_task_submits_the_request_of_its_first_execution(db: MyPilotDB) -> None:
     await db.add_ce("ce", 5, 1.0)
-    [stamp] = await db.add_requests("ce", vo="lhcb", count=1)
+    [stamp] = (await db.add_requests("lhcb", {"ce": 1}))["ce"]
     seen = []
     for task_id, requested in (
         ("one", stamp),

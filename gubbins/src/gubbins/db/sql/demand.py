@@ -33,12 +33,13 @@ class DemandMixin(PilotSession):
     """Statements about requests and demand."""
 
     @transaction
-    async def add_requests(self, ce_name: str, *, vo: str, count: int) -> list[str]:
-        """Add requests for which a `MyPilotTask` each is to be spawned; return the stamps of their pilots."""
-        row = {"ce_name": ce_name, "vo": vo, "requested_at": clock.now()}
-        stamps = [uuid.uuid4().hex for _ in range(count)]
-        if stamps:
-            await self.conn.execute(insert(PilotRequests), [{**row, "stamp": stamp} for stamp in stamps])
+    async def add_requests(self, vo: str, counts: Mapping[str, int]) -> dict[str, list[str]]:
+        """Add requests, each for a `MyPilotTask` to be spawned, and return their stamps by compute element."""
+        stamps = {name: [uuid.uuid4().hex for _ in range(count)] for name, count in counts.items() if count > 0}
+        row = {"vo": vo, "requested_at": clock.now()}
+        rows = [{**row, "ce_name": name, "stamp": stamp} for name, own in stamps.items() for stamp in own]
+        if rows:
+            await self.conn.execute(insert(PilotRequests), rows)
         return stamps
 
     @transaction

@@ -84,9 +84,7 @@ async def request_pilots(
         await db.replace_demand(vo, demand)
         if jobs is not None:
             await _cancel_surplus(db, situation, rules, without_job)
-        return {
-            name: await db.add_requests(name, vo=vo, count=count) for name, count in granted.items() if count > 0
-        }
+        return await db.add_requests(vo, granted)
 
     return await db.run(request)
 
