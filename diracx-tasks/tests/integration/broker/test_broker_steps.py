@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
-from diracx.tasks.plumbing.worker.settlement import requeue
+from diracx.tasks.plumbing.worker.settlement import defer, requeue
 from redis.asyncio import Redis
 from support.silent_worker import stays_silent
 from support.start_requests import start_request
@@ -225,8 +225,8 @@ async def test_P9_a_poison_task_by_earlier_redeliveries_waits_for_no_poison_cand
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*", "lock:*")
-@pytest.mark.parametrize("way", ["parked", "handed back"])
-async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_requeued(
+@pytest.mark.parametrize("way", ["parked", "handed back", "deferred"])
+async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_requeued_or_deferred(
     worker: Worker, redis: Redis, way: str
 ) -> None:
     first, second = await worker("1"), await worker("2")
@@ -242,8 +242,11 @@ async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_or_requeued
             assert await lock.acquire(redis)
             assert not (await start(second, delivery, [MutexLock(JOB, "x")]))[0]
             await lock.release(redis)
-        else:
+        elif way == "handed back":
             assert await second.settle([requeue(delivery)]) == [ACCEPTED]
+        else:  # its custom lock was refused, or its message is of a later version
+            assert await second.settle([Settlement(delivery, retry=defer(delivery, "t", 0))]) == [ACCEPTED]
+            await second.promote()
         await worker("1")
 
 

@@ -64,8 +64,9 @@ class DelayedRetry(TypedDict):
     task: str
     delay_ms: int
     stream: str
-    data: bytes
-    occurrence: NotRequired[str]
+    data: bytes | None
+    redeliveries: int
+    occurrence: str | None
 
 
 class Requeue(TypedDict):

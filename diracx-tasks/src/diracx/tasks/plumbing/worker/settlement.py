@@ -120,22 +120,27 @@ def _retry(execution: Execution, outcome: Failed, final: TaskMessage) -> Delayed
     return None if again is None else defer(execution.delivery, final.task_id, delay_ms, final.dumpb())
 
 
-def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes) -> DelayedRetry:
-    """Arguments of lua/settle.lua that delay a message by `delay_ms` of the server's clock."""
-    stream = queue_stream(delivery.stream)
-    again: DelayedRetry = {"task": task_id, "delay_ms": delay_ms, "stream": stream, "data": data}
-    if delivery.occurrence is not None:
-        again["occurrence"] = delivery.occurrence
-    return again
+def defer(delivery: Delivery, task_id: str, delay_ms: int, data: bytes | None = None) -> DelayedRetry:
+    """Arguments of lua/settle.lua that delay a message by `delay_ms` of the server's clock.
+
+    `data` is the message after an attempt; without it, a task that has not started keeps its redelivery count.
+    """
+    return {
+        "task": task_id,
+        "delay_ms": delay_ms,
+        "stream": queue_stream(delivery.stream),
+        "data": data or delivery.data,
+        "redeliveries": 0 if data else delivery.redelivery_count,
+        "occurrence": delivery.occurrence,
+    }
 
 
 def _refused(execution: Execution, outcome: LockRefused, settings: WorkerSettings) -> Settlement:
     """Settlement when a custom lock was refused: a retry in `lock_retry_seconds` that counts no attempt."""
     delivery, message, seconds = execution.delivery, execution.message, settings.lock_retry_seconds
-    assert delivery.data is not None
     error_info = describe_exception(UnableToAcquireLockError(outcome.reason))
     logger.info("%s %s waits %g s: %s", message.task_name, message.task_id, seconds, outcome.reason)
-    again = defer(delivery, message.task_id, int(seconds * 1000), delivery.data)
+    again = defer(delivery, message.task_id, int(seconds * 1000))
     return Settlement(delivery, execution.locks, retry=again, **retry_effects(message, error_info, 0.0, seconds))
 
 
@@ -150,11 +155,9 @@ def _requeue_effect(delivery: Delivery, data: bytes | None) -> Requeue:
 
 def defer_to_newer_worker(delivery: Delivery, error: Exception) -> Settlement:
     """Settlement that defers a message for workers of a later version, again and again, until one takes it."""
-    assert delivery.data is not None
-    task = (id_at_head(delivery.data) or delivery.entry.encode()).decode(errors="replace")
+    task = (id_at_head(delivery.data or b"") or delivery.entry.encode()).decode(errors="replace")
     logger.warning("%s is left to workers of a later version: %s", task, error)
-    delay_ms = random.randint(*_NEWER_DELAYS_MS)
-    return Settlement(delivery, retry=defer(delivery, task, delay_ms, delivery.data))
+    return Settlement(delivery, retry=defer(delivery, task, random.randint(*_NEWER_DELAYS_MS)))
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:

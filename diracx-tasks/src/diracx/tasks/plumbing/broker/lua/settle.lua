@@ -4,7 +4,7 @@
 -- stream, entry, deliveries), their effects (msgpack map position -> effects, for most tasks none, with any of
 --   locks   = the locks that it holds
 --   result  = {key, value, ttl_ms}
---   retry   = {task, delay_ms, stream, data, occurrence}    delay it by `delay_ms` of the server's clock
+--   retry   = {task, delay_ms, stream, data, occurrence, redeliveries}    delay it by `delay_ms` of the server's clock
 --   requeue = {stream, data, since}             requeue it, to start elsewhere at once
 --   isolate = true                              leave it for a worker that holds nothing else, as if its worker had
 --   died
@@ -42,8 +42,8 @@ local function effect_functions()
   end
   local function keep(stream, entry, deliveries, s, found)
     if s.retry then
-      local due = now_us() / 1000 + s.retry.delay_ms
-      delay(s.retry.task, due, s.retry.stream, 'retry', with_occurrence('0', s.retry.occurrence), s.retry.data)
+      local r, due = s.retry, now_us() / 1000 + s.retry.delay_ms
+      delay(r.task, due, r.stream, 'retry', with_occurrence('0', r.occurrence), r.data, r.redeliveries)
     end
     if s.requeue then
       local again = s.requeue
