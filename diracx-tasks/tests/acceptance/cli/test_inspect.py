@@ -96,7 +96,7 @@ def test_check_has_exit_codes_of_nagios_and_prints_the_errors(
         assert [alert["check"] for alert in seen["alerts"]] == ["queue_without_worker", "dead_letters_waiting"]
         assert all(alert["since"] and alert["remedy"] for alert in seen["alerts"])
     served.environment["DIRACX_TASKS_REDIS_URL"] = "redis://127.0.0.1:1"
-    checked(2, "CRITICAL - Redis does not respond", "127.0.0.1:1")
+    checked(2, "CRITICAL - Redis does not respond", "server: redis://127.0.0.1:1")
     served.environment["DIRACX_TASKS_REDIS_URL"] = "http://127.0.0.1:1"
     checked(3, "UNKNOWN - ")
     served.environment["DIRACX_TASKS_REDIS_URL"] = redis_url

@@ -141,7 +141,7 @@ async def silent(redis: Redis) -> None:
 
 
 async def dead(redis: Redis) -> None:
-    await a_worker(redis, seen=60, lease=-30)
+    await a_worker(redis, seen=60, lease=-1)  # with a poison candidate, its lease starts again and again
 
 
 async def past_limit(redis: Redis) -> None:
@@ -228,7 +228,7 @@ STATES: dict[str, tuple[Callable[[Redis], Awaitable[None]], str, Severity, int, 
     "overdue": (overdue, "delayed_overdue", Severity.CRITICAL, 1, 200, "1 delayed task is overdue"),
     "blocked": (blocked, "worker_blocked", Severity.CRITICAL, 1, 500, "test:Copy t1 blocks its event loop"),
     "silent": (silent, "worker_silent", Severity.CRITICAL, 1, 600, "has not reported for 10 min"),
-    "dead": (dead, "workers_dead", Severity.WARNING, 1, 30, "1 worker is dead"),
+    "dead": (dead, "workers_dead", Severity.WARNING, 1, 60, "1 worker is dead"),
     "past limit": (past_limit, "tasks_overdue", Severity.WARNING, 1, 70, "continues after its time limit"),
     "poison candidate": (poison_candidate, "poison_candidates", Severity.WARNING, 3, 1000, "delivered 3 times"),
     "lock": (lock_held, "locks_held", Severity.WARNING, 2, 1000, "2 tasks wait for it"),
@@ -283,6 +283,7 @@ async def _limits_of_the_server(redis: Redis) -> AsyncIterator[None]:
     await redis.config_set("maxmemory-policy", "noeviction")
     await redis.config_set("availability-zone", EMBEDDED)
     await redis.config_set("replica-read-only", "yes")
+    await redis.config_set("min-replicas-to-write", 0)
     await redis.replicaof("NO", "ONE")
     while REPLICAS:
         REPLICAS.pop().close()
@@ -378,6 +379,14 @@ async def test_an_unavailable_server_is_an_alert_with_its_reason() -> None:
     [alert] = health.alerts
     assert (alert.check, alert.severity) == ("server_away", Severity.CRITICAL)
     assert "127.0.0.1:1" in alert.summary
+
+
+@pytest.mark.usefixtures("_limits_of_the_server")
+async def test_a_server_that_refuses_writes_is_an_alert_with_its_reason(redis: Redis) -> None:
+    await redis.config_set("min-replicas-to-write", 1)  # as when its disk is full
+    [alert] = (await HealthChecks(redis).run()).alerts
+    assert (alert.check, alert.severity) == ("server_unusable", Severity.CRITICAL)
+    assert "refuses writes: NOREPLICAS" in alert.summary
 
 
 async def test_tasks_that_waited_for_no_time_at_all_can_be_counted(redis: Redis) -> None:

@@ -27,7 +27,7 @@ async def alive_workers(redis: Redis) -> list[str]:
 
 
 async def workers(redis: Redis) -> list[Worker]:
-    """Return the live workers, and those that reported within the last three minutes, by size and name."""
+    """Return the workers that are alive, hold tasks, or reported in the last three minutes, by size and name."""
     lease = {name: ends_ms % _SIZE_MS / 1000 for name, ends_ms in (await worker_state.leases(redis)).items()}
     seen = {name: at_ms / 1000 for name, at_ms in (await worker_state.report_times(redis)).items()}
     now = await server_time(redis)

@@ -15,6 +15,7 @@ from rich.text import Text
 from ...operations.formats import duration, size
 from ...operations.health import Health, health_checks
 from ...operations.views import QUEUES
+from ...plumbing._util.passwords import mask
 from ...plumbing.broker import RedisStreamBroker
 from ..errors import one_line
 from ..options import JsonOption
@@ -97,7 +98,8 @@ def _check(server: Server, as_json: bool) -> int:
     except Exception as error:
         echo(f"UNKNOWN - {one_line(str(error)) or type(error).__name__}")
         return 3
-    report(health.as_json(), _check_lines(health), as_json, indent=2)
+    where = [] if health.snapshot else [f"server: {mask(server.url)}"]
+    report(health.as_json(), _check_lines(health) + where, as_json, indent=2)
     return health.severity.exit_code
 
 

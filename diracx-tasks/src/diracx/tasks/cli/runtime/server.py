@@ -121,7 +121,7 @@ def _explain(error: BaseException, url: str) -> str:
                 "starts its own)"
             )
         return f"cannot reach {where}: {text}; {remedy}"
-    return f"{where} replied with an error: {text}; check --redis-url or DIRACX_TASKS_REDIS_URL"
+    return f"{where} replied with an error: {text}; see `diracx-task-run status` and the log of the server"
 
 
 _Result = TypeVar("_Result")

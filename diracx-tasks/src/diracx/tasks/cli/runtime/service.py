@@ -55,7 +55,7 @@ class ServiceOptions(ServerAndTasks):
         typer.Option(
             min=1,
             max=65535,
-            help="Port for /metrics, /healthz and /readyz; with --processes, the next ports, too.",
+            help="Port for /metrics, /healthz and /readyz; with `worker --processes`, the next ports, too.",
         ),
     ] = None
     metrics_host: Annotated[

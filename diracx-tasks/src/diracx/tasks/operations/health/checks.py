@@ -15,7 +15,6 @@ from urllib.parse import quote
 from ...plumbing.broker.server_check import SAFE_POLICY, eviction_problem, obstacle, risks
 from ...plumbing.broker.stored import moment_of
 from ..formats import duration
-from ..models import Worker
 from .alerts import Alert, Severity, counted
 from .facts import Facts
 
@@ -69,14 +68,16 @@ def server_unusable(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
         yield unusable(problem)
 
 
-def unusable(problem: str) -> Alert:
-    """Make the alert for an unsupported server."""
+def unusable(
+    problem: str, remedy: str = "correct the URL of the broker or the server: docs/how-to/choose-a-server.md"
+) -> Alert:
+    """Make the alert for a server that is unsupported or refuses writes."""
     return Alert(
         check="server_unusable",
         public=True,
         severity=Severity.CRITICAL,
         summary=f"Redis {problem}",
-        remedy="correct the URL of the broker or the server: docs/how-to/choose-a-server.md",
+        remedy=remedy,
     )
 
 
@@ -291,7 +292,8 @@ def backlog(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
         growth = f"; the backlog grows by {rate_in - rate_out:.1f} tasks per second" if growing else ""
         yield alert(
             summary=f"{queue.name}: {tasks}, the first for {duration(waits)}{growth}",
-            remedy="all slots are in use, see `diracx-task-run running`; add workers, or `--processes`",
+            remedy="see `diracx-task-run running`: all slots are in use, or a poison candidate runs alone; add "
+            "workers, or `--processes`",
             count=queue.backlog,
             subject=queue.name,
             since=_waiting_since(facts, queue.oldest_waiting_seconds),
@@ -322,7 +324,8 @@ def poison_candidates(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
             yield alert(
                 summary=f"{task['task_name']} {task['task_id']} was delivered {task['deliveries']} times: the "
                 "workers that executed it crashed",
-                remedy="see the log of those workers; cancel the task if it made them crash",
+                remedy="its worker fetches no other task until it ends; see the log of those workers, and "
+                "cancel the task if it made them crash",
                 count=task["deliveries"],
                 subject=task["task_id"],
                 since=moment_of(task["since"]),
@@ -392,15 +395,14 @@ def dead_letters_waiting(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
 
 @_check(public=True, path="/workers")
 def workers_dead(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
-    """Workers have crashed within the last three minutes; others reclaim their tasks."""
-    dead: list[Worker] = [worker for worker in facts.seen.workers if not worker.alive]
-    if dead:
+    """Workers have crashed; others reclaim their tasks."""
+    if dead := [worker for worker in facts.seen.workers if not worker.alive]:
         names = ", ".join(worker.name for worker in dead[:3]) + (", …" if len(dead) > 3 else "")
         yield alert(
             summary=f"{counted(len(dead), 'worker is', 'workers are')} dead: {names}",
             remedy="other workers reclaim their tasks; see their log, and that of the kernel (out of memory?)",
             count=len(dead),
-            since=_earliest([worker.lease_until or worker.seen for worker in dead]),
+            since=min(filter(None, (worker.seen or worker.lease_until for worker in dead)), default=None),
         )
 
 
@@ -440,7 +442,3 @@ def _served(facts: Facts) -> set[str | None]:
 
 def _waiting_since(facts: Facts, seconds: float | None) -> datetime | None:
     return None if seconds is None else facts.seen.at - timedelta(seconds=seconds)
-
-
-def _earliest(moments: list[datetime | None]) -> datetime | None:
-    return min((each for each in moments if each is not None), default=None)

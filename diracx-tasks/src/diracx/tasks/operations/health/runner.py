@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from ...plumbing._util.retrying import reason
 from ...plumbing.broker.inspection import note_alerts
@@ -182,9 +182,13 @@ class HealthChecks:
             noticed = await note_alerts(
                 self._redis, looked_at, [f"{alert.check} {alert.subject}" for alert in unknown]
             )
-        except RedisError as error:  # such as a read-only user
+        except RedisError as error:
             logger.debug("alerts are not noted: %s", error)
-            return alerts
+            by_server = isinstance(error, ResponseError) and not isinstance(error, NoPermissionError)
+            if not by_server or any(alert.check == "server_unusable" for alert in alerts):
+                return alerts
+            remedy = "see its log; free space on its disk, or start its replicas"
+            return [*alerts, unusable(f"refuses writes: {reason(error)}", remedy)]
         moments = {id(alert): moment_of(ms / 1000) for alert, ms in zip(unknown, noticed, strict=True)}
         return [replace(alert, since=moments.get(id(alert), alert.since)) for alert in alerts]
 

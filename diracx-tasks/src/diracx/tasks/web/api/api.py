@@ -114,7 +114,7 @@ async def get_delayed_tasks(
 
 @_get("/workers", list[operations.Worker])
 async def get_workers(reader: Reader) -> Any:
-    """Live workers, and those that reported within the last three minutes."""
+    """Workers that are alive, hold tasks, or reported within the last three minutes."""
     return reader.viewer.workers(await operations.workers(reader.system.redis))
 
 
