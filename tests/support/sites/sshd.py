@@ -39,6 +39,7 @@ MaxStartups 100:30:200
 MaxSessions 10
 PrintMotd no
 PrintLastLog no
+Banner {directory}/banner
 """
 
 
@@ -57,6 +58,8 @@ class Sshd:
         self.client_key = directory / "client_key"
         self.known_hosts = directory / "known_hosts"
         """Holds the host key that the server had at first."""
+        self.banner = directory / "banner"
+        """Printed to clients before they log in."""
         self.home.mkdir()
         self.make_key(self.client_key)
         self.make_key(directory / "host_key")
@@ -66,6 +69,7 @@ class Sshd:
             self._give(login_shell)
         # A home without profiles, which may be slow.
         (directory / "authorized_keys").write_text(f'environment="HOME={self.home}" {public}')
+        self.banner.touch()
         (directory / "config").write_text(_CONFIG.format(port=self.port, directory=directory))
 
     def _give(self, login_shell: str) -> None:

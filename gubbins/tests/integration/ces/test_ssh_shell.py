@@ -65,6 +65,7 @@ async def test_output_of_a_login_is_not_part_of_a_result(server: str, request: p
     sshd: Sshd = request.getfixturevalue(server)
     noise = sshd.home / ".bashrc"
     noise.write_text("echo Welcome; echo Welcome >&2; trap 'echo Bye' EXIT\n")
+    sshd.banner.write_bytes("Zugang nur für Befugte\n".encode("latin-1"))
     ours = SSHShell(SSHHost(**sshd.settings), {"WORD": "it's !x $HOME\n{}"})
     try:
         script = 'printf "%s" "$WORD$1"; cat; echo no >&2; exit 5'
@@ -73,6 +74,7 @@ async def test_output_of_a_login_is_not_part_of_a_result(server: str, request: p
         assert await ours.run(["true"]) == (0, "", "")
     finally:
         noise.unlink()
+        sshd.banner.write_bytes(b"")
         await ours.close()
 
 

@@ -191,6 +191,7 @@ class SSHShell:
                 preferred_auth=["publickey"],
                 agent_forwarding=False,
                 keepalive_interval=_KEEPALIVE_SECONDS,
+                utf8_decode_errors="replace",  # of banners
                 **options,
                 **more,
             )
