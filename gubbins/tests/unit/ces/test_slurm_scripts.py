@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,18 @@ def test_very_many_pilots_are_polled_by_one_command(tmp_path: Path) -> None:
     stamps = [f"{number:032x}" for number in range(30_000)]
     assert run("records", str(tmp_path), stdin="\n".join([*stamps, "last"]) + "\n").stdout == "last||0||\n"
     assert run("records", str(tmp_path)).stdout == ""
+
+
+def test_time_limits_are_understood_in_locales_with_decimal_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    flock = tmp_path / "bin" / "flock"
+    # As flock of util-linux, which reads numbers as its locale has them.
+    refuse = 'echo "flock: invalid timeout value: $2" >&2; exit 64'
+    flock.write_text(f'#!/bin/sh\n[ "$LC_ALL" = C ] || {{ {refuse}; }}\nexec {shutil.which("flock")} "$@"\n')
+    flock.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{flock.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    done = run("submit", str(tmp_path), "s", "2.5", NUMBER, "true", "echo", "7")
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr

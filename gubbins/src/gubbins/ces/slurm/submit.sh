@@ -22,7 +22,7 @@ error=$(mkdir "$stamp" 2>&1) || [ -d "$stamp" ] || {
 # Without `command`, a shell exits if a redirection of `exec` or `:` fails.
 command exec 9> "$stamp/lock" || exit 73
 # Inherited by sbatch, which may outlive this shell and still submit.
-flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }
+LC_ALL=C flock -w "$seconds" 9 || { echo "$stamp is being submitted by another" >&2; exit 75; }
 
 # Extracts the job number: filters and wrappers of the site may print other lines.
 number() {
