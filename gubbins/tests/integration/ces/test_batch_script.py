@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def job(tmp_path: Path) -> Path:
 def run_with_limit(job: Path, blocks: int) -> int:
     """Run the job with files of at most so many blocks: writing more fails as on a full disk."""
     command = f"trap '' XFSZ; ulimit -f {blocks}; exec /bin/sh script.sh"
-    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "TMPDIR": str(job.parent)}
+    env = os.environ | {"SLURM_JOB_ID": "17", "TMPDIR": str(job.parent)}
     return subprocess.run(["/bin/sh", "-c", command], check=False, cwd=job.parent, env=env).returncode
 
 
@@ -44,7 +45,20 @@ def test_a_job_that_cannot_record_its_start_fails(job: Path) -> None:
     assert (job.parent / "ran").exists()
 
 
-def test_a_second_job_of_the_same_pilot_is_not_run(job: Path) -> None:
-    (job / "started").write_text("16\n")
-    assert run_with_limit(job, 1_000) == 0
+@pytest.mark.parametrize(("number", "code"), [("16", 0), ("17", 1)], ids=["another", "requeued"])
+def test_a_second_job_of_the_same_pilot_is_not_run(job: Path, number: str, code: int) -> None:
+    (job / "started").write_text(f"{number}\n")
+    assert run_with_limit(job, 1_000) == code
     assert not (job.parent / "ran").exists()
+    assert (job / "rc").exists() == (number == "17")
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_requeued_job_is_not_run_on_nodes_without_its_directory_either(
+    job: Path, restarts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    script = job.parent / "script.sh"
+    script.write_text(re.sub(r"^job=.*", "job=", script.read_text(), flags=re.MULTILINE))
+    assert run_with_limit(job, 1_000) == int(restarts)
+    assert (job.parent / "ran").exists() == (restarts == "0")

@@ -18,17 +18,21 @@ end() {
     note rc "$1"
     exit "$1"
 }
-# Unconfirmed submissions may leave two jobs of one stamp: the first one to start is the pilot.
+# Unconfirmed submissions may leave two jobs of one stamp: the first one to start is the pilot. Started again, as after
+# `scontrol requeue`, it would be a second one.
+requeued='requeued by the site; it is not started a second time'
 set -C
-if [ -n "$job" ] && ! echo "@number@" > "$job/started"; then
+if [ -z "$job" ]; then
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || { echo "$requeued" >&2; exit 1; }
+elif ! { echo "@number@" > "$job/started"; } 2> /dev/null; then
     first=
     read -r first < "$job/started"
     case $first in
-        "@number@") ;;
+        "@number@") echo "$requeued" >&2; [ -e "$job/rc" ] || note rc 1; exit 1 ;;
         '') exit 1 ;; # as on a full disk: no job may run
         *) exit 0 ;;
     esac
-fi 2> /dev/null
+fi
 set +C
 [ -z "$job" ] || [ -s "$job/id" ] || note id "@id@"
 work=$(trap '' HUP INT TERM; mktemp -d "${TMPDIR:-/tmp}/pilot.XXXXXX") || end 1
