@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from diracx.tasks.plumbing import SendTaskError
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import TaskMessage
 from diracx.tasks.plumbing.config import TasksConfig
@@ -117,7 +118,7 @@ async def test_P34_concurrent_operators_resubmit_each_dead_letter_once(
     assert set(await statuses(db)) == {"RESUBMITTED"}
 
 
-@pytest.mark.parametrize("broke_off_after", ["the mark in SQL", "the submission"])
+@pytest.mark.parametrize("broke_off_after", ["the mark in SQL", "an error of the queue", "the submission"])
 async def test_P34_repeating_an_interrupted_resubmission_finishes_it(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis, broke_off_after: str
 ) -> None:
@@ -127,6 +128,11 @@ async def test_P34_repeating_an_interrupted_resubmission_finishes_it(
     async with db:
         begun = await db.begin_resubmission([(row["id"], row["delivery_id"]) for row in stored])
     assert set(begun) == {row["id"] for row in stored}
+    if broke_off_after == "an error of the queue":
+        await redis.set(STREAM, "no stream")
+        with pytest.raises(SendTaskError, match="WRONGTYPE"):
+            await resubmitter.resubmit(stored)
+        await redis.delete(STREAM)
     if broke_off_after == "the submission":
         await broker.resubmit([(ticket(row), resubmitter._submission(row, row["message"])) for row in stored])
     async with db:
