@@ -107,7 +107,8 @@ def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
 
 
 def _failing(ce: Mapping[str, Any], ended: Mapping[str, int]) -> Iterator[Alert]:
-    total, failed = sum(ended.values()), ended.get(MyPilotStatus.FAILED, 0)
+    failed = ended.get(MyPilotStatus.FAILED, 0)
+    total = failed + ended.get(MyPilotStatus.DONE, 0)
     if total >= _MIN_ENDED and failed >= _WARNING_SHARE * total:
         yield Alert(
             check="ce_pilots_failing",

@@ -60,7 +60,7 @@ async def pilot_metrics(db: MyPilotDB) -> list[Metric]:
             (
                 ({**labels, "state": str(state)}, ended.get(ce["name"], {}).get(state, 0))
                 for labels, ce in ces
-                for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED)
+                for state in (MyPilotStatus.DONE, MyPilotStatus.FAILED, "CANCELLED")
             ),
         ),
         gauge(

@@ -12,7 +12,7 @@ from gubbins import health
 from gubbins.db import URL_VARIABLE
 from gubbins.db.sql import MyPilotDB
 from gubbins.domain.circuit_breaker import CECall
-from gubbins.domain.pilot_states import MyPilotStatus
+from gubbins.domain.pilot_states import CANCELLED_OVERDUE, MyPilotStatus
 from gubbins.logic import my_pilots as logic
 
 NAME = "it's broken; now"
@@ -22,7 +22,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     sqlite_db: MyPilotDB, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sqlite_db:
-        for name in ("banned", NAME, "failing", "good", "closed", "few"):
+        for name in ("banned", NAME, "failing", "good", "closed", "few", "cancelled", "stalled"):
             await sqlite_db.add_ce(name, 20, 1.0, enabled=name != "closed")
     monkeypatch.setenv(URL_VARIABLE, sqlite_url)
     async with health.source() as ask:
@@ -33,10 +33,14 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
                 name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
             )
         await logic.ban_ce(sqlite_db, "banned", reason="flood")
-        ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0)}
+        ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0), "cancelled": (6, 0), "stalled": (6, 0)}
         for name, (failed, done) in ended.items():
             for number in range(failed + done):
                 pilot = await sqlite_db.submit_pilot(name, "lhcb")
+                if name == "cancelled":
+                    await sqlite_db.request_cancels([(pilot, "cancellation requested by alice")])
+                elif name == "stalled":
+                    await sqlite_db.request_cancels([(pilot, f"{CANCELLED_OVERDUE}ran longer than 1 h")])
                 last = MyPilotStatus.FAILED if number < failed else MyPilotStatus.DONE
                 for step in (MyPilotStatus.RUNNING, last):
                     await sqlite_db.update_pilot_status(pilot, step)
@@ -46,6 +50,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
         ("ce_banned", "banned"): (Severity.WARNING, 1),
         ("ce_circuit_open", f"{NAME} submit"): (Severity.CRITICAL, 1),
         ("ce_pilots_failing", "failing"): (Severity.WARNING, 6),
+        ("ce_pilots_failing", "stalled"): (Severity.CRITICAL, 6),
     }
     assert "flood" in found["ce_banned", "banned"].summary
     assert found["ce_banned", "banned"].since is not None

@@ -34,15 +34,16 @@ class PilotStatistics:
 
     since: datetime
     ended: dict[str, dict[str, int]]
-    """{compute element: {final state: number}}"""
+    """As `count_ended_pilots`."""
     without_work: dict[str, int]
     """{compute element: number of pilots that found no work}"""
     charts: dict[str, Any]
 
     def failure_rate(self, ce_name: str) -> float | None:
-        """Fraction of ended pilots that failed, 0.0-1.0; None: none has ended."""
-        ended = self.ended.get(ce_name)
-        return ended.get(MyPilotStatus.FAILED, 0) / sum(ended.values()) if ended else None
+        """Fraction of ended pilots that failed, without cancelled ones, 0.0-1.0; None: none has ended."""
+        ended = self.ended.get(ce_name, {})
+        failed = ended.get(MyPilotStatus.FAILED, 0)
+        return failed / total if (total := failed + ended.get(MyPilotStatus.DONE, 0)) else None
 
     def idle_rate(self, ce_name: str) -> float | None:
         """Fraction of ended pilots that found no work, 0.0-1.0; None: none has ended."""

@@ -26,6 +26,8 @@ PREDECESSOR = {
 
 CANCELLED_FOR = "cancelled, for "
 """Prefix of the last error of pilots cancelled by a rule, which is kept as the reason of their end."""
+CANCELLED_OVERDUE = f"{CANCELLED_FOR}it "
+"""Prefix for those that waited or ran too long, the only cancelled pilots that count as failures."""
 
 
 class PilotOutcome(StrEnum):

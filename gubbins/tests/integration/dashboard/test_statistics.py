@@ -23,7 +23,7 @@ def _pilot(ce: str, vo: str, status: str, *ago: timedelta | None) -> dict[str, A
     names = ("submitted_at", "started_at", "ended_at")
     times = {name: None if each is None else NOW - each for name, each in zip(names, ago, strict=True)}
     place = {"ce_name": ce, "vo": vo, "status": MyPilotStatus(status), "stamp": uuid.uuid4().hex}
-    return {**place, **times, "last_update": NOW}
+    return {**place, **times, "last_update": NOW, "cancel_requested_at": None, "last_error": None}
 
 
 async def _course(db: MyPilotDB, pilots: list[dict[str, Any]], vo: str | None) -> PilotStatistics:
@@ -69,12 +69,14 @@ async def test_a_site_with_long_pilots_has_the_correct_failure_rate_and_level(
 
 async def test_levels_and_flows_are_counted_by_quarters_of_an_hour(db: MyPilotDB) -> None:
     minute = timedelta(minutes=1)
+    cancelled = {"cancel_requested_at": NOW, "last_error": "cancelled"}
     pilots = [
         _pilot("ce1", "lhcb", "SUBMITTED", 5 * minute, None, None),
         _pilot("ce1", "lhcb", "RUNNING", 50 * minute, 35 * minute, None),
         _pilot("ce1", "lhcb", "FAILED", 50 * minute, 35 * minute, 20 * minute),
         _pilot("ce1", "lhcb", "DONE", 3000 * minute, 2900 * minute, 2800 * minute),
         _pilot("ce2", "lhcb", "DONE", 3000 * minute, 2900 * minute, 1439 * minute),
+        _pilot("ce2", "lhcb", "FAILED", 3000 * minute, 2900 * minute, 1000 * minute) | cancelled,
         _pilot("ce2", "lhcb", "RUNNING", 1441 * minute, 1439 * minute, None),
         _pilot("ce2", "lhcb", "SUBMITTED", timedelta(seconds=-3), None, None),  # by a clock that is ahead
         _pilot("ce3", "gridpp", "FAILED", 50 * minute, 35 * minute, 20 * minute),
@@ -84,11 +86,11 @@ async def test_levels_and_flows_are_counted_by_quarters_of_an_hour(db: MyPilotDB
     slots, flow = _series(statistics, "slots"), _series(statistics, "flow")
     assert slots["running"][-4:] == [1, 3, 2, 2]
     assert slots["submitted"][-4:] == [2, 0, 0, 2]
-    assert (slots["running"][0], slots["submitted"][0]) == (1, 0)
+    assert (slots["running"][0], slots["submitted"][0]) == (2, 0)
     assert flow["submitted"][-4:] == [2, 0, 0, 2]
     assert flow["failed"][-4:] == [0, 0, 1, 0]
     assert (flow["done"][0], sum(flow["done"]), sum(flow["submitted"])) == (1, 1, 4)
-    assert statistics.ended == {"ce1": {"FAILED": 1}, "ce2": {"DONE": 1}}
+    assert statistics.ended == {"ce1": {"FAILED": 1}, "ce2": {"DONE": 1, "CANCELLED": 1}}
     assert [statistics.failure_rate(name) for name in ("ce1", "ce2", "ce3")] == [1.0, 0.0, None]
     times = statistics.charts["slots"]["t"]
     assert (times[-1], times[-1] - times[0]) == (int(NOW.timestamp()), 95 * 15 * 60)

@@ -8,9 +8,9 @@ from typing import Any
 
 from diracx.tasks.plumbing.sql.session import transaction
 from diracx.tasks.plumbing.sql.types import UTCDateTime
-from sqlalchemy import ColumnElement, Integer, Label, Select, case, cast, func, literal, select, text
+from sqlalchemy import ColumnElement, Integer, Label, Select, and_, case, cast, func, literal, select, text
 
-from gubbins.domain.pilot_states import MyPilotStatus, PilotOutcome
+from gubbins.domain.pilot_states import CANCELLED_OVERDUE, MyPilotStatus, PilotOutcome
 
 from .schema import PilotIdentities, Pilots
 from .session import PilotSession
@@ -20,6 +20,11 @@ QUARTER = timedelta(minutes=15)
 # Expressions instead of columns, so that SQLite does not prefer the indexes of the groups, which read all pilots.
 _CE = Pilots.ce_name.concat("").label("ce")
 _VO: ColumnElement[str] = Pilots.vo.concat("")
+_IS_CANCELLED = and_(
+    Pilots.status == MyPilotStatus.FAILED,
+    Pilots.cancel_requested_at.is_not(None),
+    ~func.coalesce(Pilots.last_error, "").startswith(CANCELLED_OVERDUE),
+).label("cancelled")
 _COUNTED: tuple[Any, ...] = (Pilots.status, func.count())
 
 
@@ -28,12 +33,16 @@ class StatisticsMixin(PilotSession):
 
     @transaction
     async def count_ended_pilots(self, since: datetime, vo: str | None = None) -> dict[str, dict[str, int]]:
-        """Count pilots (of one VO, or all) that ended since then, as {compute element: {state: number}}."""
+        """Count pilots (of one VO, or all) that ended since then, as {compute element: {state: number}}.
+
+        Pilots that a user cancelled, or the surplus of demand, are CANCELLED: no failures of the compute element.
+        """
         where = [Pilots.ended_at >= since, *_vo_filter(vo)]
-        counted: Select[Any] = select(_CE, *_COUNTED).where(*where).group_by(text("ce"), Pilots.status)
+        counted: Select[Any] = select(_CE, _IS_CANCELLED, *_COUNTED).where(*where)
+        counted = counted.group_by(text("ce"), text("cancelled"), Pilots.status)
         ended: dict[str, dict[str, int]] = {}
-        for ce_name, status, count in await self.conn.execute(_by_end(counted)):
-            ended.setdefault(ce_name, {})[str(status)] = count
+        for ce_name, is_cancelled, status, count in await self.conn.execute(_by_end(counted)):
+            ended.setdefault(ce_name, {})["CANCELLED" if is_cancelled else str(status)] = count
         return ended
 
     @transaction

@@ -21,7 +21,7 @@ from gubbins.db.sql.pilots import ActivePilot
 from gubbins.domain import clock
 from gubbins.domain.circuit_breaker import CECall
 from gubbins.domain.exceptions import CEUnavailableError
-from gubbins.domain.pilot_states import CANCELLED_FOR, MyPilotStatus
+from gubbins.domain.pilot_states import CANCELLED_FOR, CANCELLED_OVERDUE, MyPilotStatus
 from gubbins.domain.rules import CERules, rules_of
 
 from .ce_calls import backend_of, describe_failure
@@ -284,7 +284,7 @@ def _overdue(pilot: ActivePilot, seen: Observation, rules: CERules, now: datetim
         return None
     if hours is None or now - since <= timedelta(hours=hours):
         return None
-    return f"{CANCELLED_FOR}it {verb} longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
+    return f"{CANCELLED_OVERDUE}{verb} longer than {hours:g} h{f' ({seen.reason})' if seen.reason else ''}"
 
 
 def _evaluate_unknown(
