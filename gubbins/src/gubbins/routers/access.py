@@ -18,28 +18,7 @@ from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Depends, HTTPException, Path, Request
 
 from gubbins.db.sql import MyPilotDB
-from gubbins.domain.exceptions import (
-    CEDisabledError,
-    CEExistsError,
-    CEPausedError,
-    CEQuotaError,
-    CERefusedError,
-    CESettingsError,
-    CEUnavailableError,
-    DowntimeError,
-    DowntimeNotFoundError,
-    GubbinsError,
-    IdentityMisusedError,
-    IdentityRefusedError,
-    NoRoomError,
-    OutputUnavailableError,
-    PilotEndedError,
-    PilotNotFoundError,
-    RegistryUnavailableError,
-    SubmissionLimitError,
-    UnknownCEError,
-    VONotServedError,
-)
+from gubbins.domain import exceptions
 from gubbins.logic import my_pilots as logic
 from gubbins.logic.my_pilots import CE_NAME
 from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
@@ -56,26 +35,20 @@ CEName = Annotated[
 ]
 PilotId = Annotated[int, Path(description="Id of a pilot.", ge=1, le=2**63 - 1, examples=[42])]
 
-_STATUS_OF: dict[type[GubbinsError], HTTPStatus] = {
-    UnknownCEError: HTTPStatus.NOT_FOUND,
-    PilotNotFoundError: HTTPStatus.NOT_FOUND,
-    NoRoomError: HTTPStatus.CONFLICT,
-    SubmissionLimitError: HTTPStatus.CONFLICT,
-    CEDisabledError: HTTPStatus.CONFLICT,
-    CEPausedError: HTTPStatus.CONFLICT,
-    CEQuotaError: HTTPStatus.CONFLICT,
-    CEExistsError: HTTPStatus.CONFLICT,
-    PilotEndedError: HTTPStatus.CONFLICT,
-    VONotServedError: HTTPStatus.FORBIDDEN,
-    CESettingsError: HTTPStatus.UNPROCESSABLE_ENTITY,
-    CERefusedError: HTTPStatus.BAD_GATEWAY,
-    CEUnavailableError: HTTPStatus.BAD_GATEWAY,
-    OutputUnavailableError: HTTPStatus.NOT_FOUND,
-    DowntimeNotFoundError: HTTPStatus.NOT_FOUND,
-    DowntimeError: HTTPStatus.UNPROCESSABLE_ENTITY,
-    RegistryUnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
-    IdentityRefusedError: HTTPStatus.UNAUTHORIZED,
-    IdentityMisusedError: HTTPStatus.UNAUTHORIZED,
+# The first match counts.
+_ERRORS: dict[HTTPStatus, tuple[type[exceptions.GubbinsError], ...]] = {
+    HTTPStatus.UNAUTHORIZED: (exceptions.IdentityRefusedError,),
+    HTTPStatus.FORBIDDEN: (exceptions.VONotServedError,),
+    HTTPStatus.NOT_FOUND: (
+        exceptions.UnknownCEError,
+        exceptions.PilotNotFoundError,
+        exceptions.OutputUnavailableError,
+        exceptions.DowntimeNotFoundError,
+    ),
+    HTTPStatus.UNPROCESSABLE_ENTITY: (exceptions.CESettingsError, exceptions.DowntimeError),
+    HTTPStatus.BAD_GATEWAY: (exceptions.CERefusedError, exceptions.CEUnavailableError),
+    HTTPStatus.SERVICE_UNAVAILABLE: (exceptions.RegistryUnavailableError,),
+    HTTPStatus.CONFLICT: (exceptions.PilotSubmissionError, exceptions.CEExistsError, exceptions.PilotEndedError),
 }
 route_responses = partial(
     responses,
@@ -93,19 +66,20 @@ def http_errors(own_vo: str | None) -> Iterator[None]:
     """Convert errors of the logic layer to HTTP errors; only administrators (None) get the full message."""
     try:
         yield
-    except CESettingsError as error:
+    except exceptions.CESettingsError as error:
         detail = [
             {"loc": ["body", *path.split(".")], "msg": message, "type": "value_error"}
             for path, message in error.problems
         ]
         raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from error
-    except GubbinsError as error:
+    except exceptions.GubbinsError as error:
         message = str(error) if own_vo is None else error.public
         wait = getattr(error, "retry_after_seconds", None)
         if wait is not None:
             headers = {"Retry-After": str(wait)}
             raise HTTPException(HTTPStatus.TOO_MANY_REQUESTS, message, headers) from error
-        raise HTTPException(_STATUS_OF.get(type(error), HTTPStatus.BAD_REQUEST), message) from error
+        found = (status for status, errors in _ERRORS.items() if isinstance(error, errors))
+        raise HTTPException(next(found, HTTPStatus.BAD_REQUEST), message) from error
 
 
 async def _pilot_registry(request: Request) -> AsyncIterator[PilotAgentsDB | None]:
@@ -163,7 +137,7 @@ class _Access:
         try:
             await self.check(action, pilot["vo"])
         except HTTPException as error:
-            raise PilotNotFoundError(pilot_id) from error
+            raise exceptions.PilotNotFoundError(pilot_id) from error
         return pilot
 
 
