@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Box", "Model", "T", "arrived"]
+__all__ = ["Box", "Model", "T", "arrived", "received"]
 
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.config import TasksConfig
+from diracx.tasks.plumbing.messages.arguments import rebuild
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding
-from diracx.tasks.plumbing.worker.task_spec import TaskSpec
 from pydantic import (
     BaseModel,
     Field,
@@ -24,7 +23,13 @@ def arrived(task: Any) -> Any:
     """Submit a task, and build it as the worker does."""
     registry = TaskRegistry({"test:Task": type(task)})
     data = Binding(None, registry).submission(task).message.dumpb()
-    return TaskSpec("test:Task", type(task), TasksConfig()).build(TaskMessage.loadb(data))
+    return received(data, type(task))
+
+
+def received(data: bytes, cls: type[Any]) -> Any:
+    """Build the task of a message as the worker does."""
+    message = TaskMessage.loadb(data)
+    return rebuild(cls, message.task_args, message.task_kwargs, message.sig)
 
 
 class Model(BaseModel):

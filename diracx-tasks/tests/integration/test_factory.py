@@ -97,7 +97,7 @@ def test_installed_tasks_are_found_under_category_and_class_name() -> None:
     registry = load_task_registry()
     assert "jobs:CleanSandboxStoreTask" in registry
     assert "my_pilots:MyPilotTask" in registry
-    assert registry.name_of(registry["my_pilots:MyPilotTask"]) == "my_pilots:MyPilotTask"
+    assert registry.names[registry["my_pilots:MyPilotTask"]] == "my_pilots:MyPilotTask"
     assert set(load_task_registry(["diracx.tasks.jobs"])) == {
         "jobs:CleanSandboxStoreTask",
         "jobs:DummyJobExecutorMonitorTask",

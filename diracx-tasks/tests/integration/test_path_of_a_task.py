@@ -80,7 +80,7 @@ async def files_passed(redis: Redis, task: BaseTask) -> set[str]:
     return min(paths, key=len)
 
 
-@pytest.mark.parametrize(("task", "most"), [(NoOp(1), 19), (LockedWithDatabase(1), 26)])
+@pytest.mark.parametrize(("task", "most"), [(NoOp(1), 15), (LockedWithDatabase(1), 24)])
 async def test_a_task_passes_few_files(
     redis_url: str,
     redis: Redis,

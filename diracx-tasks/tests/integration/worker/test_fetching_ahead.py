@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from support.intakes import NORMAL, intake_of, name_of, submission
 from support.leased_deliveries import LeasedDeliveries
+from support.waiting import until
 
 pytestmark = pytest.mark.event_loops("asyncio", "uvloop")
 
@@ -102,6 +103,7 @@ async def test_tasks_whose_fetch_has_lost_its_reply_run_once(system: TaskSystem,
         sync.client_kill_filter(_type="normal", skipme=True)
 
     await submit_all(system.broker, lose_reply)
+    await until(lambda: len(STARTED) == ALL)  # without the connection of `drain`, which may be closed, too
     await system.drain()
     assert Counter(range(ALL)) == STARTED
 

@@ -12,16 +12,14 @@ import pytest
 from diracx.tasks.operations.masking import masked_arguments
 from diracx.tasks.plumbing.base_task import BaseTask
 from diracx.tasks.plumbing.broker.models import TaskMessage
-from diracx.tasks.plumbing.config import TasksConfig
 from diracx.tasks.plumbing.exceptions import TaskArgumentsError
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.submission.client import Binding
 from diracx.tasks.plumbing.task_vo import vo_of
-from diracx.tasks.plumbing.worker.task_spec import TaskSpec
 from pydantic import (
     create_model,
 )
-from support.typed_values import Box, arrived
+from support.typed_values import Box, arrived, received
 
 # ---- versions of a class ----
 
@@ -29,10 +27,6 @@ from support.typed_values import Box, arrived
 def version(*names: str) -> Any:
     fields: list[Any] = [(name, str, field(default="new")) if name == "added" else (name, str) for name in names]
     return dataclasses.make_dataclass("Task", fields, bases=(BaseTask,), kw_only=names[:1] == ("added",))
-
-
-def received(data: bytes, cls: Any) -> Any:
-    return TaskSpec("test:Task", cls, TasksConfig()).build(TaskMessage.loadb(data))
 
 
 def sent(task: Any) -> bytes:

@@ -20,6 +20,16 @@ ENTRY_POINT_PREFIX = "diracx.tasks."
 _BASES = {BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask}
 
 
+class _Names(dict[type[BaseTask], str]):
+    """Registry name of each class; raises `SendTaskError` for a class that is not registered."""
+
+    def __missing__(self, task_class: type[BaseTask]) -> str:
+        raise SendTaskError(
+            f"{task_class.__module__}.{task_class.__qualname__} is not a registered task: add an entry point "
+            f"in a group {ENTRY_POINT_PREFIX}<category>, or load its file with --module"
+        )
+
+
 class TaskRegistry(dict[str, type[BaseTask]]):
     """Mapping of registry names (`category:ClassName`) to task classes, and back.
 
@@ -29,7 +39,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
 
     def __init__(self, classes: Mapping[str, type[BaseTask]] | None = None) -> None:
         super().__init__()
-        self._names: dict[type[BaseTask], str] = {}
+        self.names = _Names()
         for name, task_class in (classes or {}).items():
             self.add(name, task_class)
 
@@ -47,21 +57,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         if task_class.secret_fields:
             check_secret_fields(task_class)
         self.setdefault(name, task_class)
-        self._names.setdefault(task_class, name)
-
-    def name_of(self, task_class: type[BaseTask]) -> str:
-        """Return the registry name of a class.
-
-        Raises:
-            SendTaskError: it is not registered; the message explains how to register it.
-        """
-        try:
-            return self._names[task_class]
-        except KeyError:
-            raise SendTaskError(
-                f"{task_class.__module__}.{task_class.__qualname__} is not a registered task: add an entry point "
-                f"in a group {ENTRY_POINT_PREFIX}<category>, or load its file with --module"
-            ) from None
+        self.names.setdefault(task_class, name)
 
     def ambiguous_names(self) -> list[str]:
         """Return a warning for each class name in several categories, or twice in one package and category.
@@ -72,7 +68,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
         for name, task_class in self.items():
             by_class_name[name.partition(":")[2]].append(f"{name} ({task_class.__module__})")
         by_package = defaultdict(list)
-        for task_class, name in self._names.items():
+        for task_class, name in self.names.items():
             by_package[name, task_class.__module__.partition(".")[0]].append(task_class.__module__)
         return [
             f"{name} is the name of several classes, in {' and '.join(modules)}: only the first is executed"
@@ -88,7 +84,7 @@ class TaskRegistry(dict[str, type[BaseTask]]):
     def merged_with(self, other: Mapping[str, type[BaseTask]]) -> Self:
         """Return a registry of both; classes of this one take precedence."""
         merged = type(self)(self)
-        merged._names |= self._names
+        merged.names |= self.names
         for name, task_class in other.items():
             merged.add(name, task_class)
         return merged

@@ -69,7 +69,8 @@ _CHECKS: Mapping[str, tuple[_Check, str]] = {
     LABEL_SCHEDULE: (lambda value: isinstance(value, str), "the name of a schedule"),
     LABEL_DUE: (_is_number, "a time in ms since the epoch"),
 }
-_CHECKED = frozenset(_CHECKS)
+#: Labels whose values are checked.
+CHECKED_LABELS = frozenset(_CHECKS)
 
 
 def checked_labels(labels: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def check_labels(labels: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the label, its value and the possible values.
     """
-    for name in _CHECKED.intersection(labels):
+    for name in CHECKED_LABELS.intersection(labels):
         is_valid, expected = _CHECKS[name]
         if not is_valid(labels[name]):
             raise ValueError(f"the label {name} must be {expected}, not {_shown(labels[name])}")

@@ -14,7 +14,7 @@ from ..enums import Priority, Size
 from ..exceptions import NewerMessageError, ResultIsMissingError
 from ..messages.codec import dumps, loads
 from ..messages.error_info import ErrorInfo, cut, describe_exception
-from .labels import LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
+from .labels import CHECKED_LABELS, LABEL_ATTEMPTS, check_labels, checked_labels, stream_of_labels
 from .replies import SettleReply
 from .requests import (
     DelayedRetry,
@@ -132,7 +132,7 @@ class TaskMessage:
         context = message.trace_context
         if context and not all(isinstance(text, str) for pair in context.items() for text in pair):
             raise ValueError("not a task message: its trace context is no text")
-        if message.labels:
+        if not CHECKED_LABELS.isdisjoint(message.labels):
             try:
                 check_labels(message.labels)
             except ValueError as error:

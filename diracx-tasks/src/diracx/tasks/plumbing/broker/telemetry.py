@@ -7,7 +7,6 @@ Names of spans, attributes and log fields are those of the published package, so
 from __future__ import annotations
 
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -152,9 +151,5 @@ def end_of_bucket(bucket: int) -> float:
     return float(_FIRST_SECONDS * 2 ** (bucket / _PER_DOUBLING))
 
 
-_ENDS = [end_of_bucket(bucket) for bucket in range(BUCKETS - 1)]
-
-
-def bucket_of(seconds: float) -> int:
-    """Return the bucket of a duration; the first one ends with 1 ms."""
-    return bisect_left(_ENDS, seconds)
+#: Ends of the buckets but the last one: `bisect_left(ENDS, seconds)` is the bucket of a duration.
+ENDS = [end_of_bucket(bucket) for bucket in range(BUCKETS - 1)]

@@ -77,7 +77,7 @@ def loads(data: bytes, *, careful: bool = False) -> Any:
         careful: decode without C code, for messages that processes crashed with, up to 1 MB.
     """
     try:
-        value = _unpack_carefully(data) if careful else _unpack(data)
+        value = _unpack_carefully(data) if careful else msgpack.unpackb(data, **_UNPACKING)
         if _may_be_too_deep(data):
             _check_depth(value)
     except Exception as exc:
@@ -151,9 +151,7 @@ def leading_fields(data: bytes) -> tuple[dict[Any, Any], Any]:
     fields: dict[Any, Any] = {}
     name: Any = None
     try:
-        unpacker = msgpack.Unpacker(
-            ext_hook=_decode, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
-        )
+        unpacker = msgpack.Unpacker(**_UNPACKING)
         unpacker.feed(data)
         for _ in range(unpacker.read_map_header()):
             name = unpacker.unpack()
@@ -176,9 +174,7 @@ def _pack(value: Any) -> bytes:
 
 
 def _unpack(data: bytes) -> Any:
-    return _nesting.unpackb(
-        data, ext_hook=_decode, strict_map_key=False, timestamp=3, unicode_errors="surrogatepass"
-    )
+    return _nesting.unpackb(data, **_UNPACKING)
 
 
 def _encode(value: Any) -> Any:
@@ -338,3 +334,12 @@ def _decode(code: int, data: bytes) -> Any:
     if decode is None:
         raise ValueError(f"unknown extension type {code}")
     return _nesting.call(decode, data)
+
+
+#: Arguments of msgpack's decoders.
+_UNPACKING: dict[str, Any] = {
+    "ext_hook": _decode,
+    "strict_map_key": False,
+    "timestamp": 3,
+    "unicode_errors": "surrogatepass",
+}

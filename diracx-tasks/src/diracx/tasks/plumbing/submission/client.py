@@ -54,7 +54,7 @@ class Binding:
                 lock_specs(task.execution_locks)
             except ValueError as error:
                 raise ValueError(f"the locks of {task_class.__name__} could never be granted: {error}") from error
-        name = self.registry.name_of(task_class)
+        name = self.registry.names[task_class]
         checked = checked_labels(labels) if labels else {}
         signature = signature_of(task_class)
         if signature.secret:

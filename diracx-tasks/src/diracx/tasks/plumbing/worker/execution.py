@@ -194,7 +194,8 @@ class Execution:
             current_locks.set(self._held)
         deadline: asyncio.TimerHandle | None = None
         try:
-            limit = self.spec.time_limit(self.task)
+            spec = self.spec
+            limit = spec.time_limit(self.task) if spec.overridden else spec.task_class.time_limit_seconds
             if self._cancelled_for is not None:
                 raise asyncio.CancelledError  # cancelled before the start
             if limit is not None:
@@ -203,7 +204,7 @@ class Execution:
                 self._limit = limit
             kwargs = self.message.task_kwargs
             arguments = execute_arguments(type(self.task), kwargs) if kwargs else {}
-            if self._held or self.spec.plan.parameters:
+            if self._held or spec.plan.parameters:
                 value = await self._execute(overrides, redis, arguments)
             else:  # without the cost of a stack
                 try:
@@ -211,7 +212,8 @@ class Execution:
                 finally:
                     if _get_running_loop() is None:  # in a forked process
                         self._exit_forked()
-                self._raise_if_cancelled()
+                if self._cancelled_for is not None:
+                    self._raise_if_cancelled()
         except BaseException as error:  # Rust's panics and KeyboardInterrupt are no Exception
             return self._ended_by(error)
         finally:

@@ -9,21 +9,23 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .._util.retrying import may_pass, reason, retry_until_available
-from ..broker.models import TaskMessage
+from .._util.retrying import Outage, may_pass, reason
+from ..broker.labels import COMPLETION_LABELS
+from ..broker.models import Settlement, TaskMessage
 from ..broker.telemetry import is_traced
 from ..exceptions import NewerMessageError
+from ..messages.arguments import rebuild
 from ..messages.error_info import describe_exception
 from ..messages.secrets import without_secrets_of
 from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
 from .acquire import LockAcquirer
-from .execution import Execution, Failed, execution_span, note_settlement, processing_span
+from .execution import Execution, Failed, Succeeded, execution_span, note_settlement, processing_span
 from .settlement import cancelled, defer_to_newer_worker, possibly_started, reject, requeue, settle, unsettled
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
-    from ..broker.models import Delivery, Settlement
+    from ..broker.models import Delivery
     from ..broker.requests import LockSpec
     from .control_channel import ControlChannel
     from .dead_letters import DeadLetterStore
@@ -86,16 +88,20 @@ class Executor:
 
     async def fetch_loop(self, intake: Intake) -> None:
         """Take as many deliveries from the intake as there are free slots, until the worker is to stop."""
+        outage = Outage("fetch tasks")
         while free := await self._free_slots():
             called_at = intake.reserves_since()
             try:
-                deliveries = await retry_until_available(
-                    partial(intake.next, free, self._settler), "fetch tasks", stop=self._stop, passing=may_pass
-                )
-            except Exception:
-                if not self._stop.is_set():
+                deliveries = await intake.next(free, self._settler)
+            except Exception as error:
+                if self._stop.is_set():
+                    break  # stopped while the server is unavailable
+                if not may_pass(error):
                     raise
-                break  # stopped while the server is unavailable
+                await asyncio.sleep(outage.failed(reason(error)))
+                continue
+            if outage.since is not None:
+                outage.over()
             if not self._stop.is_set():
                 await self.start(deliveries, intake.reserved_after, called_at)
                 if intake.fetches_ahead:
@@ -153,11 +159,12 @@ class Executor:
         if deferred and not deferred.isdisjoint(execution.spec.name for execution in executions):
             await self._dependencies.load(self._specs)
         announced, create_task = self._control.announced, asyncio.get_running_loop().create_task
+        traced = is_traced()
         for execution in await self._acquire(executions, called_at):
             if announced and self._control.cancelled_since(reserved_after, execution.message.task_id):
                 execution.cancel()
             self.running.add(execution)
-            execution.running = create_task(self.run(execution))
+            execution.running = create_task(self.run(execution, traced))
 
     async def _acquire(self, executions: Sequence[Execution], called_at: float) -> Sequence[Execution]:
         """Take the locks of executions; return the granted ones, which are kept leased from now on."""
@@ -175,10 +182,10 @@ class Executor:
         self._keeper.add(executions, granted_at)
         return executions
 
-    async def run(self, execution: Execution) -> None:
+    async def run(self, execution: Execution, traced: bool = False) -> None:
         """Run the execution, then settle and report its outcome."""
         try:
-            if is_traced():
+            if traced:
                 await self._run_traced(execution)
             else:
                 self._end(execution, await execution.run(self._dependencies.overrides, self._broker.redis))
@@ -202,18 +209,26 @@ class Executor:
             self._end(execution, execution.failed(error))
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
+        message = execution.message
         try:
-            settlement = settle(execution, outcome, self._settings)
+            if (
+                isinstance(outcome, Succeeded)
+                and self._settings.result_ttl_seconds is None
+                and COMPLETION_LABELS.isdisjoint(message.labels)
+            ):  # the usual case
+                settlement = Settlement(execution.delivery, execution.locks)
+            else:
+                settlement = settle(execution, outcome, self._settings)
         except BaseException as error:
             traceback = describe_exception(error, hide=execution.hide)["traceback"]
-            logger.critical("the outcome of %s cannot be settled\n%s", execution.message.task_id, traceback)
+            logger.critical("the outcome of %s cannot be settled\n%s", message.task_id, traceback)
             settlement = unsettled(execution, error, self._settings)
         if isinstance(outcome, Failed):
-            note_settlement(execution.message, settlement)
+            note_settlement(message, settlement)
         try:
             self._reporter.ended(execution, outcome, settlement)
         except Exception:  # only statistics are lost
-            logger.exception("the outcome of %s cannot be counted", execution.message.task_id)
+            logger.exception("the outcome of %s cannot be counted", message.task_id)
         self._settle(settlement)
 
     # --- decode and build -------------------------------------------------------------------------------
@@ -255,8 +270,8 @@ class Executor:
             self._settle(possibly_started(delivery, message, spec.task_class, self._settings))
             return None
         try:
-            task = spec.build(message)
-            return Execution(delivery, message, spec, task, spec.locks(task))
+            task = rebuild(spec.task_class, message.task_args, message.task_kwargs, message.sig)
+            return Execution(delivery, message, spec, task, spec.locks(task) if spec.may_have_locks else ())
         except BaseException as error:  # `__init__` and `execution_locks` may raise anything
             hide = partial(
                 without_secrets_of,

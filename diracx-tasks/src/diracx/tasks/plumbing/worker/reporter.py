@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
@@ -25,12 +26,12 @@ from ..broker import worker_state
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.requests import LOCK_KINDS
 from ..broker.streams import queue_stream
-from ..broker.telemetry import BUCKETS, bucket_of
+from ..broker.telemetry import BUCKETS, ENDS
 from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
 from ..task_vo import vo_of_task
-from .execution import Failed, LeaseLost, LockRefused, Outcome
+from .execution import Failed, LeaseLost, Outcome, Succeeded
 
 if TYPE_CHECKING:
     from redis import Redis as SyncRedis
@@ -154,25 +155,25 @@ class Reporter:
         counted = self._stats.get(key)
         if counted is None:
             counted = self._stats[key] = TaskCounters()
-        if isinstance(outcome, LeaseLost):
+        if isinstance(outcome, Succeeded):
+            counted.done += 1
+        elif isinstance(outcome, Failed):
+            counted.failed += 1
+            self._failed(execution, outcome, settlement, counted)
+        elif isinstance(outcome, LeaseLost):
             counted.taken_over += 1
             return
-        if isinstance(outcome, LockRefused):
+        else:
             counted.lock_waits += 1
             return
         seconds = outcome.seconds
         queued = max(0.0, time.time() + self._clock_ahead - seconds - delivery.queued_at)
         counted.run += seconds
         counted.queue += queued
-        counted.run_times[bucket_of(seconds)] += 1
-        counted.queue_times[bucket_of(queued)] += 1
+        counted.run_times[bisect_left(ENDS, seconds)] += 1
+        counted.queue_times[bisect_left(ENDS, queued)] += 1
         if self.timed is not None:
             self.timed(key[0], stream, seconds, queued)
-        if isinstance(outcome, Failed):
-            counted.failed += 1
-            self._failed(execution, outcome, settlement, counted)
-        else:
-            counted.done += 1
 
     def _failed(
         self, execution: Execution, outcome: Failed, settlement: Settlement, counted: TaskCounters

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..broker.effects import completion_effects, retry_effects
-from ..broker.labels import COMPLETION_LABELS, LABEL_ATTEMPTS, LABEL_RETRIES
+from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Settlement, TaskMessage, TaskResult, id_at_head, in_ms
 from ..broker.streams import queue_stream, resumed_stream
 from ..broker.telemetry import task_attributes
@@ -93,7 +93,7 @@ def settle(execution: Execution, outcome: Outcome, settings: WorkerSettings) -> 
         return _failed(execution, outcome, settings)
     if isinstance(outcome, LockRefused):
         return _refused(execution, outcome, settings)
-    if isinstance(outcome, LeaseLost) or not _has_effects(execution.message, settings):
+    if isinstance(outcome, LeaseLost):
         return Settlement(execution.delivery, execution.locks)
     make = partial(TaskResult.from_value, outcome.value, outcome.seconds)
     return _ended(execution.delivery, execution.message, settings, None, make, outcome.seconds, execution.locks)
@@ -310,11 +310,6 @@ def _attempt(outcome: Failed) -> dict[str, Any]:
     }
 
 
-def _has_effects(message: TaskMessage, settings: WorkerSettings) -> bool:
-    """True if the end of the task has an effect: a kept result, a group, a schedule."""
-    return settings.result_ttl_seconds is not None or not COMPLETION_LABELS.isdisjoint(message.labels)
-
-
 def _ended(
     delivery: Delivery,
     message: TaskMessage,
@@ -324,8 +319,6 @@ def _ended(
     seconds: float,
     locks: Sequence[LockSpec],
 ) -> Settlement:
-    if not _has_effects(message, settings):
-        return Settlement(delivery, locks)
     ttl_seconds, longest = settings.result_ttl_seconds, settings.max_result_bytes
     return Settlement(delivery, locks, **completion_effects(message, make, error, seconds, ttl_seconds, longest))
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..base_task import BaseTask
 from ..config import TaskOverride, TasksConfig
@@ -14,12 +14,8 @@ from ..injection.placeholders import innermost, is_async
 from ..injection.plan import Plan, compile_plan
 from ..lock_registry import TASK
 from ..locks import BaseLimiter, BaseLock, ConcurrencyLimiter, RateLimiter, needed
-from ..messages.arguments import rebuild
 from ..retry_policies import ExponentialBackoff, RetryPolicyBase
 from ..task_vo import own_vo
-
-if TYPE_CHECKING:
-    from ..broker.models import TaskMessage
 
 
 class ResolvedOverride(NamedTuple):
@@ -46,12 +42,14 @@ class TaskSpec:
         self._config = config
         names = {name, name.rpartition(":")[2]}  # the configuration may leave the category out
         self._overrides: dict[str | None, ResolvedOverride] = {}
-        self._overridden = any(
+        #: The configuration overrides settings of the class.
+        self.overridden = any(
             not names.isdisjoint(tasks) for tasks in (config.common, *config.vo_overrides.values())
         )
         self._declares_locks = task_class.execution_locks is not BaseTask.execution_locks
         limited = set(config.limits).union(*config.vo_limits.values())
         self._limited = bool(limited) if self._declares_locks else TASK in limited
+        self.may_have_locks = self._declares_locks or self.overridden or self._limited
 
     @cached_property
     def plan(self) -> Plan:
@@ -62,10 +60,6 @@ class TaskSpec:
             NameError: when an annotation cannot be resolved.
         """
         return compile_plan(self.task_class.execute, skip_first=True)
-
-    def build(self, message: TaskMessage) -> BaseTask:
-        """Rebuild the task of a message."""
-        return rebuild(self.task_class, message.task_args, message.task_kwargs, message.sig)
 
     def override(self, task: BaseTask) -> TaskOverride:
         """The operator's override for this task, and for its VO if it has one."""
@@ -83,8 +77,8 @@ class TaskSpec:
 
     def locks(self, task: BaseTask) -> list[BaseLock]:
         """Locks that the task needs, with the operator's limits and without disabled ones."""
-        if not (self._overridden or self._limited):
-            return needed(task.execution_locks) if self._declares_locks else []
+        if not (self.overridden or self._limited):
+            return needed(task.execution_locks)
         locks = list(task.execution_locks)
         vo = own_vo(task)
         override = self._resolved(vo).override
@@ -131,7 +125,7 @@ class TaskSpec:
     def retry_policy(self, task: BaseTask) -> RetryPolicyBase:
         """Retry policy of the class, with the operator's overrides."""
         policy = self.task_class.retry_policy
-        if not self._overridden:
+        if not self.overridden:
             return policy
         override = self.override(task)
         numbers: dict[str, Any] = {}
@@ -147,7 +141,7 @@ class TaskSpec:
 
     def time_limit(self, task: BaseTask) -> float | None:
         """Time limit of one execution (s), or None."""
-        if self._overridden and (limit := self.override(task).time_limit_seconds) is not None:
+        if self.overridden and (limit := self.override(task).time_limit_seconds) is not None:
             return limit
         return self.task_class.time_limit_seconds
 
