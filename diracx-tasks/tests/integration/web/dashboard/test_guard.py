@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -144,6 +145,8 @@ async def test_a_form_of_another_site_or_session_does_nothing(app: Any, redis: R
         good = {"confirmed": "yes", "thing": "x", "form_token": token}
         for headers in (
             {"origin": "https://evil.example"},
+            {"origin": "http://["},
+            {"origin": "null"},
             {"sec-fetch-site": "cross-site"},
             {"sec-fetch-site": "same-site", "origin": "http://localhost:3000"},
         ):
@@ -197,6 +200,20 @@ async def test_an_action_is_confirmed_performed_reported_and_audited(app: Any, r
     [entry] = await read_audit(redis)
     assert (entry.who, entry.via, entry.action, entry.target) == ("wilma", "dashboard", "paint", "<b>door</b>")
     assert (entry.ok, entry.outcome) == (True, "painted")
+
+
+@pytest.mark.parametrize("flash", ["[" * 3000, "[]", "{", '{"ok": 1}', '{"ok": 1, "text": "\\ud800"}'])
+async def test_a_flash_message_of_another_program_of_the_host_breaks_no_page(app: Any, flash: str) -> None:
+    async with signed_in(app) as client:
+        client.cookies.set("tasks-dashboard-flash", quote(flash))
+        assert (await client.get("/plain")).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "allowed"), [("/plain", "GET, HEAD, POST"), ("/healthz", "GET, HEAD")])
+async def test_other_methods_are_refused_with_those_that_are_allowed(app: Any, path: str, allowed: str) -> None:
+    async with browser(app) as client:
+        response = await client.put(path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
 
 
 async def test_a_foreign_host_name_is_refused(app: Any) -> None:

@@ -95,7 +95,7 @@ class AuthMiddleware:
         try:
             response = await self._check(request, path) or self._app
         except HTTPException as error:
-            response = PlainTextResponse(f"{error.detail}\n", error.status_code)
+            response = PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
         await response(scope, receive, with_headers)
 
     async def _check(self, request: Request, path: str) -> Response | None:
@@ -144,7 +144,7 @@ async def _check_form(request: Request, path: str) -> None:
 
 def _check_url(request: Request, path: str) -> None:
     if request.method not in ("GET", "HEAD", "POST"):
-        raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST")
+        raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and POST", {"Allow": "GET, HEAD, POST"})
     if len(path) + len(request.url.query) > _LONGEST_ADDRESS:
         raise HTTPException(HTTPStatus.REQUEST_URI_TOO_LONG, "the URL is too long")
     if not _is_text([path, *request.query_params.values()]):
@@ -189,7 +189,7 @@ def _is_same_origin(request: Request) -> bool:
     if site is not None and site not in ("same-origin", "none"):
         return False
     origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    return origin is None or origin.partition("://")[2] == request.headers.get("host")
 
 
 def _to_sign_in(request: Request, path: str) -> Response:

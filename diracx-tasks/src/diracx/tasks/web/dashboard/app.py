@@ -47,7 +47,7 @@ _FLASH = "tasks-dashboard-flash"
 #: Timeouts of `/readyz`.
 _READY_SECONDS = 2.0
 _ALERTS_SECONDS = 0.5
-_PROBE_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_PROBE_HEADERS = {"Allow": "GET, HEAD", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _SECTIONS = ("Monitoring", "Problems", "Control", "Pilots", "History")
 
 
@@ -376,5 +376,5 @@ def _flash(request: Request) -> dict[str, Any] | None:
     try:
         flash = json.loads(unquote(request.cookies.get(_FLASH, "")))
         return {"ok": bool(flash["ok"]), "text": str(flash["text"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
