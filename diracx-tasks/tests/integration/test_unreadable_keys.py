@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import pytest
 from diracx.tasks.cli.errors import CliError
 from diracx.tasks.cli.runtime.server import explained_redis
-from diracx.tasks.operations import failures, running, stats, workers
+from diracx.tasks.operations import failures, history, running, snapshot, stats, workers
 from diracx.tasks.operations.health import HealthChecks
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.stored import UnreadableKeyError
@@ -52,14 +53,25 @@ async def _write(redis: Redis, key: str, field: str, value: bytes | str) -> None
 READERS: list[tuple[str, str, bytes | str, Callable[[Redis], Awaitable[Any]]]] = [
     (_REPORT, "line", b"rubbish", workers),
     (_REPORT, "line", dumps(["a list"]), workers),
+    (_REPORT, "line", dumps({"slots": "many"}), workers),
     (_REPORT, "blocked", dumps({"of": "a later version"}), workers),
     (_REPORT, "running", dumps([{"of": "a later version"}]), running),
+    (_REPORT, "running", dumps([{"task_id": "1", "since": 1.5}]), running),
     (keys.MINUTE_PREFIX + "{minute}", "test:Task", b"rubbish", stats),
+    (keys.MINUTE_PREFIX + "{minute}", "test:Task", dumps({"done": "many"}), stats),
+    (keys.MINUTE_PREFIX + "{minute}", "test:Task", dumps({"done": float("nan")}), history),
     (keys.FAILURES, "", dumps({"of": "a later version"}), failures),
     (keys.OUTCOMES, "test:Task", _OTHER_FIELDS, _listed),
     (keys.LAST_RUNS, "test:Task", "rubbish", _listed),
     (keys.PAUSED, "test:Task", "rubbish", _listed),
     (keys.CONFIG_IN_FORCE, "p", _OTHER_FIELDS, active_configs),
+    (keys.CONFIG_IN_FORCE, "p", "{now} " + "[" * 3000, active_configs),
+    (
+        keys.CONFIG_IN_FORCE,
+        "p",
+        '{now} {{"role": "worker", "source": "s", "digest": "d", "since": "now"}}',
+        active_configs,
+    ),
 ]
 
 
@@ -86,8 +98,25 @@ async def test_next_runs_at_the_ends_of_time_are_listed(redis: Redis) -> None:
     await redis.delete(keys.NEXT_RUNS)
 
 
-async def test_the_health_checks_name_the_key(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    await _write(redis, _REPORT, "line", b"rubbish")
+@pytest.mark.leaves_keys("diracx:*")
+async def test_numbers_that_cannot_be_read_count_as_0_and_times_are_limited(redis: Redis) -> None:
+    await redis.zadd(keys.DELAYED, {"a task": float("-inf")})
+    await redis.hset(keys.DELAYED_REASONS, mapping={"retry": b"\xff", "lock": "nan", b"\xff": "1", "rate": "²"})
+    await redis.zadd(keys.NEXT_RUNS, {"test:Task": float("-inf")})
+    await redis.set(keys.LEADER, "a scheduler", ex=60)
+    await redis.hset(f"{keys.THROUGHPUT_PREFIX}{int(time.time() // 60)}", "realtime:small length", "rubbish")
+    health = await HealthChecks(redis).run()
+    assert {"delayed_overdue", "schedules_late"} <= {alert.check for alert in health.alerts}
+    seen = await snapshot(redis)
+    assert set(seen.delayed.values()) == {0}
+    assert json.dumps([seen.as_json(), [point.as_json() for point in await history(redis)]], allow_nan=False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("line", b"rubbish"), ("running", dumps([{"since": 1.5}]))])
+async def test_the_health_checks_name_the_key(
+    field: str, value: bytes, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await _write(redis, _REPORT, field, value)
     [alert] = (await HealthChecks(redis).run()).alerts
     assert alert.check == "server_unreadable"
     assert _REPORT in alert.summary

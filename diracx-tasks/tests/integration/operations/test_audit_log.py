@@ -120,6 +120,16 @@ async def test_an_action_that_fails_at_redis_is_not_reported_as_one_that_was_not
     assert [entry.ok for entry in await read_audit(redis, vo="lhcb")] == ([] if fails == "log" else [False])
 
 
+@pytest.mark.parametrize("data", ["7", "[]", "null", "{", "[" * 3000, '{"who": "\\ud800"}'])
+async def test_an_entry_of_another_version_hides_no_other(redis: Redis, data: str) -> None:
+    async def act() -> str:
+        return "done"
+
+    await AuditLog(redis, "wilma", "api", "lhcb").perform("submit pilot", "ce", act)
+    await redis.xadd(f"{keys.AUDIT_PREFIX}lhcb", {"data": data})
+    assert "wilma" in [entry.who for entry in await read_audit(redis, vo="lhcb")]
+
+
 async def test_an_audit_entry_is_bounded_for_any_request(redis: Redis) -> None:
     async def long() -> str:
         return "o" * 100_000

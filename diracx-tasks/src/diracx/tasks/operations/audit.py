@@ -177,10 +177,10 @@ def _decoded(rows: Sequence[Any]) -> list[tuple[str, dict[str, str]]]:
     found = []
     for entry, fields in rows:
         try:
-            data = json.loads(fields[b"data"])
-        except (KeyError, ValueError):
+            data = {str(name): str(value) for name, value in json.loads(fields[b"data"]).items()}
+        except (AttributeError, KeyError, RecursionError, ValueError):
             continue
-        found.append((text_of(entry), {str(name): str(value) for name, value in data.items()}))
+        found.append((text_of(entry), data))
     return found
 
 

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from ..plumbing.broker import locking
 from ..plumbing.broker.inspection import server_time
 from ..plumbing.broker.requests import LockKind, LockSpec
-from ..plumbing.broker.stored import moment_of
+from ..plumbing.broker.stored import moment_of, number_of
 from .models import Holder, Lock, Page, Released
 from .processes import alive_workers, reported_running
 
@@ -51,7 +51,7 @@ async def _reported(redis: Redis) -> dict[str, tuple[int | None, int | None]]:
     for member in await locking.reported_locks(redis):
         parts = member.split(" ", 3)
         if len(parts) == 4 and locking.kind_of(parts[3]) is not None:
-            found[parts[3]] = (int(parts[1]) if parts[1] else None, int(parts[2]) if parts[2] else None)
+            found[parts[3]] = (number_of(parts[1]) or None, number_of(parts[2]) or None)
     return found
 
 
@@ -63,7 +63,7 @@ async def _owners(redis: Redis) -> dict[tuple[str, str], tuple[str, int | None]]
             owner, _, key = field.partition(":")
             _, _, limit = held.partition(" ")
             if owner != "entry" and locking.kind_of(key) is not None:
-                found[owner, key] = (name, int(limit) if limit.isdigit() else None)
+                found[owner, key] = (name, number_of(limit) or None)
     return found
 
 
@@ -110,10 +110,10 @@ async def _tasks_of(redis: Redis, workers: set[str]) -> dict[tuple[str, str], tu
     if not workers:
         return {}
     return {
-        (owner, key): (task["task_id"], task["task_name"])
+        (owner, key): (task.task_id, task.task_name)
         for tasks in (await reported_running(redis, sorted(workers))).values()
         for task in tasks
-        for key, owner in task["locks"]
+        for key, owner in task.locks
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
 
 from ..plumbing.broker import worker_state
 from ..plumbing.broker.inspection import server_time, stream_heads
-from ..plumbing.broker.stored import moment_of, reading
+from ..plumbing.broker.stored import moment_of, number_of, reading, typed
 from ..plumbing.messages.codec import loads
 from .cursors import HEAD_BYTES, Registry, parse_cursor, queue_of, read_head
 from .models import BlockedLoop, Page, RunningTask, Worker
@@ -19,6 +20,22 @@ _DEAD_WORKER_SECONDS = 180.0
 #: Offset of scores in the set of leases by size, see lua/reclaim.lua.
 _SIZE_MS = 1e13
 _SIZES = {"small": 0, "medium": 1, "large": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedTask:
+    """A running task, as reported by its worker: times in s since 1970, key and owner of each lock."""
+
+    task_id: str
+    task_name: str
+    vo: str | None
+    stream: str
+    entry: str
+    deliveries: int
+    attempt: int
+    since: float
+    locks: list[tuple[str, str]]
+    overdue_since: float | None = None
 
 
 async def alive_workers(redis: Redis) -> list[str]:
@@ -42,16 +59,19 @@ async def workers(redis: Redis) -> list[Worker]:
             report: dict[str, Any] = loads(line) if line else {}
             started = report.pop("started", None)
             found.append(
-                Worker(
-                    name=name,
-                    host=host,
-                    pid=int(pid) if pid.isdecimal() and pid.isascii() else 0,
-                    alive=lease.get(name, 0.0) > now,
-                    lease_until=moment_of(lease[name]) if lease.get(name) else None,
-                    started=None if started is None else moment_of(started),
-                    seen=moment_of(seen[name]) if name in seen else None,
-                    blocked=_blocked(blocked),
-                    **{field: value for field, value in report.items() if field in Worker.__slots__},
+                typed(
+                    Worker,
+                    {
+                        **report,
+                        "name": name,
+                        "host": host,
+                        "pid": number_of(pid),
+                        "alive": lease.get(name, 0.0) > now,
+                        "lease_until": moment_of(lease[name]) if lease.get(name) else None,
+                        "started": None if started is None else moment_of(started),
+                        "seen": moment_of(seen[name]) if name in seen else None,
+                        "blocked": _blocked(blocked),
+                    },
                 )
             )
     return sorted(found, key=lambda worker: (_SIZES.get(worker.size or "", 3), worker.name))
@@ -61,13 +81,18 @@ def _blocked(report: bytes | None) -> BlockedLoop | None:
     if not report:
         return None
     fields = loads(report)
-    return BlockedLoop(**fields | {"since": moment_of(fields["since"])})
+    return typed(BlockedLoop, fields | {"since": moment_of(fields["since"])})
 
 
-async def reported_running(redis: Redis, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+async def reported_running(redis: Redis, names: Sequence[str]) -> dict[str, list[ReportedTask]]:
     """Return the running tasks that each worker reported."""
     reports = await worker_state.reports(redis, names, "running")
-    return {name: loads(reported) for name, [reported] in reports.items() if reported}
+    return {name: _reported(name, tasks) for name, [tasks] in reports.items()}
+
+
+def _reported(worker: str, tasks: bytes | None) -> list[ReportedTask]:
+    with reading(worker_state.report_key(worker)):
+        return typed(list[ReportedTask], loads(tasks) if tasks else [])
 
 
 async def running(
@@ -77,8 +102,8 @@ async def running(
     reports = await worker_state.reports(redis, await alive_workers(redis), "running", "blocked")
     reported, blocking = [], set()
     for name, (tasks, blocked) in reports.items():
+        reported += [(task.since, task.task_id, name, task) for task in _reported(name, tasks)]
         with reading(worker_state.report_key(name)):
-            reported += [(task["since"], task["task_id"], name, task) for task in (loads(tasks) if tasks else ())]
             if (loop := _blocked(blocked)) is not None:
                 blocking.add(loop.task_id)
     reported.sort(key=lambda one: one[:3])
@@ -86,23 +111,23 @@ async def running(
         place = parse_cursor(after)
         reported = [one for one in reported if one[:2] > place]
     page, more = reported[:limit], len(reported) > limit
-    ranges = [(task["stream"], task["entry"], task["entry"], 1) for *_, task in page]
+    ranges = [(task.stream, task.entry, task.entry, 1) for *_, task in page]
     entries = await stream_heads(redis, ranges, HEAD_BYTES) if page else []
     items = []
     for (since, _, name, task), found in zip(page, entries, strict=True):
         heads = [read_head(fields.get(b"data", b""), length) for _, fields, length in found]
         items.append(
             RunningTask(
-                task_id=task["task_id"],
-                task_name=task["task_name"],
-                vo=task["vo"],
-                queue=queue_of(task["stream"]),
-                attempt=task["attempt"],
-                deliveries=task["deliveries"],
+                task_id=task.task_id,
+                task_name=task.task_name,
+                vo=task.vo,
+                queue=queue_of(task.stream),
+                attempt=task.attempt,
+                deliveries=task.deliveries,
                 since=moment_of(since),
                 worker=name,
-                blocks_worker=task["task_id"] in blocking,
-                locks=[key for key, _ in task["locks"]],
+                blocks_worker=task.task_id in blocking,
+                locks=[key for key, _ in task.locks],
                 arguments=heads[0].arguments(registry) if heads else None,
                 message_bytes=heads[0].bytes if heads else None,
             )

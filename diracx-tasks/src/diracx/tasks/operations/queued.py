@@ -47,7 +47,7 @@ async def snapshot(redis: Redis) -> Snapshot:
         at=moment_of(found["now"] / 1000),
         queues=_queues(found),
         workers=await workers(redis),
-        delayed={reason: int(counted.get(reason, 0)) for reason in DELAY_REASONS},
+        delayed={reason: number_of(counted.get(reason)) for reason in DELAY_REASONS},
         overdue=found["overdue"],
         schedules=found["schedules"],
         schedules_late=found["late"],

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import msgpack
 from redis.asyncio import Redis
 
 from ..plumbing.broker import inspection
 from ..plumbing.broker.inspection import server_time
-from ..plumbing.broker.stored import moment_of, reading, text_of
-from ..plumbing.broker.telemetry import end_of_bucket
+from ..plumbing.broker.stored import moment_of, number_of, reading, text_of, typed
+from ..plumbing.broker.telemetry import BUCKETS, end_of_bucket
 from ..plumbing.messages.codec import loads
 from ..plumbing.task_names import resolve_task_name
 from .cursors import check_stream_cursor
@@ -23,6 +24,8 @@ _WINDOWS: dict[str, tuple[str, int, int]] = {
     "day": ("hour", 3600, 24),
 }
 _FAILURES_READ = 100
+#: Counters of more cannot have been counted.
+_MOST = 1e15
 
 
 async def stats(redis: Redis, window: Window = "hour") -> list[TaskStats]:
@@ -47,7 +50,14 @@ async def _buckets(redis: Redis, window: str) -> dict[int, dict[str, dict[str, f
     found = {}
     for bucket, reply in zip(buckets, replies, strict=True):
         with reading(inspection.counter_key(period, bucket)):
-            found[bucket] = {text_of(name): dict(msgpack.unpackb(packed)) for name, packed in reply.items()}
+            found[bucket] = {text_of(name): _counters(packed) for name, packed in reply.items()}
+    return found
+
+
+def _counters(packed: bytes) -> dict[str, float]:
+    found = {str(counter): float(number) for counter, number in msgpack.unpackb(packed).items()}
+    if not all(0 <= number < _MOST for number in found.values()):  # also for NaN
+        raise ValueError("no counters")
     return found
 
 
@@ -67,27 +77,17 @@ def _stats(name: str, counters: Mapping[str, float]) -> TaskStats:
 
 
 def _distribution(counters: Mapping[str, float], prefix: str, total: str) -> Distribution:
-    histogram = sorted(
-        (int(counter[1:]), int(number))
-        for counter, number in counters.items()
-        if counter[0] == prefix and counter[1:].isdigit()
+    up_to = list(accumulate(int(counters.get(f"{prefix}{bucket}", 0)) for bucket in range(BUCKETS)))
+    count = up_to[-1]
+    p50, p95, p99 = (
+        end_of_bucket(bisect_left(up_to, share * count)) if count else None for share in (0.5, 0.95, 0.99)
     )
-    count = sum(number for _, number in histogram)
-
-    def percentile(share: float) -> float | None:
-        passed = 0
-        for bucket, number in histogram:
-            passed += number
-            if passed >= share * count:
-                return end_of_bucket(bucket)
-        return None
-
     return Distribution(
         count=count,
         mean_seconds=counters.get(total, 0.0) / count if count else None,  # counters of 0 are not stored
-        p50_seconds=percentile(0.5),
-        p95_seconds=percentile(0.95),
-        p99_seconds=percentile(0.99),
+        p50_seconds=p50,
+        p95_seconds=p95,
+        p99_seconds=p99,
     )
 
 
@@ -96,7 +96,7 @@ async def history(redis: Redis) -> list[Point]:
     ended = await _buckets(redis, "hour")
     minutes = list(ended)
     replies = await inspection.throughput(redis, minutes)
-    flows = [{text_of(name): int(value) for name, value in reply.items()} for reply in replies]
+    flows = [{text_of(name): number_of(value) for name, value in reply.items()} for reply in replies]
     noted = [(position, _sum(flow, " added")) for position, flow in enumerate(flows) if "at" in flow]
     submitted: dict[int, int] = {}
     for (first, before), (last, after) in pairwise(noted):  # in quiet times, every third minute is noted
@@ -149,7 +149,7 @@ async def failures(
             with reading(inspection.FAILURES):
                 failure = loads(fields[b"data"])
                 if task_name is None or failure["task_name"] == task_name:
-                    found.append(Failure(**{**failure, "id": text_of(entry), "at": moment_of(failure["at"])}))
+                    found.append(typed(Failure, {**failure, "id": text_of(entry), "at": moment_of(failure["at"])}))
             begin = f"({text_of(entry)}"
         if len(entries) < _FAILURES_READ:
             break

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from ..plumbing.broker.groups import GroupStatus
 from ..plumbing.broker.scheduling import Outcome
+from ..plumbing.broker.stored import moment_of
 from ..plumbing.config.active import ActiveConfig
 from ..plumbing.scheduler import ScheduleState
 from . import models
@@ -90,7 +90,7 @@ _ARGUMENTS: Column[Any] = Column("arguments", _arguments, longest=_LONGEST_ARGUM
 
 
 def _quoted(text: str) -> str:
-    return quote(text, safe="")
+    return quote(text, safe="", errors="replace")
 
 
 QUEUES: View[models.Queue] = View(
@@ -369,10 +369,8 @@ SCHEDULES: View[ScheduleState] = View(
 
 def _config_state(entry: ActiveConfig) -> str:
     if entry.problems:
-        problems_since = (
-            None if entry.problems_since is None else datetime.fromtimestamp(entry.problems_since, UTC)
-        )
-        return f"last valid one, for {since(problems_since)}"
+        appeared = entry.problems_since
+        return f"last valid one, for {since(None if appeared is None else moment_of(appeared))}"
     return "in force, with warnings" if entry.warnings else "in force"
 
 
@@ -385,7 +383,7 @@ ACTIVE_CONFIGS: View[ActiveConfig] = View(
         Column(
             "since",
             "since",
-            lambda at: f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%SZ}",
+            lambda at: f"{moment_of(at):%Y-%m-%d %H:%M:%SZ}",
             whole=True,
             kind="age",
         ),

@@ -305,13 +305,13 @@ def backlog(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
 def tasks_overdue(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
     """Tasks continue after their time limit or their cancellation."""
     for worker, task in facts.running:
-        since = task.get("overdue_since")
+        since = task.overdue_since
         if since is None or facts.seen.at.timestamp() - since < facts.limits.overdue_task_seconds:
             continue
         yield alert(
-            summary=f"{task['task_name']} {task['task_id']} continues after its time limit or its cancellation",
+            summary=f"{task.task_name} {task.task_id} continues after its time limit or its cancellation",
             remedy=f"it occupies a slot of {worker} until it ends: fix the task, or use `--hard-limit`",
-            subject=task["task_id"],
+            subject=task.task_id,
             since=moment_of(since),
         )
 
@@ -320,15 +320,15 @@ def tasks_overdue(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
 def poison_candidates(facts: Facts, alert: NewAlert) -> Iterator[Alert]:
     """A running task was on workers that crashed."""
     for _, task in facts.running:
-        if task["deliveries"] >= facts.limits.deliveries:
+        if task.deliveries >= facts.limits.deliveries:
             yield alert(
-                summary=f"{task['task_name']} {task['task_id']} was delivered {task['deliveries']} times: the "
+                summary=f"{task.task_name} {task.task_id} was delivered {task.deliveries} times: the "
                 "workers that executed it crashed",
                 remedy="its worker fetches no other task until it ends; see the log of those workers, and "
                 "cancel the task if it made them crash",
-                count=task["deliveries"],
-                subject=task["task_id"],
-                since=moment_of(task["since"]),
+                count=task.deliveries,
+                subject=task.task_id,
+                since=moment_of(task.since),
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from redis.asyncio import Redis
 
@@ -16,7 +15,7 @@ from ...plumbing.config.active import ActiveConfig, active_configs
 from ...plumbing.persistence.dead_letter import DeadLetterReason
 from ...plumbing.worker.reporter import REJECTED
 from ..models import Failure, Snapshot, TaskStats
-from ..processes import reported_running
+from ..processes import ReportedTask, reported_running
 from ..queued import snapshot
 from ..statistics import failures, stats
 from .thresholds import HealthThresholds
@@ -48,7 +47,7 @@ class Facts:
     """Statistics of the past hour."""
     configurations: list[ActiveConfig]
     limits: HealthThresholds
-    running: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    running: list[tuple[str, ReportedTask]] = field(default_factory=list)
     """Running tasks: name of the worker and its report about the task."""
     contended: list[Contended] = field(default_factory=list)
     rejected: list[Failure] = field(default_factory=list)
@@ -79,14 +78,14 @@ async def read_facts(redis: Redis, limits: HealthThresholds) -> Facts:
     )
 
 
-async def _contended(redis: Redis, running: list[tuple[str, dict[str, Any]]]) -> list[Contended]:
+async def _contended(redis: Redis, running: list[tuple[str, ReportedTask]]) -> list[Contended]:
     holders = sorted(
-        ((task["since"], key, task) for _, task in running for key, _ in task["locks"]),
+        ((task.since, key, task) for _, task in running for key, _ in task.locks),
         key=lambda held: (held[0], held[1]),
     )[:_LOCKS]
     waiting = await waiter_counts(redis, [key for _, key, _ in holders])
     return [
-        Contended(key, task["task_id"], task["task_name"], moment_of(since), waiters)
+        Contended(key, task.task_id, task.task_name, moment_of(since), waiters)
         for (since, key, task), waiters in zip(holders, waiting, strict=True)
         if waiters
     ]

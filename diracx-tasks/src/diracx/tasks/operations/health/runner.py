@@ -131,6 +131,7 @@ class HealthChecks:
         try:
             async with asyncio.timeout(_SERVER_SECONDS):
                 facts = await read_facts(self._redis, self._limits)
+            alerts = find_alerts(facts) + alerts
         except (RedisError, OSError, TimeoutError) as raised:
             error = raised
             alerts.append(await self._server_alert(raised))
@@ -138,7 +139,7 @@ class HealthChecks:
             error = raised
             alerts.append(unreadable(raised))
         if facts is not None:
-            alerts = await self._since(find_alerts(facts) + alerts)
+            alerts = await self._since(alerts)
         return Health(
             alerts=alerts,
             unchecked=self._unchecked,

@@ -10,7 +10,7 @@ import msgpack
 from . import keys
 from .scripts import QUEUES, pack, script
 from .sizes import CALL_BYTES
-from .stored import text_of
+from .stored import number_of, text_of
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -21,7 +21,9 @@ FAILURES = keys.FAILURES
 
 async def snapshot(redis: Redis) -> dict[str, Any]:
     """Read the numbers of tasks, workers, locks and schedules in one call. See lua/snapshot.lua."""
-    found: dict[str, Any] = msgpack.unpackb(await script("snapshot")(redis, args=[QUEUES]))
+    found: dict[str, Any] = msgpack.unpackb(
+        await script("snapshot")(redis, args=[QUEUES]), unicode_errors="replace"
+    )
     return found
 
 
@@ -79,7 +81,7 @@ async def delayed_page(redis: Redis, begin: str, offset: int, count: int) -> lis
 
 async def delayed_number(redis: Redis, reason: str) -> int:
     """Number of tasks that are delayed for a reason."""
-    return int(await redis.execute_command("HGET", keys.DELAYED_REASONS, reason) or 0)
+    return number_of(await redis.execute_command("HGET", keys.DELAYED_REASONS, reason))
 
 
 async def delayed_offset(redis: Redis, due_ms: float, task: str) -> int:

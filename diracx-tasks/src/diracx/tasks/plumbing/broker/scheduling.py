@@ -14,7 +14,7 @@ from . import keys
 from .locking import acquire, extend, release
 from .scripts import pack, script
 from .sizes import in_calls
-from .stored import SCANNED, moment_of, ms_of, reading, text_of
+from .stored import SCANNED, moment_of, ms_of, reading, text_of, typed
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -224,8 +224,7 @@ def _outcome(text: str) -> Outcome:
     fields: dict[str, Any] = json.loads(outcome_json)
     ended, retry_seconds = moment_of(int(ended_ms) / 1000), fields.get("retry_seconds")
     retry_at = None if retry_seconds is None else ended + timedelta(seconds=retry_seconds)
-    known = {name: value for name, value in fields.items() if name in Outcome.__dataclass_fields__}
-    return Outcome(ended=ended, **known, retry_at=retry_at)
+    return typed(Outcome, fields | {"ended": ended, "retry_at": retry_at})
 
 
 async def activities(redis: Redis, stored: StoredSchedules) -> dict[str, Activity]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+_Value = TypeVar("_Value")
+_adapter: Any = cache(TypeAdapter)
 
 #: Text shown instead of an unreadable value.
 UNDECODABLE = "(cannot be decoded)"
@@ -30,16 +36,26 @@ def reading(key: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UnreadableKeyError(
             f"the key {key!r} holds what this version cannot read ({type(error).__name__}): another version of "
             "the task system, or something else, writes to it"
         ) from error
 
 
+def typed(kind: type[_Value], stored: Any) -> _Value:
+    """Convert stored fields to a dataclass; ignores fields that it does not have.
+
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
+    value: _Value = _adapter(kind).validate_python(stored)
+    return value
+
+
 def number_of(value: bytes | str | None) -> int:
     """Parse a number that a script has written; 0 for any other value."""
-    return int(value) if value is not None and len(value) <= _LONGEST_NUMBER and value.isdigit() else 0
+    return int(value) if value and len(value) <= _LONGEST_NUMBER and value.isascii() and value.isdigit() else 0
 
 
 def moment_of(seconds: float) -> datetime:

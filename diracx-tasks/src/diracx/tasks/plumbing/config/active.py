@@ -7,14 +7,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from redis.asyncio import Redis
 
 from ..broker.inspection import server_time
 from ..broker.running_configs import CONFIG_IN_FORCE, announce, announcements
-from ..broker.stored import reading
+from ..broker.stored import moment_of, reading, typed
 from . import TasksConfig
 
 #: A process that has not published its configuration for longer is regarded as ended.
@@ -56,7 +55,7 @@ class ActiveConfig:
         found = asdict(self)
         for name in ("since", "problems_since", "seen"):
             if found[name] is not None:
-                found[name] = datetime.fromtimestamp(found[name], UTC).isoformat(timespec="milliseconds")
+                found[name] = moment_of(found[name]).isoformat(timespec="milliseconds")
         return found
 
 
@@ -117,12 +116,7 @@ async def active_configs(redis: Redis) -> list[ActiveConfig]:
             seen = int(seen_ms) / 1000
             if now - seen > COUNTS_SECONDS:
                 continue
-            content = json.loads(text)
-            for name in ("problems", "warnings", "vos"):
-                if content.get(name) is not None:
-                    content[name] = tuple(content[name])
-            known = {name: value for name, value in content.items() if name in ActiveConfig.__slots__}
-            found.append(ActiveConfig(**known | {"process": process, "seen": seen}))
+            found.append(typed(ActiveConfig, json.loads(text) | {"process": process, "seen": seen}))
         return sorted(found, key=lambda entry: (entry.role, entry.process))
 
 

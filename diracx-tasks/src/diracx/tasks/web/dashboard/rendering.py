@@ -17,6 +17,7 @@ from ...operations import as_json, formats
 from ...operations.formats import duration
 from ...plumbing._util.passwords import last_lines, mask
 from ...plumbing._util.printable import printable
+from ...plumbing.broker.stored import moment_of
 from ..auth.middleware import FORM_FIELD
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def environment(*templates: Path) -> Environment:
         "seconds": lambda value: dashed(formats.duration(value)),
         "short": short,
         "tail": tail,
-        "quoted": lambda text: quote(str(text), safe=""),
+        "quoted": lambda text: quote(str(text), safe="", errors="replace"),
     }
     made.globals["static_version"] = _version_of_static()
     return made
@@ -132,7 +133,7 @@ def _time(at: datetime, text: str) -> Markup:
 
 def _aware(moment: datetime | float) -> datetime:
     if isinstance(moment, int | float):
-        return datetime.fromtimestamp(moment, UTC)
+        return moment_of(moment)
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 

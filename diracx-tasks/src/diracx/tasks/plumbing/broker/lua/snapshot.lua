@@ -85,13 +85,13 @@ found.late, found.schedule_lateness, found.delayed_lateness = 0, 0, 0
 local due = redis.call('ZRANGEBYSCORE', '$NEXT_RUNS', '-inf', int(now_ms), 'WITHSCORES', 'LIMIT', 0, SCHEDULES)
 for at = 1, #due, 2 do
   if redis.call('HEXISTS', '$PAUSED', due[at]) == 0 then
-    local late_ms = now_ms - tonumber(due[at + 1])
+    local late_ms = math.min(now_ms, now_ms - tonumber(due[at + 1])) -- of any score
     found.schedule_lateness = math.max(found.schedule_lateness, late_ms)
     if late_ms > LATE_MS then found.late = found.late + 1 end
   end
 end
 local first = redis.call('ZRANGE', '$DELAYED', 0, 0, 'WITHSCORES')[2]
-if first then found.delayed_lateness = math.max(0, math.floor(now_ms - tonumber(first))) end
+if first then found.delayed_lateness = math.floor(math.min(now_ms, math.max(0, now_ms - tonumber(first)))) end
 found.leads = redis.call('EXISTS', '$LEADER')
 found.groups = redis.call('ZCARD', '$GROUPS')
 -- An ended child or a retry extends a group's time to live to 7 days; during its submission it has 10 minutes: see
