@@ -73,6 +73,8 @@ class World:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
     """Starts the processes of ours."""
+    published_popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    """Starts those of 0.7."""
     wanted: set[tuple[str, int]] = field(default_factory=set)
     tally: Tally = field(default_factory=Tally)
 
@@ -97,7 +99,7 @@ class World:
         """Start a command of `0.7`, `ours`, or a copy of ours of which `copies` has the directory."""
         if version == "0.7":
             program, environment = [str(self.published / "bin/diracx-tasks")], self.environment(self.directory)
-            popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+            popen = self.published_popen
         else:
             popen = subprocess.Popen if version in self.copies else self.popen
             program = [sys.executable, "-m", "diracx.tasks"]
@@ -118,17 +120,19 @@ class World:
 
     def submit(self, version: str, first: int, chosen: str = "all") -> None:
         if version == "0.7":
-            self.run(version, "-m", "benchmarks.compat.submit", str(first), chosen)
+            self.run("-m", "benchmarks.compat.submit", str(first), chosen)
         else:
             asyncio.run(submit(self.url, first, chosen))
         self.wanted |= expected(first, chosen)
 
-    def run(self, version: str, *arguments: str) -> None:
-        """Run Python code, or a module: `-m`, its name, and its arguments."""
-        python = str(self.published / "bin/python") if version == "0.7" else sys.executable
-        command = [python, *(("-c",) if len(arguments) == 1 else ()), *arguments]
-        environment = self.environment(*((self.directory,) if version == "0.7" else ()))
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=_START_SECONDS)
+    def run(self, *arguments: str) -> None:
+        """Run Python code, or a module (`-m`, its name, and its arguments), with 0.7."""
+        command = [str(self.published / "bin/python"), *(("-c",) if len(arguments) == 1 else ()), *arguments]
+        with (self.directory / "0.7.log").open("ab") as log:
+            environment = self.environment(self.directory)
+            process = self.published_popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        if process.wait(_START_SECONDS) != 0:
+            raise RuntimeError(f"a program of 0.7 has failed:\n{Path(log.name).read_text()}")
 
     def end(self, processes: list[subprocess.Popen[bytes]], *, kill: bool) -> None:
         """End processes by SIGTERM, or by SIGKILL."""
@@ -164,6 +168,15 @@ class World:
     def until_ended(self, least: int) -> None:
         """Wait until so many tasks have ended."""
         self.until(lambda: len(self.ends()) >= least, f"{least} tasks have ended")
+
+    def until_published_is_gone(self) -> None:
+        """Wait until the start of a worker of ours is no more refused for one of 0.7."""
+
+        async def living() -> str | None:
+            async with AsyncRedis.from_url(self.url) as redis:
+                return await living_worker(redis)
+
+        self.until(lambda: asyncio.run(living()) is None, "0.7 is no more taken for living", _START_SECONDS)
 
     def done(self) -> bool:
         return self.wanted <= {(what, number) for what, number, *_ in self.ends()}
@@ -247,6 +260,7 @@ def world(directory: Path, *, published: bool = True) -> Iterator[World]:
         finally:
             for process in new.processes:
                 process.kill()
+                process.wait(60)
 
 
 # --- the scenarios ------------------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ def upgrade(world: World, *, kill: bool) -> None:
     world.submit("0.7", 1000)
     if kill:
         world.end(before, kill=True)
-    world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
+    world.until_published_is_gone()
     world.both("ours")
 
 
@@ -290,7 +304,7 @@ def together(world: World, *, kill: bool) -> None:
     world.start("ours", "scheduler")
     world.submit("0.7", 1000)
     world.end(before, kill=kill)
-    world.until(lambda: not _lives(world), "0.7 is no more taken for living", _START_SECONDS)
+    world.until_published_is_gone()
     world.worker("ours")
     world.until_ended(150)
     # One of 0.7 that comes beside ours takes tasks, which are not taken over while it lives.
@@ -318,16 +332,6 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     for name, run in (("upgrade", upgrade), ("rollback", rollback), ("together", together))
     for how, kill in (("stopped", False), ("killed", True))
 } | {"locks": locks}
-
-
-def _lives(world: World) -> bool:
-    """True if a start of ours would be refused."""
-
-    async def living() -> str | None:
-        async with AsyncRedis.from_url(world.url) as redis:
-            return await living_worker(redis)
-
-    return asyncio.run(living()) is not None
 
 
 def _downgraded(world: World) -> bool:

@@ -112,7 +112,16 @@ def _run(request: dict[str, Any], stdio: Sequence[int]) -> NoReturn:
     if (places := request["env"].get("PYTHONPATH", "")) != _PYTHONPATH:
         sys.path[1:1] = [place for place in places.split(os.pathsep) if place]
         _installed.cache_clear()
+        with suppress(ImportError):  # as Python does when it starts
+            import_module("sitecustomize")
     try:
+        if path.name == "python":
+            option, what, *sys.argv[1:] = request["args"]
+            if option == "-m":
+                runpy.run_module(what, run_name="__main__", alter_sys=True)
+            else:
+                exec(what, {"__name__": "__main__"})
+            sys.exit(0)
         if path.suffix == ".py":
             runpy.run_path(str(path), run_name="__main__")
             sys.exit(0)

@@ -26,8 +26,6 @@ from typing import IO, Any
 
 import pytest
 
-_DIRECTORY = Path(sys.executable).parent
-
 
 class ForkedCommand:
     """A running command, as `subprocess.Popen` shows one."""
@@ -87,15 +85,17 @@ class WarmCommands:
 
     Args:
         modules: are imported, in place of those that the commands need.
+        python: of the environment that has the commands, by default this one.
     """
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, python: str = sys.executable) -> None:
+        self.python = python
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._python = _pythons_own(os.environ)
         unwanted = ("DIRACX_", "FORCE_COLOR")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("forking.py")), str(theirs.fileno()), *modules],
+                [python, str(Path(__file__).with_name("forking.py")), str(theirs.fileno()), *modules],
                 env={name: value for name, value in os.environ.items() if not name.startswith(unwanted)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -118,7 +118,7 @@ class WarmCommands:
         cwd: Path | None = None,
         new_python: bool = False,
     ) -> Running:
-        """Start a command, by its name, or a script in Python, by its path.
+        """Start a command, by its name, a script in Python, by its path, or `python -c` and `python -m`.
 
         Args:
             command: name or path, and arguments.
@@ -127,8 +127,8 @@ class WarmCommands:
         """
         program, *args = command
         if new_python or _pythons_own(env) != self._python:
-            path = str(_DIRECTORY / program)
-            before = [sys.executable] if path.endswith(".py") else []
+            path = str(Path(self.python).parent / program)
+            before = [self.python] if path.endswith(".py") else []
             stdio: dict[str, Any] = {"stdin": stdin or subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
             return subprocess.Popen([*before, path, *args], cwd=cwd, env=env, **stdio)
         request = {"program": program, "args": args, "cwd": str(cwd or Path.cwd()), "env": dict(env)}
@@ -139,9 +139,11 @@ class WarmCommands:
         return ForkedCommand(command, os.fdopen(reader, "rb", buffering=0))
 
     def popen(self, command: Sequence[str], **how: Any) -> Any:
-        """Start `python -m diracx.tasks …` as `subprocess.Popen` does, but forked."""
-        assert command[:3] == [sys.executable, "-m", "diracx.tasks"]
-        return self.start(["diracx-tasks", *command[3:]], **how)
+        """Start a command of the environment, by its path, as `subprocess.Popen` does, but forked."""
+        if command[:3] == [sys.executable, "-m", "diracx.tasks"]:
+            return self.start(["diracx-tasks", *command[3:]], **how)
+        assert Path(command[0]).parent == Path(self.python).parent
+        return self.start([Path(command[0]).name, *command[1:]], **how)
 
     def worker(self, script: Path, *args: str, env: Mapping[str, str]) -> Running:
         """Start a script that prints the one line `ready`, and wait until it has."""

@@ -16,12 +16,26 @@ from support.redis_acl import FILES, PASSWORD, ROLES, Server
 from support.waiting import eventually
 from support.warm_commands import WarmCommands
 
+from benchmarks.peers.environments import is_ready, prepare
+
 
 @pytest.fixture
 def cli(tmp_path: Path, warm_commands: WarmCommands) -> Iterator[Cli]:
     commands = Cli(tmp_path, warm_commands)
     yield commands
     commands.stop()
+
+
+@pytest.fixture(scope="session")
+def published_commands() -> Iterator[WarmCommands]:
+    """Programs of the published package 0.7.0, each of which takes more than two seconds to import it."""
+    if not is_ready("reference"):
+        pytest.skip("the published package is not installed (`make servers` does it)")
+    # The module of its commands reads the environment when it is imported.
+    modules = ("diracx.tasks.plumbing.factory", "diracx.tasks.plumbing.scheduler", "diracx.tasks.plumbing.worker")
+    commands = WarmCommands(*modules, "diracx.tasks.jobs", python=str(prepare("reference") / "bin/python"))
+    yield commands
+    commands.close()
 
 
 @pytest.fixture

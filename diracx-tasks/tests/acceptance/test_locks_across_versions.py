@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import Iterator
-from subprocess import PIPE, Popen
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from redis.asyncio import Redis
 from support.waiting import until
-
-from benchmarks.peers.environments import is_ready, prepare
+from support.warm_commands import WarmCommands
 
 PAIRS = [("0.7", "ours"), ("ours", "0.7")]
 _ONE, _TWO = {"limit": 1}, {"limit": 2}
@@ -27,56 +24,47 @@ _EXCLUDING = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _installed() -> None:
-    if not is_ready("reference"):
-        pytest.skip("the published package is not installed (`make servers` does it)")
-
-
 class Holder:
     """A process of either version with locks, which are made as they are named."""
 
-    def __init__(self, version: str, redis_url: str) -> None:
-        program = prepare("reference") / "bin/python" if version == "0.7" else sys.executable
+    def __init__(self, commands: WarmCommands, redis_url: str) -> None:
+        requests, self._requests = _pipe()
+        self._responses, responses = _pipe()
         environment = {**os.environ, "DIRACX_TASKS_REDIS_URL": redis_url}
-        self.process = Popen([program, "-c", _HOLDER], env=environment, stdin=PIPE, stdout=PIPE)
+        with requests, responses, os.fdopen(os.dup(2), "wb") as errors:
+            stdio = {"stdin": requests, "stdout": responses, "stderr": errors}
+            self.process = commands.start(["python", "-c", _HOLDER], env=environment, **stdio)
 
     async def __call__(self, method: str, name: str, kind: str = "", /, **options: Any) -> Any:
-        """Call `acquire`, `release` or `extend` of a lock, or `forget` all locks."""
+        """Call `acquire`, `release` or `extend` of a lock."""
         return await asyncio.to_thread(self._call, [method, name, kind, options])
 
     def _call(self, request: list[Any]) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self._requests.write(json.dumps(request).encode() + b"\n")
+        return json.loads(self._responses.readline())
 
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
         self.process.wait()
+        self._requests.close()
+        self._responses.close()
 
 
-@pytest.fixture(scope="module")
-def _running(_redis_server: str) -> Iterator[dict[str, Holder]]:
-    """One of each version: their imports take seconds."""
-    running = {version: Holder(version, _redis_server) for version in ("0.7", "ours")}
-    yield running
-    for holder in running.values():
-        with holder.process:
-            holder.kill()
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe()
+    return os.fdopen(reader, "rb"), os.fdopen(writer, "wb", buffering=0)
 
 
 @pytest.fixture
-async def holders(redis_url: str, _running: dict[str, Holder]) -> dict[str, Holder]:
-    for version, holder in _running.items():
-        if holder.process.poll() is not None:
-            with holder.process:
-                _running[version] = Holder(version, redis_url)
-    for holder in _running.values():
-        await holder("forget", "")
-    return _running
+def holders(
+    redis_url: str, warm_commands: WarmCommands, published_commands: WarmCommands
+) -> Iterator[dict[str, Holder]]:
+    """One of each version."""
+    running = {"0.7": Holder(published_commands, redis_url), "ours": Holder(warm_commands, redis_url)}
+    yield running
+    for holder in running.values():
+        holder.kill()
 
 
 _HOLDER = """
@@ -88,10 +76,6 @@ async def main():
     made, redis = {}, Redis.from_url(os.environ["DIRACX_TASKS_REDIS_URL"])
     for line in iter(sys.stdin.readline, ""):
         method, name, kind, options = json.loads(line)
-        if method == "forget":
-            made.clear()
-            print("null", flush=True)
-            continue
         if name not in made:
             classed = {each: options.pop(each) for each in ("limit", "window_seconds") if each in options}
             cls = type(kind, (getattr(locks, kind),), classed)

@@ -13,7 +13,7 @@ from support.warm_commands import WarmCommands
 
 from benchmarks.compat.scenarios import world
 from benchmarks.compat.submit import expected
-from benchmarks.peers.environments import ROOT, is_ready
+from benchmarks.peers.environments import ROOT
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -21,18 +21,17 @@ Points = dict[frozenset[tuple[str, Any]], float]
 STREAM = "diracx:tasks:normal:medium"
 
 
-def measured(version: str, directory: Path, warm_commands: WarmCommands) -> dict[str, Points]:
+def measured(version: str, directory: Path, commands: WarmCommands) -> dict[str, Points]:
     """Name of each metric -> value by attributes, but for those that are 0; of histograms, how many."""
     with world(directory / version) as new, Redis.from_url(new.url) as redis:
         (new.directory / "sdk").mkdir()
         (new.directory / "sdk" / "sitecustomize.py").write_text(SDK)
         new.database = f"sqlite+aiosqlite:///{new.directory}/tasks.db"
+        new.popen = new.published_popen = commands.popen
 
         def run(code: str) -> None:
-            if version == "0.7":
-                return new.run(version, code)
-            (script := new.directory / "script.py").write_text(code)
-            done = warm_commands.run([str(script)], env=new.environment(), timeout=60)
+            path = (new.directory,) if version == "0.7" else ()
+            done = commands.run(["python", "-c", code], env=new.environment(*path), timeout=60)
             assert done.returncode == 0, done.stderr
 
         run(CREATE)
@@ -96,10 +95,11 @@ asyncio.run(submit(Plain(4), at_time=datetime.now(UTC) + timedelta(hours=1)))
 )
 
 
-def test_values_are_those_of_the_published_package(tmp_path: Path, warm_commands: WarmCommands) -> None:
-    if not is_ready("reference"):
-        pytest.skip("the published package is not installed (`make servers` does it)")
-    theirs, ours = (measured(version, tmp_path, warm_commands) for version in ("0.7", "ours"))
+def test_values_are_those_of_the_published_package(
+    tmp_path: Path, warm_commands: WarmCommands, published_commands: WarmCommands
+) -> None:
+    theirs = measured("0.7", tmp_path, published_commands)
+    ours = measured("ours", tmp_path, warm_commands)
 
     # What docs/reference/metrics.md says of differences.
     del theirs["task_stream_length"]
