@@ -315,6 +315,19 @@ async def test_an_empty_queue_is_no_failure_whatever_its_wrapper_reports(make: M
     assert await make(commands=tmp_path).queue([]) == {}
 
 
+async def test_a_message_in_place_of_the_queue_is_not_an_empty_queue(make: Make, tmp_path: Path) -> None:
+    for name, does in (("squeue", "echo Maintenance on Tuesday"), ("sbatch", f"touch {tmp_path}/called")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    backend, ours = make(commands=tmp_path), pilot("ours")
+    (backend.settings.directory / ours.stamp).mkdir(parents=True)
+    (backend.settings.directory / ours.stamp / "tried").touch()
+    for call in (backend.poll, backend.cancel, backend.submit):
+        with pytest.raises(CEUnavailableError, match="Maintenance on Tuesday"):
+            await call([ours])
+    assert not (tmp_path / "called").exists()
+
+
 async def test_a_refused_cancellation_of_slurm_is_a_warning(
     make: Make, slurm_site: SlurmSite, tmp_path: Path
 ) -> None:

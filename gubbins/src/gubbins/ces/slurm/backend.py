@@ -24,7 +24,7 @@ from .jobs import (
     parse_queue,
 )
 from .settings import SlurmSettings
-from .submit_host import Submission, SubmitHostBackend, jobs_of, lines_of
+from .submit_host import EMPTY_QUEUE, Submission, SubmitHostBackend, jobs_of, lines_of
 
 _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
@@ -32,6 +32,8 @@ NUMBER = (
     r"s/^\(Submitted batch job [0-9]*\) on cluster /\1;/;"
     r"s/^\(Submitted batch job \)\{0,1\}\([0-9]\{1,18\}\(;[A-Za-z0-9_.-]\{1,64\}\)\{0,1\}\)[[:space:]]*$/\2/p"
 )
+# Without its header it is not the queue, but the message of a wrapper.
+_FIND = """found=$({squeue}) || exit; printf '%s\n' "$found"; case $found in *JOBID*) ;; *) exit 1 ;; esac"""
 
 
 class SlurmBackend(SubmitHostBackend[SlurmSettings]):
@@ -51,12 +53,11 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         self.has_directories = settings.nodes_see_directory
 
     def submission(self, pilot: PilotAtCE) -> Submission:
-        options = ["-h", "--me", "--all", "-t", "all", *_of_clusters(self.settings.clusters)]
-        find = self.command("squeue", *options, "-n", pilot.stamp, "-o", "%i")
+        options = ["--me", "--all", "-t", "all", *_of_clusters(self.settings.clusters)]
+        find = shlex.join(self.command("squeue", *options, "-n", pilot.stamp, "-o", "%i"))
         argv = self.command("sbatch", *sbatch_options(self.settings, pilot))
-        return Submission(
-            argv, batch_script(self.settings, self.ce.name, pilot), NUMBER, f"exec {shlex.join(find)}"
-        )
+        script = batch_script(self.settings, self.ce.name, pilot)
+        return Submission(argv, script, NUMBER, _FIND.format(squeue=find))
 
     def refusal(self, done: Completed) -> SubmitOutcome | None:
         return submission_error(done)
@@ -81,10 +82,9 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
             options = ("--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)  # with a header, also without jobs
             done = await self.run_command(self.command("squeue", *_of_clusters(clusters), *options))
             jobs_by_stamp = jobs_of(done, "squeue", partial(parse_queue, clusters=bool(clusters)))
+            errors = [line for line in done.stderr.splitlines() if line.strip() and "warning" not in line.lower()]
             # The output has no jobs of an unavailable cluster.
-            if clusters and any(
-                "warning" not in line.lower() for line in done.stderr.splitlines() if line.strip()
-            ):
+            if (clusters and errors) or not (jobs_by_stamp or EMPTY_QUEUE.search(done.stdout)):
                 raise CEUnavailableError(f"squeue: {error_line(done)}")
             for stamp, jobs in jobs_by_stamp.items():
                 found[stamp] += jobs

@@ -32,7 +32,7 @@ _HERE = Path(__file__).parent
 _NOT_FOUND = 66
 _NOT_SUBMITTED, _UNKNOWN, _TIMED_OUT = 73, 75, 124
 # What squeue and qstat print of a queue without jobs.
-_EMPTY_QUEUE = re.compile(r"^JOBID\b|</job_info>", re.MULTILINE)
+EMPTY_QUEUE = re.compile(r"^JOBID\b|</job_info>", re.MULTILINE)
 
 SettingsT = TypeVar("SettingsT", bound=SubmitHostSettings)
 
@@ -208,7 +208,7 @@ def jobs_of(done: Completed, what: str, parse: Callable[[str], dict[str, list[Jo
         CEUnavailableError: it failed, or has exit code 0 and an error in place of jobs.
     """
     jobs = parse(done.stdout) if done.returncode == 0 else {}
-    complete = jobs or not done.stderr.strip() or _EMPTY_QUEUE.search(done.stdout)
+    complete = jobs or not done.stderr.strip() or EMPTY_QUEUE.search(done.stdout)
     if done.returncode != 0 or (not complete and is_unreachable(done)):
         raise CEUnavailableError(f"{what}: {error_line(done)} (exit code {done.returncode})")
     return jobs
