@@ -4,11 +4,11 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
-from diracx.tasks.cli.program import run_program
+from importlib import import_module
 
-from .app import app
+from diracx.tasks.cli.program import run_program
 
 
 def main() -> None:
     """Run the command; the process ends with 0, 1 (failure) or 2 (invalid input)."""
-    run_program(app, "gubbins")
+    run_program(lambda: import_module("gubbins.cli.app").app, "gubbins")

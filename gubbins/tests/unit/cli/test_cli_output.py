@@ -32,7 +32,7 @@ def test_printed_text_is_printable_and_without_markup(
 
     monkeypatch.setattr(sys, "argv", ["gubbins", "fail"])
     with pytest.raises(SystemExit, match="1"):
-        run_program(failing, "gubbins")
+        run_program(lambda: failing, "gubbins")
     more = capsys.readouterr()
     for text in (captured, more.out, more.err):
         assert text.replace("\n", "").isprintable()

@@ -85,4 +85,4 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exits with 0, with 2 after a usage error, and with 1 after any other error."""
-    run_program(application(only=next(iter(sys.argv[1:]), "")))
+    run_program(lambda: application(only=next(iter(sys.argv[1:]), "")))

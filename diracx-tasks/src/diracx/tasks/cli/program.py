@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -20,11 +21,11 @@ from .options import Commands
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def run_program(app: Commands, prefix: str = "error") -> None:
-    """Run a command line. Exits with 0, with 2 after a usage error, and with 1 after any other error."""
+def run_program(load: Callable[[], Commands], prefix: str = "error") -> None:
+    """Load and run a command line. Exits with 0, with 2 after a usage error, and with 1 after any other error."""
     threading.excepthook = _report_unless_late
     try:
-        code = app(standalone_mode=False)
+        code = load()(standalone_mode=False)
     except CliError as error:
         code = _report(error, prefix)
     except TaskConfigError as error:
@@ -37,7 +38,7 @@ def run_program(app: Commands, prefix: str = "error") -> None:
             code = 2
         else:
             code = _report(UsageProblem(_usage_problem(error)), prefix)
-    except (BrokenPipeError, typer.Abort):  # as in `… | head`; Ctrl-C
+    except (BrokenPipeError, KeyboardInterrupt, typer.Abort):  # as in `… | head`; Ctrl-C
         code = 1
     except Exception:
         code = 1  # a bug: its report needs the traceback
@@ -66,10 +67,10 @@ def _report_unless_late(error: threading.ExceptHookArgs) -> None:
 
 def _usage_problem(error: Any) -> str:
     """Format a usage error of Typer with the value, which Typer does not always name, and a hint to --help."""
-    problem = error.format_message().replace("Value error, ", "").rstrip(".?")
+    problem = error.format_message().replace("Value error, ", "").replace(". Did you", "; did you").rstrip(".")
     found: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, from which it made its message
     value = repr(found[0]["input"]) if found else ""
     if value not in problem:
         problem += f", not {value}"
     where = error.ctx.command_path if error.ctx else "this command"
-    return f"{problem}; see `{where} --help`"
+    return f"{problem}{' See' if problem.endswith('?') else '; see'} `{where} --help`"
