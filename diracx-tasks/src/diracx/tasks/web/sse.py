@@ -24,7 +24,7 @@ class StreamSettings:
     poll_seconds: float = 2.0
     """Interval at which the live part of a page is rendered; equal pages share it."""
     keepalive_seconds: float = 15.0
-    """Interval of keep-alive comments, as proxies close idle connections."""
+    """Interval of keep-alive events: proxies close idle connections, and browsers notice a lost one."""
     session_check_seconds: float = 15.0
     """Interval at which the session is checked."""
     max_seconds: float = 3600.0
@@ -108,7 +108,7 @@ class EventStreams:
                     yield event(name, data)
             if now - last_sent > settings.keepalive_seconds:
                 last_sent = now
-                yield ": keep-alive\n\n"
+                yield event("alive", "")
             with suppress(TimeoutError):
                 async with asyncio.timeout(settings.poll_seconds):
                     await self.closing.wait()

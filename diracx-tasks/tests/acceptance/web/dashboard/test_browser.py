@@ -106,6 +106,13 @@ async def test_a_page_shows_live_only_while_connected_and_has_one_connection(tab
     await expect(row.get_by_role("cell").first).to_have_text("2")
     await tab.page.clock.run_for(5500)  # what was about to be tried again has been tried by then
     assert await tab.page.evaluate("streams.filter((one) => one.readyState !== EventSource.CLOSED).length") == 1
+    await tab.page.route(stream, refuse)
+
+    async def silence_is_noticed() -> bool:
+        await tab.page.clock.run_for(41_000)  # as if no keep-alive event came: the connection was lost silently
+        return bool(await state.text_content() == "no connection")
+
+    await until(silence_is_noticed)
 
 
 async def test_the_overview_draws_its_charts(tab: Tab) -> None:

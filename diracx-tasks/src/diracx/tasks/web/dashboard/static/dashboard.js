@@ -138,6 +138,7 @@ let paused = false;
 let source = null;
 let lostTimer = 0; // until "no connection" is shown
 let retryTimer = 0;
+let silenceTimer = 0; // since the last event: a connection can be lost without an error
 let lost = false;
 let hasProblem = false;
 
@@ -191,11 +192,18 @@ function showState() {
 function disconnect() {
   clearTimeout(lostTimer);
   clearTimeout(retryTimer);
+  clearTimeout(silenceTimer);
   source?.close();
+}
+
+function expectEvents() {
+  clearTimeout(silenceTimer);
+  silenceTimer = setTimeout(() => { lost = true; connect(); showState(); }, 40000); // keep-alive events: every 15 s
 }
 
 function connect() {
   disconnect();
+  expectEvents();
   source = new EventSource(body.dataset.live);
   // A new stream begins with the current problem, if any.
   source.addEventListener("open", () => { clearTimeout(lostTimer); lost = false; showProblem(""); });
@@ -205,6 +213,7 @@ function connect() {
     chartData = JSON.parse(event.data);
     drawAll();
   });
+  for (const name of ["open", "fragment", "charts", "problem", "alive"]) source.addEventListener(name, expectEvents);
   source.addEventListener("problem", (event) => showProblem(event.data));
   source.addEventListener("gone", () => location.reload());
   source.addEventListener("error", () => {
