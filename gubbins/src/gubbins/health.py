@@ -14,7 +14,7 @@ from diracx.tasks.operations.health.alerts import counted
 
 from gubbins.db import URL_VARIABLE
 from gubbins.domain import clock
-from gubbins.domain.circuit_breaker import CircuitState
+from gubbins.domain.circuit_breaker import CECall, CircuitState
 from gubbins.domain.pilot_states import MyPilotStatus
 
 #: Minimum number of pilots that ended within the past hour for an alert.
@@ -75,9 +75,14 @@ def _banned(ce: Mapping[str, Any]) -> Iterator[Alert]:
         )
 
 
+def _is_called(ce: Mapping[str, Any], call: str) -> bool:
+    """True if there are calls, one of which may close the circuit: a closed CE is polled until it is empty."""
+    return ce["banned_at"] is None and (ce["enabled"] or (call == CECall.STATUS and ce["active"] > 0))
+
+
 def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
-    for call, circuit in ce["circuits"].items() if ce["banned_at"] is None else ():
-        if circuit["state"] != CircuitState.CLOSED:
+    for call, circuit in ce["circuits"].items():
+        if circuit["state"] != CircuitState.CLOSED and _is_called(ce, call):
             failed = counted(circuit["failures"], f"{call} call has", f"{call} calls in a row have")
             yield Alert(
                 check="ce_circuit_open",
@@ -94,7 +99,7 @@ def _circuits(ce: Mapping[str, Any]) -> Iterator[Alert]:
 def _missing(ce: Mapping[str, Any]) -> Iterator[Alert]:
     from gubbins.logic.my_pilots.circuits import missing_pilots  # slow to import
 
-    if ce["banned_at"] is None and (why := missing_pilots(ce)) is not None:
+    if _is_called(ce, CECall.STATUS) and (why := missing_pilots(ce)) is not None:
         yield Alert(
             check="ce_pilots_missing",
             severity=Severity.CRITICAL,

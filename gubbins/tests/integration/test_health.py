@@ -22,15 +22,18 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     sqlite_db: MyPilotDB, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sqlite_db:
-        for name in ("banned", NAME, "failing", "good", "closed", "few", "cancelled", "stalled"):
+        for name in ("banned", NAME, "failing", "good", "closed", "few", "cancelled", "stalled", "draining"):
             await sqlite_db.add_ce(name, 20, 1.0, enabled=name != "closed")
+        await sqlite_db.submit_pilot("draining", "lhcb")
+        await sqlite_db.set_ce_enabled("draining", False)
     monkeypatch.setenv(URL_VARIABLE, sqlite_url)
     async with health.source() as ask:
         assert callable(ask)
         assert await ask() == [], "before that all is well"
-        for name in ("banned", NAME):
+        failed = [(name, CECall.SUBMIT) for name in ("banned", NAME, "closed", "draining")]
+        for name, call in (*failed, ("closed", CECall.STATUS), ("draining", CECall.STATUS)):
             await sqlite_db.record_failure(
-                name, CECall.SUBMIT, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
+                name, call, "down", failures=1, pause_seconds=3600, max_pause_seconds=3600
             )
         await logic.ban_ce(sqlite_db, "banned", reason="flood")
         ended = {"failing": (6, 2), "good": (1, 7), "few": (3, 0), "cancelled": (6, 0), "stalled": (6, 0)}
@@ -49,6 +52,7 @@ async def test_bans_circuits_and_failing_pilots_raise_alerts(
     assert {where: (alert.severity, alert.count) for where, alert in found.items()} == {
         ("ce_banned", "banned"): (Severity.WARNING, 1),
         ("ce_circuit_open", f"{NAME} submit"): (Severity.CRITICAL, 1),
+        ("ce_circuit_open", "draining status"): (Severity.CRITICAL, 1),
         ("ce_pilots_failing", "failing"): (Severity.WARNING, 6),
         ("ce_pilots_failing", "stalled"): (Severity.CRITICAL, 6),
     }
