@@ -177,6 +177,15 @@ def test_a_reason_is_one_short_line_for_any_fields(fields: list[Any]) -> None:
         assert len(seen.reason) <= 300
 
 
+@pytest.mark.parametrize("separator", ["\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\r"])
+def test_lines_of_other_pilots_and_users_cannot_be_forged_with_separators_of_unicode(separator: str) -> None:
+    records, _ = parse_records(f"one|7|3||no luck{separator}two|8|0||\n")
+    assert records == {"one": Record("7", "3", False, f"no luck{separator}two|8|0||")}
+    forged = "JobId=8 Name=two JobState=COMPLETED ExitCode=0:0"
+    theirs = f"JobId=5 Name=one JobState=FAILED WorkDir=/x{separator}{forged} ExitCode=3:0"
+    assert set(parse_completions(f"{theirs}\n")) == {"one"}
+
+
 def test_a_completed_job_is_found_by_name_with_any_directory_name() -> None:
     forged = "WorkDir=/x JobId=1 Name=two JobState=FAILED ExitCode=9:9 y"
     line = (

@@ -180,7 +180,7 @@ _LSF_PLAIN = {"-", "", "New job is waiting for scheduling", "New job is waiting 
 
 def _lsf_jobs(text: str) -> Jobs:
     jobs: Jobs = defaultdict(list)
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|", 4)]
         if len(fields) == 5 and fields[0].isdecimal() and fields[2].startswith("p"):
             number, state, name, code, why = fields

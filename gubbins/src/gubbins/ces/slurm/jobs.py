@@ -92,7 +92,7 @@ def cluster_of(reference: str | None) -> str | None:
 def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
     """Parse the output of `squeue -O QUEUE_FORMAT` to jobs by name; with `clusters`, including their clusters."""
     jobs: dict[str, list[Job]] = defaultdict(list)
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|")]
         if len(fields) >= 6 and is_job_number(fields[0]):
             number, state, status, reason, name, cluster = fields[:6]
@@ -110,7 +110,7 @@ def _exit_code(status: str) -> str:
 def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
     """Parse the output of `records.sh` to records by stamp, and errors of unreadable directories."""
     records, unreadable = {}, {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = line.split("|", 4)
         if len(fields) == 5:
             stamp, number, exit_code, cancelled, message = fields
@@ -123,7 +123,7 @@ def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
 def parse_completions(text: str) -> dict[str, list[Job]]:
     """Parse lines of a log of `jobcomp/filetxt` to jobs by name."""
     jobs: dict[str, list[Job]] = defaultdict(list)
-    for line in text.splitlines():
+    for line in text.split("\n"):
         # Directories are chosen by users and may look like fields, so that only the first and last ones are valid.
         before, _, ended = line.rpartition(" ExitCode=")
         fields = {name: value for name, _, value in (word.partition("=") for word in reversed(before.split(" ")))}
@@ -141,7 +141,7 @@ def parse_accounts(text: str) -> dict[str, list[Job]]:
     Other states are not reliable: lost jobs may stay RUNNING in the accounting database.
     """
     jobs: dict[str, list[Job]] = defaultdict(list)
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|")]
         if len(fields) == 4 and is_job_number(fields[0]):
             number, state, code, name = fields
