@@ -13,8 +13,9 @@ import secrets
 import stat
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Place:
     """Submit host of the site."""
     pilots: int = 2
     """Number of pilots with a secret in one call."""
+    pause_seconds: float = 0.05
+    """Interval of polls, at least."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
@@ -67,22 +70,38 @@ def watched(needles: list[bytes]) -> Iterator[list[str]]:
     """Collects the processes with one of these on their command line or, in clear, in their environment."""
     found: list[str] = []
     over = threading.Event()
-    # What is on the command line of a process stays there: who was there before gets nothing new.
-    before = set(os.listdir("/proc"))
-    seen: dict[str, bytes] = {}
+    newest = _newest_process()
+    commands: dict[int, bytes] = {}  # of processes that are new
+    looks: Counter[int] = Counter()
 
     def watch() -> None:
+        nonlocal newest
         while not over.wait(0.02):
-            for process in filter(str.isdecimal, set(os.listdir("/proc")) - before):
-                with suppress(OSError):
-                    command = _read(f"/proc/{process}/cmdline")
-                    if seen.get(process) == command:
-                        continue  # it has started no other program
-                    found.extend(f"{process}: {command!r:.200}" for needle in needles if needle in command)
-                    # A job's environment is its user's own; there it may be packed, not in clear.
-                    environment = _read(f"/proc/{process}/environ")
-                    found.extend(f"{process}: {environment!r:.200}" for word in needles[:2] if word in environment)
-                    seen[process] = command
+            # What is on the command line of a process stays there: those that were there before get nothing new.
+            before, newest = newest, _newest_process()
+            new: Iterable[int] = range(before + 1, newest + 1)
+            if newest < before:  # the numbers have begun anew
+                new = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+            for process in (*commands, *new):
+                look(process)
+
+    def look(process: int) -> None:
+        looks[process] += 1
+        if looks[process] > 10 and looks[process] % 10:
+            return  # most processes start other programs soon, or never
+        try:
+            command = _read(f"/proc/{process}/cmdline")
+            if commands.get(process) == command:
+                return
+            # A job's environment is its user's own; there it may be packed, not in clear.
+            environment = _read(f"/proc/{process}/environ")
+        except OSError:  # it has ended
+            commands.pop(process, None)
+            looks.pop(process)
+            return
+        commands[process] = command
+        found.extend(f"{process}: {command!r:.200}" for needle in needles if needle in command)
+        found.extend(f"{process}: {environment!r:.200}" for word in needles[:2] if word in environment)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -91,6 +110,10 @@ def watched(needles: list[bytes]) -> Iterator[list[str]]:
     finally:
         over.set()
         thread.join()
+
+
+def _newest_process() -> int:
+    return int(_read("/proc/loadavg").split()[-1])
 
 
 def packed(word: str) -> list[bytes]:
@@ -155,7 +178,7 @@ async def assert_only_the_pilot_can_read_its_secret(place: Place, caplog: pytest
                 states = [each.state for each in observed.values() if each.state in ENDED]
                 return set(states) if len(states) == len(pilots) else None
 
-            assert await until(all_ended, "the pilots end", 200) == {Observed.DONE}
+            assert await until(all_ended, "the pilots end", 200, place.pause_seconds) == {Observed.DONE}
             outputs = [(await backend.output(pilot)).stdout for pilot in pilots]
         assert (seen, exposed) == ([], set())
         for word, output in zip(words, outputs, strict=False):

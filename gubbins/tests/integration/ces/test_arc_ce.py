@@ -35,6 +35,7 @@ class _Promises(AllPromises):
 
     many = 10
     call_seconds = 30
+    pause_seconds = 5  # A-REX looks at its jobs every 5 s, and each poll opens a connection
 
     def __init__(self, site: ArcSite, witness: Path) -> None:
         # Its jobs can be held where processes can have files of their own, as they can to know tokens.
@@ -285,5 +286,5 @@ def _pilot(vo: str) -> PilotAtCE:
 
 async def test_only_the_pilot_can_read_its_secret(arc_site: ArcSite, caplog: pytest.LogCaptureFixture) -> None:
     where = {"url": arc_site.url, "certificate": str(arc_site.certificate), "key": str(arc_site.key)}
-    place = Place("arc", where | {"ca": str(arc_site.ca_file)}, arc_site.directory)
+    place = Place("arc", where | {"ca": str(arc_site.ca_file)}, arc_site.directory, pause_seconds=2)
     await assert_only_the_pilot_can_read_its_secret(place, caplog)
