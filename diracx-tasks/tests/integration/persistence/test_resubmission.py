@@ -163,7 +163,7 @@ async def test_P34_a_task_that_fails_again_before_its_row_is_written_stays_pendi
     assert await statuses(db) == ["PENDING"]
 
 
-async def test_P34_an_old_interrupted_resubmission_is_refused(
+async def test_P34_an_old_interrupted_resubmission_is_refused_and_can_be_discarded(
     db: TaskDB, broker: RedisStreamBroker, redis: Redis
 ) -> None:
     from diracx.tasks.plumbing.persistence.schema import DeadLetters
@@ -177,6 +177,9 @@ async def test_P34_an_old_interrupted_resubmission_is_refused(
     assert result.status is ResubmitStatus.REFUSED
     assert f"{long_ago:%Y-%m-%d}" in result.why
     assert not await redis.exists(STREAM)
+    [row] = await rows(db)
+    assert await db.discard([(row["id"], row["delivery_id"])]) == {row["id"]}
+    assert await statuses(db) == ["DISCARDED"]
 
 
 async def test_P34_the_resubmission_at_a_start_skips_poison(db: TaskDB, broker: RedisStreamBroker) -> None:

@@ -28,7 +28,7 @@ from . import cancel, keys, published, scripts, submitting
 from .clients import DirectConnection, close_spare
 from .connection import async_client
 from .keys import ALL_STREAM_NAMES, stream_name_for
-from .labels import stream_of_labels
+from .labels import RESUBMITTED_TTL_SECONDS, stream_of_labels
 from .lease_audit import audit_leases
 from .locking import RELEASE_BATCH
 from .models import Delivery, Settlement, Submission, TaskMessage, candidate_from
@@ -62,9 +62,6 @@ PROMOTE_BATCH = 100
 UNACKNOWLEDGED_BATCH = 100
 #: Settlements in one script call.
 SETTLE_BATCH = 200
-#: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
-#: be repeated.
-RESUBMITTED_TTL_SECONDS = 30 * 86400
 
 
 #: Awaits the deliveries of a fetch; without any, the last id of each stream.

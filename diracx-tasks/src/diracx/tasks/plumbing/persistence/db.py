@@ -14,7 +14,7 @@ from ..sql.migrations import Migrations
 from ..sql.session import Database, transaction
 from ..sql.types import sanitize, truncate
 from ..task_names import resolve_task_name
-from .dead_letter import OPEN, DeadLetter, DeadLetterStatus
+from .dead_letter import FORGOTTEN_AFTER, OPEN, DeadLetter, DeadLetterStatus
 from .schema import LONGEST_NAME, DeadLetters, TaskDBBase
 from .text import attempts_as_text, history_as_text
 
@@ -224,9 +224,14 @@ class TaskDB(Database):
 
     @transaction
     async def discard(self, chosen: Sequence[tuple[int, str]]) -> set[int]:
-        """Mark pending dead letters (id, delivery id) as discarded. Returns the ids of discarded ones."""
+        """Mark dead letters (id, delivery id) as discarded: pending ones, and those resubmitting for too long.
+
+        Returns the ids of discarded ones.
+        """
         these = _these(chosen)
         await self._decide(these, DeadLetterStatus.PENDING, DeadLetterStatus.DISCARDED)
+        forgotten = these & (DeadLetters.changed_at < self.clock.now() - FORGOTTEN_AFTER)
+        await self._decide(forgotten, DeadLetterStatus.RESUBMITTING, DeadLetterStatus.DISCARDED)
         query = select(DeadLetters.id).where(these, DeadLetters.status == DeadLetterStatus.DISCARDED)
         return set((await self.conn.execute(query)).scalars())
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+from ..broker.labels import RESUBMITTED_TTL_SECONDS
 from ..broker.streams import DEAD_LETTERS
 from ..messages.codec import dumps, loads
 
@@ -47,6 +49,8 @@ class DeadLetterStatus(StrEnum):
 
 #: Statuses of dead letters that an operator has to retry or discard.
 OPEN = (DeadLetterStatus.PENDING, DeadLetterStatus.RESUBMITTING)
+#: After this time, the broker's record of an interrupted re-submission may have expired.
+FORGOTTEN_AFTER = timedelta(seconds=RESUBMITTED_TTL_SECONDS - 86400)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

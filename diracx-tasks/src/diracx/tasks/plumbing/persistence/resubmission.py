@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from ..broker.labels import LABEL_ATTEMPTS, LABEL_RETRIES
 from ..broker.models import Submission, TaskMessage
-from ..broker.redis_streams import RESUBMITTED_TTL_SECONDS
 from ..messages.arguments import rebuild
 from ..submission.client import Binding, stream_of
-from .dead_letter import OPEN, DeadLetterReason, DeadLetterStatus
+from .dead_letter import FORGOTTEN_AFTER, OPEN, DeadLetterReason, DeadLetterStatus
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -29,10 +27,12 @@ if TYPE_CHECKING:
 BATCH = 100
 #: Maximum size of their messages, except of a single larger one.
 _BATCH_BYTES = 16_000_000
-#: After this time the record of the delivery on the server may have expired.
-_FORGOTTEN_AFTER = timedelta(seconds=RESUBMITTED_TTL_SECONDS - 86400)
 #: Only submitted again by an operator.
 _NEVER_AUTOMATIC = {DeadLetterReason.POISON, DeadLetterReason.UNPARSABLE}
+_FORGOTTEN = (
+    "its re-submission was interrupted on {:%Y-%m-%d}, and the broker has no record of it any more; "
+    "check whether the task ran, submit it yourself if not, and discard the dead letter"
+)
 
 
 class ResubmitStatus(StrEnum):
@@ -116,7 +116,7 @@ class Resubmitter:
                 results[row["id"]] = ResubmitResult(row, ResubmitStatus.REFUSED, str(refused))
         begun = await self._db.begin_resubmission([(number, ids[number]) for number in prepared])
         now = self._db.clock.now()
-        forgotten = {number for number, since in begun.items() if now - since > _FORGOTTEN_AFTER}
+        forgotten = {number for number, since in begun.items() if now - since > FORGOTTEN_AFTER}
         taken = [number for number in prepared if number in begun and number not in forgotten]
         submitted: Sequence[bool] = []
         if taken:
@@ -125,7 +125,7 @@ class Resubmitter:
         accepted = {number for number, first in zip(taken, submitted, strict=True) if first}
         for row in rows:
             if (number := row["id"]) in forgotten:
-                results[number] = ResubmitResult(row, ResubmitStatus.REFUSED, _forgotten(begun[number]))
+                results[number] = ResubmitResult(row, ResubmitStatus.REFUSED, _FORGOTTEN.format(begun[number]))
             elif number not in results:
                 status = ResubmitStatus.RESUBMITTED if number in accepted else ResubmitStatus.ALREADY
                 results[number] = ResubmitResult(row, status)
@@ -177,10 +177,3 @@ class _RefusedError(Exception):
 def ticket(row: Mapping[str, Any]) -> str:
     """Return the id of a re-submission on the server: the task and its failed delivery."""
     return f"{row['task_id']}@{row['delivery_id']}"
-
-
-def _forgotten(since: datetime) -> str:
-    return (
-        f"its re-submission was interrupted on {since:%Y-%m-%d}, and the broker has no record of it any more; "
-        "check whether the task ran, and submit it yourself if not"
-    )

@@ -46,18 +46,17 @@ class Leadership:
 
     async def take(self) -> bool:
         """Take the leadership if it is free, or still held. False: another scheduler leads."""
-        self._set_renew_at()
-        await check_version(self._broker.redis)
+        await self._begin_term()
         return await scheduling.take_lead(self._broker.redis, self.token, self._lease_ms)
 
     async def renew(self) -> bool:
         """Renew the leadership. False: it is lost."""
-        self._set_renew_at()
-        await check_version(self._broker.redis)
+        await self._begin_term()
         return await scheduling.renew_lead(self._broker.redis, self.token, self._lease_ms)
 
-    def _set_renew_at(self) -> None:
+    async def _begin_term(self) -> None:
         self.renew_at = time.monotonic() + self._lease_seconds / 3
+        await check_version(self._broker.redis)
 
     async def free_in_seconds(self, *, notified: bool) -> float:
         """Return the time (s) until the leadership is free, unless it is renewed.
