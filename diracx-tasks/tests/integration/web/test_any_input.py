@@ -81,6 +81,16 @@ async def test_any_body_is_handled_by_every_route(client: httpx.AsyncClient) -> 
     assert not broken, "\n".join(broken)
 
 
+async def test_the_address_of_a_refused_request_is_escaped_in_the_log(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "diracx.tasks.web.api.responses")
+    response = await client.get("/api/tasks/queues/" + quoted("x" * 41 + "\x1b[2J\u202e"))
+    assert response.status_code == 422
+    assert "x\\x1b[2J\\u202e': 422" in caplog.text
+    assert not {"\x1b", "\u202e"} & set(caplog.text)
+
+
 # --- the dashboard ----------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ class BoundedRoute(APIRoute):
             except RequestValidationError as error:
                 problems = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
                 where = ", ".join(".".join(map(str, each["loc"])) for each in problems)
-                logger.info("%s %s: 422, wrong are %.200r", request.method, request.url.path, where)
+                logger.info("%s %.200r: 422, wrong are %.200r", request.method, request.url.path, where)
                 return JSONResponse({"detail": jsonable_encoder(problems)}, HTTPStatus.UNPROCESSABLE_ENTITY)
 
         return quiet
@@ -93,6 +93,6 @@ async def database_errors(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except DatabaseError as error:
-        logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
+        logger.warning("%s %.200r: %s", request.method, request.url.path, error.detail)
         headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
         raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers) from error

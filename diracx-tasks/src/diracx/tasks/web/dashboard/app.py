@@ -351,10 +351,10 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
     for kind in type(error).__mro__:
         if kind in _ERRORS:
             if isinstance(error, DatabaseError):
-                logger.warning("%s %s: %s", request.method, request.url.path, error.detail)
+                logger.warning("%s %.200r: %s", request.method, request.url.path, error.detail)
             status, text = _ERRORS[kind]
             return status, text(error)
-    logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    logger.error("%s %.200r", request.method, request.url.path, exc_info=error)
     return 500, "Internal error; the log of the dashboard has the details."
 
 
