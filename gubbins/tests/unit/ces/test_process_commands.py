@@ -1,4 +1,4 @@
-"""Values in the commands of the back ends `local` and `ssh`."""
+"""Commands of the back ends in a shell, and the values in them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gubbins import ces
 from gubbins.ces.processes.backend import quote
 
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
@@ -30,3 +31,10 @@ def test_every_shell_reads_quoted_values_unchanged(shell: str, tmp_path: Path) -
         assert response.stdout.decode() == value.replace("\0", "")
 
     check()
+
+
+def test_scripts_can_be_arguments_in_any_locale() -> None:
+    """Python encodes the arguments of a process in that of the worker, which may be ASCII."""
+    scripts = list(Path(ces.__path__[0]).rglob("*.sh"))
+    assert scripts
+    assert [script.name for script in scripts if not script.read_bytes().isascii()] == []

@@ -97,7 +97,7 @@ def submit(
     """Submit pilots, and send their files."""
     for name, text in files.items():
         Path(name).touch(mode=0o600)
-        Path(name).write_text(text)
+        Path(name).write_text(text, "utf-8")
     outcomes: Outcomes = {}
     try:
         if carrier is None or len(stamps) <= _FEW:

@@ -68,7 +68,7 @@ write() {
         { [ -z "$owner" ] || { chown -R "$owner" "$1/work" && chgrp "${owner#*:}" "$1"; }; }
 }
 
-# find_bad_files STAMP…: set $bad to the files of the pilots that are not to be read: pilots could replace them by links,
+# find_bad_files STAMP...: set $bad to the files of the pilots that are not to be read: pilots could replace them by links,
 # FIFOs or large files.
 find_bad_files() {
     bad=" $(find "$@" -maxdepth 1 \( -name pid -o -name rc -o -name cancelled \) \( ! -type f -o -size +1 \) \

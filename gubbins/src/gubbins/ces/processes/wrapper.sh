@@ -1,6 +1,6 @@
 # Runs one pilot, and records its process and exit code.
 #
-#   /bin/sh JOBDIR/wrapper JOBDIR [COMMAND…]
+#   /bin/sh JOBDIR/wrapper JOBDIR [COMMAND...]
 #
 # COMMAND is a prefix for the pilot's command that changes the user. Files in JOBDIR: script, environment, work (input);
 # work/.pilot-secret (input, optional); pid, stdout, stderr, rc (output); cancelled (input, may appear at any time). rc

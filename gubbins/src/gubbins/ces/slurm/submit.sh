@@ -1,6 +1,6 @@
 # Submits one pilot, at most once per stamp.
 #
-#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS NUMBER FIND SBATCH…  < SECRET and batch script
+#   /bin/sh -c "$(cat submit.sh)" submit DIRECTORY STAMP SECONDS NUMBER FIND SBATCH...  < SECRET and batch script
 #
 # The first line of the input is the pilot's secret, or empty; it is written to a file that only this account can read.
 # NUMBER is a sed script that extracts the job number from the output of SBATCH; FIND is a shell command that prints the

@@ -103,7 +103,7 @@ def read_url_file(path: str, origin: str) -> str:
         AddressError: when the file cannot be read or is empty, or the URL is malformed.
     """
     try:
-        url = Path(path).read_text().strip()
+        url = Path(path).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise AddressError(f"{origin}: cannot read the file {path}: {reason}") from error

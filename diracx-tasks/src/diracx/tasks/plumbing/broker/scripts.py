@@ -77,7 +77,7 @@ class Script:
 def _files() -> dict[str, str]:
     """All files by name, read at the first use of any: an upgrade may replace them while the process runs."""
     folder = files(__package__) / "lua"
-    return {each.name[:-4]: each.read_text() for each in folder.iterdir() if each.name.endswith(".lua")}
+    return {each.name[:-4]: each.read_text("utf-8") for each in folder.iterdir() if each.name.endswith(".lua")}
 
 
 def _source(name: str) -> str:
