@@ -153,7 +153,7 @@ def test_a_submit_task_can_be_limited_to_some_compute_elements() -> None:
 
 
 async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
-    db: MyPilotDB, config: Config
+    db: MyPilotDB, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("fast", "slow", "slower"):
         await db.add_ce(name, 3, 1.0)
@@ -171,6 +171,7 @@ async def test_two_instances_submit_to_some_compute_elements_and_to_the_rest(
             return result.return_value
 
         assert await asked(MySubmitPilotsTask("lhcb", compute_elements=["fast", "unknown"])) == {"fast": 1}
+        assert "Requests for lhcb name unknown compute elements: ['unknown']" in caplog.messages
         assert await asked(MySubmitPilotsTask("lhcb", compute_elements=[])) == {}
         assert await asked(MySubmitPilotsTask("lhcb", all_but=["fast"])) == {"slow": 1, "slower": 1}
         assert (await asked(MySubmitPilotsTask("dteam"))).keys() == {"fast", "slow", "slower"}

@@ -50,7 +50,10 @@ async def request_pilots(
         waiting_jobs: reads the VO's waiting jobs, by requirements, or only their number; called if rules need it.
             None, and the result None: not known; then the policy `waiting_jobs` requests only `trickle`.
     """
-    served = {ce["name"]: ce for ce in await db.list_ces(vo=vo)}
+    known = {ce["name"]: ce for ce in await db.list_ces(vo=vo, serving=False)}
+    if unknown := {*(compute_elements or ()), *all_but} - known.keys():
+        logger.warning("Requests for %s name unknown compute elements: %s", vo, sorted(unknown))
+    served = {name: ce for name, ce in known.items() if serves(ce["vos"], vo)}
     ces = {
         name: ce
         for name, ce in served.items()
