@@ -29,7 +29,7 @@ _number = st.sampled_from(["7", "8", "0", "9" * 5000]) | _garbage
 _stamp = st.sampled_from(["s", "t"]) | _garbage
 #: As `squeue`, the script that looks into directories, `sacct` and the completion log say it.
 _lines = st.one_of(
-    st.tuples(_number, _state, _garbage, _garbage, _stamp, st.just("")).map("|".join),
+    st.tuples(_number, _state, _garbage, _garbage, _stamp, st.just("|")).map("|".join),
     st.tuples(_stamp, _number, _garbage, _garbage, _garbage).map("|".join),
     st.tuples(_number, _state, _garbage, _stamp).map("|".join),
     st.tuples(_number, _stamp, _state).map(

@@ -48,6 +48,7 @@ def job(state: str, reason: str = "None", number: str = "7", exit_code: str = "0
     [
         ("PENDING", "Priority", Observation(Observed.WAITING)),
         ("PENDING", "JobHeldAdmin", Observation(Observed.WAITING, "Slurm: JobHeldAdmin")),
+        ("PENDING", "burst_buffer/lua: a|b", Observation(Observed.WAITING, "Slurm: burst_buffer/lua: a|b")),
         ("CONFIGURING", "None", Observation(Observed.WAITING)),
         ("RUNNING", "None", Observation(Observed.RUNNING)),
         ("SUSPENDED", "None", Observation(Observed.RUNNING)),

@@ -94,8 +94,9 @@ def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
     jobs: dict[str, list[Job]] = defaultdict(list)
     for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|")]
-        if len(fields) >= 6 and is_job_number(fields[0]):
-            number, state, status, reason, name, cluster = fields[:6]
+        if len(fields) >= 7 and is_job_number(fields[0]):
+            number, state, status, *reasons, name, cluster, _ = fields
+            reason = "|".join(reasons)
             if state in _WAITING and reason not in _PLAIN_REASONS:
                 reason = f"Slurm: {reason}"
             jobs[name].append(Job(number, state, _exit_code(status), reason, cluster if clusters else ""))
