@@ -321,6 +321,6 @@ async def test_flushed_scripts_are_loaded_again_while_a_worker_waits(
 
 @pytest.mark.parametrize("idle", [True, False])
 async def test_a_wait_is_over_before_the_connection_gives_up_on_its_reply(redis_url: str, idle: bool) -> None:
-    broker = SaysOnce(redis_url, socket_timeout=1.0)
+    broker = SaysOnce(redis_url, socket_timeout=4.0)
     assert await intake_of(broker, idle=idle).next(10) == [], "and no timeout"
     await broker.shutdown()
