@@ -206,6 +206,7 @@ def test_running_waiting_and_locked_tasks_are_listed_and_a_lock_is_released(
     delayed = holding("queue", "delayed", "--reason", "lock", "--module", "my_tasks.py").stdout
     assert second in delayed
     assert key in delayed
+    assert " lock            -  normal:" in delayed, "no due time"
     assert "1 for locks" in holding("status").stdout
     assert f"my_tasks:Hold {first}" in holding("locks", "list").stdout
     with SyncRedis.from_url(redis_url) as client:

@@ -168,7 +168,7 @@ QUEUED: View[models.QueuedTask] = View(
     (
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
         Column("task id", lambda task: task.task_id or task.entry, kind="id"),
-        Column("waiting for", "waiting_since", since, right=True, kind="age"),
+        Column("waiting for", "waiting_since", since, right=True),
         Column("attempt", "attempt"),
         _ARGUMENTS,
     ),
@@ -185,7 +185,7 @@ DELAYED: View[models.DelayedTask] = View(
         Column("task", lambda task: task.task_name or "(no task)", whole=True, kind="task"),
         Column("task id", "task_id", kind="id"),
         Column("reason", "reason"),
-        Column("due (UTC)", "due", right=True, kind="age"),
+        Column("due (UTC)", lambda task: None if task.lock else task.due, right=True, kind="age"),
         Column("queue", "queue"),
         _ARGUMENTS,
         Column(

@@ -57,7 +57,7 @@ def _fields(lock: Lock) -> Iterator[tuple[str, str]]:
     yield "held", quota(lock)
     yield "waiting", str(lock.waiters)
     if lock.held:
-        yield "expires", f"{remaining(lock.expires)}, unless renewed"
+        yield "expires", remaining(lock.expires) + ("" if lock.is_quota else ", unless renewed")
     for each in lock.holders:
         until = "" if each.until is None else f", until {remaining(each.until)}"
         yield "held by", holder(each) + ("" if each.worker is None else f" on {each.worker}") + until

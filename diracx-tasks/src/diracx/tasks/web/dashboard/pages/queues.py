@@ -85,7 +85,7 @@ async def _running(request: Request, context: AppContext) -> dict[str, Any]:
     return Table(
         view=RUNNING,
         rows=page.items,
-        caption=f"{number(total)} running tasks, longest first; workers report every 5 s.",
+        caption=f"{number(total)} running, longest first; workers report every 5 s.",
         after=page.after,
         actions=cancel,
     ).values()
