@@ -1,11 +1,13 @@
 """Every public name is importable from its published path, which extensions use."""
 
 import re
+import tomllib
 from importlib import import_module
 
 import pytest
 from diracx.tasks.plumbing import BaseTask, LockedObjectType, wrap_task
 from diracx.tasks.plumbing.broker.models import TaskResult
+from packaging.requirements import Requirement
 from support.paths import ROOT
 
 EVERYTHING = """
@@ -97,3 +99,20 @@ def test_the_reference_has_the_module_of_every_public_name() -> None:
     shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     own = {module for module in modules if module.startswith("diracx.tasks")}
     assert {module for module in own if module not in shown and module.rpartition(".")[0] not in shown} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "too_old"),
+    [
+        ("croniter", "5.0.1"),  # no CroniterError
+        ("diracx-core", "0.6"),  # no diracx.core.logs in 0.5, which pip chose beside an old OpenTelemetry
+        ("diracx-db", "0.6"),
+        ("diracx-logic", "0.6"),
+        ("msgpack", "0.6.2"),  # no Timestamp
+        ("python-dateutil", "2.7.0"),  # refuses fewer recurrence rules
+    ],
+)
+def test_versions_of_dependencies_that_lack_something_are_not_admitted(name: str, too_old: str) -> None:
+    project = tomllib.loads((ROOT / "diracx-tasks/pyproject.toml").read_text("utf-8"))["project"]
+    [needed] = [each for each in map(Requirement, project["dependencies"]) if each.name == name]
+    assert not needed.specifier.contains(too_old)
