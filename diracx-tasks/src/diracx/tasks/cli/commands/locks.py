@@ -76,7 +76,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
     if found is None or not found.held:
         raise CliError(f"{key} is not held")
     if found.is_quota:
-        question = f"Reset {found.held} used units of quota of {key}?"
+        question = f"Reset the used quota of {key} ({quota(found)})?"
     else:
         for holder in found.holders:
             echo(one_line(_consequence(holder)), err=True)
@@ -86,7 +86,7 @@ def release(*, key: KeyArgument, yes: YesOption = False, as_json: JsonOption = F
     done = server.query(lambda redis: AuditedActions.for_command_line(redis).release_lock(key, owners))
     if not done.released and not as_json:
         raise CliError(f"{key} was released meanwhile: nothing was changed")
-    report(done, [f"{done.released} {'units of quota' if found.is_quota else 'released'}"], as_json, indent=2)
+    report(done, [f"{done.released} {'of quota reset' if found.is_quota else 'released'}"], as_json, indent=2)
 
 
 def _consequence(holder: Holder) -> str:
