@@ -132,6 +132,7 @@ class BrokerMachine(ModelOfTasks):
             assert delivery.redelivery_count == task.redelivery_count, (
                 "P9: parking or giving back keeps the redelivery count"
             )
+            assert delivery.redelivered or not task.may_have_started, "giving back keeps that, too"
             task.place, task.worker, task.delivery = "reserved", worker, delivery
 
     def fetch(self, pick: int, free: int, replied: bool, begin: bool) -> None:
@@ -193,6 +194,7 @@ class BrokerMachine(ModelOfTasks):
             assert others or not self._may_be_granted(locks), f"{task.wish} was refused without a reason"
             task.place, task.delivery, task.stream = "parked", None, wanted["resumed"]
             task.survived.clear()
+            task.may_have_started = False  # such a task is not started again if that matters
             self.may_wake = True  # a grant that it had is given up
         if twice:  # the reply was lost: asking again says the same, or that there is nothing to ask for
             [again] = self.run(self.brokers[task.worker].start([wanted]))
@@ -229,7 +231,7 @@ class BrokerMachine(ModelOfTasks):
         task.delivery, task.locks, task.worker = None, [], ""
         task.place = "delayed" if how.startswith("retry") else "gone"
         self.may_wake = True
-        task.redelivery_count = 0
+        task.redelivery_count, task.may_have_started = 0, False
         task.survived.clear()
         if task.place == "gone":
             task.ended += 1
@@ -337,6 +339,7 @@ class BrokerMachine(ModelOfTasks):
             assert task.delivery is not None
             assert delivery.deliveries == task.delivery.deliveries + 1
             task.redelivery_count += 1
+            task.may_have_started = True
             assert delivery.since == task.delivery.since
             group = {"id": task.group, "child": task.id, "failed": False} if task.group else None
             self.late.append((other, Settlement(task.delivery, group=group)))
@@ -442,6 +445,7 @@ class BrokerMachine(ModelOfTasks):
                 task = self.tasks[TaskMessage.loadb(delivery.data).task_id]
                 task.place, task.delivery, task.worker = "queued", None, ""
                 task.redelivery_count += 1
+                task.may_have_started = True
                 task.survived.clear()
             self.may_wake = True
             assert self.run(third.leave()) is True

@@ -11,7 +11,7 @@ import pytest
 from diracx.tasks.plumbing import ExclusiveRWLock, MutexLock, SharedRWLock
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.models import Delivery, Settlement, Submission, TaskMessage
-from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST
+from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST, TAKEN_OVER
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
@@ -248,6 +248,24 @@ async def test_P9_the_redelivery_count_is_kept_when_a_task_is_parked_requeued_or
             assert await second.settle([Settlement(delivery, retry=defer(delivery, "t", 0))]) == [ACCEPTED]
             await second.promote()
         await worker("1")
+
+
+@pytest.mark.leaves_keys("diracx:tasks:*")
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_requeued_task_is_known_to_be_redelivered_even_if_its_first_worker_survived(
+    worker: Worker, redis: Redis, times: int
+) -> None:
+    first, second = await worker("1"), await worker("2")
+    await submit(first, "t")
+    [started], _ = await first.fetch(1)
+    await died(redis, first, second)
+    [delivery], *_ = await second.reclaim(1)
+    assert await first.settle([Settlement(started)]) == [TAKEN_OVER]  # so it is alive
+    for _ in range(times):
+        assert await second.settle([requeue(delivery)]) == [ACCEPTED]
+        [delivery], _ = await second.fetch(1)
+        assert (delivery.redelivered, delivery.redelivery_count) == (True, 0)
+    assert await second.settle([Settlement(delivery)]) == [ACCEPTED]
 
 
 @pytest.mark.leaves_keys("diracx:tasks:*")

@@ -305,6 +305,8 @@ class Delivery:
     """Number of workers that lost this entry but are alive."""
     granted: bytes | None = None
     """Key of the lock that was granted to the task after it had waited."""
+    started: bool = False
+    """True if another worker had an earlier entry of the task, and may have started it."""
 
     @classmethod
     def of_fields(cls, stream: str, entry: str, times: int, fields: Sequence[bytes]) -> Self:
@@ -322,6 +324,7 @@ class Delivery:
             survived=number_of(values.get(b"survived")),
             occurrence=text_of(values[b"occurrence"]) if b"occurrence" in values else None,
             granted=values.get(b"woken"),
+            started=b"started" in values,
         )
 
     @property
@@ -332,7 +335,7 @@ class Delivery:
     @property
     def redelivered(self) -> bool:
         """True if another worker had the task before, and may have started it."""
-        return self.earlier_redeliveries + self.deliveries > 1
+        return self.started or self.earlier_redeliveries + self.deliveries > 1
 
     cancelled: bool = False
     """True if the task was cancelled before this delivery."""

@@ -24,25 +24,19 @@ end
 
 -- Adds a message to a stream; returns the entry.
 -- `redelivery_count`: number of workers lost with earlier entries, as each entry has a delivery count of its own.
--- `granted`: key of the lock that was granted to the task, or nil.
-local function enqueue(stream, data, since, redelivery_count, granted)
+-- `granted`: key of the lock that was granted to the task, or nil. `started`: a worker may have started the task.
+local function enqueue(stream, data, since, redelivery_count, granted, started)
   local fields, occurrence = {'data', data}, nil
   if since and since ~= '0' then
     since, occurrence = string.match(since, '^(%d+)@?(%x*)$')
     if since ~= '0' then fields[3], fields[4] = 'since', since end
-    if occurrence ~= '' then
-      fields[#fields + 1] = 'occurrence'
-      fields[#fields + 1] = occurrence
-    end
+    if occurrence ~= '' then fields[#fields + 1], fields[#fields + 2] = 'occurrence', occurrence end
   end
   if redelivery_count and tonumber(redelivery_count) > 0 then
-    fields[#fields + 1] = 'deaths'
-    fields[#fields + 1] = redelivery_count
+    fields[#fields + 1], fields[#fields + 2] = 'deaths', redelivery_count
   end
-  if granted then
-    fields[#fields + 1] = 'woken'
-    fields[#fields + 1] = granted
-  end
+  if granted then fields[#fields + 1], fields[#fields + 2] = 'woken', granted end
+  if started then fields[#fields + 1], fields[#fields + 2] = 'started', 1 end
   local entry = redis.call('XADD', stream, '*', unpack(fields))
   if occurrence and occurrence ~= '' then note_moved(occurrence, stream, entry) end
   return entry

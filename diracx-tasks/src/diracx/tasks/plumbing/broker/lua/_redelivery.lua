@@ -24,8 +24,7 @@ end
 local function with_survivals(stream, entry, deliveries)
   local found = survivals(stream, entry[1], deliveries)
   if found > 0 then
-    entry[2][#entry[2] + 1] = 'survived'
-    entry[2][#entry[2] + 1] = int(found)
+    entry[2][#entry[2] + 1], entry[2][#entry[2] + 2] = 'survived', int(found)
   end
   return entry
 end
@@ -35,9 +34,11 @@ local function count_redeliveries(stream, entry, deliveries, noted)
   return deliveries - 1 - survivals(stream, entry, deliveries) + (tonumber(noted) or 0)
 end
 
--- Adds the message to stream `to` as a new entry, with the redelivery count and the other fields of this one.
+-- Adds the message to stream `to` as a new entry, with the redelivery count and the other fields of this one. A worker
+-- that survived does not count, but may have started the task.
 local function requeue(stream, entry, deliveries, fields, to, data, since)
   since = with_occurrence(since, field_of(fields, 'occurrence'))
   local redelivery_count = count_redeliveries(stream, entry, deliveries, field_of(fields, 'deaths'))
-  enqueue(to, data, since, redelivery_count, field_of(fields, 'woken'))
+  local started = deliveries > 1 or field_of(fields, 'started')
+  enqueue(to, data, since, redelivery_count, field_of(fields, 'woken'), started)
 end
