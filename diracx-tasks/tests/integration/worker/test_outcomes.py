@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, cast
 
 import pytest
@@ -360,6 +362,36 @@ async def test_a_retry_has_the_arguments_of_the_submission_whatever_the_task_did
     async with TaskSystem([Mutates], redis_url=redis_url, workers=1) as system:
         await system.result(await Mutates([1]).schedule())
     assert SEEN == [[1], [1]]
+
+
+@dataclass
+class ChangesLabels(BaseTask):
+    labels: dict[str, Any]
+    fails: bool
+
+    retry_policy = ExponentialBackoff(base_delay_seconds=0.01, max_retries=1)
+
+    @property
+    def execution_locks(self) -> list[BaseLock]:
+        return [MutexLock(JOB, "one")]
+
+    async def execute(self) -> None:
+        message = current_message.get()
+        assert message is not None
+        message.labels.update(self.labels)
+        if self.fails:
+            raise ValueError
+
+
+@pytest.mark.parametrize("labels", [{"result_ttl_seconds": "long"}, {"child_results": 5}, {"attempts": 5}])
+async def test_a_task_ends_and_releases_its_lock_whatever_it_did_to_its_labels(
+    redis_url: str, labels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", ModuleType("sdk"))  # retries are noted in spans
+    async with TaskSystem([ChangesLabels], redis_url=redis_url, workers=1) as system:
+        ids = [await ChangesLabels(labels, fails).schedule() for fails in (False, True)]
+        results = [await system.result(task_id, 10) for task_id in ids]
+    assert [result.is_err for result in results] == ["attempts" not in labels, True]
 
 
 class OddLock(MutexLock):

@@ -223,11 +223,11 @@ class Executor:
             traceback = describe_exception(error, hide=execution.hide)["traceback"]
             logger.critical("the outcome of %s cannot be settled\n%s", message.task_id, traceback)
             settlement = unsettled(execution, error, self._settings)
-        if isinstance(outcome, Failed):
-            note_settlement(message, settlement)
         try:
+            if isinstance(outcome, Failed):
+                note_settlement(message, settlement)
             self._reporter.ended(execution, outcome, settlement)
-        except Exception:  # only statistics are lost
+        except Exception:  # only telemetry is lost
             logger.exception("the outcome of %s cannot be counted", message.task_id)
         self._settle(settlement)
 

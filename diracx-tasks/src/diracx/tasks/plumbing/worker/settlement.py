@@ -283,19 +283,13 @@ def _delivery_id(delivery: Delivery) -> str:
 
 def unsettled(execution: Execution, error: BaseException, settings: WorkerSettings) -> Settlement:
     """Settlement of an execution when `settle` failed: a dead letter, so that its entry and locks are released."""
-    message = execution.message
-    assert execution.delivery.data is not None
+    delivery = execution.delivery
+    assert delivery.data is not None
+    message = TaskMessage.loadb(delivery.data)  # decoded anew: the task may have changed its labels
     error_info = describe_exception(error, hide=execution.hide)
-    dead_letter = DeadLetter(
-        task_id=message.task_id,
-        task_name=message.task_name,
-        vo=vo_of_task(execution.task, message),
-        reason=DeadLetterReason.UNSETTLED,
-        detail=f"{error_info['type']}: {error_info['message']}",
-        data=execution.delivery.data,
-        delivery_id=_delivery_id(execution.delivery),
-    )
-    return _failure(execution.delivery, message, settings, error_info, locks=execution.locks, dead=dead_letter)
+    detail, vo = f"{error_info['type']}: {error_info['message']}", vo_of_task(execution.task, message)
+    dead = DeadLetter.of_message(message, DeadLetterReason.UNSETTLED, detail, _delivery_id(delivery), vo)
+    return _failure(delivery, message, settings, error_info, locks=execution.locks, dead=dead)
 
 
 def _attempt(outcome: Failed) -> dict[str, Any]:
