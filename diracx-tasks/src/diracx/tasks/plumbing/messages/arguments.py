@@ -65,13 +65,13 @@ def rebuild(cls: type[T], args: Sequence[Any], kwargs: Mapping[str, Any], sig: i
     signature = signature_of(cls)
     task: T
     try:
-        complete = len(args) == len(signature.names)
-        if sig and not (complete and sig == signature.complete) and not signature.has_signature(sig, len(args)):
+        given_all = len(args) == len(signature.names)
+        if sig and not ((given_all and sig == signature.of_all) or signature.has_signature(sig, len(args))):
             raise TypeError(
                 "its arguments were made by a version of the class that has other fields, or the same in another "
                 "order; run it with that version, or discard it and submit it again"
             )
-        if signature.all_plain and complete and not kwargs:
+        if signature.all_plain and given_all and not kwargs:
             task = cls(*args)
             return task
         of_execute = execute_arguments(cls, kwargs)
@@ -169,7 +169,7 @@ class TaskSignature:
         )
         self.plain_and_verbatim = self.verbatim and all(p.plain for p in parameters)
         self._layouts = [layouts(name, found) for name, found in classes.items()]
-        self.complete = _hash([each[0] for each in self._layouts])  # signature of all fields
+        self.of_all = _hash([each[0] for each in self._layouts])  # the signature of all fields
 
     def __str__(self) -> str:
         return f"{self.cls.__name__}({', '.join(map(str, self.parameters.values()))})"
@@ -177,7 +177,7 @@ class TaskSignature:
     def signature(self, count: int) -> int:
         """Return a hash of the layouts of the first `count` fields, which is part of the message; 0 for none."""
         if count == len(self.names):
-            return self.complete
+            return self.of_all
         return _hash([each[0] for each in self._layouts[:count]])
 
     def has_signature(self, sig: int, count: int) -> bool:

@@ -182,7 +182,7 @@ class Executor:
         self._keeper.add(executions, granted_at)
         return executions
 
-    async def run(self, execution: Execution, traced: bool = False) -> None:
+    async def run(self, execution: Execution, traced: bool) -> None:
         """Run the execution, then settle and report its outcome."""
         try:
             if traced:
