@@ -154,12 +154,42 @@ def test_jobs_of_lsf_are_identified_by_their_names_and_have_waiting_reasons() ->
     }
 
 
-def test_output_of_grid_engine_without_its_end_is_an_error() -> None:
-    with pytest.raises(CEUnavailableError, match="incomplete output"):
-        SYSTEMS["gridengine"].parse("<?xml version='1.0'?><job_info><queue_info>")
-    assert (
-        SYSTEMS["gridengine"].parse("<job_info></job_info>\n" + "The use of this system is logged.\n" * 99) == {}
-    )
+LOGGED = "The use of this system is logged.\n" * 99
+
+
+@pytest.mark.parametrize("system", ["gridengine", "pbs", "lsf"])
+async def test_a_message_in_place_of_the_queue_is_not_an_empty_queue(system: str, tmp_path: Path) -> None:
+    for name in ("qstat", "qselect", "bjobs"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Maintenance on 3 December\n")
+        (tmp_path / name).chmod(0o755)
+    ours = backend(system, commands=tmp_path)
+    with pytest.raises(CEUnavailableError, match="Maintenance on 3 December"):
+        await ours.queue([])
+    find = ours.submission(PilotAtCE(STAMP, "vo")).find
+    done = subprocess.run(["/bin/sh", "-c", find], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "Maintenance on 3 December\n")
+
+
+@pytest.mark.parametrize(
+    ("system", "said", "stderr", "complete"),
+    [
+        ("gridengine", "<?xml version='1.0'?><job_info><queue_info>", "", False),
+        ("gridengine", f"<job_info></job_info>\n{LOGGED}", "error: unable to contact a shadow master", True),
+        ("pbs", f"{LOGGED}\nJob Id: 1.pbs01\n    Job_Name = another\n", "", True),
+        ("pbs", "", "Welcome", True),
+        ("lsf", f"{LOGGED}\n101|RUN|another|-|-\n", "", True),
+    ],
+)
+async def test_a_queue_with_its_end_and_without_pilots_is_empty(
+    system: str, said: str, stderr: str, complete: bool
+) -> None:
+    settings = BatchSettings.model_validate({"system": system, "directory": "/pilots"})
+    query = BatchBackend(CEDescription("batch", 9, 1.0), settings, Says(Completed(0, said, stderr))).queue([])
+    if complete:
+        assert await query == {}
+    else:
+        with pytest.raises(CEUnavailableError, match="job_info"):
+            await query
 
 
 @pytest.mark.parametrize(
@@ -291,6 +321,7 @@ def test_malformed_output_is_ignored(text: str, system: str) -> None:
 @pytest.mark.parametrize(
     ("said", "code", "numbers", "is_known"),
     [
+        ("Welcome\n1234", 0, ["1234"], True),
         ("1234", 0, ["1234"], True),
         (f"Job <p{STAMP}> is not found", 255, [], True),
         ("LSF is down. Please wait ...", 255, [], False),

@@ -35,6 +35,7 @@ _lines = st.one_of(
     st.tuples(_number, _stamp, _state).map(
         lambda job: f"JobId={job[0]} UserId=x Name={job[1]} JobState={job[2]} Partition=p ExitCode=1:0"
     ),
+    st.just("JOBID|STATE|EXIT_CODE|REASON|NAME|CLUSTER|"),
     _garbage,
 )
 _words = ["prepared", "running", "elsewhere", "restarted", "ended", "submitted", "refused", "unreadable"]

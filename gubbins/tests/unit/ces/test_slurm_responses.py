@@ -305,7 +305,6 @@ def test_messages_of_a_command_are_quoted_from_stdout_and_stderr() -> None:
         ("Maintenance on Tuesday\n", "", True),
         ("Maintenance on Tuesday\n", "Please contact the help desk\n", True),
         ("", "squeue: warning: slow connection\n", True),
-        ("<job_info></job_info>\n", "error: unable to contact a shadow master\n", True),
         ("7|PENDING|0|None|one|c|\n", "squeue: error: Unable to contact the primary controller\n", True),
     ],
 )

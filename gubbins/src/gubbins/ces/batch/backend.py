@@ -9,7 +9,7 @@ from typing import Any
 from gubbins.ces.protocol import CEDescription, PilotAtCE, SubmitOutcome, batches
 from gubbins.ces.slurm.batch import job_script
 from gubbins.ces.slurm.error_parsing import error_line, error_lines, is_unreachable
-from gubbins.ces.slurm.jobs import Job, Record
+from gubbins.ces.slurm.jobs import Job, Jobs, Record
 from gubbins.ces.slurm.submit_host import Submission, SubmitHostBackend, jobs_of
 from gubbins.ces.transports.shell import Completed, Shell
 from gubbins.domain.exceptions import CEUnavailableError
@@ -61,17 +61,15 @@ class BatchBackend(SubmitHostBackend[BatchSettings]):
         outcomes = (self._system.errors.outcome(line, lines, name=self.settings.system) for line in lines)
         return next((outcome for outcome in outcomes if outcome is not None), None)
 
-    async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
+    async def queue(self, pilots: Sequence[PilotAtCE]) -> Jobs:
         command, *options = self._system.queue
         done = await self.run_command(self.command(command, *options))
         nothing = any(re.search(self._system.nothing, line, re.IGNORECASE) for line in error_lines(done))
         if done.returncode != 0 and nothing and not is_unreachable(done):
             return {}
-        return jobs_of(done, command, self._system.parse)
+        return jobs_of(done, command, self._system.parse, self._system.listing)
 
-    async def completions(
-        self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]
-    ) -> tuple[dict[str, list[Job]], bool]:
+    async def completions(self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]) -> tuple[Jobs, bool]:
         found = {}
         for pilot in pilots:
             record = records.get(pilot.stamp)

@@ -16,12 +16,9 @@ from typing import NamedTuple
 
 from gubbins.ces.protocol import PilotAtCE
 from gubbins.ces.site_errors import SiteErrors
-from gubbins.ces.slurm.jobs import Job, is_job_number
-from gubbins.domain.exceptions import CEUnavailableError
+from gubbins.ces.slurm.jobs import Job, Jobs, is_job_number
 
 from .settings import BatchSettings
-
-Jobs = dict[str, list[Job]]
 
 
 class BatchSystem(NamedTuple):
@@ -38,14 +35,12 @@ class BatchSystem(NamedTuple):
     queue: list[str]
     """Command that lists jobs."""
     parse: Callable[[str], Jobs]
-    """Parses the output of `queue` to jobs by stamp.
-
-    Raises:
-        CEUnavailableError: the output is incomplete.
-    """
+    """Parses the output of `queue` to jobs by stamp."""
     cancel: str
     """Command that cancels jobs, given by number."""
     errors: SiteErrors
+    listing: str
+    """Pattern of the output of `queue`."""
     nothing: str = r"(?!)"
     """Pattern of the error of `queue` if there are no jobs."""
     unknown_job: str = r"does not exist|unknown job|already finished|has finished|not found|no matching job"
@@ -59,6 +54,16 @@ def name_of(stamp: str) -> str:
 
 def _options(**options: object) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"-{name}", str(value))]
+
+
+# Of a command that prints a message of the site in place of jobs.
+_FAIL = """printf '%s\n' "$found" >&2; exit 1"""
+
+
+def _numbers(none: str = "''") -> str:
+    """Make a shell command that prints the job numbers in $found, or fails unless it matches `none`."""
+    numbers = r"""printf '%s\n' "$found" | grep -x '[0-9]\{1,18\}[^ ]*'"""
+    return f"{numbers} || case $found in {none}) ;; *) {_FAIL} ;; esac"
 
 
 def _clock(minutes: int | None) -> str | None:
@@ -86,25 +91,23 @@ def _gridengine(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
 
 
 def _gridengine_jobs(text: str) -> Jobs:
-    if "</job_info>" not in text:
-        raise CEUnavailableError("qstat: incomplete output")
     jobs: Jobs = defaultdict(list)
     for row in text.split("<job_list")[1:]:
         fields = dict(re.findall(r"<(JB_job_number|JB_name|state)>([^<]*)<", row))
         number, name, state = (fields.get(field, "") for field in ("JB_job_number", "JB_name", "state"))
         if is_job_number(number) and name.startswith("p"):
-            reason = "in error state (Eqw)" if "E" in state else "on hold (hqw)" if "h" in state else ""
+            reason = "in error state (Eqw)" if "E" in state else "on hold (hqw)"
+            reason = f"Grid Engine: {reason}" if set(state) & {"E", "h"} else ""
             known = "PENDING" if "q" in state else "RUNNING"
-            jobs[html.unescape(name[1:])].append(
-                Job(number, known, "", f"Grid Engine: {reason}" if reason else "")
-            )
+            jobs[html.unescape(name[1:])].append(Job(number, known, "", reason))
     return jobs
 
 
 def _gridengine_find(stamp: str) -> str:
     row = rf"s#.*<JB_job_number>\([0-9]*\)</JB_job_number>.*<JB_name>{name_of(stamp)}</JB_name>.*#\1#p"
-    rows = r"""printf '%s' "$xml" | tr -d '\n' | sed 's#</job_list>#&\n#g'"""
-    return f"xml=$({shlex.join(_QSTAT)}) || exit; {rows} | sed -n {shlex.quote(row)}"
+    rows = r"""printf '%s' "$found" | tr -d '\n' | sed 's#</job_list>#&\n#g'"""
+    listed = f"case $found in *'</job_info>'*) {rows} | sed -n {shlex.quote(row)} ;; *) {_FAIL} ;; esac"
+    return f"found=$({shlex.join(_QSTAT)}) || exit; {listed}"
 
 
 # -- PBS (PBS Professional, OpenPBS; Torque)
@@ -144,9 +147,8 @@ def _pbs_jobs(text: str) -> Jobs:
         state = fields.get("job_state", "")
         if number is None or stamp is None or state in ("", "C", "F", "X"):  # ended: see its directory
             continue
-        comment = fields.get("comment", "on hold") if state == "H" else ""
-        known = _PBS_STATES.get(state, state)
-        jobs[stamp[1]].append(Job(number[0], known, "", f"PBS: {comment}" if comment else ""))
+        reason = f"PBS: {fields.get('comment', 'on hold')}" if state == "H" else ""
+        jobs[stamp[1]].append(Job(number[0], _PBS_STATES.get(state, state), "", reason))
     return jobs
 
 
@@ -164,9 +166,8 @@ def _lsf(settings: BatchSettings, pilot: PilotAtCE) -> list[str]:
 
 def _lsf_find(stamp: str) -> str:
     # bjobs also fails if there is no job.
-    jobs_of_name = f"found=$(bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} 2>&1)"
-    none = "case $found in *'not found'*) exit 0 ;; *) exit 1 ;; esac"
-    return f"""{jobs_of_name} || {none}; printf '%s\\n' "$found\""""
+    numbers = _numbers("*'not found'*")
+    return f"found=$(bjobs -a -noheader -o jobid -J {shlex.quote(name_of(stamp))} 2>&1); {numbers}"
 
 
 _LSF_STATES = {
@@ -198,6 +199,7 @@ SYSTEMS = {
         find=_gridengine_find,
         queue=_QSTAT,
         parse=_gridengine_jobs,
+        listing="</job_info>",
         cancel="qdel",
         errors=SiteErrors(
             quota=r"only \d+ jobs are allowed|no more than \d+ jobs|exceed\w* .*(per user|job limit)",
@@ -210,9 +212,10 @@ SYSTEMS = {
         submit=_pbs,
         number=r"s/^\([0-9]\{1,18\}\)\(\.[A-Za-z0-9_.-]\{1,200\}\)\{0,1\}[[:space:]]*$/\1/p",
         variable="${PBS_JOBID%%[!0-9]*}",
-        find=lambda stamp: f"exec qselect -N {shlex.quote(name_of(stamp)[:15])}",
+        find=lambda stamp: f"found=$(qselect -N {shlex.quote(name_of(stamp)[:15])}) || exit; {_numbers()}",
         queue=["qstat", "-f"],
         parse=_pbs_jobs,
+        listing=r"^Job Id: |\A\s*\Z",
         cancel="qdel",
         errors=SiteErrors(
             quota=r"would exceed .*(limit|maximum)|maximum number of jobs",
@@ -229,6 +232,7 @@ SYSTEMS = {
         find=_lsf_find,
         queue=["bjobs", "-a", "-noheader", "-o", "jobid stat name exit_code pend_reason delimiter='|'"],
         parse=_lsf_jobs,
+        listing=r"\||\A\s*\Z",
         cancel="bkill",
         errors=SiteErrors(
             quota=r"maximum number of .*jobs|(job|pending) threshold|jobs? limit",

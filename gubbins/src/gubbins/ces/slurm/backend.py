@@ -17,6 +17,7 @@ from .jobs import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,
     Job,
+    Jobs,
     Record,
     cluster_of,
     parse_accounts,
@@ -24,7 +25,7 @@ from .jobs import (
     parse_queue,
 )
 from .settings import SlurmSettings
-from .submit_host import EMPTY_QUEUE, Submission, SubmitHostBackend, jobs_of, lines_of
+from .submit_host import Submission, SubmitHostBackend, jobs_of, lines_of
 
 _MAX_IDS = 1000  # in one scancel
 _MAX_NAMES = 1000  # in one sacct
@@ -74,25 +75,24 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
                 if done.stderr.strip() and not has_ended(done):
                     self.warn(f"scancel: {error_line(done)}")
 
-    async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
+    async def queue(self, pilots: Sequence[PilotAtCE]) -> Jobs:
         """As `SubmitHostBackend.queue`, in the clusters of the settings and of references, and all partitions."""
         elsewhere = ",".join(sorted({name for pilot in pilots if (name := cluster_of(pilot.reference))}))
-        found: dict[str, list[Job]] = defaultdict(list)
+        found: Jobs = defaultdict(list)
         for clusters in [self.settings.clusters] if self.settings.clusters else dict.fromkeys(("", elsewhere)):
             options = ("--me", "--all", "-t", "all", "-O", QUEUE_FORMAT)  # with a header, also without jobs
             done = await self.run_command(self.command("squeue", *_of_clusters(clusters), *options))
-            jobs_by_stamp = jobs_of(done, "squeue", partial(parse_queue, clusters=bool(clusters)))
+            parse = partial(parse_queue, clusters=bool(clusters))
+            jobs_by_stamp = jobs_of(done, "squeue", parse, r"^JOBID\b|^\d+ *\|")
             errors = [line for line in done.stderr.splitlines() if line.strip() and "warning" not in line.lower()]
             # The output has no jobs of an unavailable cluster.
-            if (clusters and errors) or not (jobs_by_stamp or EMPTY_QUEUE.search(done.stdout)):
+            if clusters and errors:
                 raise CEUnavailableError(f"squeue: {error_line(done)}")
             for stamp, jobs in jobs_by_stamp.items():
                 found[stamp] += jobs
         return found
 
-    async def completions(
-        self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]
-    ) -> tuple[dict[str, list[Job]], bool]:
+    async def completions(self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]) -> tuple[Jobs, bool]:
         """As `SubmitHostBackend.completions`, from the completion log and the accounting database."""
         if not pilots:
             return {}, True
@@ -100,23 +100,21 @@ class SlurmBackend(SubmitHostBackend[SlurmSettings]):
         sources = [self._accounts(some) for some in batches(stamps, _MAX_NAMES)]
         responses = [await self.secondary_source(source) for source in (*sources, self._completion_log(stamps))]
         found = {stamp: jobs for response in responses if response is not None for stamp, jobs in response.items()}
-        wanted = set(stamps)
-        return {stamp: jobs for stamp, jobs in found.items() if stamp in wanted}, None not in responses
+        return {stamp: found[stamp] for stamp in stamps if stamp in found}, None not in responses
 
-    async def _completion_log(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+    async def _completion_log(self, stamps: Sequence[str]) -> Jobs:
         if (log := self.settings.completion_log) is None:
             return {}
         done = await self.run_command(["grep", "-a", "-F", "-f", "-", "--", str(log)], lines_of(stamps))
         return {} if done.returncode == 1 else jobs_of(done, "grep", parse_completions)
 
-    async def _accounts(self, stamps: Sequence[str]) -> dict[str, list[Job]]:
+    async def _accounts(self, stamps: Sequence[str]) -> Jobs:
         if not self.settings.accounting:
             return {}
-        names = f"--name={','.join(stamps)}"
-        since = ("--starttime=now-30days", "--endtime=now")  # the default is today
+        wanted = (f"--name={','.join(stamps)}", "--starttime=now-30days", "--endtime=now")  # the default is today
         listed = ("--allocations", "--noheader", "--parsable2", f"--format={ACCOUNT_FORMAT}")
         clusters = _of_clusters(self.settings.clusters)
-        done = await self.run_command(self.command("sacct", *clusters, *listed, *since, names))
+        done = await self.run_command(self.command("sacct", *clusters, *listed, *wanted))
         return jobs_of(done, "sacct", parse_accounts)
 
 

@@ -62,6 +62,10 @@ class Job(NamedTuple):
         return not self.ended and self.state != _ELSEWHERE
 
 
+Jobs = dict[str, list[Job]]
+"""Jobs by the stamp of their pilot."""
+
+
 class Record(NamedTuple):
     """Record of a job in the directory of its pilot."""
 
@@ -89,9 +93,9 @@ def cluster_of(reference: str | None) -> str | None:
     return found[2] if found else None
 
 
-def parse_queue(text: str, *, clusters: bool = False) -> dict[str, list[Job]]:
+def parse_queue(text: str, *, clusters: bool = False) -> Jobs:
     """Parse the output of `squeue -O QUEUE_FORMAT` to jobs by name; with `clusters`, including their clusters."""
-    jobs: dict[str, list[Job]] = defaultdict(list)
+    jobs: Jobs = defaultdict(list)
     for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|")]
         if len(fields) >= 7 and is_job_number(fields[0]):
@@ -121,9 +125,9 @@ def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
     return records, unreadable
 
 
-def parse_completions(text: str) -> dict[str, list[Job]]:
+def parse_completions(text: str) -> Jobs:
     """Parse lines of a log of `jobcomp/filetxt` to jobs by name."""
-    jobs: dict[str, list[Job]] = defaultdict(list)
+    jobs: Jobs = defaultdict(list)
     for line in text.split("\n"):
         # Directories are chosen by users and may look like fields, so that only the first and last ones are valid.
         before, _, ended = line.rpartition(" ExitCode=")
@@ -136,12 +140,12 @@ def parse_completions(text: str) -> dict[str, list[Job]]:
     return jobs
 
 
-def parse_accounts(text: str) -> dict[str, list[Job]]:
+def parse_accounts(text: str) -> Jobs:
     """Parse the output of `sacct --parsable2 --format=ACCOUNT_FORMAT` to ended jobs by name.
 
     Other states are not reliable: lost jobs may stay RUNNING in the accounting database.
     """
-    jobs: dict[str, list[Job]] = defaultdict(list)
+    jobs: Jobs = defaultdict(list)
     for line in text.split("\n"):
         fields = [field.strip() for field in line.split("|")]
         if len(fields) == 4 and is_job_number(fields[0]):

@@ -24,15 +24,13 @@ from gubbins.ces.transports.ssh import SSHShell
 from gubbins.domain.exceptions import CEUnavailableError, OutputUnavailableError
 
 from .error_parsing import error_line, is_unreachable
-from .jobs import Job, Record, is_reference, observe_jobs, parse_records
+from .jobs import Job, Jobs, Record, is_reference, observe_jobs, parse_records
 from .settings import SubmitHostSettings
 
 _HERE = Path(__file__).parent
 # Exit codes of records.sh, and of submit.sh.
 _NOT_FOUND = 66
 _NOT_SUBMITTED, _UNKNOWN, _TIMED_OUT = 73, 75, 124
-# What squeue and qstat print of a queue without jobs.
-EMPTY_QUEUE = re.compile(r"^JOBID\b|</job_info>", re.MULTILINE)
 
 SettingsT = TypeVar("SettingsT", bound=SubmitHostSettings)
 
@@ -91,13 +89,11 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
         """The outcome that a failed submission reports; None: unknown whether the job was submitted."""
 
     @abstractmethod
-    async def queue(self, pilots: Sequence[PilotAtCE]) -> dict[str, list[Job]]:
+    async def queue(self, pilots: Sequence[PilotAtCE]) -> Jobs:
         """List all jobs of this user, by stamp."""
 
     @abstractmethod
-    async def completions(
-        self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]
-    ) -> tuple[dict[str, list[Job]], bool]:
+    async def completions(self, pilots: Sequence[PilotAtCE], records: Mapping[str, Record]) -> tuple[Jobs, bool]:
         """Find ended jobs that the queue does not list, by stamp; and whether all sources have responded."""
 
     @abstractmethod
@@ -137,15 +133,12 @@ class SubmitHostBackend(DirectoryBackend[SettingsT]):
         jobs |= completions
         complete = output is not None and all_responded
         no_news = set(unreadable if complete else (pilot.stamp for pilot in unlisted)) - set(jobs)
-        seen = (
-            (
-                pilot.stamp,
-                observe_jobs(jobs.get(pilot.stamp, ()), records.get(pilot.stamp), reference=pilot.reference),
-            )
-            for pilot in pilots
-        )
-        known = {stamp: observation for stamp, observation in seen if observation is not None}
-        return dict.fromkeys(no_news, Observation(Observed.NO_NEWS)) | known
+        observed = dict.fromkeys(no_news, Observation(Observed.NO_NEWS))
+        for pilot in pilots:
+            own, record = jobs.get(pilot.stamp, ()), records.get(pilot.stamp)
+            if (seen := observe_jobs(own, record, reference=pilot.reference)) is not None:
+                observed[pilot.stamp] = seen
+        return observed
 
     async def cancel(self, pilots: Sequence[PilotAtCE]) -> None:
         if not pilots:
@@ -201,14 +194,15 @@ def lines_of(stamps: Iterable[str]) -> bytes:
     return "".join(f"{stamp}\n" for stamp in stamps).encode()
 
 
-def jobs_of(done: Completed, what: str, parse: Callable[[str], dict[str, list[Job]]]) -> dict[str, list[Job]]:
-    """Parse the output of a command.
+def jobs_of(done: Completed, what: str, parse: Callable[[str], Jobs], listing: str = "") -> Jobs:
+    """Parse the output of a command; `listing` is a pattern of it, unlike that of a message in its place.
 
     Raises:
         CEUnavailableError: it failed, or has exit code 0 and an error in place of jobs.
     """
     jobs = parse(done.stdout) if done.returncode == 0 else {}
-    complete = jobs or not done.stderr.strip() or EMPTY_QUEUE.search(done.stdout)
-    if done.returncode != 0 or (not complete and is_unreachable(done)):
+    listed = re.search(listing, done.stdout, re.MULTILINE)
+    complete = listed and (jobs or listed[0].strip() or not is_unreachable(done))
+    if done.returncode != 0 or not complete:
         raise CEUnavailableError(f"{what}: {error_line(done)} (exit code {done.returncode})")
     return jobs
