@@ -19,6 +19,8 @@ from ..plumbing.broker.server_check import EMBEDDED
 
 _START_SECONDS = 30.0
 _PORTS = range(15_000, 32_000)
+#: Waits until the process that can write to its input has ended.
+_REAPER = 'read -r _; kill -9 "$(cat "$0/pid")"; rm -rf "$0"'
 _random = SystemRandom()  # several processes may have the same seed
 _RESERVATIONS = 200
 #: Sockets that keep the latest ports of this process from being returned in others, whose servers may start first.
@@ -185,16 +187,25 @@ class ValkeyProcess:
 
 
 @contextmanager
-def embedded_redis(*options: str) -> Iterator[str]:
-    """Run an empty server on a free loopback port, and yield its URL.
+def embedded_redis(*options: str, port: int | None = None) -> Iterator[str]:
+    """Run an empty server on loopback, and yield its URL; end it, even if this process is killed.
 
     Args:
         options: options of the server, as `"--maxmemory", "10mb"`.
+        port: by default a free one.
     """
     with tempfile.TemporaryDirectory(prefix="diracx-redis-") as directory:
-        server = ValkeyProcess(Path(directory), options=options)
-        server.start()
-        try:
-            yield server.url
-        finally:
-            server.stop()
+        server = ValkeyProcess(Path(directory), port=port, options=("--pidfile", f"{directory}/pid", *options))
+        reaper = subprocess.Popen(
+            ["sh", "-c", _REAPER, directory],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # not stopped by Ctrl-C in a terminal
+        )
+        with reaper:
+            try:
+                server.start()
+                yield server.url
+            finally:
+                server.stop()
+                reaper.kill()

@@ -6,12 +6,8 @@ import asyncio
 import shlex
 import signal
 import socket
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +16,7 @@ from rich.text import Text
 
 from ...plumbing._util.printable import printable
 from ...plumbing.enums import Size
+from ...testing.server import EmbeddedServerError, embedded_redis
 from ..errors import CliError, UsageProblem
 from ..options import LogLevel, LogLevelOption, ModuleOption
 from ..runtime.registry import load_registry
@@ -28,8 +25,6 @@ from ..runtime.supervisor import Child, ChildFailedError, Supervisor
 #: Time for components to stop after the grace period of running tasks.
 _STOP_SECONDS = 15.0
 _GRACE_SECONDS = 30.0
-#: Waits until the process that can write to its input has ended.
-_REAPER = 'read -r _; kill -9 "$(cat "$0/pid")"; rm -rf "$0"'
 _COLOURS = {"dev": "bold", "scheduler": "magenta", "small": "green", "medium": "cyan", "large": "yellow"}
 
 
@@ -52,7 +47,10 @@ def dev(
     load_registry(module)  # reports a mistake in a module once, not once per component
     if port is not None:
         _check_free(port)
-    asyncio.run(_run(port, _components(module or (), max_concurrent_tasks, log_level), module or ()))
+    try:
+        asyncio.run(_run(port, _components(module or (), max_concurrent_tasks, log_level), module or ()))
+    except EmbeddedServerError as error:
+        raise CliError(str(error)) from error
 
 
 def _check_free(port: int) -> None:
@@ -97,7 +95,7 @@ async def _run(port: int | None, components: list[list[Child]], modules: Sequenc
         kill_after_seconds=_GRACE_SECONDS + _STOP_SECONDS,
     )
     supervisor.handle_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with _embedded_server(port) as url:
+    with embedded_redis(port=port) as url:
         show("dev", f"Valkey at {url}; in other terminals:")
         show("dev", f"  export DIRACX_TASKS_REDIS_URL={url}")
         with_modules = "".join(f" --module {shlex.quote(module)}" for module in modules)
@@ -107,28 +105,3 @@ async def _run(port: int | None, components: list[list[Child]], modules: Sequenc
         except ChildFailedError as error:
             raise CliError(f"{error}; see its output above") from error
     show("dev", "stopped")
-
-
-@contextmanager
-def _embedded_server(port: int | None) -> Iterator[str]:
-    """Run an empty server and yield its URL; stop it and remove its directory, even if this process is killed."""
-    from ...testing.server import EmbeddedServerError, ValkeyProcess
-
-    try:
-        with tempfile.TemporaryDirectory(prefix="diracx-dev-") as directory:
-            server = ValkeyProcess(Path(directory), port=port, options=("--pidfile", f"{directory}/pid"))
-            reaper = subprocess.Popen(
-                ["sh", "-c", _REAPER, directory],
-                stdin=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # not stopped by Ctrl-C in a terminal
-            )
-            with reaper:
-                try:
-                    server.start()
-                    yield server.url
-                finally:
-                    server.stop()
-                    reaper.kill()
-    except EmbeddedServerError as error:
-        raise CliError(str(error)) from error
