@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sqlite3
+import sys
 from contextlib import closing
 
 import pytest
@@ -367,8 +368,8 @@ def test_a_broker_outage_leaves_dead_letters_as_they_were(dlq, one_line):
 async def test_P34_dead_letters_in_a_database_server(served, tmp_path, redis_url, kind, empty_database):
     (tmp_path / "flaky.py").write_text(FLAKY)
     served.environment["DIRACX_DB_URL_TASKDB"] = await empty_database(kind)
-    assert served("dlq", "init").stdout == "the table DeadLetters exists\n"
-    assert served("dlq", "init").returncode == 0, "safe to repeat"
+    assert served("dlq", "init").stdout == "created the table DeadLetters\n"
+    assert served("dlq", "init").stdout == "the table DeadLetters exists\n", "safe to repeat"
     await asyncio.to_thread(store_dead_letters, served, 2)
     assert [row["task_id"] for row in listed(served, "--since", "1h")] == ["task-0", "task-1"]
     assert retry(served, "--all", "--yes").stdout == "2 submitted again\n"
@@ -402,6 +403,22 @@ async def test_P12_a_dead_letter_survives_a_database_outage(
         wait_until(lambda: redis.xlen(STREAM) == 0, "acknowledged")
     assert [row["task_id"] for row in listed(served)] == [task_id]
     assert "Traceback" not in worker.output.partition("cannot store")[2]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "url", "args"),
+    [
+        ("alembic", "migrations", "sqlite+aiosqlite:///dead.db", ["db", "current"]),
+        ("alembic", "migrations", "sqlite+aiosqlite:///dead.db", ["db", "upgrade"]),
+        ("asyncpg", "postgresql", f"postgresql+asyncpg://tasks:{PASSWORD}@db.example/tasks", ["db", "current"]),
+        ("asyncpg", "postgresql", f"postgresql+asyncpg://tasks:{PASSWORD}@db.example/tasks", ["dlq", "list"]),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(served, one_line, package, extra, url, args):
+    served.environment["DIRACX_DB_URL_TASKDB"] = url
+    program = f"import sys; sys.modules[{package!r}] = None\nfrom diracx.tasks.cli import main; main()"
+    result = served(*args, program=(sys.executable, "-c", program))
+    assert PASSWORD not in one_line(result, 1, f"pip install 'diracx-tasks[{extra}]'")
 
 
 def test_db_upgrade_recognises_tables_without_a_version(served, one_line, initialised_task_db):

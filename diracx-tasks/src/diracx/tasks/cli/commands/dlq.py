@@ -275,15 +275,14 @@ def init() -> None:
     Example: diracx-task-run dlq init
     """
 
-    async def create() -> int:
+    async def create() -> tuple[bool, int]:
         from ...plumbing.persistence.published import import_published
 
         async with open_database("TaskDB", NO_TASK_DB, tables=False) as db:
-            await db.migrations.create(db.engine)
-            return await import_published(db)
+            return await db.migrations.create(db.engine), await import_published(db)
 
-    imported = asyncio.run(create())
-    echo("the table DeadLetters exists")
+    created, imported = asyncio.run(create())
+    echo("created the table DeadLetters" if created else "the table DeadLetters exists")
     if imported:
         echo(f"{imported} dead letters imported from dlq_tasks, the table of diracx-tasks 0.7")
 

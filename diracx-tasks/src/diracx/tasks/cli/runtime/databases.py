@@ -147,18 +147,16 @@ async def _check(database: BaseSQLDB, name: str, *, tables: bool = True) -> None
 @asynccontextmanager
 async def _opened(name: str, url: str) -> AsyncIterator[Any]:
     """Open a database without connecting to it."""
+    from ...plumbing.sql.errors import DatabaseError, connecting
+
+    database_class = database_classes(name)[0]
     async with AsyncExitStack() as stack:
         try:
-            database = database_classes(name)[0](db_url=url)
-            await stack.enter_async_context(database.engine_context())
-        except CliError:
-            raise
-        except Exception as error:
-            # Without the text of the error, which may have the URL with its password.
-            raise CliError(
-                f"DIRACX_DB_URL_{name.upper()} cannot be used ({type(error).__name__}); "
-                "check its dialect, driver and address"
-            ) from error
+            with connecting(name):
+                database = database_class(db_url=url)
+                await stack.enter_async_context(database.engine_context())
+        except DatabaseError as error:  # without the text of its cause, which may have the URL with its password
+            raise CliError(str(error)) from error
         yield database
 
 

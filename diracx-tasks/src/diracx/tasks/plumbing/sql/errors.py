@@ -182,14 +182,17 @@ def describe(database: str, error: BaseException) -> DatabaseError | None:
     if kind is ErrorKind.SETUP:
         message = _MESSAGES_BY_CODE.get(_code(error), message)
     if isinstance(error, _UNUSABLE_URL):
-        return unusable_url(database)
+        return unusable_url(database, error)
     return DatabaseError(message.format(database, _variable(database)), kind)
 
 
-def unusable_url(database: str) -> DatabaseError:
-    """Make the error for a URL that the driver cannot use."""
+def unusable_url(database: str, error: BaseException) -> DatabaseError:
+    """Make the error for a URL that the driver cannot use, or whose driver is not installed."""
+    driver = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = {"asyncpg": "'diracx-tasks[postgresql]'"}.get(str(driver), driver)
+    remedy = f"its driver is not installed: pip install {package}, or correct" if driver else "correct"
     return DatabaseError(
-        f"the database {database} has no usable URL: correct {_variable(database)}", ErrorKind.SETUP
+        f"the database {database} has no usable URL: {remedy} {_variable(database)}", ErrorKind.SETUP
     )
 
 
@@ -216,4 +219,4 @@ def connecting(database: str) -> Iterator[None]:
     except DatabaseError:
         raise
     except Exception as error:
-        raise (describe(database, error) or unusable_url(database)) from error
+        raise (describe(database, error) or unusable_url(database, error)) from error

@@ -198,10 +198,10 @@ class Migrations:
             return await connection.run_sync(lambda sync: self._run(sync, to, forward))
 
     def _run(self, connection: Connection, to: str, forward: bool) -> Move:
-        from alembic import command
-
         _check_encoding(connection)
         scripts = self._scripts()
+        from alembic import command
+
         order = [script.revision for script in _from_oldest(scripts)]
         target = order[-1] if to == HEAD else to
         before = self._state(connection)
@@ -241,9 +241,10 @@ class Migrations:
         command.stamp(self._config(connection), revision)
 
     def _scripts(self) -> ScriptDirectory:
+        config = self._config()
         from alembic.script import ScriptDirectory
 
-        return ScriptDirectory.from_config(self._config())
+        return ScriptDirectory.from_config(config)
 
     def _config(self, connection: Connection | None = None) -> Config:
         if not _installed():
@@ -361,8 +362,8 @@ async def _connection(url: str, database: str) -> AsyncIterator[AsyncConnection]
 
     try:
         engine = create_async_engine(url, poolclass=NullPool)
-    except Exception:
-        raise unusable_url(database) from None  # the error may have parts of the URL
+    except Exception as error:
+        raise unusable_url(database, error) from None  # the error may have parts of the URL
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(explained(database))
         stack.push_async_callback(engine.dispose)

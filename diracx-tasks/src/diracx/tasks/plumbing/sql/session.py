@@ -81,8 +81,8 @@ class Database(BaseSQLDB):
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(super().engine_context())
-            except Exception:
-                raise unusable_url(self.name) from None  # the error may have parts of the URL
+            except Exception as error:
+                raise unusable_url(self.name, error) from None  # the error may have parts of the URL
             prepare(self.engine)
             self.clock.synchronize(self.engine)
             if self.engine.dialect.name == "sqlite" and self.engine.url.database in (None, "", ":memory:"):
