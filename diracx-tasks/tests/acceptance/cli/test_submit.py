@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 from redis import Redis
@@ -29,6 +30,16 @@ def test_P1_submit_routes_by_the_class(served, server):
     assert json.loads(result.stdout)["state"] == "submitted"
     assert server.xlen("diracx:tasks:realtime:small") == 1
     assert server.dbsize() == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_submit_that_cannot_write_its_output_says_what_it_has_done(served, server, one_line, options):
+    program = ("sh", "-c", 'exec "$0" -m diracx.tasks "$@" > /dev/full', sys.executable)
+    result = served("submit", "my_tasks:Urgent", "--module", "my_tasks.py", *options, program=program)
+    line = one_line(result, 1, "cannot write the output: No space left on device; it is: ", "my_tasks:Urgent")
+    assert re.search("[0-9a-f]{32}", line)
+    assert server.xlen("diracx:tasks:realtime:small") == 1
+    one_line(served("--help", program=program), 1, "No space left on device")
 
 
 @pytest.mark.parametrize(

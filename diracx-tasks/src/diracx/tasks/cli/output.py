@@ -32,12 +32,20 @@ _GAP = 2
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text, which may have several lines."""
-    typer.echo(printable(mask(text)), err=err, nl=nl)
+    _write(printable(mask(text)), err=err, nl=nl)
 
 
 def echo_json(value: Any, *, indent: int | None = None) -> None:
     """Print JSON for scripts."""
-    typer.echo(json.dumps(value, indent=indent))
+    _write(json.dumps(value, indent=indent))
+
+
+def _write(text: str, *, err: bool = False, nl: bool = True) -> None:
+    try:
+        typer.echo(text, err=err, nl=nl)
+    except OSError as error:
+        error.add_note(text)  # names what was done
+        raise
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
@@ -115,9 +123,8 @@ def report(value: Any, lines: Iterable[str], as_json: bool, *, indent: int | Non
     """Print a result, as JSON or as lines of text."""
     if as_json:
         print_json(value, indent=indent)
-    else:
-        for line in lines:
-            echo(line)
+    elif text := "\n".join(lines):
+        echo(text)
 
 
 def field_lines(fields: Iterable[tuple[str, str]]) -> Iterator[str]:

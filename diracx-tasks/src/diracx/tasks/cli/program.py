@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import threading
 import traceback
@@ -19,6 +21,8 @@ from .options import Commands
 
 #: `click.UsageError` of the copy of click inside Typer, by a public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+#: Errors of an output on a full or broken disk, beyond a quota or a limit of the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run_program(load: Callable[[], Commands], prefix: str = "error") -> None:
@@ -40,9 +44,17 @@ def run_program(load: Callable[[], Commands], prefix: str = "error") -> None:
             code = _report(UsageProblem(_usage_problem(error)), prefix)
     except (BrokenPipeError, KeyboardInterrupt, typer.Abort):  # as in `… | head`; Ctrl-C
         code = 1
-    except Exception:
-        code = 1  # a bug: its report needs the traceback
-        _print(traceback.format_exc())
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            unwritten = "; it is: ".join([str(error.strerror), *getattr(error, "__notes__", ())])
+            code = _report(CliError(f"cannot write the output: {unwritten}"), prefix)
+        else:
+            code = 1  # a bug: its report needs the traceback
+            _print(traceback.format_exc())
+    try:
+        print(end="", flush=True)
+    except OSError:  # reported already; Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
 

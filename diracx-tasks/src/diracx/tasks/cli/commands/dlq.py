@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -259,10 +259,8 @@ def export(
                 sys.stdout.write(json.dumps(dead_letter_record(dead_letter)) + "\n")
         sys.stdout.flush()
 
-    try:
+    with suppress(BrokenPipeError):  # as in `… | head`
         _in_database(write)
-    except BrokenPipeError:  # as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
