@@ -26,7 +26,6 @@ PAGE = 200
 #: Lists read this much of a message; for a larger one they show its size in place of its arguments.
 HEAD_BYTES = 65_536
 _ENTRY = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
-_MAX_QUOTED = 40
 
 
 def queue_of(stream: str) -> str:
@@ -111,8 +110,13 @@ def check_stream_cursor(after: str) -> str:
     """Validate a cursor into a stream."""
     parts = _ENTRY.fullmatch(after)
     if parts is None or max(map(int, parts.groups())) >= 1 << 64:
-        raise ValueError(f"{after[:_MAX_QUOTED]!r} is not from a page before")
+        raise wrong_cursor()
     return after
+
+
+def wrong_cursor() -> ValueError:
+    """Make the error for an invalid cursor. It does not quote it: the cursor may be of a task of another VO."""
+    return ValueError("this cursor is not from a page before")
 
 
 def parse_cursor(after: str) -> tuple[float, str]:
@@ -123,5 +127,5 @@ def parse_cursor(after: str) -> tuple[float, str]:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{after[:_MAX_QUOTED]!r} is not from a page before")
+        raise wrong_cursor()
     return found, task_id

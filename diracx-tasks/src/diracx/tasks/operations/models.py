@@ -266,7 +266,6 @@ class Failure(ReadModel):
     """A failed attempt."""
 
     id: str
-    """Also the cursor after it."""
     at: datetime
     task_id: str
     task_name: str
@@ -286,7 +285,7 @@ class WaitingDeadLetter(TaskRecord):
     """A dead letter in Redis that no worker has stored in the database yet. `message_bytes` is its own size."""
 
     entry: str
-    """Id of its stream entry, also the cursor after it."""
+    """Id of its stream entry."""
     buried: datetime
     reason: str
     detail: str

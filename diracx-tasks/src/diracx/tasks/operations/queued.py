@@ -25,6 +25,7 @@ from .cursors import (
     read_head,
     streams_of_queue,
     waiting_heads,
+    wrong_cursor,
 )
 from .models import DELAY_REASONS, DelayedTask, DelayReason, Page, Queue, QueuedTask, Snapshot
 from .processes import workers
@@ -103,7 +104,7 @@ async def peek(
     where, _, entry = (after or "").rpartition(" ")
     if after is not None:
         if where not in streams:
-            raise ValueError(f"{after!r} is not from a page of {queue}")
+            raise wrong_cursor()
         check_stream_cursor(entry)
         streams = streams[streams.index(where) :]
     for stream in streams:

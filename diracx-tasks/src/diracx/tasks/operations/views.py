@@ -20,17 +20,7 @@ from .cursors import HEAD_BYTES
 from .formats import NONE, duration, number, percent, plain, remaining, since, size
 
 _Row = TypeVar("_Row")
-Kind: TypeAlias = Literal[
-    "text",
-    "task",
-    "id",
-    "age",
-    "clock",
-    "arguments",
-    "worker",
-    "holders",
-    "locks",
-]
+Kind: TypeAlias = Literal["text", "task", "id", "age", "clock", "arguments", "worker", "holders", "locks"]
 _LONGEST_ARGUMENTS = 60
 _LONGEST_TEXT = 80
 

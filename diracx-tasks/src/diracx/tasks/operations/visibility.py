@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha512
+from secrets import token_hex
 from typing import Protocol, TypeVar
 
+from .cursors import wrong_cursor
 from .models import Page, Snapshot, Worker
 
 #: Maximum number of pages read to fill one page of a VO, so that a small VO does not read a long queue to its end.
@@ -26,6 +30,8 @@ class Viewer:
 
     vo: str | None
     """The visible VO; None: all tasks, also those without a VO."""
+    secret: str = field(default=token_hex(), repr=False)
+    """Encrypts the cursors of a VO, which have ids and times of hidden tasks. Default: of this process."""
 
     def sees(self, vo: str | None) -> bool:
         """True if tasks of this VO (None: of no VO) are visible."""
@@ -67,6 +73,14 @@ class Viewer:
         """
         if self.vo is None:
             return await read(limit, after)
+        from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+
+        # Deterministic, so that live pages do not change with each rendering.
+        cipher = AESSIV(sha512(f"{self.secret} {self.vo}".encode()).digest())
+        try:
+            after = after and cipher.decrypt(urlsafe_b64decode(after), None).decode()
+        except Exception as error:
+            raise wrong_cursor() from error
         found: list[_Item] = []
         for _ in range(_PAGES_READ):
             page = await read(limit - len(found), after)
@@ -74,7 +88,7 @@ class Viewer:
             after = page.after
             if after is None or len(found) == limit:
                 break
-        return Page(items=found, after=after)
+        return Page(items=found, after=after and urlsafe_b64encode(cipher.encrypt(after.encode(), None)).decode())
 
 
 def no_such_vo(vo: str) -> ValueError:

@@ -58,7 +58,7 @@ _get = partial(_route, "GET")
 _post = partial(_route, "POST")
 
 Limit = Annotated[int, Query(ge=1, le=models.MOST, description="Maximum number of items.")]
-After = Annotated[str | None, Query(max_length=400, description="`after` of the previous page.")]
+After = Annotated[str | None, Query(max_length=500, description="`after` of the previous page.")]
 QueueName = Annotated[str, Path(max_length=40, description="`{priority}:{size}`.", examples=["normal:medium"])]
 
 
@@ -330,10 +330,7 @@ async def release_lock(
     key: Annotated[models.Key, Body(description="The Redis key of the lock.")],
     owners: Annotated[
         list[models.Name] | None,
-        Body(
-            max_length=1000,
-            description="Only these holders, as of `GET /locks/one`; null: all.",
-        ),
+        Body(max_length=1000, description="Only these holders, as of `GET /locks/one`; null: all."),
     ] = None,
 ) -> Any:
     """Take a lock from its holders. A task that loses its lock is cancelled and counts as failed."""

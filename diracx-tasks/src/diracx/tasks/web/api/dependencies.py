@@ -8,6 +8,7 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
+from diracx.core.settings import AuthSettings
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import Depends, HTTPException
 from fastapi.responses import JSONResponse
@@ -28,6 +29,7 @@ from .environment import context_from_environment
 _Value = TypeVar("_Value")
 
 User = Annotated[AuthorizedUserInfo, Depends(verify_dirac_access_token)]
+_Settings = Annotated[AuthSettings, Depends(AuthSettings.create)]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,15 @@ class _Reader:
     """Visibility of tasks for the user."""
 
 
-async def _reader(user: User, check: CheckTasksPolicyCallable, config: ConfigReader) -> _Reader:
+async def _reader(
+    user: User, check: CheckTasksPolicyCallable, config: ConfigReader, settings: _Settings
+) -> _Reader:
     await check(action=ActionType.READ, config=config)
+    viewer = Viewer(None)
     try:
         await check(action=ActionType.READ_ALL, config=config)
     except HTTPException:
-        viewer = Viewer(user.vo)
-    else:
-        viewer = Viewer(None)
+        viewer = Viewer(user.vo, settings.state_key.get_secret_value())
     return _Reader(await context_from_environment(), viewer)
 
 

@@ -48,7 +48,8 @@ Values: TypeAlias = dict[str, Any]
 
 def viewer_of(request: Request) -> Viewer:
     """Return the visibility of tasks for the user of a request."""
-    return Viewer(request.state.principal.vo)
+    vo, diracx = request.state.principal.vo, getattr(request.state, "diracx", None)
+    return Viewer(vo) if diracx is None else Viewer(vo, diracx.settings.state_key.get_secret_value())
 
 
 @dataclass(frozen=True, slots=True)

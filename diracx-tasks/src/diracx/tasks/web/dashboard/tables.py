@@ -85,11 +85,6 @@ class Table:
         style = _CLASSES.get(column.style(row), "") if column.style is not None else ""
         if column.right:
             return f"n {style or ('zero' if column.raw(row) == 0 else '')}".strip()
-        wide = (
-            "wide"
-            if column.longest is not None and len(column.text(row)) > _NARROW_CHARS
-            else ""
-            if column.kind == "text" and not column.whole
-            else "nowrap"
-        )
+        is_wide = column.longest is not None and len(column.text(row)) > _NARROW_CHARS
+        wide = "wide" if is_wide else "" if column.kind == "text" and not column.whole else "nowrap"
         return f"{wide} {style}".strip()
