@@ -12,7 +12,7 @@ from diracx.tasks.plumbing.config.reader import ConfigReader
 from diracx.tasks.plumbing.persistence import TaskDB
 from diracx.tasks.plumbing.registry import TaskRegistry
 from diracx.tasks.plumbing.sql.errors import DatabaseError
-from diracx.tasks.web.api.responses import database_errors
+from diracx.tasks.web.api.responses import server_errors
 from diracx.tasks.web.auth.backends import Principal, Role, TokenBackend
 from diracx.tasks.web.context import AppContext
 from diracx.tasks.web.dashboard import DashboardApp
@@ -42,7 +42,7 @@ async def test_dashboard_and_routes_return_503(troubled_database: Troubled, redi
 
     backend = TokenBackend({"the-token-of-wilma": Principal("wilma", Role.WRITE, None)}, "")
     app = DashboardApp(context, backend, extensions=[])
-    api = FastAPI(dependencies=[Depends(database_errors)])
+    api = FastAPI(dependencies=[Depends(server_errors)])
 
     @api.get("/dead-letters")
     async def dead_letters() -> Any:

@@ -13,7 +13,7 @@ from diracx.db.sql import PilotAgentsDB
 from diracx.routers.fastapi_classes import DiracxRouter
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from diracx.tasks.web.api.audit_logger import Audited
-from diracx.tasks.web.api.responses import BoundedRoute, database_errors, responses
+from diracx.tasks.web.api.responses import BoundedRoute, responses, server_errors
 from diracx.tasks.web.auth.policies import ConfigReader
 from fastapi import Depends, HTTPException, Path, Request
 
@@ -26,7 +26,7 @@ from gubbins.logic.my_pilots.site_calls import SiteCalls, site_calls
 from .access_policies import ActionType, CheckMyPilotsPolicyCallable
 
 # Pilots that exchange their secret have no token yet; `Access` requires one for all other routes.
-router = DiracxRouter(dependencies=[Depends(database_errors)], require_auth=False)
+router = DiracxRouter(dependencies=[Depends(server_errors)], require_auth=False)
 router.route_class = BoundedRoute
 
 CEName = Annotated[

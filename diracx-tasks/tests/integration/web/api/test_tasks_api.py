@@ -14,7 +14,7 @@ import httpx
 import pytest
 from diracx.tasks import operations as monitor
 from diracx.tasks.operations.audit import read_audit
-from diracx.tasks.plumbing.broker import keys
+from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from redis import Redis
 from support.config_repository import ConfigRepository
 from support.dashboard_world import HOSTILE, SECRET, World, small_world
@@ -126,6 +126,18 @@ async def test_a_reader_of_one_vo_makes_the_server_search_no_more_delayed_tasks_
         found, pages = [*found, *page["items"]], pages + 1
         page = (await client.get(address, params={"reason": "retry", "after": after}, headers=headers)).json()
     assert (found, pages) == ([], 3)  # 20,000 of 45,000 each
+
+
+@pytest.mark.parametrize("role", ["Operator", "ServiceAdministrator"])
+async def test_an_unavailable_broker_is_503_without_its_address(
+    client: httpx.AsyncClient, token: Token, world: World, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    broker = RedisStreamBroker("redis://wilma:sesame@127.0.0.1:1")
+    monkeypatch.setattr(world.context, "broker", broker)
+    responses = [await client.get(f"/api/tasks/{path}", headers=bearer(token(role))) for path in READS]
+    assert {response.status_code for response in responses} >= {503}
+    assert "127.0.0.1" not in "".join(response.text for response in responses)
+    await broker.shutdown()
 
 
 async def test_an_invalid_cursor_is_not_found(client: httpx.AsyncClient, token: Token) -> None:

@@ -72,6 +72,7 @@ async def test_without_the_database_of_dead_letters_the_rest_is_shown(
         assert dead_letters.status_code == 200
         for text in ("The database of dead letters does not respond", "in-redis"):
             assert text in dead_letters.text
+        assert "127.0.0.1" not in dead_letters.text
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.text) == (200, "ok\nunknown source_away\nwarning dead_letters_waiting\n")
 
@@ -83,6 +84,9 @@ async def test_without_redis_the_overview_reports_it() -> None:
         assert "Redis does not respond" in overview.text
         assert "No alerts" not in overview.text
         assert "DIRACX_DB_URL_TASKDB is not set here" in overview.text
+        running = await client.get("/running")
+        assert running.status_code == 503
+        assert "127.0.0.1" not in running.text
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.text) == (503, "not ready\ncritical server_away\n")
 

@@ -33,11 +33,11 @@ from ...plumbing.task_names import resolve_task_name
 from ..operator import task_db_of
 from . import models
 from .dependencies import AllVOsReader, Reader, Writer, json_endpoint, or_404
-from .responses import BoundedRoute, database_errors, responses
+from .responses import BoundedRoute, responses, server_errors
 
 # The factories of DiracX for tests and clients mount disabled services, too.
 _ENABLED = TypeAdapter(bool).validate_python(os.environ.get("DIRACX_SERVICE_TASKS_ENABLED") or True)
-router = DiracxRouter(dependencies=[Depends(database_errors)], include_in_schema=_ENABLED)
+router = DiracxRouter(dependencies=[Depends(server_errors)], include_in_schema=_ENABLED)
 router.route_class = BoundedRoute
 
 _WRONG = "the configuration has mistakes, which administrators see; the last valid settings are in force"

@@ -17,6 +17,7 @@ from ...plumbing.lock_registry import register_locked_object_type
 from ...plumbing.locks import RateLimiter
 from ..auth.diracx import name_of
 from .environment import broker_url, context_from_environment
+from .responses import BROKER_AWAY
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class AuditLogger:
             vo = None if self._is_admin else self._user.vo
             return await AuditLog(redis, self._who, "api", vo).perform(action, target, begin, summary)
         except RedisError as error:
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"{problem}: {error}") from error
+            logger.warning("%s: %s", problem, error)
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, f"{problem}: {BROKER_AWAY}") from error
 
 
 Audited = Annotated[AuditLogger, Depends(AuditLogger)]

@@ -12,12 +12,12 @@ from diracx.core.settings import AuthSettings
 from diracx.routers.utils.users import AuthorizedUserInfo, verify_dirac_access_token
 from fastapi import Depends, HTTPException
 from fastapi.responses import JSONResponse
-from redis.exceptions import RedisError
 
 from ...operations import as_json
 from ...operations.masking import masked_json
 from ...operations.visibility import Viewer
 from ...plumbing._util.passwords import mask
+from ...plumbing.broker.stored import UnreadableKeyError
 from ...plumbing.exceptions import SendTaskError
 from ..auth.access_policies import ActionType, CheckTasksPolicyCallable
 from ..auth.diracx import name_of
@@ -79,13 +79,10 @@ def json_endpoint(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
             value = await endpoint(*args, **kwargs)
         except NotPossibleError as error:
             raise HTTPException(HTTPStatus.CONFLICT, mask(str(error))) from error
+        except (SendTaskError, UnreadableKeyError) as error:
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
         except ValueError as error:
             raise HTTPException(HTTPStatus.NOT_FOUND, mask(str(error))) from error
-        except SendTaskError as error:
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, mask(str(error))) from error
-        except RedisError as error:
-            detail = f"the broker does not respond: {error}"
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, detail) from error
         return JSONResponse(masked_json(as_json(value)))
 
     return respond

@@ -12,6 +12,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from redis.exceptions import RedisError
 
 from ...plumbing.sql.errors import DatabaseError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: For users; the error has the address of the server.
+BROKER_AWAY = "the broker does not respond; the log of this application has the reason"
 MAX_BODY_BYTES = 1_000_000
 _RETRY_AFTER_SECONDS = 10
 
@@ -84,15 +87,16 @@ class BoundedRoute(APIRoute):
         await super().handle(scope, bounded, send)
 
 
-async def database_errors(request: Request) -> AsyncIterator[None]:
-    """Dependency of routers that converts a `DatabaseError`, whose detail has users and hosts, to a 503.
+async def server_errors(request: Request) -> AsyncIterator[None]:
+    """Dependency of routers that converts errors of Redis and databases, which have users and hosts, to a 503.
 
     Raises:
         HTTPException: 503.
     """
     try:
         yield
-    except DatabaseError as error:
-        logger.warning("%s %.200r: %s", request.method, request.url.path, error.detail)
+    except (DatabaseError, RedisError) as error:
+        text, detail = (str(error), error.detail) if isinstance(error, DatabaseError) else (BROKER_AWAY, error)
+        logger.warning("%s %.200r: %s", request.method, request.url.path, detail)
         headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
-        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers) from error
+        raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, text, headers) from error

@@ -325,9 +325,7 @@ class _ImmutableFiles(StaticFiles):
         return response
 
 
-def _of_database(error: SQLAlchemyError | DBUnavailableError) -> str:
-    return f"The database does not respond: {getattr(error, 'orig', None) or error}"
-
+_DATABASE_AWAY = "The database does not respond; the log has the reason."
 
 #: Expected errors of pages: status, and text for users.
 _ERRORS: dict[type[Exception], tuple[int, Callable[[Any], str]]] = {
@@ -336,11 +334,11 @@ _ERRORS: dict[type[Exception], tuple[int, Callable[[Any], str]]] = {
     UnavailableError: (503, str),
     UnreadableKeyError: (503, str),
     SendTaskError: (503, str),
-    RedisError: (503, "The Redis server of the tasks does not respond: {}".format),
+    RedisError: (503, "The Redis server of the tasks does not respond; the log has the reason.".format),
     NotReadyError: (503, "The configuration of DiracX is being read; reload this page in some seconds.".format),
     DatabaseError: (503, lambda error: f"{str(error)[0].upper()}{str(error)[1:]}."),
-    SQLAlchemyError: (503, _of_database),
-    DBUnavailableError: (503, _of_database),
+    SQLAlchemyError: (503, _DATABASE_AWAY.format),
+    DBUnavailableError: (503, _DATABASE_AWAY.format),
 }
 
 
@@ -350,8 +348,9 @@ def _explained(request: Request, error: Exception) -> tuple[int, str]:
         return error.status_code, str(error.detail)
     for kind in type(error).__mro__:
         if kind in _ERRORS:
-            if isinstance(error, DatabaseError):
-                logger.warning("%s %.200r: %s", request.method, request.url.path, error.detail)
+            if isinstance(error, DBUnavailableError | RedisError | SQLAlchemyError):
+                detail = error.detail if isinstance(error, DatabaseError) else error
+                logger.warning("%s %.200r: %s", request.method, request.url.path, detail)
             status, text = _ERRORS[kind]
             return status, text(error)
     logger.error("%s %.200r", request.method, request.url.path, exc_info=error)
