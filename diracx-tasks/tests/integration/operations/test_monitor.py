@@ -30,7 +30,7 @@ from diracx.tasks.plumbing import (
 from diracx.tasks.plumbing.broker import RedisStreamBroker, keys
 from diracx.tasks.plumbing.broker.inspection import server_time
 from diracx.tasks.plumbing.broker.models import TaskMessage, submit_task
-from diracx.tasks.plumbing.broker.telemetry import ENDS, end_of_bucket
+from diracx.tasks.plumbing.broker.telemetry import BUCKET_ENDS, end_of_bucket
 from diracx.tasks.plumbing.persistence import DeadLetter
 from diracx.tasks.plumbing.worker import reporter
 from diracx.tasks.testing import TaskSystem
@@ -480,7 +480,7 @@ async def test_a_secret_is_in_no_field_of_a_dead_letter_except_its_message(
 
 def test_the_error_of_a_histogram_is_below_a_fifth() -> None:
     for seconds in (0.0001, 0.001, 0.0011, 0.5, 1.0, 59.9, 86400.0):
-        end = end_of_bucket(bisect_left(ENDS, seconds))
+        end = end_of_bucket(bisect_left(BUCKET_ENDS, seconds))
         assert seconds <= end * 1.000001
         assert end <= max(0.001, seconds * 1.19)
 

@@ -21,7 +21,7 @@ _BASES = {BaseTask, PeriodicBaseTask, PeriodicVoAwareBaseTask}
 
 
 class _Names(dict[type[BaseTask], str]):
-    """Registry name of each class; raises `SendTaskError` for a class that is not registered."""
+    """Registry name of each class. Indexing with a class that is not registered raises `SendTaskError`."""
 
     def __missing__(self, task_class: type[BaseTask]) -> str:
         raise SendTaskError(

@@ -33,9 +33,6 @@ LABEL_SIZE = "size"
 
 #: Longest time to live: ten years, which every server accepts.
 LONGEST_TTL_SECONDS = 315_576_000
-#: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
-#: be repeated.
-RESUBMITTED_TTL_SECONDS = 30 * 86400
 _LONGEST_SHOWN = 100
 _Check = Callable[[Any], bool]
 

@@ -28,10 +28,11 @@ from . import cancel, keys, published, scripts, submitting
 from .clients import DirectConnection, close_spare
 from .connection import async_client
 from .keys import ALL_STREAM_NAMES, stream_name_for
-from .labels import RESUBMITTED_TTL_SECONDS, stream_of_labels
+from .labels import stream_of_labels
 from .lease_audit import audit_leases
 from .locking import RELEASE_BATCH
 from .models import Delivery, Settlement, Submission, TaskMessage, candidate_from
+from .requests import RESUBMITTED_TTL_SECONDS
 from .result_backend import ResultReader
 from .schema_version import check_version, note_version
 from .scripts import EVERY_STREAM, script

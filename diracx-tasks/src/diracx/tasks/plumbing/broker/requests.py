@@ -143,6 +143,11 @@ class GroupChild(TypedDict):
     staged: bytes
 
 
+#: How long the server records that a dead letter was submitted again: within this time, an interrupted attempt may
+#: be repeated.
+RESUBMITTED_TTL_SECONDS = 30 * 86400
+
+
 class Resubmission(TypedDict):
     ticket: str
     stream: str

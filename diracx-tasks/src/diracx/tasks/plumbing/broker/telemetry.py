@@ -151,5 +151,5 @@ def end_of_bucket(bucket: int) -> float:
     return float(_FIRST_SECONDS * 2 ** (bucket / _PER_DOUBLING))
 
 
-#: Ends of the buckets but the last one: `bisect_left(ENDS, seconds)` is the bucket of a duration.
-ENDS = [end_of_bucket(bucket) for bucket in range(BUCKETS - 1)]
+#: Ends of the buckets but the last one: `bisect_left(BUCKET_ENDS, seconds)` is the bucket of a duration.
+BUCKET_ENDS = [end_of_bucket(bucket) for bucket in range(BUCKETS - 1)]

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
-from ..broker.labels import RESUBMITTED_TTL_SECONDS
+from ..broker.requests import RESUBMITTED_TTL_SECONDS
 from ..broker.streams import DEAD_LETTERS
 from ..messages.codec import dumps, loads
 

@@ -21,7 +21,7 @@ from ..persistence.dead_letter import DeadLetterReason
 from ..task_vo import vo_of
 from .acquire import LockAcquirer
 from .execution import Execution, Failed, Succeeded, execution_span, note_settlement, processing_span
-from .settlement import cancelled, defer_to_newer_worker, possibly_started, reject, requeue, settle, unsettled
+from .settlement import cancelled, defer_to_newer_worker, possibly_started, reject, requeue, settle
 
 if TYPE_CHECKING:
     from ..broker import RedisStreamBroker
@@ -210,19 +210,14 @@ class Executor:
 
     def _end(self, execution: Execution, outcome: Outcome) -> None:
         message = execution.message
-        try:
-            if (
-                isinstance(outcome, Succeeded)
-                and self._settings.result_ttl_seconds is None
-                and COMPLETION_LABELS.isdisjoint(message.labels)
-            ):  # the usual case
-                settlement = Settlement(execution.delivery, execution.locks)
-            else:
-                settlement = settle(execution, outcome, self._settings)
-        except BaseException as error:
-            traceback = describe_exception(error, hide=execution.hide)["traceback"]
-            logger.critical("the outcome of %s cannot be settled\n%s", message.task_id, traceback)
-            settlement = unsettled(execution, error, self._settings)
+        # The task may have replaced its labels by anything.
+        stores_nothing = self._settings.result_ttl_seconds is None and (
+            type(message.labels) is dict and COMPLETION_LABELS.isdisjoint(message.labels)
+        )
+        if stores_nothing and isinstance(outcome, Succeeded):  # the usual case
+            settlement = Settlement(execution.delivery, execution.locks)
+        else:
+            settlement = settle(execution, outcome, self._settings)
         try:
             if isinstance(outcome, Failed):
                 note_settlement(message, settlement)

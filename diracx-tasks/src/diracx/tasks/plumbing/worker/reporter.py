@@ -26,7 +26,7 @@ from ..broker import worker_state
 from ..broker.labels import LABEL_ATTEMPTS
 from ..broker.requests import LOCK_KINDS
 from ..broker.streams import queue_stream
-from ..broker.telemetry import BUCKETS, ENDS
+from ..broker.telemetry import BUCKET_ENDS, BUCKETS
 from ..exceptions import LockLostError, TaskCancelledError
 from ..messages.codec import dumps
 from ..messages.error_info import cut
@@ -159,7 +159,6 @@ class Reporter:
             counted.done += 1
         elif isinstance(outcome, Failed):
             counted.failed += 1
-            self._failed(execution, outcome, settlement, counted)
         elif isinstance(outcome, LeaseLost):
             counted.taken_over += 1
             return
@@ -170,10 +169,12 @@ class Reporter:
         queued = max(0.0, time.time() + self._clock_ahead - seconds - delivery.queued_at)
         counted.run += seconds
         counted.queue += queued
-        counted.run_times[bisect_left(ENDS, seconds)] += 1
-        counted.queue_times[bisect_left(ENDS, queued)] += 1
+        counted.run_times[bisect_left(BUCKET_ENDS, seconds)] += 1
+        counted.queue_times[bisect_left(BUCKET_ENDS, queued)] += 1
         if self.timed is not None:
             self.timed(key[0], stream, seconds, queued)
+        if isinstance(outcome, Failed):
+            self._failed(execution, outcome, settlement, counted)
 
     def _failed(
         self, execution: Execution, outcome: Failed, settlement: Settlement, counted: TaskCounters

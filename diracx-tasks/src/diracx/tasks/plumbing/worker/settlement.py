@@ -88,7 +88,16 @@ def _requests(error: BaseException) -> set[type[Exception]]:
 
 
 def settle(execution: Execution, outcome: Outcome, settings: WorkerSettings) -> Settlement:
-    """Settlement of a delivery."""
+    """Settlement of a delivery. Never raises: what cannot be settled becomes a dead letter."""
+    try:
+        return _settlement(execution, outcome, settings)
+    except BaseException as error:
+        traceback = describe_exception(error, hide=execution.hide)["traceback"]
+        logger.critical("the outcome of %s cannot be settled\n%s", execution.message.task_id, traceback)
+        return _unsettled(execution, error, settings)
+
+
+def _settlement(execution: Execution, outcome: Outcome, settings: WorkerSettings) -> Settlement:
     if isinstance(outcome, Failed):
         return _failed(execution, outcome, settings)
     if isinstance(outcome, LockRefused):
@@ -281,8 +290,8 @@ def _delivery_id(delivery: Delivery) -> str:
     return f"{delivery.stream}/{delivery.entry}"
 
 
-def unsettled(execution: Execution, error: BaseException, settings: WorkerSettings) -> Settlement:
-    """Settlement of an execution when `settle` failed: a dead letter, so that its entry and locks are released."""
+def _unsettled(execution: Execution, error: BaseException, settings: WorkerSettings) -> Settlement:
+    """Dead letter of an execution whose outcome cannot be settled, so that its entry and locks are released."""
     delivery = execution.delivery
     assert delivery.data is not None
     message = TaskMessage.loadb(delivery.data)  # decoded anew: the task may have changed its labels
