@@ -140,6 +140,7 @@ async def _check(database: BaseSQLDB, name: str, *, tables: bool = True) -> None
                 if lacks is not None:
                     raise lacks
     except CliError:
+        await database.engine.dispose()  # ends threads of connections that were not lost
         await join_threads(before)
         raise
 
