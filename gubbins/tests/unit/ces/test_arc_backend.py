@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.fake_arex import URL, FakeArex, Handler, RestOf, arc_settings, backend_that_hears, pilots_of
+from support.waiting import until
 
 from gubbins.ces import NothingDoneError, Observation, Observed, PilotAtCE
 from gubbins.ces.arc.description import describe
@@ -279,6 +280,27 @@ async def test_a_failed_submission_is_unknown_unless_it_certainly_had_no_effect(
         await backend_that_hears(handler).submit([PilotAtCE("s", "vo", maybe_submitted=False)])
     assert raised.type is error
     assert getattr(raised.value, "quota", False) == ("No more jobs" in words)
+
+
+@pytest.mark.event_loops("asyncio", "uvloop")
+async def test_connections_to_a_ce_that_does_not_respond_to_a_tls_handshake_are_closed(tmp_path: Path) -> None:
+    (token := tmp_path / "token").write_text("token")
+    connections = set()
+
+    class Silent(asyncio.Protocol):
+        def connection_made(self, _: object) -> None:
+            connections.add(self)
+
+        def connection_lost(self, _: object) -> None:
+            connections.remove(self)
+
+    async with await asyncio.get_running_loop().create_server(Silent, "127.0.0.1", 0) as server:
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/arex"
+        rest = ArcRest(arc_settings(url=url, token=token, timeout_seconds=0.2))
+        with pytest.raises(CEUnavailableError, match=r"no response within 0\.2 s"):
+            await rest.list_jobs()
+        await until(lambda: not connections, "the connection is closed", 30)
+        await rest.close()
 
 
 async def test_a_full_ce_is_a_quota() -> None:

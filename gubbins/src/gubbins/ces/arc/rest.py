@@ -182,7 +182,8 @@ class ArcRest:
         url, seconds = self._settings.url, self._settings.timeout_seconds
         method = "GET" if body is None else "POST"
         try:
-            async with asyncio.timeout(seconds):
+            # Later than httpx's own, as httpx closes no connection whose TLS handshake is cancelled.
+            async with asyncio.timeout(seconds + 1):
                 target = f"{url}{_API}{path}"
                 async with client.stream(method, target, content=body, headers=dict(headers)) as response:
                     yield response
