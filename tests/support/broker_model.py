@@ -63,9 +63,9 @@ class Task:
     locks: list[dict[str, Any]] = field(default_factory=list)
     """Locks that it holds in the model."""
     redelivery_count: int = 0
+    """Number of workers lost with it since its last retry."""
     may_have_started: bool = False
     """Another worker had it since its last retry, and it was not parked since."""
-    """Number of workers lost with it since its last retry."""
     survived: set[int] = field(default_factory=set)
     """Deliveries of its entry whose worker has come back after others had taken the task over."""
     ended: int = 0

@@ -70,19 +70,20 @@ def watched(needles: list[bytes]) -> Iterator[list[str]]:
     """Collects the processes with one of these on their command line or, in clear, in their environment."""
     found: list[str] = []
     over = threading.Event()
-    newest = _newest_process()
+    before = newest = _newest_process()
     commands: dict[int, bytes] = {}  # of processes that are new
     looks: Counter[int] = Counter()
 
     def watch() -> None:
-        nonlocal newest
+        nonlocal before, newest
         while not over.wait(0.02):
             # What is on the command line of a process stays there: those that were there before get nothing new.
-            before, newest = newest, _newest_process()
-            new: Iterable[int] = range(before + 1, newest + 1)
-            if newest < before:  # the numbers have begun anew
+            # Those of the last interval are tried again: a process has its number before it can be found.
+            last, before, newest = before, newest, _newest_process()
+            new: Iterable[int] = range(last + 1, newest + 1)
+            if newest < last:  # the numbers have begun anew
                 new = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-            for process in (*commands, *new):
+            for process in {*commands, *new}:
                 look(process)
 
     def look(process: int) -> None:
