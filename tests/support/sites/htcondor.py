@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from diracx.tasks.testing.server import free_port
 from support.machine import not_for_this_machine
+from support.waiting import eventually
 from support.warm_commands import WarmCommands
 
 from .debian_root import ForbiddenError, ObstacleError
@@ -205,10 +206,7 @@ class HTCondorSite:
         os.kill(master, signal.SIGSTOP)  # it would start another one
         os.kill(listener, signal.SIGKILL)
         try:
-            deadline = time.monotonic() + _SECONDS
-            while self._listens():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            eventually(lambda: not self._listens())
             yield
         finally:
             os.kill(master, signal.SIGCONT)

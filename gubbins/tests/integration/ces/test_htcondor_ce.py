@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,10 +203,11 @@ async def test_a_full_schedd_is_a_quota(htcondor_site: HTCondorSite) -> None:
         outcome = (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp]
     assert outcome.quota, outcome
     assert "MAX_JOBS_SUBMITTED" in str(outcome.error)
-    deadline = time.monotonic() + 120
-    while (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp].reference is None:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.2)
+
+    async def submitted() -> str | None:
+        return (await make_backend(htcondor_site).submit([pilot]))[pilot.stamp].reference
+
+    await until(submitted, pause=0.2)
 
 
 async def test_the_second_of_two_jobs_of_one_stamp_is_removed(htcondor_site: HTCondorSite) -> None:
@@ -229,14 +228,14 @@ async def test_a_refused_removal_does_not_prevent_polls(htcondor_site: HTCondorS
     first, _ = [(await backend.submit([pilot]))[pilot.stamp].reference for _ in range(2)]
     unused = await leave_carrier(htcondor_site, backend, tmp_path)
     (tmp_path / "token").write_text(htcondor_site.make_token("pilot", "-authz", "READ"))
-    deadline = time.monotonic() + 60
-    while True:
+
+    async def both_refused() -> HTCondorBackend | None:
         reader = make_backend(htcondor_site, token=tmp_path / "token", spool_minutes=0)
         assert (await reader.poll([pilot]))[pilot.stamp].reference == first
-        refusals = str(reader.warning).count("DENIED")
-        if refusals == 2:  # for the second job, and for the carrier as soon as it is a second old
-            break
-        assert time.monotonic() < deadline, reader.warning
+        # For the second job, and for the carrier as soon as it is a second old.
+        return reader if str(reader.warning).count("DENIED") == 2 else None
+
+    reader = await until(both_refused)
     with pytest.raises(OutputUnavailableError, match="has not ended"):
         await reader.output(pilot._replace(reference=first))
     await until_gone(backend, htcondor_site, unused)
