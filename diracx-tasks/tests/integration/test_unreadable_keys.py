@@ -92,6 +92,14 @@ async def test_a_key_that_cannot_be_read_is_named_in_one_line(
         await read(redis)
 
 
+@pytest.mark.leaves_keys("diracx:*")
+async def test_an_outcome_of_a_later_version_is_listed_as_it_is(redis: Redis) -> None:
+    failure = {"task_id": "t", "task_name": "a:Task", "vo": "lhcb", "type": "E", "message": "", "traceback": ""}
+    failure |= {"at": 1.5, "attempt": 1, "worker": _WORKER, "outcome": "parked", "later": "field"}
+    await redis.xadd(keys.FAILURES, {"data": dumps(failure)})
+    assert [each.outcome for each in (await failures(redis)).items] == ["parked"]
+
+
 async def test_next_runs_at_the_ends_of_time_are_listed(redis: Redis) -> None:
     await redis.zadd(keys.NEXT_RUNS, {"never": float("inf"), "always": float("-inf"), "far": 5e15})
     assert [state.id for state in await _listed(redis)] == ["always", "far", "never"]

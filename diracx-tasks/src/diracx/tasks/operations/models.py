@@ -276,8 +276,8 @@ class Failure(ReadModel):
     """Innermost frames of the traceback."""
     attempt: int
     worker: str
-    outcome: Literal["retried", "dead", "dropped", "cancelled"]
-    """Outcome for the task: `dead` is a dead letter, `dropped` was discarded."""
+    outcome: str
+    """`retried`, `dead` (a dead letter), `dropped`, `cancelled`; later versions may have others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
