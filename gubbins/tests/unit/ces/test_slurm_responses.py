@@ -192,7 +192,8 @@ def test_a_completed_job_is_found_by_name_with_any_directory_name() -> None:
     line = (
         f"JobId=5 UserId=me(1) Name=one JobState=COMPLETED Partition=p {forged} DerivedExitCode=0:0 ExitCode=0:0 "
     )
-    assert parse_completions(f"{line}\nx{line}\nJobId=6 Name=a JobState=b\n") == {
+    requeued = line.replace("COMPLETED", "PENDING")
+    assert parse_completions(f"{requeued}\n{line}\nx{line}\nJobId=6 Name=a JobState=b\n") == {
         "one": [job("COMPLETED", "", "5", "0:0")]
     }
 

@@ -126,7 +126,7 @@ def parse_records(text: str) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def parse_completions(text: str) -> Jobs:
-    """Parse lines of a log of `jobcomp/filetxt` to jobs by name."""
+    """Parse lines of a log of `jobcomp/filetxt` to ended jobs by name."""
     jobs: Jobs = defaultdict(list)
     for line in text.split("\n"):
         # Directories are chosen by users and may look like fields, so that only the first and last ones are valid.
@@ -135,8 +135,9 @@ def parse_completions(text: str) -> Jobs:
         number, name, state = (fields.get(field, "") for field in ("JobId", "Name", "JobState"))
         code, _, signal = ended.partition(":")
         numbers = is_job_number(number) and is_job_number(code)
-        if line.startswith("JobId=") and numbers and name and state and signal:
-            jobs[name].append(Job(number, state, ended.strip(), ""))
+        job = Job(number, state, ended.strip(), "")
+        if line.startswith("JobId=") and numbers and name and signal and job.ended:  # not PENDING, after a requeue
+            jobs[name].append(job)
     return jobs
 
 
