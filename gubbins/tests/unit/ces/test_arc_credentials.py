@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from gubbins.ces.arc import ArcSettings
 from gubbins.ces.arc.credentials import CredentialsError, read_identity
+from gubbins.ces.transports.tokens import expiry_of_token
 
 
 def arc_settings(**files: Any) -> ArcSettings:
@@ -106,3 +108,8 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> str | None:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
     return ends[0].version()
+
+
+@pytest.mark.parametrize("claims", ["[" * 9000, "{", "[]", "{}", '{"exp": "x"}', '{"exp": 1e99}'])
+def test_a_token_without_a_readable_expiry_time_may_be_valid(claims: str) -> None:
+    assert expiry_of_token(f"x.{base64.urlsafe_b64encode(claims.encode()).decode()}.x") is None

@@ -6,7 +6,6 @@ All functions may block; back ends call them in a thread.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import ssl
 import threading
@@ -81,7 +80,7 @@ def expiry_of_token(token: str) -> datetime | None:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         return datetime.fromtimestamp(claims["exp"], tz=UTC)
-    except (IndexError, KeyError, OverflowError, OSError, TypeError, ValueError, binascii.Error):
+    except (IndexError, KeyError, OverflowError, OSError, RecursionError, TypeError, ValueError):
         return None
 
 
