@@ -69,7 +69,7 @@ async def busy_system(redis_url: str) -> AsyncIterator[None]:
                     await Run().schedule(labels=labels)
                     await Fail().schedule(labels=labels)
                 for kind, at_time in (("queued", None), ("delayed", due + timedelta(seconds=vo == "lhcb"))):
-                    ids = [f"{kind}-{number}-of-{vo}" for number in range(many)]
+                    ids = [f"{kind}-{number}-of-{vo}-{'ü' * 200}" for number in range(many)]
                     messages = [TaskMessage(task_id=each, task_name="of:Large", labels=labels) for each in ids]
                     large = "diracx:tasks:normal:large"
                     await system.broker.submit([Submission(message, large, at_time) for message in messages])

@@ -58,7 +58,7 @@ _get = partial(_route, "GET")
 _post = partial(_route, "POST")
 
 Limit = Annotated[int, Query(ge=1, le=models.MOST, description="Maximum number of items.")]
-After = Annotated[str | None, Query(max_length=500, description="`after` of the previous page.")]
+After = Annotated[str | None, Query(max_length=1500, description="`after` of the previous page.")]
 QueueName = Annotated[str, Path(max_length=40, description="`{priority}:{size}`.", examples=["normal:medium"])]
 
 
