@@ -15,7 +15,7 @@ from diracx.tasks.plumbing.broker.replies import ACCEPTED, DATA_LOST, TAKEN_OVER
 from diracx.tasks.plumbing.lock_registry import JOB
 from diracx.tasks.plumbing.locks import BaseLock
 from diracx.tasks.plumbing.worker.keeper import LeaseKeeper, PendingAck
-from diracx.tasks.plumbing.worker.settlement import defer, requeue
+from diracx.tasks.plumbing.worker.settlement import defer, defer_to_newer_worker, requeue
 from redis.asyncio import Redis
 from support.silent_worker import stays_silent
 from support.start_requests import start_request
@@ -265,6 +265,11 @@ async def test_a_requeued_task_is_known_to_be_redelivered_even_if_its_first_work
         assert await second.settle([requeue(delivery)]) == [ACCEPTED]
         [delivery], _ = await second.fetch(1)
         assert (delivery.redelivered, delivery.redelivery_count) == (True, 0)
+    assert await second.settle([defer_to_newer_worker(delivery, ValueError("a newer version"))]) == [ACCEPTED]
+    await redis.zadd(keys.DELAYED, {"t": 1})  # due
+    await second.promote()
+    [delivery], _ = await second.fetch(1)
+    assert delivery.redelivered
     assert await second.settle([Settlement(delivery)]) == [ACCEPTED]
 
 

@@ -20,7 +20,7 @@ from ..plumbing.broker.server_check import EMBEDDED
 _START_SECONDS = 30.0
 _PORTS = range(15_000, 32_000)
 #: Waits until the process that can write to its input has ended.
-_REAPER = 'read -r _; kill -9 "$(cat "$0/pid")"; rm -rf "$0"'
+_REAPER = 'exec 2> /dev/null; read -r _; kill -9 "$(cat "$0/pid")"; rm -rf "$0"'
 _random = SystemRandom()  # several processes may have the same seed
 _RESERVATIONS = 200
 #: Sockets that keep the latest ports of this process from being returned in others, whose servers may start first.
@@ -196,12 +196,7 @@ def embedded_redis(*options: str, port: int | None = None) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="diracx-redis-") as directory:
         server = ValkeyProcess(Path(directory), port=port, options=("--pidfile", f"{directory}/pid", *options))
-        reaper = subprocess.Popen(
-            ["sh", "-c", _REAPER, directory],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # not stopped by Ctrl-C in a terminal
-        )
+        reaper = subprocess.Popen(["sh", "-c", _REAPER, directory], stdin=subprocess.PIPE, start_new_session=True)
         with reaper:
             try:
                 server.start()

@@ -166,7 +166,9 @@ def defer_to_newer_worker(delivery: Delivery, error: Exception) -> Settlement:
     """Settlement that defers a message for workers of a later version, again and again, until one takes it."""
     task = (id_at_head(delivery.data or b"") or delivery.entry.encode()).decode(errors="replace")
     logger.warning("%s is left to workers of a later version: %s", task, error)
-    return Settlement(delivery, retry=defer(delivery, task, random.randint(*_NEWER_DELAYS_MS)))
+    again = defer(delivery, task, random.randint(*_NEWER_DELAYS_MS))
+    again["redeliveries"] = max(again["redeliveries"], int(delivery.redelivered))  # it may have started
+    return Settlement(delivery, retry=again)
 
 
 def cancelled(delivery: Delivery, message: TaskMessage, settings: WorkerSettings) -> Settlement:
