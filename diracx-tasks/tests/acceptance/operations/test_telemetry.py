@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from diracx.tasks.plumbing.broker.models import TaskMessage
+from diracx.tasks.plumbing.broker.streams import queue_stream
 from diracx.tasks.testing.server import free_port
 from redis import Redis as RedisClient
 from support.command_line import MY_TASKS, Cli
@@ -422,6 +423,8 @@ def test_spans_have_the_names_links_and_attributes_of_the_published_package(
     for number, attributes in enumerate(reported):
         assert 0 <= attributes.pop("task.queue_wait_s") < 60
         assert re.fullmatch(r"\d+-\d+", attributes.pop("messaging.message.id"))
+        stream = attributes.pop("messaging.destination.name")
+        assert queue_stream(stream) == "diracx:tasks:realtime:medium"  # requeued on a busy machine
         assert attributes == {
             "task.name": "traced:Root",
             "task.id": task_id,
@@ -429,7 +432,6 @@ def test_spans_have_the_names_links_and_attributes_of_the_published_package(
             "task.size": "medium",
             "task.retry_count": number,
             "task.reclaimed": False,
-            "messaging.destination.name": "diracx:tasks:realtime:medium",
         }
     [retried], [dropped] = first.events, second.events
     assert (retried.name, dropped.name) == ("task.retry_scheduled", "task.given_up")

@@ -42,7 +42,7 @@ store() {
 print_known
 if [ -e "$stamp/tried" ]; then
     # The outcome of an earlier submission is not known: search the queue.
-    found=$(timeout "$seconds" /bin/sh -c "$find" 2>&1) # with all processes of $find
+    found=$(timeout "$seconds" /bin/sh -c "$find" 2>&1 < /dev/null) # with all its processes; the script is in stdin
     case $?:$found in
         124:*) echo "the queue has not responded within $seconds s" >&2; exit 75 ;;
         # Of one of several clusters that does not respond, with exit code 0.
