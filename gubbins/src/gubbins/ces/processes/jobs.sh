@@ -244,15 +244,16 @@ cancel() {
     if is_running "$1"; then running=1; else running=; fi
     [ -n "$running" ] || ! has_ended "$1" || return 0
     since=0 # if the mark is not our file
-    if ! [ -e "$1/cancelled" ] && ! [ -h "$1/cancelled" ]; then
+    if [ -e "$1/cancelled" ] || [ -h "$1/cancelled" ]; then
+        # Not its content, by which a pilot could end this shell.
+        ! is_file "$1/cancelled" || since=$(stat -c %Y "$1/cancelled")
+    else
         since=$now
         error=$( (set -C && : > "$1/cancelled") 2>&1) ||
             [ -e "$1/cancelled" ] || say unmarked "$1" "${error%%"$line_break"*}"
     fi
     # If there is no process file yet, the wrapper will find the mark.
     [ -n "$running" ] && is_group_of "$1" || return 0
-    # Not its content, by which a pilot could end this shell.
-    ! is_file "$1/cancelled" || since=$(stat -c %Y "$1/cancelled")
     if [ $((now - since)) -ge "$kill_after" ]; then signal=KILL; else signal=TERM; fi
     kill "-$signal" "-$pid"
 } 2> /dev/null
