@@ -91,7 +91,7 @@ def test_reading_is_not_recorded_in_the_audit_log(served: Cli) -> None:
 
 
 def test_an_invalid_cursor_is_refused_in_one_line(served: Cli, one_line: Callable[..., str]) -> None:
-    one_line(served("audit", "--after", "yesterday"), 2, "'yesterday'")
+    one_line(served("audit", "--after", "yesterday"), 2, "use the field `after`")
 
 
 def test_an_action_that_cannot_be_logged_is_not_done(served: Cli, redis_url: str) -> None:

@@ -116,7 +116,7 @@ def check_stream_cursor(after: str) -> str:
 
 def wrong_cursor() -> ValueError:
     """Make the error for an invalid cursor. It does not quote it: the cursor may be of a task of another VO."""
-    return ValueError("this cursor is not from a page before")
+    return ValueError("this cursor is not from a page before: use the field `after` of that page")
 
 
 def parse_cursor(after: str) -> tuple[float, str]:
